@@ -1,0 +1,38 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/quickstart
+# Tests compile hundreds of small programs once each: fast compilation matters, fast code does not.
+TEST_ENV := JAX_PLATFORMS=cpu XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+.DEFAULT_GOAL := help
+.PHONY: help setup ablation test test-slow lint constraints
+
+help:  ## List the targets.
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/:/'
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+setup: $(VENV)/.installed  ## Create the virtual environment with the tested versions.
+
+ablation: setup  ## Run the quickstart ablation: which score, how many heads, which position?
+	$(BIN)/python -m experiments.ablate --config=configs/quickstart.py --workdir=$(WORKDIR)
+
+lint: setup  ## Check formatting, lint and types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint  ## Run the tests (minutes).
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m 'not slow'
+
+test-slow: setup  ## Run the thorough tests (up to an hour).
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
+
+constraints: setup  ## Update constraints.txt to the newest versions.
+	$(BIN)/uv pip compile setup.cfg --extra test --universal --python-version 3.11 --no-header --no-annotate --upgrade --output-file constraints.txt
