@@ -1,0 +1,27 @@
+"""Attention for JAX: any score × any position × any mask × any normaliser.
+
+The kernels need jax and numpy only; the Flax modules are in `attention.nn` and `attention.models`.
+"""
+
+from attention import masks, normalizers, positions, scores
+from attention.attend import attend, explain
+from attention.drop_in import dot_product_attention
+from attention.mechanism import Mechanism, parse
+from attention.parts import Mask, Normalizer, Position, Score, Tile
+
+__all__ = [
+    "Mask",
+    "Mechanism",
+    "Normalizer",
+    "Position",
+    "Score",
+    "Tile",
+    "attend",
+    "dot_product_attention",
+    "explain",
+    "masks",
+    "normalizers",
+    "parse",
+    "positions",
+    "scores",
+]

@@ -1,0 +1,118 @@
+"""The dense kernel: attention written out with all T·S scores in memory.
+
+The oracle of every other kernel: clear before fast, every part, any derivative. One head of one
+example; `attention.attend` lifts it over heads and batch.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attention.mechanism import Mechanism
+from attention.normalizers import logsumexp
+from attention.parts import Array, Params, Tile, accumulator
+
+
+def unsupported(mechanism: Mechanism) -> str | None:
+    """Why this kernel cannot serve the mechanism: it always can."""
+    del mechanism
+    return None
+
+
+def attend_head(
+    mechanism: Mechanism,
+    params: Params,
+    query: Array,
+    key: Array,
+    value: Array,
+    tile: Tile,
+    *,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    dropout_key: Array | None = None,
+    dropout_rate: float = 0.0,
+    aux: tuple[str, ...] = (),
+) -> tuple[Array, dict[str, Array]]:
+    """Attention of one head: query [T, D], key [S, D], value [S, V] -> out [T, V], aux.
+
+        s_ij = score(q_i, k_j) + position(i, j) + bias_ij        (−inf where masked)
+        w_i  = normalizer(s_i1 ... s_iS)
+        o_i  = Σ_j w_ij v_j + mix(w_i)
+
+    `tile` describes all T rows and S columns; `bias` and `mask` are [T, S] or broadcast to it.
+    Dropout zeroes weights and divides the others by 1 − dropout_rate. Everything is computed in
+    float32, or float64 for float64 inputs; out has the dtype of the query.
+    """
+    shape = (query.shape[0], key.shape[0])
+    visible = jnp.broadcast_to(mechanism.mask.tile(tile), shape)
+    if mask is not None:
+        visible &= mask
+    dtype = query.dtype
+    wide = accumulator(dtype)
+    params = jax.tree.map(lambda x: x.astype(wide), params)
+    query, key, value, poison = _clean(
+        visible, query.astype(wide), key.astype(wide), value.astype(wide)
+    )
+
+    scores = _scores(mechanism, params, query, key, dataclasses.replace(tile, visible=visible))
+    if bias is not None:
+        scores += bias.astype(wide)
+    logits = jnp.where(visible, scores, -jnp.inf)
+    statistic = mechanism.normalizer.statistic(params["normalizer"], logits)
+    weights = mechanism.normalizer.weight(params["normalizer"], logits, statistic)
+
+    dropped = weights
+    if dropout_key is not None and dropout_rate > 0:
+        keep = keep_mask(dropout_key, dropout_rate, tile)
+        dropped = jnp.where(keep, weights / (1 - dropout_rate), 0)
+    out = dropped @ value
+    mixed = mechanism.position.mix(params["position"], dropped, tile)
+    out = out if mixed is None else out + mixed
+    out = (out * poison[:, None]).astype(dtype)
+
+    available = {
+        "weights": lambda: weights,
+        "lse": lambda: logsumexp(logits),
+        "entropy": lambda: -jnp.sum(weights * _log(weights), axis=-1),
+    }
+    return out, {name: available[name]() for name in aux}
+
+
+def _scores(mechanism, params, query, key, tile):
+    """Everything that is added up to the score of each pair, before masking: [T, S]."""
+    position = mechanism.position
+    turned = (
+        position.rotate(params["position"], query, tile.query_positions, "query"),
+        position.rotate(params["position"], key, tile.key_positions, "key"),
+    )
+    features, key_features = mechanism.score.prepare(params["score"], *turned)
+    scores = mechanism.score.tile(params["score"], features, key_features.T, tile)
+    term = position.tile(params["position"], query, key.T, tile)
+    return scores if term is None else scores + term
+
+
+def _clean(visible, query, key, value):
+    """Makes what is masked absent, even a NaN: 0 · NaN is NaN, in products and their gradients.
+
+    Keys and values that are not finite become 0, and the rows that do see one are poisoned with
+    NaN at the end (as the plain product would). Queries of rows that see nothing become 0.
+    """
+    bad = ~(jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1))
+    poison = jnp.where((visible & bad).any(-1), jnp.nan, 1).astype(query.dtype)
+    query = jnp.where(visible.any(-1, keepdims=True), query, 0)
+    bad = bad[:, None]
+    return query, jnp.where(bad, 0, key), jnp.where(bad, 0, value), poison
+
+
+def keep_mask(dropout_key: Array, rate: float, tile: Tile) -> Array:
+    """Which weights dropout keeps, [t, s]: a function of key, row and column, of no tiling."""
+    fold = jax.random.fold_in
+    by_row = jax.vmap(fold, (None, 0))(dropout_key, tile.query_index)
+    by_pair = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(by_row, tile.key_index)
+    bits = jax.random.key_data(by_pair)[..., 0]
+    return bits >= jnp.uint32(round(rate * 2**32))
+
+
+def _log(x):
+    return jnp.log(jnp.where(x > 0, x, 1))

@@ -1,0 +1,172 @@
+"""A mechanism: one score, one position, one mask, one normaliser; and how to name them in text."""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import importlib
+from typing import Any
+
+import jax
+
+from attention import masks, normalizers, positions, scores
+from attention.parts import Array, Mask, Normalizer, Params, Position, Score
+
+_KINDS = {
+    "score": (Score, scores, "ScaledDot"),
+    "position": (Position, positions, "NoPE"),
+    "mask": (Mask, masks, "Full"),
+    "normalizer": (Normalizer, normalizers, "Softmax"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mechanism:
+    """One part of each kind: everything that defines an attention but its learned arrays.
+
+    Hashable, so it is a static argument of `jax.jit`: equal mechanisms never trace twice.
+
+        mechanism = Mechanism(score=scores.Additive(), position=positions.ALiBi())
+        params = mechanism.init(key, num_heads=8, head_dim=64)
+        out = attention.attend(mechanism, params, query, key, value)
+
+    Raises ValueError where a part is not of its kind.
+    """
+
+    score: Score = scores.ScaledDot()
+    position: Position = positions.NoPE()
+    mask: Mask = masks.Full()
+    normalizer: Normalizer = normalizers.Softmax()
+
+    def __post_init__(self):
+        for kind, (base, _, _) in _KINDS.items():
+            given = getattr(self, kind)
+            if not isinstance(given, base):
+                hint = "; did you forget the ()?" if isinstance(given, type) else ""
+                raise ValueError(
+                    f"{kind} must be an attention.{base.__name__}, got {given!r}{hint}; "
+                    "a name becomes a part with attention.parse"
+                )
+
+    def init(
+        self, key: Array, *, num_heads: int, head_dim: int, value_dim: int | None = None
+    ) -> Params:
+        """Learned arrays of all heads, a dict by part; every leaf has a leading H axis.
+
+        `key` is a `jax.random` key, `head_dim` is D and `value_dim` V (D unless given).
+        """
+        value_dim = head_dim if value_dim is None else value_dim
+
+        def one_head(key):
+            for_score, for_position, for_normalizer = jax.random.split(key, 3)
+            return {
+                "score": self.score.init(for_score, head_dim),
+                "position": self.position.init(for_position, head_dim, value_dim),
+                "normalizer": self.normalizer.init(for_normalizer),
+            }
+
+        return jax.vmap(one_head)(jax.random.split(key, num_heads))
+
+    def __str__(self):
+        return f"{self.score} × {self.position} × {self.mask} × {self.normalizer}"
+
+
+@functools.cache
+def params_shape(mechanism: Mechanism, num_heads: int, head_dim: int, value_dim: int) -> Params:
+    """Shapes of what `mechanism.init` returns, without computing it."""
+    init = functools.partial(
+        mechanism.init, num_heads=num_heads, head_dim=head_dim, value_dim=value_dim
+    )
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def parse(kind: str, text: str) -> Any:
+    """The part that `text` describes; what configs use to name parts.
+
+    `kind` is 'score', 'position', 'mask' or 'normalizer'. `text` is an expression of names and
+    literals: a class name in any case, with or without underscores, and its hyper-parameters.
+
+        parse('score', 'soft_cap(additive(hidden=32), cap=30)')
+        parse('position', 'rope(base=500000, scaling=yarn(4, original_length=64))')
+        parse('mask', 'causal & (sliding_window(256) | prefix(4))')
+        parse('score', 'my_package.my_module:MyScore(3)')     # a part of one's own
+
+    'none' is the part that does nothing. Raises ValueError naming the known parts, nearest first.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
+    base, _, nothing = _KINDS[kind]
+    if text.strip().lower() == "none":
+        text = nothing
+    try:
+        tree = ast.parse(text.strip().replace(":", "."), mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"{kind}: cannot read {text!r} ({error.msg})") from None
+    part = _evaluate(kind, tree)
+    part = _construct(kind, part, (), {}) if isinstance(part, type) else part
+    if not isinstance(part, base):
+        raise ValueError(f"{kind}: {text!r} is not an attention.{base.__name__}")
+    return part
+
+
+def _evaluate(kind: str, node: ast.expr) -> Any:
+    match node:
+        case ast.Name() | ast.Attribute():
+            return _find(kind, ast.unparse(node))
+        case ast.Call():
+            args = [_instance(kind, arg) for arg in node.args]
+            kwargs = {str(k.arg): _instance(kind, k.value) for k in node.keywords}
+            return _construct(kind, _evaluate(kind, node.func), args, kwargs)
+        case ast.BinOp(op=ast.BitAnd()):
+            return _instance(kind, node.left) & _instance(kind, node.right)
+        case ast.BinOp(op=ast.BitOr()):
+            return _instance(kind, node.left) | _instance(kind, node.right)
+        case ast.BinOp(op=ast.Add()):
+            return _instance(kind, node.left) + _instance(kind, node.right)
+        case ast.UnaryOp(op=ast.Invert()):
+            return ~_instance(kind, node.operand)
+        case _:
+            try:
+                return ast.literal_eval(node)
+            except ValueError:
+                raise ValueError(
+                    f"{kind}: cannot read {ast.unparse(node)!r}; write names, numbers and calls"
+                ) from None
+
+
+def _instance(kind, node):
+    part = _evaluate(kind, node)
+    return _construct(kind, part, (), {}) if isinstance(part, type) else part
+
+
+def _construct(kind, cls, args, kwargs):
+    try:
+        return cls(*args, **kwargs)
+    except TypeError as error:
+        names = ", ".join(f.name for f in dataclasses.fields(cls))
+        raise ValueError(
+            f"{kind}: {error}; {cls.__name__} takes {names or 'no arguments'}"
+        ) from None
+
+
+def _find(kind: str, name: str) -> type:
+    base, module, _ = _KINDS[kind]
+    if "." in name:
+        where, _, attribute = name.rpartition(".")
+        try:
+            return getattr(importlib.import_module(where), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"{kind}: cannot import {name!r}: {error}") from None
+    known = {
+        cls.__name__.lower(): cls
+        for cls in vars(module).values()
+        if isinstance(cls, type) and cls.__module__ == module.__name__
+        if not cls.__name__.startswith("_")
+    }
+    plain = name.replace("_", "").lower()
+    if plain in known:
+        return known[plain]
+    parts = [cls.__name__ for cls in known.values() if issubclass(cls, base)]
+    near = difflib.get_close_matches(plain, [p.lower() for p in parts], n=3, cutoff=0.4)
+    parts.sort(key=lambda p: near.index(p.lower()) if p.lower() in near else len(near))
+    raise ValueError(f"{kind}: unknown {name!r}; known are {', '.join(parts)}, none")

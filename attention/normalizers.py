@@ -1,0 +1,159 @@
+"""Normalisers: how a row of scores s_i1 ... s_iS becomes weights w_i1 ... w_iS.
+
+Each is a statistic of the row and a function of one score and that statistic (see
+`attention.Normalizer`). Masked keys have score −inf; a row of nothing else gets weights 0.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attention.parts import Array, Normalizer
+
+
+def logsumexp(logits: Array) -> Array:
+    """log Σ_j exp(s_ij): [t, S] -> [t]; −inf, with gradient 0, for a row of −inf."""
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    total = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
+    some = total != 0
+    return jnp.where(some, top + jnp.log(jnp.where(some, total, 1)), -jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax(Normalizer):
+    """w_ij = exp(s_ij) / Σ_k exp(s_ik)."""
+
+    def statistic(self, params, logits):
+        return logsumexp(logits)
+
+    def weight(self, params, logits, statistic):
+        return jnp.exp(logits - jnp.where(statistic == -jnp.inf, 0, statistic)[:, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxOffByOne(Softmax):
+    """w_ij = exp(s_ij) / (1 + Σ_k exp(s_ik)): a row may attend to nothing.  Miller 2023."""
+
+    def statistic(self, params, logits):
+        return jnp.logaddexp(logsumexp(logits), 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedSink(Softmax):
+    """w_ij = exp(s_ij) / (exp(sink) + Σ_k exp(s_ik)), sink learned per head.  Xiao et al. 2024.
+
+    The form of gpt-oss (2025). A sink of −inf is softmax, one of 0 softmax-off-by-one.
+    """
+
+    def init(self, key):
+        return {"sink": jnp.zeros(())}
+
+    def statistic(self, params, logits):
+        return jnp.logaddexp(logsumexp(logits), params["sink"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sigmoid(Normalizer):
+    """w_ij = σ(s_ij + b − log n_i), n_i the number of visible keys.  Ramapuram et al. 2024, eq. 3.
+
+    b is learned per head and starts at 0: weights that sum to about one.
+    """
+
+    def init(self, key):
+        return {"bias": jnp.zeros(())}
+
+    def statistic(self, params, logits):
+        return jnp.log(_count(logits))
+
+    def weight(self, params, logits, statistic):
+        return jax.nn.sigmoid(logits + (params["bias"] - statistic)[:, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class SquaredReLU(Normalizer):
+    """w_ij = max(s_ij, 0)² / n_i, n_i the number of visible keys.
+
+    Hua et al. 2022 (GAU), eq. 4, with the 1/n of Wortsman et al. 2023.
+    """
+
+    def statistic(self, params, logits):
+        return _count(logits)
+
+    def weight(self, params, logits, statistic):
+        return jnp.square(jax.nn.relu(logits)) / statistic[:, None]
+
+
+def _count(logits: Array) -> Array:
+    """Visible keys of each row, at least 1."""
+    return jnp.maximum(jnp.sum(logits > -jnp.inf, axis=-1), 1).astype(logits.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsemax(Normalizer):
+    """w_ij = max(s_ij − τ_i, 0) with τ_i such that Σ_j w_ij = 1.  Martins & Astudillo 2016, eq. 4.
+
+    The Euclidean projection onto the simplex: weights far below the top are exactly 0.
+    """
+
+    def statistic(self, params, logits):
+        return _threshold(logits, lambda k, s1, s2: (s1 - 1) / k)
+
+    def weight(self, params, logits, statistic):
+        return jax.nn.relu(logits - statistic[:, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class Entmax15(Normalizer):
+    """w_ij = max(s_ij/2 − τ_i, 0)² with τ_i such that Σ_j w_ij = 1.  Peters et al. 2019, eq. 11.
+
+    α-entmax with α = 1.5, between softmax (1) and sparsemax (2).
+    """
+
+    def statistic(self, params, logits):
+        def solve(k, s1, s2):
+            mean = s1 / k
+            return mean - jnp.sqrt(jnp.maximum(1 - (s2 - s1 * mean), 0) / k)
+
+        return _threshold(logits / 2, solve)
+
+    def weight(self, params, logits, statistic):
+        return jnp.square(jax.nn.relu(logits / 2 - statistic[:, None]))
+
+
+def _threshold(z, solve):
+    """τ_i of each row: [t, S] -> [t], where solve(k, Σz, Σz²) is τ if the top k scores had weights.
+
+    Those that do are the longest run of sorted scores above the run's own τ. Which they are is
+    constant almost everywhere, so derivatives of any order flow through the two sums alone.
+    """
+    top = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True, initial=-jnp.inf))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    # τ is at least top − 1, so anything lower, masked keys among it, may as well be at −2.
+    z = jnp.maximum(z - top, -2)
+    ordered = jnp.flip(jnp.sort(jax.lax.stop_gradient(z), axis=-1), axis=-1)
+    k = jnp.arange(1, z.shape[-1] + 1, dtype=z.dtype)
+    candidates = solve(k, jnp.cumsum(ordered, axis=-1), jnp.cumsum(ordered**2, axis=-1))
+    size = jnp.sum(ordered > candidates, axis=-1, keepdims=True)
+    support = z > jnp.take_along_axis(candidates, size - 1, axis=-1)
+    z = jnp.where(support, z, 0)
+    return top[:, 0] + solve(jnp.sum(support, axis=-1), jnp.sum(z, axis=-1), jnp.sum(z**2, axis=-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardmax(Normalizer):
+    """w_ij = 1 for the highest score of the row, shared equally by ties: the exact lookup.
+
+    The limit of softmax at temperature 0. Its weights are constant almost everywhere: the true
+    gradient to query and key is 0, and only the value learns.
+    """
+
+    def statistic(self, params, logits):
+        top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
+        return top, jnp.sum(logits == top[:, None], axis=-1)
+
+    def weight(self, params, logits, statistic):
+        top, ties = statistic
+        best = (logits == top[:, None]) & (logits > -jnp.inf)
+        return best / jnp.maximum(ties, 1)[:, None].astype(logits.dtype)

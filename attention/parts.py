@@ -1,0 +1,209 @@
+"""The protocol of the four parts of an attention mechanism, and the tile they look at.
+
+A mechanism is one part of each kind:
+
+| part       | answers                                             | may learn |
+|------------|-----------------------------------------------------|-----------|
+| Score      | how well does key j fit query i?                    | yes       |
+| Position   | how do the places of i and j change that?           | yes       |
+| Mask       | may i attend to j at all?                           | no        |
+| Normalizer | how do the scores of a row become weights?          | yes       |
+
+A part is a frozen dataclass of hyper-parameters: hashable, so it is a static argument of `jax.jit`
+and equal parts never trace twice. What it learns is a pytree of arrays that `init` returns and
+that every other method takes as `params`. All methods are written for **one head of one example**;
+`attention.attend` lifts them over heads and batch with `jax.vmap`.
+
+Letters: T query positions, S key positions, D width of query and key, V width of value, M model
+width; t and s are the rows and columns of one tile.
+"""
+
+import abc
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Params = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What is known about t queries and s keys of one head of one example, besides their vectors.
+
+    Attributes:
+      query_index, key_index: [t], [s] int, the row and the column in the arrays given to `attend`.
+      query_positions, key_positions: [t], [s] int, the places in the text; the index unless given.
+      head: [] int, which of the query heads this is.
+      num_heads: H, static.
+      query_length, key_length: [] int, how many rows and columns are real, or None: all.
+      query_segments, key_segments: [t], [s] int, the packed document each belongs to, or None.
+      prefix_length: [] int, how many leading keys every query may see, or None.
+      visible: [t, s] bool, what the mask left, for position parts with `whole_row`; else None.
+    """
+
+    query_index: Array
+    key_index: Array
+    query_positions: Array
+    key_positions: Array
+    head: Array
+    num_heads: int = dataclasses.field(metadata={"static": True})
+    query_length: Array | None = None
+    key_length: Array | None = None
+    query_segments: Array | None = None
+    key_segments: Array | None = None
+    prefix_length: Array | None = None
+    visible: Array | None = None
+
+    @property
+    def distance(self) -> Array:
+        """i − j, [t, s]: how far each key lies behind each query."""
+        return self.query_positions[:, None] - self.key_positions[None, :]
+
+
+def accumulator(dtype) -> jnp.dtype:
+    """The dtype scores and sums are kept in: float64 for float64 inputs, float32 for all others."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score(abc.ABC):
+    """How well a key fits a query: s(q, k).
+
+    A new score is one subclass with `tile`, and `init` where it learns something:
+
+        @dataclasses.dataclass(frozen=True)
+        class Manhattan(attention.Score):
+            def tile(self, params, query, key, tile):
+                return -abs(query[:, :, None] - key[None]).sum(1)
+    """
+
+    def init(self, key: Array, head_dim: int) -> Params:
+        """Returns the learned arrays of one head; `key` is a `jax.random` key."""
+        del key, head_dim
+        return {}
+
+    def prepare(self, params: Params, query: Array, key: Array) -> tuple[Array, Array]:
+        """Everything that costs O(T + S): [T, D], [S, D] -> features [T, F], [S, F].
+
+        The more of the score is done here, the less is done T·S times: a score that becomes a
+        plain dot product of features keeps the matrix units busy.
+        """
+        del params
+        return query, key
+
+    @abc.abstractmethod
+    def tile(self, params: Params, query: Array, key: Array, tile: Tile) -> Array:
+        """Scores of one tile: query features [t, F], **transposed** key features [F, s] -> [t, s].
+
+        Keys come transposed because then the gradient of `query @ key` is a fast product as well.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """How place enters: added to embeddings, rotating query and key, or a term of the scores.
+
+    A scheme overrides what it uses; the rest is the identity. `a + b` uses both schemes.
+
+    Attributes:
+      whole_row: `tile` needs all keys of a row at once (and gets `tile.visible`).
+    """
+
+    whole_row: ClassVar[bool] = False
+
+    def init(self, key: Array, head_dim: int, value_dim: int) -> Params:
+        """Returns the learned arrays of one head, used by `rotate`, `tile` and `mix`."""
+        del key, head_dim, value_dim
+        return {}
+
+    def init_embed(self, key: Array, model_dim: int) -> Params:
+        """Returns the learned arrays that `embed` uses, once per model."""
+        del key, model_dim
+        return {}
+
+    def embed(self, params: Params, x: Array, positions: Array) -> Array:
+        """Token embeddings [..., T, M] at `positions` [..., T] -> the same with place added."""
+        del params, positions
+        return x
+
+    def rotate(
+        self, params: Params, x: Array, positions: Array, side: Literal["query", "key"]
+    ) -> Array:
+        """Query or key vectors [T, D] at `positions` [T] -> [T, D]."""
+        del params, positions, side
+        return x
+
+    def tile(self, params: Params, query: Array, key: Array, tile: Tile) -> Array | None:
+        """A term added to the scores: queries [t, D], **transposed** keys [D, s] -> [t, s].
+
+        Both come as given to `attend`, before `rotate` and `Score.prepare`.
+        """
+        del params, query, key, tile
+        return None
+
+    def mix(self, params: Params, weights: Array, tile: Tile) -> Array | None:
+        """A term added to the output, linear in the weights: [t, s] -> [t, V]."""
+        del params, weights, tile
+        return None
+
+    def __add__(self, other: "Position") -> "Position":
+        from attention.positions import Sum
+
+        return Sum((self, other))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask(abc.ABC):
+    """Which keys a query may attend to. `&`, `|` and `~` combine masks.
+
+    Attributes:
+      needs: keyword arguments of `attend` without which the mask means nothing: a set of tuples,
+        of each of which one must be given.
+    """
+
+    needs: ClassVar[frozenset[tuple[str, ...]]] = frozenset()
+
+    @abc.abstractmethod
+    def tile(self, tile: Tile) -> Array:
+        """[t, s] bool (or broadcastable to it), True = may attend."""
+
+    def __and__(self, other: "Mask") -> "Mask":
+        from attention.masks import And
+
+        return And(self, other)
+
+    def __or__(self, other: "Mask") -> "Mask":
+        from attention.masks import Or
+
+        return Or(self, other)
+
+    def __invert__(self) -> "Mask":
+        from attention.masks import Not
+
+        return Not(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalizer(abc.ABC):
+    """How a row of scores becomes weights: w_ij = weight(s_ij, c_i), c_i = statistic(s_i1 … s_iS).
+
+    A score of −inf is a masked key: its weight must be 0, and a row of nothing else must get a
+    statistic from which `weight` makes zeros, not NaN.
+    """
+
+    def init(self, key: Array) -> Params:
+        """Returns the learned arrays of one head."""
+        del key
+        return {}
+
+    @abc.abstractmethod
+    def statistic(self, params: Params, logits: Array) -> Any:
+        """What `weight` must know of a whole row: logits [t, S] -> a pytree of [t] arrays."""
+
+    @abc.abstractmethod
+    def weight(self, params: Params, logits: Array, statistic: Any) -> Array:
+        """Weights of any columns of those rows: logits [t, s] -> [t, s]."""

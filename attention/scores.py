@@ -1,0 +1,203 @@
+"""Score functions s(q, k): how well a key fits a query.
+
+Every class states its equation and its paper; D is the width of query and key. To add one, write a
+subclass of `attention.Score` here or in your own code (see `attention/parts.py`).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attention.parts import Array, Params, Score, Tile
+
+
+def _normal(key, shape, fan_in):
+    return jax.random.normal(key, shape) * fan_in**-0.5
+
+
+def _product(query: Array, key: Array) -> Array:
+    """query [t, F] @ key [F, s], summed in at least float32."""
+    return jnp.matmul(query, key, preferred_element_type=jnp.promote_types(query.dtype, "float32"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dot(Score):
+    """s(q, k) = q · k.  Luong et al. 2015, eq. 8 (dot)."""
+
+    def tile(self, params, query, key, tile):
+        return _product(query, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledDot(Score):
+    """s(q, k) = scale · q · k, scale = 1/√D unless given.  Vaswani et al. 2017, eq. 1."""
+
+    scale: float | None = None
+
+    def prepare(self, params, query, key):
+        scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return query * scale, key
+
+    def tile(self, params, query, key, tile):
+        return _product(query, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class General(Score):
+    """s(q, k) = qᵀ W k, W [D, D] learned.  Luong et al. 2015, eq. 8 (general)."""
+
+    def init(self, key, head_dim):
+        return {"kernel": _normal(key, (head_dim, head_dim), head_dim)}
+
+    def prepare(self, params, query, key):
+        return query @ params["kernel"], key
+
+    def tile(self, params, query, key, tile):
+        return _product(query, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Additive(Score):
+    """s(q, k) = w · tanh(W_q q + W_k k).  Bahdanau et al. 2015, appendix A.1.2.
+
+    Luong's `concat`, w · tanh(W [q; k]), is the same function with W = [W_q, W_k].
+    """
+
+    hidden: int = 64
+
+    def init(self, key, head_dim):
+        for_query, for_key, for_out = jax.random.split(key, 3)
+        return {
+            "query": _normal(for_query, (head_dim, self.hidden), head_dim),
+            "key": _normal(for_key, (head_dim, self.hidden), head_dim),
+            "out": _normal(for_out, (self.hidden,), self.hidden),
+        }
+
+    def prepare(self, params, query, key):
+        return query @ params["query"], key @ params["key"]
+
+    def tile(self, params, query, key, tile):
+        return jnp.einsum("h,ths->ts", params["out"], jnp.tanh(query[:, :, None] + key[None]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Location(Score):
+    """s(q, j) = w_j · q: from the query and the key's position alone.  Luong et al. 2015, eq. 7.
+
+    One learned vector per key position, [max_length, D]; the score of a key beyond `max_length`
+    is NaN.
+    """
+
+    max_length: int = 512
+
+    def init(self, key, head_dim):
+        return {"kernel": _normal(key, (self.max_length, head_dim), head_dim)}
+
+    def tile(self, params, query, key, tile):
+        rows = (
+            params["kernel"]
+            .at[tile.key_positions]
+            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        )
+        return _product(query, rows.T)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine(Score):
+    """s(q, k) = g · (q / ‖q‖) · (k / ‖k‖), g learned.  Henry et al. 2020 (QKNorm), eq. 4.
+
+    `scale` is g at the start; the paper takes log₂(L² − L) for texts of length L (12 for L = 64).
+    The direction of a zero vector is the zero vector.
+    """
+
+    scale: float = 12.0
+
+    def init(self, key, head_dim):
+        return {"scale": jnp.asarray(self.scale)}
+
+    def prepare(self, params, query, key):
+        return params["scale"] * _direction(query), _direction(key)
+
+    def tile(self, params, query, key, tile):
+        return _product(query, key)
+
+
+def _direction(x: Array) -> Array:
+    squared = jnp.sum(x * x, axis=-1, keepdims=True)
+    nonzero = squared > 0
+    return jnp.where(nonzero, x * jax.lax.rsqrt(jnp.where(nonzero, squared, 1)), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(Score):
+    """s(q, k) = −‖q − k‖² / 2σ², σ learned: softmax of it is the Nadaraya-Watson estimator.
+
+    Tsai et al. 2019, "Transformer dissection", sec. 3.1 (RBF kernel). σ starts at D^¼, where the
+    score's slope is that of the scaled dot product.
+
+    Computed as the dot product of (q, ‖q‖², 1)/σ² and (k, −½, −‖k‖²/2).
+    """
+
+    def init(self, key, head_dim):
+        return {"log_sigma": jnp.asarray(0.25 * jnp.log(head_dim))}
+
+    def prepare(self, params, query, key):
+        def squared(x):
+            return jnp.sum(x * x, axis=-1, keepdims=True)
+
+        ones = jnp.ones_like
+        query = jnp.concatenate([query, squared(query), ones(query[:, :1])], axis=-1)
+        key = jnp.concatenate([key, -0.5 * ones(key[:, :1]), -0.5 * squared(key)], axis=-1)
+        return query * jnp.exp(-2 * params["log_sigma"]), key
+
+    def tile(self, params, query, key, tile):
+        return _product(query, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wrapper(Score):
+    """A score made from another; `init` and `prepare` are the inner score's."""
+
+    score: Score
+
+    def init(self, key, head_dim):
+        return self.score.init(key, head_dim)
+
+    def prepare(self, params, query, key):
+        return self.score.prepare(params, query, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale(_Wrapper):
+    """s = factor · score(q, k): a fixed temperature of 1/factor around any score."""
+
+    factor: float
+
+    def tile(self, params, query, key, tile):
+        return self.factor * self.score.tile(params, query, key, tile)
+
+
+@dataclasses.dataclass(frozen=True)
+class Temperature(_Wrapper):
+    """s = exp(−τ) · score(q, k), τ learned and 0 at the start: a learned temperature per head."""
+
+    def init(self, key, head_dim):
+        return {"log_temperature": jnp.asarray(0.0), "score": self.score.init(key, head_dim)}
+
+    def prepare(self, params, query, key):
+        return self.score.prepare(params["score"], query, key)
+
+    def tile(self, params, query, key, tile):
+        score = self.score.tile(params["score"], query, key, tile)
+        return jnp.exp(-params["log_temperature"]) * score
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftCap(_Wrapper):
+    """s = cap · tanh(score(q, k) / cap): keeps scores within ±cap.  Gemma 2 (2024), sec. 2."""
+
+    cap: float = 50.0
+
+    def tile(self, params: Params, query: Array, key: Array, tile: Tile) -> Array:
+        return self.cap * jnp.tanh(self.score.tile(params, query, key, tile) / self.cap)
