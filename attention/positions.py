@@ -78,7 +78,8 @@ class Sinusoidal(Position):
     def embed(self, params, x, positions):
         model_dim = x.shape[-1]
         frequencies = self.base ** (-np.arange(0, model_dim, 2) / model_dim)
-        angles = positions[..., None] * frequencies.astype(np.promote_types(x.dtype, np.float32))
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        angles = jnp.asarray(positions, dtype)[..., None] * frequencies.astype(dtype)
         waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
         waves = waves.reshape(*angles.shape[:-1], -1)[..., :model_dim]
         return x + (self.scale * waves).astype(x.dtype)
@@ -88,7 +89,7 @@ class Sinusoidal(Position):
 class Learned(Position):
     """x_p + table_p, table [length, M] learned.  Gehring et al. 2017, sec. 3.1.
 
-    A position beyond the table gives NaN.
+    Raises ValueError for a position beyond the table; where positions are traced, gives NaN.
     """
 
     length: int = 512

@@ -1,0 +1,5 @@
+"""Whole models built from `attention.nn`."""
+
+from attention.models.transformer import Encoder, EncoderDecoder, LanguageModel
+
+__all__ = ["Encoder", "EncoderDecoder", "LanguageModel"]

@@ -1,0 +1,134 @@
+"""Multi-head attention with learned projections, for every mechanism."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from attention.attend import attend
+from attention.mechanism import Mechanism
+from attention.parts import Array
+
+
+class MultiHeadAttention(nn.Module):
+    """Concat_h(head_h) W_O, head_h = attend(x W_Q, c W_K, c W_V).  Vaswani et al. 2017, sec. 3.2.2.
+
+    Self-attention (c = x) or cross-attention (another c). The mechanism's learned arrays are the
+    parameter tree 'mechanism'. When the collection 'intermediates' is mutable, the weights
+    [..., H, T, S] are sown there as 'weights'.
+
+    Attributes:
+      num_heads: H.
+      mechanism: what to compute; `attention.Mechanism`.
+      num_kv_heads: K, a divisor of H: 1 is multi-query, between 1 and H grouped-query attention.
+      head_dim: D, M // H unless given.
+      value_dim: V, D unless given.
+      dropout_rate: share of weights to drop, with the rng 'dropout'.
+      use_bias: biases in the four projections.
+      dtype, param_dtype: of the computation and of the parameters.
+      kernel_init, out_kernel_init: of W_Q, W_K, W_V and of W_O.
+      implementation: the kernel; see `attend`.
+    """
+
+    num_heads: int
+    mechanism: Mechanism = Mechanism()
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    value_dim: int | None = None
+    dropout_rate: float = 0.0
+    use_bias: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Callable = nn.initializers.lecun_normal()
+    out_kernel_init: Callable = nn.initializers.lecun_normal()
+    implementation: str | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Array, context: Array | None = None, *, deterministic: bool = True, **data
+    ) -> Array:
+        """x [..., T, M], context [..., S, C] or None: x itself -> [..., T, M].
+
+        `data` are the arguments of `attend` from `bias` to `prefix_lengths`. In self-attention
+        what is given for the query (positions, lengths, segments) holds for the key too, unless
+        that is given as well.
+
+        Raises ValueError where the widths and head counts do not fit, and as `attend` does.
+        """
+        model_dim, H = x.shape[-1], self.num_heads
+        K = H if self.num_kv_heads is None else self.num_kv_heads
+        if self.head_dim is None and model_dim % H:
+            raise ValueError(
+                f"num_heads must divide the model width or head_dim be given: got {H} heads for "
+                f"width {model_dim}"
+            )
+        if H % K:
+            raise ValueError(f"num_kv_heads must divide num_heads: got {K} and {H}")
+        head_dim = model_dim // H if self.head_dim is None else self.head_dim
+        value_dim = head_dim if self.value_dim is None else self.value_dim
+        if context is None:
+            context = x
+            for name in ("positions", "lengths", "segments"):
+                data.setdefault(f"key_{name}", data.get(f"query_{name}"))
+
+        def project(name, inputs, heads, width):
+            return nn.DenseGeneral(
+                (heads, width),
+                use_bias=self.use_bias,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                kernel_init=self.kernel_init,
+                name=name,
+            )(inputs)
+
+        query = project("query", x, H, head_dim)
+        key = project("key", context, K, head_dim)
+        value = project("value", context, K, value_dim)
+
+        dropout: dict[str, Any] = {}
+        if self.dropout_rate > 0 and not deterministic:
+            dropout = {
+                "dropout_rate": self.dropout_rate,
+                "dropout_key": self.make_rng("dropout"),
+            }
+        sow = self.is_mutable_collection("intermediates")
+        out = attend(
+            self.mechanism,
+            self._mechanism_params(head_dim, value_dim),
+            query,
+            key,
+            value,
+            implementation=self.implementation,
+            aux=("weights",) if sow else (),
+            **dropout,
+            **data,
+        )
+        if sow:
+            out, aux = out
+            self.sow("intermediates", "weights", aux["weights"])
+        return nn.DenseGeneral(
+            model_dim,
+            axis=(-2, -1),
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=self.out_kernel_init,
+            name="out",
+        )(out)
+
+    def _mechanism_params(self, head_dim, value_dim):
+        def init(rng):
+            params = self.mechanism.init(
+                rng, num_heads=self.num_heads, head_dim=head_dim, value_dim=value_dim
+            )
+            return jax.tree.map(lambda x: x.astype(self.param_dtype), params)
+
+        return param_if_any(self, "mechanism", init)
+
+
+def param_if_any(module: nn.Module, name: str, init: Callable) -> Any:
+    """module.param(name, init), but no entry among the parameters where `init` returns no array."""
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return module.param(name, init) if jax.tree.leaves(shapes) else shapes
