@@ -1,0 +1,117 @@
+"""Tasks: where examples come from and which metric judges a model on them.
+
+A task is a frozen dataclass of hyper-parameters with the interface of `Task`; `create` makes one
+from a config.  To add a task, write such a class in a file of its own and name it in `TASKS`.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from experiments.tasks.recall import Recall
+from experiments.tasks.text import Text
+from experiments.tasks.transduction import Copy, Reverse, Sort
+
+TASKS = {"recall": Recall, "text": Text, "copy": Copy, "reverse": Reverse, "sort": Sort}
+
+Batch = dict[str, np.ndarray]
+
+
+@typing.runtime_checkable
+class Task(typing.Protocol):
+    """What training needs to know of a task.  Letters: n examples, T and S tokens.
+
+    A batch is a dict of arrays:
+
+    - 'inputs' int32 [n, T]: what a decoder reads;
+    - 'targets' int32 [n, T]: what it should predict at each position;
+    - 'weights' float32 [n, T]: 1 where a prediction counts in loss and accuracy, else 0;
+    - for an encoder-decoder also 'source' int32 [n, S], padded with 0, and 'source_lengths'
+      int32 [n]; 'inputs' are then the targets shifted right behind a begin token.
+    """
+
+    architecture: ClassVar[str]
+    """'decoder' or 'encoder_decoder'."""
+
+    primary: ClassVar[str]
+    """The metric that judges a model: '<split>/loss' or '<split>/accuracy'."""
+
+    lower_is_better: ClassVar[bool]
+    """Whether a smaller primary metric is better."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, of inputs, targets and source together."""
+
+    @property
+    def length(self) -> int:
+        """T (and at most S) of a training batch."""
+
+    @property
+    def max_length(self) -> int:
+        """The largest T or S of training and all evaluation splits: the size of position tables."""
+
+    def batch(self, seed: int, indices: np.ndarray) -> Batch:
+        """The training examples numbered `indices` [n]: a pure function of (seed, index)."""
+
+    def eval_splits(self) -> dict[str, Batch]:
+        """All evaluation examples by split: 'validation', and where there are any 'test' and, for
+        every longer length n asked for, 'length_<n>'.  Never an example of the training set.
+
+        Reads and checks all the data a task has, so call it before compiling anything.
+        """
+
+    def example(self) -> Batch:
+        """The first validation example alone (n = 1), to draw attention maps for."""
+
+    def tokens(self, ids: np.ndarray) -> list[str]:
+        """Printable labels of token ids [T]."""
+
+
+def create(config: Mapping[str, Any]) -> Task:
+    """The task that `config` describes: `create({'name': 'recall', 'num_pairs': 8})`.
+
+    Args:
+      config: 'name', one of TASKS, and fields of that task; None stands for a field's default.
+
+    Raises:
+      ValueError: for an unknown name or field (naming the nearest one), a wrong type, or sizes
+        that do not fit together.
+    """
+    fields = {key: value for key, value in config.items() if key != "name"}
+    name = config.get("name")
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; choose from {', '.join(_nearest(name, TASKS))}")
+    known = {field.name for field in dataclasses.fields(TASKS[name])}
+    for field in fields:
+        if field not in known:
+            nearest, *others = _nearest(field, known)
+            raise ValueError(
+                f"task {name!r} has no field {field!r}; did you mean {nearest!r}? "
+                f"Other fields: {', '.join(others)}"
+            )
+    types = typing.get_type_hints(TASKS[name])
+    given = {key: value for key, value in fields.items() if value is not None}
+    return TASKS[name](**{key: _typed(name, key, given[key], types[key]) for key in given})
+
+
+def _nearest(word, known):
+    return sorted(known, key=lambda k: (-difflib.SequenceMatcher(a=str(word), b=k).ratio(), k))
+
+
+def _typed(task, field, value, expected):
+    # A config holds lists where a hashable dataclass needs tuples, and 1 where a float may stand.
+    if typing.get_origin(expected) is tuple and isinstance(value, (list, tuple)):
+        return tuple(_typed(task, field, item, typing.get_args(expected)[0]) for item in value)
+    if expected is float and type(value) is int:
+        return float(value)
+    if typing.get_origin(expected) is tuple or not isinstance(value, expected):
+        raise ValueError(
+            f"task {task!r}: {field}={value!r} is {type(value).__name__}, "
+            f"expected {getattr(expected, '__name__', expected)}"
+        )
+    return value

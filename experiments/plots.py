@@ -1,0 +1,304 @@
+"""Figures of a run directory: learning curves, one plot an axis, attention maps.
+
+Every function returns a `matplotlib.figure.Figure` of its own: nothing here touches pyplot or
+leaves global state behind. `save_all` writes each as PNG, and as SVG for papers and the report;
+the SVGs draw text and axes in the colour of the page around them, light or dark.
+"""
+
+import contextlib
+import io
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from experiments import results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK = "#1b1e23"
+COLORS = {"better": "#1b7fc4", "worse": "#d1580f", "": "#858b95"}
+# Okabe and Ito's eight, told apart by colour-blind readers, evened out for light and dark pages.
+_LINES = ["#0f7fc1", "#e29a08", "#0c9c73", "#d6589f", "#55b1e3", "#d1580f", "#8d6cc9", "#a49a1a"]
+_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "attention",
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), INK),
+}
+
+
+def learning_curves(experiment: results.Experiment, base: str) -> "Figure":
+    """The primary metric against steps: a panel an axis, the base cell's curve in each.
+
+    Lines are means over seeds, bands reach from the lowest to the highest seed. Validation where
+    it was logged, else training. Of a metric where lower is better the view is fitted to the
+    second half of training: the fall before it would leave no room to tell the cells apart.
+    """
+    axes = experiment.axes(base) or [""]
+    metric, lower, curves = _curves(experiment.group(base))
+    with _style():
+        figure = _figure(10, 0.5 + 2.5 * len(axes))
+        panels = figure.subplots(len(axes), 1, sharex=True, squeeze=False)[:, 0]
+        for panel, axis in zip(panels, axes, strict=True):
+            lines: list[Any] = []
+            names: list[str] = []
+            limits = []
+            group = experiment.group(base, axis)
+            variants = [cell.id for cell in group if cell.axis is not None]
+            for cell in (cell for cell in group if cell.id in curves):
+                steps, values = curves[cell.id]
+                if cell.axis is None:
+                    names.append(_base_name(experiment, base, axis))
+                    style: dict[str, Any] = {"color": INK, "linewidth": 2.2, "zorder": 3}
+                else:
+                    names.append(str(cell.value))
+                    turn, i = divmod(variants.index(cell.id), len(_LINES))
+                    dash = _DASHES[turn % len(_DASHES)]
+                    style = {"color": _LINES[i], "linewidth": 1.5, "linestyle": dash}
+                mean = values.mean(axis=1)
+                lines += panel.plot(steps, mean, **style)
+                if values.shape[1] > 1:
+                    low, high = values.min(axis=1), values.max(axis=1)
+                    panel.fill_between(steps, low, high, color=style["color"], alpha=0.13, lw=0)
+                limits.append(mean[steps >= 0.5 * steps[-1]] if lower else mean)
+            _zoom(panel, limits)
+            panel.set(title=_plain(axis), ylabel=_plain(metric))
+            panel.grid(color=INK, alpha=0.12, linewidth=0.6)
+            if lines:
+                outside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.03)}
+                panel.legend(lines, [_plain(name) for name in names], handlelength=1.6, **outside)
+        panels[-1].set_xlabel("step")
+    return figure
+
+
+def axis_plot(experiment: results.Experiment, base: str, axis: str) -> "Figure":
+    """Each value of an axis: mean (dot), 95% interval (line) and single seeds (faint dots).
+
+    A dashed line marks the mean of the base cell. Blue is better and orange worse than the base
+    where the interval of the paired difference excludes zero, grey is neither.
+    """
+    group = experiment.group(base, axis)
+    rows = [row for row in results.summarize(experiment) if row.cell in group]
+    title = next((results.metric_title(rows).split(",")[0] for row in rows if row.primary), "")
+    with _style():
+        figure = _figure(6.2, 0.85 + 0.3 * len(rows))
+        panel = figure.subplots()
+        for y, row in enumerate(rows):
+            estimate = row.primary
+            if estimate is None:
+                place = panel.get_yaxis_transform()
+                note = {"transform": place, "va": "center", "style": "italic", "alpha": 0.6}
+                panel.text(0.01, y, row.cell.status, **note)
+                continue
+            color = INK if row.cell.axis is None else COLORS[row.verdict]
+            seeds = estimate.values
+            below = [y + 0.25] * len(seeds)
+            panel.scatter(seeds, below, s=13, color=color, alpha=0.4, linewidth=0)
+            interval = 0 if math.isnan(estimate.interval) else estimate.interval
+            panel.errorbar(
+                estimate.mean,
+                y,
+                xerr=interval,
+                color=color,
+                linewidth=1.8,
+                marker="o",
+                markersize=5,
+            )
+            if row.cell.axis is None:
+                panel.axvline(estimate.mean, color=INK, linestyle="--", linewidth=0.9, alpha=0.6)
+        names = [str(row.cell.value) for row in rows]
+        if rows and rows[0].cell.axis is None:
+            names[0] = _base_name(experiment, base, axis)
+        panel.set_yticks(range(len(rows)), [_plain(name) for name in names])
+        panel.set_ylim(len(rows) - 0.4, -0.6)
+        panel.set(title=_plain(axis), xlabel=_plain(title))
+        panel.grid(axis="x", color=INK, alpha=0.12, linewidth=0.6)
+        panel.tick_params(axis="y", length=0)
+        panel.spines["left"].set_visible(False)
+    return figure
+
+
+def attention_maps(cell: results.Cell) -> "Figure | None":
+    """Weights of every layer (rows) and head (columns) on one example; None where none are kept."""
+    kept = results.read_attention(cell)
+    if kept is None:
+        return None
+    weights, query, key = kept
+    names = [f"layer {i + 1}" for i in range(len(weights))]
+    return _maps(list(weights), names, query, key, f"{cell.label}: attention weights")
+
+
+def score_maps(
+    experiment: results.Experiment, base: str, axis: str = "score", layer: int = -1
+) -> "Figure | None":
+    """Weights of one layer on the same example: a row a cell of `axis`, a column a head.
+
+    None where no cell of the axis has kept its weights.
+    """
+    shown = [(cell, results.read_attention(cell)) for cell in experiment.group(base, axis)]
+    kept = [(cell, maps) for cell, maps in shown if maps is not None]
+    if not any(cell.axis == axis for cell, _ in kept):
+        return None
+    names = [
+        _base_name(experiment, base, axis) if cell.axis is None else str(cell.value)
+        for cell, _ in kept
+    ]
+    _, (weights, query, key) = kept[0]
+    where = "the last layer" if layer == -1 else f"layer {range(len(weights))[layer] + 1}"
+    title = f"{base}: attention weights of {where} by {axis}"
+    return _maps([maps[0][layer] for _, maps in kept], names, query, key, title)
+
+
+def save_all(experiment: results.Experiment, workdir: str | os.PathLike[str]) -> list[Path]:
+    """Writes all figures of all groups into `workdir/plots` as PNG and SVG; their paths.
+
+    The names are `<base>-curves`, `<base>-<axis>` (an axis plot), `<base>-attention-maps` and
+    `<base>-score-maps`.
+    """
+    folder = Path(workdir) / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in _figures(experiment):
+        for kind, content in _render(figure).items() if figure else ():
+            paths.append(folder / f"{results.file_name(name)}.{kind}")
+            results.replace(paths[-1], content)
+    return paths
+
+
+def _figures(experiment: results.Experiment) -> Iterator[tuple[str, "Figure | None"]]:
+    for base in experiment.bases():
+        yield f"{base}-curves", learning_curves(experiment, base)
+        for axis in experiment.axes(base):
+            yield f"{base}-{axis}", axis_plot(experiment, base, axis)
+        for cell in experiment.group(base):
+            if cell.axis is None:
+                yield f"{base}-attention-maps", attention_maps(cell)
+        yield f"{base}-score-maps", score_maps(experiment, base)
+
+
+def _render(figure: "Figure") -> dict[str, bytes]:
+    with _style(), warnings.catch_warnings():
+        # A token in a script that the font lacks is drawn as a box; the SVG has the letter.
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # the layout is settled: not again for each format
+        png, svg = io.BytesIO(), io.BytesIO()
+        figure.savefig(png, format="png", dpi=160, facecolor="white")
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
+    drawing = svg.getvalue().decode().replace(INK, "currentColor")
+    return {"png": png.getvalue(), "svg": drawing[drawing.index("<svg") :].encode()}
+
+
+def _style() -> contextlib.AbstractContextManager[None]:
+    import matplotlib
+
+    return matplotlib.rc_context(_STYLE)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _maps(
+    rows: Sequence[np.ndarray], names: Sequence[str], query: list[str], key: list[str], title: str
+) -> "Figure":
+    """Heat maps [H, T, S] a row, on one scale from 0 to 1; weights of exactly 0 are left blank."""
+    columns, longest = max(map(len, rows)), max(len(query), len(key))
+    labelled = longest <= 40
+    size = max(1.3, 0.07 * longest) if labelled else 1.9
+    height = size * max(0.3, len(query) / len(key))
+    with _style():
+        figure = _figure(max(3.6, 1.7 + size * columns), 0.9 + height * len(rows))
+        panels = figure.subplots(len(rows), columns, squeeze=False)
+        for i, (row, name) in enumerate(zip(rows, names, strict=True)):
+            for panel in panels[i, len(row) :]:
+                panel.set_axis_off()
+            for panel, weights in zip(panels[i], row, strict=False):
+                shown = np.ma.masked_equal(weights, 0)
+                image = panel.imshow(shown, vmin=0, vmax=1, interpolation="none", aspect="auto")
+                panel.spines[:].set(visible=True, linewidth=0.5, alpha=0.3)
+                panel.tick_params(length=0 if labelled else 2, labelsize=5 if labelled else 7)
+                if panel not in panels[:, 0]:
+                    panel.set_yticks([])
+                if panel not in panels[-1]:
+                    panel.set_xticks([])
+            panels[i, 0].set_ylabel(_plain(name), rotation=0, ha="right", va="center", fontsize=8)
+            if labelled:
+                panels[i, 0].set_yticks(range(len(query)), [_token(token) for token in query])
+        for panel in panels[-1] if labelled else ():
+            rotation = 0 if max(map(len, key)) == 1 else 90
+            panel.set_xticks(range(len(key)), [_token(token) for token in key], rotation=rotation)
+        for j, panel in enumerate(panels[0]):
+            panel.set_title(f"head {j + 1}", fontsize=8, fontweight="normal", loc="center")
+        figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=10, fontweight="bold")
+        figure.supxlabel("key", fontsize=8)
+        figure.supylabel("query", fontsize=8)
+        length = min(1.0, 1.6 / (height * len(rows)))
+        bar = figure.colorbar(
+            image, ax=panels, shrink=length, anchor=(0, 1), aspect=14, fraction=0.03, pad=0.02
+        )
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def _curves(
+    cells: Sequence[results.Cell],
+) -> tuple[str, bool, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """The metric, whether lower is better; of each cell steps [N] and values [N, seeds]."""
+    logged = {cell.id: results.read_curves(cell) for cell in cells}
+    done = [cell.result for cell in cells if cell.status == "done"]
+    metric = done[0]["primary"] if done else "validation/loss"
+    if not any(metric in curves for curves in logged.values()):
+        metric = re.sub("^[^/]*", "train", metric)
+    shown = {}
+    for name, curves in logged.items():
+        if metric in curves:
+            steps, values = curves[metric]
+            few = np.unique(np.linspace(0, len(steps) - 1, 200).round().astype(int))
+            shown[name] = steps[few], np.where(np.isfinite(values[few]), values[few], np.nan)
+    return metric, done[0]["lower_is_better"] if done else True, shown
+
+
+def _zoom(panel: "Axes", limits: Sequence[np.ndarray]) -> None:
+    values = np.concatenate([np.zeros(0), *limits])
+    values = values[np.isfinite(values)]
+    if values.size:
+        low, high = values.min(), values.max()
+        margin = 0.06 * (high - low) or 0.01 * (abs(high) or 1)
+        panel.set_ylim(low - margin, high + margin)
+
+
+def _base_name(experiment: results.Experiment, base: str, axis: str) -> str:
+    value = experiment.base_value(base, axis)
+    return value if value == "base" else f"{value} (base)"
+
+
+def _plain(text: str) -> str:
+    """`text` without a meaning to Matplotlib or XML: no formulas, no control characters."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).replace("$", r"\$")
+
+
+def _token(token: str) -> str:
+    token = "␣" if token == " " else token
+    return _plain(token if len(token) <= 12 else token[:11] + "…")

@@ -1,0 +1,116 @@
+"""The report of a run directory: results.csv, plots/ and one self-contained report.html.
+
+    python -m experiments.report --workdir=runs/quickstart
+
+reads what is in the directory, finished or not, writes the three anew and prints the table.
+"""
+
+import base64
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from experiments import plots, results
+
+# Above this size a drawing of many heads is smaller as pixels.
+_MAX_SVG = 400_000
+
+
+def write_report(workdir: str | os.PathLike[str]) -> Path:
+    """Writes `results.csv`, `plots/` and `report.html` into a run directory; the report's path.
+
+    Raises:
+      ValueError: `workdir` is not a run directory (see `results.load`).
+    """
+    import jinja2
+
+    experiment = results.load(workdir)
+    rows = results.summarize(experiment)
+    results.write_csv(rows, experiment.path / "results.csv")
+    files = {path.name: path for path in plots.save_all(experiment, workdir)}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html").render(
+        experiment=experiment,
+        name=experiment.path.resolve().name,
+        groups=[_group(experiment, rows, base, files) for base in experiment.bases()],
+        failed=[row for row in rows if row.error],
+        number=results.number,
+    )
+    path = experiment.path / "report.html"
+    results.replace(path, page)
+    return path
+
+
+def _group(
+    experiment: results.Experiment,
+    rows: Sequence[results.Row],
+    base: str,
+    files: Mapping[str, Path],
+) -> dict[str, Any]:
+    """What the template shows of one group."""
+    rows = [row for row in rows if row.cell.base == base]
+    digits = results.decimals(rows)
+    axes = experiment.axes(base)
+    done = [row for row in rows if row.primary]
+    primary = done[0].cell.result["primary"] if done else "mean"
+    names = dict.fromkeys(name for row in done for name in row.metrics)
+    split = primary.partition("/")[0] + "/"  # what else was measured on the same data
+    return {
+        "name": base,
+        "title": results.metric_title(rows),
+        "done": sum(row.cell.status == "done" for row in rows),
+        "findings": [(axis, results.finding(experiment, rows, axis)) for axis in axes],
+        "rows": rows,
+        "primary": primary,
+        "others": [name for name in names if name != primary and name.startswith(split)],
+        "format": lambda mean, interval, sign="": results.plus_minus(mean, interval, digits, sign),
+        "axis_plots": [_inline(files, f"{base}-{axis}") for axis in axes],
+        "curves": _inline(files, f"{base}-curves"),
+        "maps": _inline(files, f"{base}-attention-maps"),
+        "score_maps": _inline(files, f"{base}-score-maps"),
+    }
+
+
+def _inline(files: Mapping[str, Path], name: str) -> Any:
+    """A figure as markup that needs no other file; '' where there is no such figure."""
+    import markupsafe
+
+    name = results.file_name(name)
+    if f"{name}.svg" not in files:
+        return ""
+    svg = files[f"{name}.svg"].read_text("utf-8")
+    if len(svg) <= _MAX_SVG:
+        return markupsafe.Markup(svg)
+    data = base64.b64encode(files[f"{name}.png"].read_bytes()).decode()
+    return markupsafe.Markup('<img alt="{}" src="data:image/png;base64,{}">').format(name, data)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints the table, writes the report, prints its path."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}; give --workdir=...")
+    try:
+        rows = results.summarize(results.load(flags.FLAGS.workdir))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    results.show(rows)
+    try:
+        print(write_report(flags.FLAGS.workdir))
+    except OSError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    # Here and not above: the launcher imports this module and has a --workdir of its own.
+    flags.DEFINE_string("workdir", None, "The run directory.", required=True)
+    app.run(main)

@@ -1,0 +1,98 @@
+"""The cells of a sweep: base settings and what each cell changes."""
+
+import dataclasses
+import itertools
+import runpy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from experiments import results, settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One experiment of a sweep.
+
+    Attributes:
+      id: its name and folder, e.g. 'text.position=none'.
+      base: the base it varies; cells are compared within a base.
+      axis, value: what it varies and how, None for the base itself.
+      overrides: the settings in which it differs from its base.
+      config: all settings.
+    """
+
+    id: str
+    base: str
+    axis: str | None
+    value: str | None
+    overrides: Mapping[str, Any]
+    config: ConfigDict
+
+
+def expand(
+    config: ConfigDict,
+    bases: Mapping[str, Mapping[str, Any]],
+    axes: Mapping[str, Iterable[Mapping[str, Any]]],
+    *,
+    product: bool = False,
+    given: Mapping[str, Any] | None = None,
+) -> list[Cell]:
+    """All cells: each base, and around it each axis by itself or, with `product`, the grid.
+
+    Args:
+      config: the settings that everything starts from.
+      bases: name -> overrides (dotted keys; 'task' may be a dict with a name: another task).
+      axes: name -> overrides of each of its values. An override dict with a key 'base' is for
+        that base only. A value that is the base's own adds no cell.
+      product: one cell for each combination of values instead.
+      given: overrides by the user's own flags, which hold in every base.
+
+    Raises:
+      ValueError, KeyError: for a setting that does not exist or has another type.
+    """
+    cells: dict[str, Cell] = {}
+    for base, base_overrides in bases.items():
+        start = settings.override(config, {**base_overrides, **(given or {})})
+        swept = {axis: _values(changes, base) for axis, changes in axes.items()}
+        swept = {axis: changes for axis, changes in swept.items() if changes}
+        if product and swept:
+            axis = "×".join(swept)
+            variants = [
+                (axis, {key: v for change in combination for key, v in change.items()})
+                for combination in itertools.product(*swept.values())
+            ]
+        else:
+            cells[base] = Cell(base, base, None, None, {}, start)
+            variants = [(axis, change) for axis, changes in swept.items() for change in changes]
+        for axis, change in variants:
+            varied = settings.override(start, change)
+            if varied == start and base in cells:
+                continue
+            value = ", ".join(str(v) for v in change.values())
+            name = results.file_name(f"{base}.{axis}={value}".replace(" ", ""))
+            cells[name] = Cell(name, base, axis, value, change, varied)
+    return list(cells.values())
+
+
+def load(path: str, names: str) -> tuple[dict, dict[str, list]]:
+    """The bases and the axes of a config file: what its `bases` and `sweep_<name>` return.
+
+    `names` are the axes wanted, separated by commas; 'all' takes every one there is and '' none.
+    """
+    functions = runpy.run_path(path)
+    bases: Callable[[], dict] = functions.get("bases", lambda: {"base": {}})
+    known = [name.removeprefix("sweep_") for name in functions if name.startswith("sweep_")]
+    wanted = known if names == "all" else [name for name in names.split(",") if name]
+    for name in wanted:
+        if name not in known:
+            raise ValueError(
+                f"{path} has no sweep_{name}; it has {', '.join(known) or 'no sweeps'}"
+            )
+    return bases(), {name: list(functions[f"sweep_{name}"]()) for name in wanted}
+
+
+def _values(changes, base):
+    own = [change for change in changes if change.get("base", base) == base]
+    return [{key: v for key, v in change.items() if key != "base"} for change in own]

@@ -1,0 +1,312 @@
+"""Language modelling of bytes or characters, on any text."""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import glob
+import gzip
+import hashlib
+import itertools
+import os
+import pathlib
+import re
+import sys
+import sysconfig
+import types
+import typing
+import zlib
+from typing import ClassVar
+
+import numpy as np
+
+from experiments.tasks import hashing
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Predict the next byte or character: targets are the inputs one position later.
+
+    The text is that of `path`, or of `tfds`, or else the source code of the running Python's
+    standard library: real text that every machine has (another Python version, another text; see
+    `fingerprint`).  Unless a TFDS set brings its own validation split, the first int(0.9 · size)
+    tokens are for training and the rest for validation, as in nanoGPT (Karpathy 2022).
+
+    A training example is a window of `context` tokens at a random place.  An evaluation split is a
+    whole part of the text in consecutive windows, without the incomplete last one.
+
+    Attributes:
+      path: a text file, plain or .gz, or a folder, of which all files are joined in the order of
+        their paths, hidden ones left out.
+      tfds: name of a TFDS text set, 'tiny_shakespeare' or 'lm1b:1.1.0'; downloaded and prepared if
+        it is not there yet.  TensorFlow is not needed.
+      tfds_records: take this many examples of each TFDS split, from the first on; None for all.
+      data_dir: where TFDS data sets live; None for TFDS's own default.
+      level: 'byte' (vocabulary 256) or 'char' (the sorted characters of the whole text).
+      context: T, tokens of a window.
+      max_eval_examples: take at most so many windows of each split, evenly spaced; None for all.
+      eval_lengths: for each n, a split 'length_<n>': the validation part in windows of n tokens.
+
+    Raises ValueError for fields that make no sense together.  Everything that needs the text raises
+    FileNotFoundError or another OSError if it cannot be read, and ValueError if it is not UTF-8, or
+    shorter than a window.
+    """
+
+    path: str | None = None
+    tfds: str | None = None
+    tfds_records: int | None = None
+    data_dir: str | None = None
+    level: str = "byte"
+    context: int = 64
+    max_eval_examples: int | None = None
+    eval_lengths: tuple[int, ...] = ()
+
+    architecture: ClassVar[str] = "decoder"
+    primary: ClassVar[str] = "validation/loss"
+    lower_is_better: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if self.path is not None and self.tfds is not None:
+            raise ValueError(f"path={self.path!r} and tfds={self.tfds!r}: give one of them")
+        if self.tfds is None and (self.data_dir, self.tfds_records) != (None, None):
+            raise ValueError(
+                "data_dir and tfds_records say where and what of a tfds set: give tfds"
+            )
+        if self.level not in ("byte", "char"):
+            raise ValueError(f"level={self.level!r} is unknown; choose 'byte' or 'char'")
+        for name in ("context", "max_eval_examples", "tfds_records"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if min((1, *self.eval_lengths)) < 1:
+            raise ValueError(f"eval_lengths={self.eval_lengths} must be at least 1")
+
+    @property
+    def vocab_size(self) -> int:
+        """256 for bytes, else the number of different characters in the whole text."""
+        return 256 if self.level == "byte" else len(self._corpus.characters)
+
+    @property
+    def length(self) -> int:
+        """T, the context."""
+        return self.context
+
+    @property
+    def max_length(self) -> int:
+        """The longest window of any split."""
+        return max((self.context, *self.eval_lengths))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with any token of any part: which text this was."""
+        return self._corpus.fingerprint
+
+    def batch(self, seed: int, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Windows of the training part at places hashed from (seed, index)."""
+        tokens = self._corpus.train
+        self._require(tokens, "training", self.context)
+        bits = hashing.bits(hashing.TRAIN, seed, indices, 0, 1)
+        return _windows(tokens, hashing.integers(bits, len(tokens) - self.context), self.context)
+
+    def eval_splits(self) -> dict[str, dict[str, np.ndarray]]:
+        """'validation', 'test' where a TFDS set has one, and 'length_<n>' for n in eval_lengths."""
+        self._require(self._corpus.train, "training", self.context)
+        parts = {"validation": (self._corpus.validation, self.context)}
+        if self._corpus.test is not None:
+            parts["test"] = (self._corpus.test, self.context)
+        parts |= {f"length_{n}": (self._corpus.validation, n) for n in self.eval_lengths}
+        return {name: self._consecutive(name, *part) for name, part in parts.items()}
+
+    def example(self) -> dict[str, np.ndarray]:
+        """The first window of the validation part."""
+        self._require(self._corpus.validation, "validation", self.context)
+        return _windows(self._corpus.validation, np.zeros((1, 1), np.int64), self.context)
+
+    def tokens(self, ids: np.ndarray) -> list[str]:
+        """Characters, a space as ␣, and what cannot be printed by its escape: \\n, \\xff."""
+        ids = np.asarray(ids).tolist()
+        if self.level == "byte":
+            text = [chr(i) if i < 128 else f"\\x{i:02x}" for i in ids]
+        else:
+            text = [self._corpus.characters[i] for i in ids]
+        escaped = [t if t.isprintable() else t.encode("unicode_escape").decode() for t in text]
+        return ["␣" if t == " " else t for t in escaped]
+
+    @property
+    def _corpus(self):
+        return _load(self.path, self.tfds, self.tfds_records, self.data_dir, self.level)
+
+    def _require(self, tokens, part, length):
+        if len(tokens) < length + 1:
+            raise ValueError(
+                f"the text is too short: its {part} part has {len(tokens)} {self.level}s, a window "
+                f"of {length} needs {length + 1}; give a longer text or shorter windows"
+            )
+
+    def _consecutive(self, part, tokens, length):
+        self._require(tokens, part, length)
+        num = (len(tokens) - 1) // length
+        taken = min(num, self.max_eval_examples or num)
+        starts = np.arange(taken) * num // taken * length
+        return _windows(tokens, starts[:, None], length)
+
+
+class _Corpus(typing.NamedTuple):
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray | None
+    characters: str | None
+    fingerprint: str
+
+
+@functools.lru_cache(maxsize=8)
+def _load(path, tfds, tfds_records, data_dir, level):
+    """The text of `Text`'s fields as tokens, read once per process."""
+    if tfds is not None:
+        texts = _read_tfds(tfds, tfds_records, data_dir)
+    else:
+        texts = {"train": _read_path(path) if path is not None else _read_standard_library()}
+    codes = {name: _codes(text, level) for name, text in texts.items()}
+    characters = None
+    if level == "char":
+        used = np.unique(np.concatenate(list(codes.values())))
+        codes = {name: np.searchsorted(used, c).astype(np.int32) for name, c in codes.items()}
+        characters = "".join(map(chr, used.tolist()))
+    if "validation" not in codes:
+        size = int(0.9 * len(codes["train"]))
+        codes["train"], codes["validation"] = codes["train"][:size], codes["train"][size:]
+    digest = hashlib.sha256(repr((level, characters)).encode())
+    for name, tokens in sorted(codes.items()):
+        digest.update(f"{name} {len(tokens)}".encode() + tokens.astype("<i4").tobytes())
+        tokens.flags.writeable = False
+    return _Corpus(
+        codes["train"],
+        codes["validation"],
+        codes.get("test"),
+        characters,
+        digest.hexdigest()[:16],
+    )
+
+
+def _codes(text, level):
+    encoding, dtype = ("utf-8", np.uint8) if level == "byte" else ("utf-32-le", "<u4")
+    return np.frombuffer(text.encode(encoding), dtype)
+
+
+def _windows(tokens, starts, length):
+    # starts [n, 1]
+    window = tokens[starts + np.arange(length + 1)].astype(np.int32)
+    return {
+        "inputs": window[:, :-1],
+        "targets": window[:, 1:],
+        "weights": np.ones((len(starts), length), np.float32),
+    }
+
+
+def _read_standard_library():
+    folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    # Not every *.py there: distributions add modules that differ between machines.
+    files = sorted(folder / f"{name}.py" for name in sys.stdlib_module_names)
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise FileNotFoundError(
+            f"this Python has no source code of its standard library in {folder}: give path= or "
+            "tfds="
+        )
+    return "\n".join(map(_read_file, files))
+
+
+def _read_path(path):
+    path = pathlib.Path(path).expanduser()
+    if path.is_file():
+        return _read_file(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no text file or folder at path={str(path)!r}")
+    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    visible = sorted(name for name in files if not re.search(r"(^|/)\.", name))
+    if not visible:
+        raise ValueError(f"the folder path={str(path)!r} holds no files: give one with texts")
+    return "\n".join(_read_file(files[name]) for name in visible)
+
+
+def _read_file(file):
+    try:
+        data = file.read_bytes()
+        return (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not UTF-8 text (byte {error.start}): convert it, or take it out of the "
+            "folder"
+        ) from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot read the text file {file}: {reason}") from error
+
+
+def _read_tfds(name, records, data_dir):
+    """The texts of a TFDS set's train, validation and test splits, its examples joined by lines."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except Exception as error:
+        known = re.findall(r"^\s+- (\w+)$", str(error), re.MULTILINE)
+        near = difflib.get_close_matches(name, known)
+        raise ValueError(
+            f"TFDS has no data set {name!r}{f', did you mean {near[0]!r}?' if near else ''} "
+            f"({_one_line(error)})"
+        ) from error
+    try:
+        with _file_functions_without_tensorflow(builder):
+            builder.download_and_prepare(file_format="array_record")
+        splits = ["train"] + [s for s in ("validation", "test") if s in builder.info.splits]
+        sources = {split: builder.as_data_source(split) for split in splits}
+    except Exception as error:
+        raise OSError(
+            f"cannot prepare the TFDS set {name!r} ({_one_line(error)}): prepare it on a machine "
+            f'with a network, with file_format="array_record", and copy it to {builder.data_dir} '
+            "(data_dir= says where), or give the text itself as path="
+        ) from error
+    features = builder.info.features
+    of_text = [key for key, f in features.items() if isinstance(f, tfds.features.Text)]
+    if "text" not in of_text and len(of_text) != 1:
+        raise ValueError(
+            f"the TFDS set {name!r} has no text feature 'text', nor a single one of another name: "
+            f"{_one_line(features)}"
+        )
+    key = "text" if "text" in of_text else of_text[0]
+    return {split: _join(source, key, records) for split, source in sources.items()}
+
+
+def _join(source, key, records):
+    texts = [example[key] for example in itertools.islice(source, records)]
+    return "\n".join(t.decode("utf-8") if isinstance(t, bytes) else str(t) for t in texts)
+
+
+@contextlib.contextmanager
+def _file_functions_without_tensorflow(builder):
+    """Gives the builder's module plain file functions for tf.io.gfile.
+
+    That is all that tiny_shakespeare, lm1b, pg19 and others use TensorFlow for.
+    """
+    module = sys.modules[type(builder).__module__]
+    original = getattr(module, "tf", None)
+    if original is None:
+        yield
+        return
+    gfile = types.SimpleNamespace(
+        GFile=lambda file, mode="r": open(file, mode, encoding=None if "b" in mode else "utf-8"),
+        exists=os.path.exists,
+        isdir=os.path.isdir,
+        listdir=os.listdir,
+        glob=glob.glob,
+    )
+    module.tf = types.SimpleNamespace(io=types.SimpleNamespace(gfile=gfile))
+    try:
+        yield
+    finally:
+        module.tf = original
+
+
+def _one_line(value):
+    text = str(value).strip()
+    return text.splitlines()[0] if isinstance(value, Exception) and text else " ".join(text.split())
