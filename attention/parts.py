@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 Params = Any
@@ -125,7 +126,7 @@ class Position:
         del key, model_dim
         return {}
 
-    def embed(self, params: Params, x: Array, positions: Array) -> Array:
+    def embed(self, params: Params, x: Array, positions: Array | np.ndarray) -> Array:
         """Token embeddings [..., T, M] at `positions` [..., T] -> the same with place added."""
         del params, positions
         return x

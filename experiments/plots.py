@@ -222,11 +222,17 @@ def _figure(width: float, height: float) -> "Figure":
 def _maps(
     rows: Sequence[np.ndarray], names: Sequence[str], query: list[str], key: list[str], title: str
 ) -> "Figure":
-    """Heat maps [H, T, S] a row, on one scale from 0 to 1; weights of exactly 0 are left blank."""
+    """Heat maps [H, T, S] a row, on one scale from 0 to 1; weights of exactly 0 are left blank.
+
+    Beyond 128 tokens a pixel is the largest weight of its block: single weights stay visible.
+    """
     columns, longest = max(map(len, rows)), max(len(query), len(key))
     labelled = longest <= 40
     size = max(1.3, 0.07 * longest) if labelled else 1.9
     height = size * max(0.3, len(query) / len(key))
+    step = math.ceil(longest / 128)
+    extent = (-0.5, len(key) - 0.5, len(query) - 0.5, -0.5)
+    style = {"vmin": 0, "vmax": 1, "interpolation": "none", "aspect": "auto", "extent": extent}
     with _style():
         figure = _figure(max(3.6, 1.7 + size * columns), 0.9 + height * len(rows))
         panels = figure.subplots(len(rows), columns, squeeze=False)
@@ -234,8 +240,9 @@ def _maps(
             for panel in panels[i, len(row) :]:
                 panel.set_axis_off()
             for panel, weights in zip(panels[i], row, strict=False):
-                shown = np.ma.masked_equal(weights, 0)
-                image = panel.imshow(shown, vmin=0, vmax=1, interpolation="none", aspect="auto")
+                blocks = np.maximum.reduceat(weights, range(0, len(query), step), axis=0)
+                blocks = np.maximum.reduceat(blocks, range(0, len(key), step), axis=1)
+                image = panel.imshow(np.ma.masked_equal(blocks, 0), **style)
                 panel.spines[:].set(visible=True, linewidth=0.5, alpha=0.3)
                 panel.tick_params(length=0 if labelled else 2, labelsize=5 if labelled else 7)
                 if panel not in panels[:, 0]:

@@ -5,7 +5,6 @@
 reads what is in the directory, finished or not, writes the three anew and prints the table.
 """
 
-import base64
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,9 +14,6 @@ from typing import Any
 from absl import app, flags
 
 from experiments import plots, results
-
-# Above this size a drawing of many heads is smaller as pixels.
-_MAX_SVG = 400_000
 
 
 def write_report(workdir: str | os.PathLike[str]) -> Path:
@@ -82,17 +78,11 @@ def _group(
 
 
 def _inline(files: Mapping[str, Path], name: str) -> Any:
-    """A figure as markup that needs no other file; '' where there is no such figure."""
+    """A drawing as markup, escaped by Matplotlib; '' where there is no such figure."""
     import markupsafe
 
-    name = results.file_name(name)
-    if f"{name}.svg" not in files:
-        return ""
-    svg = files[f"{name}.svg"].read_text("utf-8")
-    if len(svg) <= _MAX_SVG:
-        return markupsafe.Markup(svg)
-    data = base64.b64encode(files[f"{name}.png"].read_bytes()).decode()
-    return markupsafe.Markup('<img alt="{}" src="data:image/png;base64,{}">').format(name, data)
+    path = files.get(f"{results.file_name(name)}.svg")
+    return markupsafe.Markup(path.read_text("utf-8")) if path else ""
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 A group is a base cell (`axis` is None) and the cells that change one thing about it. Differences
 are taken within a group only, and seed by seed: the seeds of two cells share their data order and
-their noise, so the interval of the paired differences is narrower than those of the two means.
+their noise, so the paired differences usually vary less than the two means do.
 """
 
 import csv
@@ -105,22 +105,23 @@ def load(workdir: str | os.PathLike[str]) -> Experiment:
             f"{workdir} is not a run directory: no sweep.json; start one with "
             "python -m experiments.ablate --config=... --workdir=..."
         )
-    sweep = _read_json(workdir / "sweep.json", "command", "created", "seeds", "environment")
+    header = ("command", "created", "seeds", "environment")
+    sweep = _read_json(workdir / "sweep.json", *header, "cells")
     cells = []
-    for spec in sweep.get("cells", ()):
+    for spec in sweep["cells"]:
         path = workdir / "cells" / spec["id"]
+        config = _read_json(path / "config.json")
         result = _read_json(path / "result.json", "status")
         if result.get("status") == "done":
-            _read_json(path / "result.json", "metrics", "primary", "lower_is_better")
+            result = _read_json(path / "result.json", "metrics", "primary", "lower_is_better")
             if result["primary"] not in result["metrics"]:
                 raise ValueError(
                     f"{path / 'result.json'}: the primary metric {result['primary']!r} is not "
                     f"among its metrics: {', '.join(result['metrics'])}"
                 )
-        config = _read_json(path / "config.json")
-        cells.append(Cell(path=path, config=config, result=result, **spec))
-    header = {name: sweep[name] for name in ("command", "created", "seeds", "environment")}
-    return Experiment(path=workdir, cells=cells, **header)
+        names = ("id", "base", "axis", "value", "overrides")
+        cells.append(Cell(*(spec[name] for name in names), path, config, result))
+    return Experiment(workdir, *(sweep[name] for name in header), cells)
 
 
 def read_curves(cell: Cell) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -444,7 +445,7 @@ def _read_json(path: Path, *required: str) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{path} is not JSON ({error}); delete it and run the cell again"
+            f"{path} is not JSON ({error}); delete it and run the sweep's command again"
         ) from error
     missing = [name for name in required if name not in content]
     if missing:

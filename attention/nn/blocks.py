@@ -10,7 +10,7 @@ import numpy as np
 
 from attention import masks
 from attention.mechanism import Mechanism
-from attention.nn.multi_head import MultiHeadAttention, param_if_any
+from attention.nn.multi_head import Dense, MultiHeadAttention, param_if_any
 from attention.parts import Array, Position
 
 
@@ -105,14 +105,16 @@ class Embedding(nn.Module):
     def __call__(self, tokens: Array, positions: Array | None = None) -> Array:
         """tokens [..., T] int, positions [..., T] int (0, 1, 2 ... unless given) -> [..., T, M]."""
         # NumPy's, not traced: so `embed` can refuse a text that is too long for it.
-        positions = np.arange(tokens.shape[-1]) if positions is None else positions
+        places = np.arange(tokens.shape[-1]) if positions is None else positions
         x = jnp.take(self.table, tokens, axis=0).astype(self.dtype)
-        return self.position.embed(self.place, x, positions)
+        return self.position.embed(self.place, x, places)
 
     def logits(self, x: Array) -> Array:
         """[..., T, M] -> [..., T, vocab_size] in float32."""
         head = self.head.astype(self.dtype)
-        return jnp.einsum("...M,vM->...v", x, head, preferred_element_type=jnp.float32)
+        flat = x.reshape(-1, self.model_dim)  # as in `Dense`
+        logits = jnp.einsum("nM,vM->nv", flat, head, preferred_element_type=jnp.float32)
+        return logits.reshape(*x.shape[:-1], self.vocab_size)
 
 
 class MLP(nn.Module):
@@ -128,7 +130,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         def dense(width, init, name):
-            return nn.Dense(
+            return Dense(
                 width,
                 use_bias=self.use_bias,
                 dtype=self.dtype,

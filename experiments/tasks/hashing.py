@@ -42,7 +42,8 @@ def bits(stream, seed, indices, draw, num):
         raise ValueError(f"seed={seed} is out of range; choose 0 <= seed < 2**32")
     # Arrays of two axes throughout, never scalars: NumPy warns when a scalar wraps around.
     state = np.zeros((1, 1), np.uint64)
-    for x in ([[stream << 32 | seed]], np.reshape(indices, (-1, 1)), [[draw]], [np.arange(num)]):
+    stream_and_seed = stream << 32 | int(seed)
+    for x in ([[stream_and_seed]], np.reshape(indices, (-1, 1)), [[draw]], [np.arange(num)]):
         state = _mix(state + (np.asarray(x).astype(np.uint64) + np.uint64(1)) * _GOLDEN)
     return state
 

@@ -234,8 +234,7 @@ def _read_file(file):
         return (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{file} is not UTF-8 text (byte {error.start}): convert it, or take it out of the "
-            "folder"
+            f"{file} is not UTF-8 text (byte {error.start}): convert it, or leave it out"
         ) from error
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
@@ -288,13 +287,18 @@ def _file_functions_without_tensorflow(builder):
 
     That is all that tiny_shakespeare, lm1b, pg19 and others use TensorFlow for.
     """
+
+    def open_file(file, mode="r"):
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+        return open(file, mode, **text)
+
     module = sys.modules[type(builder).__module__]
     original = getattr(module, "tf", None)
     if original is None:
         yield
         return
     gfile = types.SimpleNamespace(
-        GFile=lambda file, mode="r": open(file, mode, encoding=None if "b" in mode else "utf-8"),
+        GFile=open_file,
         exists=os.path.exists,
         isdir=os.path.isdir,
         listdir=os.listdir,

@@ -1,0 +1,23 @@
+"""Settings of the property tests, and float64 for the tests that compare with it."""
+
+import hypothesis
+import jax
+import pytest
+
+# The same examples on every run and machine; no deadline, since the first example compiles.
+hypothesis.settings.register_profile(
+    "attention",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("attention")
+
+
+@pytest.fixture
+def x64():
+    """float64 within the test; elsewhere write `with jax.enable_x64(True):`."""
+    with jax.enable_x64(True):
+        yield

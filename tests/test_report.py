@@ -1,0 +1,330 @@
+"""Figures and the report of a run directory: what they show, and that they need nothing else."""
+
+import html.parser
+import re
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+from test_results import CELLS, SCRIPT, write_run
+
+from experiments import plots, report, results
+
+VOID = {"meta", "br", "img", "hr", "input", "link"}
+
+
+def run_report(*args):
+    command = [sys.executable, "-m", "experiments.report", *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run directory with its report."""
+    path = write_run(tmp_path_factory.mktemp("runs") / "a&b")
+    assert report.write_report(path) == path / "report.html"
+    return path
+
+
+@pytest.fixture(scope="module")
+def experiment(workdir):
+    return results.load(workdir)
+
+
+class Page(html.parser.HTMLParser):
+    """Text, tags and attributes of a page; open tags must be closed in order."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.text, self.tags, self.attributes, self.open = [], [], [], []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def page(workdir):
+    return Page((workdir / "report.html").read_text("utf-8"))
+
+
+def test_page_is_well_formed_and_small(page, workdir):
+    assert page.open == []
+    assert page.tags.count("table") == 2
+    assert (workdir / "report.html").stat().st_size < 1_000_000
+
+
+def test_page_needs_no_other_file(page, workdir):
+    links = [value for name, value in page.attributes if re.search(r"\b(src|href|srcset)$", name)]
+    assert links  # the drawings point at their own markers, heat maps are inlined
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+    text = (workdir / "report.html").read_text("utf-8")
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}
+    assert "@import" not in text
+    assert not {"link", "iframe", "object", "embed"} & set(page.tags)
+
+
+def test_drawings_take_the_colour_of_the_page(workdir):
+    for path in (workdir / "plots").glob("*.svg"):
+        drawing = path.read_text("utf-8")
+        assert drawing.startswith("<svg") and drawing.rstrip().endswith("</svg>")
+        assert "currentColor" in drawing and plots.INK not in drawing
+        assert "fill: #ffffff" not in drawing  # no white page behind it
+
+
+def test_names_and_errors_are_escaped(page, workdir):
+    text = (workdir / "report.html").read_text("utf-8")
+    assert SCRIPT not in text and "<b>4</b>" not in text and "<two>" not in text
+    assert page.tags.count("script") == 1
+    shown = "".join(page.text)
+    assert f"score={SCRIPT}" in shown  # the table
+    assert shown.count(SCRIPT) >= 4  # table, learning curves, axis plot, score maps
+    assert "[red]width 30[/red] does not divide into <b>4</b> heads & more" in shown
+
+
+def test_page_tells_everything(page, experiment):
+    shown = " ".join("".join(page.text).split())
+    for cell in experiment.cells:
+        assert cell.label in shown
+    assert "a&b" in shown
+    assert experiment.command in shown
+    assert "2026-11-21T12:00:00" in shown and "0, 1, 2" in shown
+    assert "0.10.2" in shown and "<two>" in shown
+    assert "additive did best, validation/loss 2.000 ± 0.237" in shown
+    assert "no value has a result yet (none failed)" in shown
+    assert "−0.100 ± 0.025*" in shown and "123,456" in shown
+    assert "validation/bits" in shown  # the other metric on the same data ...
+    assert "train/x" not in shown  # ... and not those on other data
+    assert "text (base): attention weights" in shown
+    assert "text: attention weights of the last layer by score" in shown
+
+
+def test_sort_keys_are_numbers(page):
+    keys = [value for name, value in page.attributes if name == "data-sort"]
+    numbers = [float(key) for key in keys if key]
+    assert len(numbers) > len(CELLS) and 123456.0 in numbers
+
+
+def test_plots_are_there_and_not_empty(workdir):
+    names = {path.name for path in (workdir / "plots").iterdir()}
+    stems = ["text-curves", "text-score", "text-heads", "text-position", "text-attention-maps"]
+    stems += ["text-score-maps", "recall-curves", "recall-position", "recall-attention-maps"]
+    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
+    for stem in stems:
+        pixels = matplotlib.image.imread(workdir / "plots" / f"{stem}.png")
+        assert min(pixels.shape[:2]) > 100 and pixels[..., :3].std() > 0.03
+
+
+def test_learning_curves(experiment):
+    figure = plots.learning_curves(experiment, "text")
+    score, heads, position = figure.axes
+    assert [panel.get_title("left") for panel in figure.axes] == ["score", "heads", "position"]
+    assert score.get_ylabel() == "validation/loss" and position.get_xlabel() == "step"
+    names = [text.get_text() for text in score.get_legend().get_texts()]
+    assert names == ["scaled_dot (base)", "additive", SCRIPT]
+    base, additive, _ = score.get_lines()
+    assert base.get_xdata().tolist() == [20, 40, 60, 80, 100]
+    assert base.get_ydata()[-1] == pytest.approx(2.1)
+    assert additive.get_ydata()[-1] == pytest.approx(2.0)
+    assert len(score.collections) == 3  # a band each, from the lowest to the highest seed
+    band = score.collections[1].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((1.9, 2.09 * 1.8))
+    assert len(position.get_lines()) == 1  # the base alone: its only value failed
+    # The second half of training fills the view, from 1.9 · 1.0 to 2.4 · 1.4 or so.
+    assert score.get_ylim()[1] < additive.get_ydata()[0] < heads.get_lines()[1].get_ydata()[0]
+
+
+def test_learning_curves_of_accuracy_show_all_of_training(experiment):
+    (panel,) = plots.learning_curves(experiment, "recall").axes
+    low, high = panel.get_ylim()
+    drawn = np.concatenate([line.get_ydata() for line in panel.get_lines()])
+    assert low < drawn.min() and drawn.max() < high
+
+
+def test_learning_curves_fall_back_to_training_and_need_no_seeds(tmp_path):
+    experiment = results.load(write_run(tmp_path, CELLS[:2], seeds=1))
+    for cell in experiment.cells:
+        path = cell.path / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if "train" in line))
+    (panel,) = plots.learning_curves(experiment, "text").axes
+    assert panel.get_ylabel() == "train/loss"
+    assert len(panel.get_lines()) == 2 and not panel.collections
+
+
+def test_long_curves_are_thinned(tmp_path):
+    experiment = results.load(write_run(tmp_path, CELLS[:2]))
+    with open(experiment.cells[0].path / "metrics.jsonl", "w") as file:
+        for step in range(5000):
+            file.write(f'{{"step": {step}, "validation/loss": [1.0, NaN, {step}]}}\n')
+    (panel,) = plots.learning_curves(experiment, "text").axes
+    steps = panel.get_lines()[0].get_xdata()
+    assert len(steps) == 200 and (steps[0], steps[-1]) == (0, 4999)
+
+
+def test_axis_plot(experiment):
+    (panel,) = plots.axis_plot(experiment, "text", "score").axes
+    labels = [label.get_text() for label in panel.get_yticklabels()]
+    assert labels == ["scaled_dot (base)", "additive", SCRIPT]
+    assert panel.get_xlabel() == "validation/loss (lower is better)"
+    (line,) = [line for line in panel.get_lines() if line.get_linestyle() == "--"]
+    assert line.get_xdata()[0] == pytest.approx(2.1)
+    dots = [dot.get_offsets() for dot in panel.collections if len(dot.get_offsets()) == 3]
+    assert [sorted(dot[:, 0]) for dot in dots] == [
+        [2.0, 2.1, 2.2],
+        [1.9, 2.01, 2.09],
+        [2.1, 2.5, 2.6],
+    ]
+    means = [bar.lines[0] for bar in panel.containers]
+    assert [mean.get_xdata()[0] for mean in means] == pytest.approx([2.1, 2.0, 2.4])
+    colors = [mean.get_color() for mean in means]
+    assert colors == [plots.INK, plots.COLORS["better"], plots.COLORS[""]]
+    ends = panel.containers[1].lines[2][0].get_segments()[0][:, 0]
+    assert ends == pytest.approx((2.0 - 0.2368, 2.0 + 0.2368), abs=1e-3)
+
+
+def test_axis_plot_names_what_has_no_result(experiment):
+    (panel,) = plots.axis_plot(experiment, "text", "heads").axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["4 (base)", "2", "8"]
+    assert [text.get_text() for text in panel.texts] == ["not run"]
+    (panel,) = plots.axis_plot(experiment, "text", "position").axes
+    assert [text.get_text() for text in panel.texts] == ["failed"]
+
+
+def test_attention_maps(experiment):
+    figure = plots.attention_maps(experiment.cells[0])
+    panels, (bar,) = figure.axes[:6], figure.axes[6:]
+    assert figure.get_suptitle() == "text (base): attention weights"
+    assert [panel.get_title() for panel in panels[:3]] == ["head 1", "head 2", "head 3"]
+    assert [panel.get_ylabel() for panel in panels[::3]] == ["layer 1", "layer 2"]
+    assert {panel.get_images()[0].get_clim() for panel in panels} == {(0, 1)}
+    weights = panels[4].get_images()[0].get_array()
+    assert weights[1, 0] == 0.5 and weights.mask[0, 1]  # what may not be attended to is blank
+    labels = [label.get_text() for label in panels[3].get_xticklabels()]
+    assert labels == [*"for", "␣", r"\$", "x", "␣", *"in", "␣", *"y:", r"\n", r"\x07", "_"]
+    assert bar.get_ylim() == (0, 1)
+    assert plots.attention_maps(experiment.cells[4]) is None
+
+
+def test_attention_maps_of_many_tokens_have_ticks(tmp_path):
+    experiment = results.load(write_run(tmp_path, CELLS[:1], tokens="ab" * 21, layers=1, heads=1))
+    panel = plots.attention_maps(experiment.cells[0]).axes[0]
+    labels = {label.get_text() for label in panel.get_xticklabels()}
+    assert "a" not in labels and "20" in labels
+
+
+def test_attention_maps_of_long_contexts_keep_single_weights(tmp_path):
+    path = write_run(tmp_path, CELLS[:1], tokens="a" * 300, layers=1, heads=1)
+    file = path / "cells" / "text" / "attention.npz"
+    arrays = dict(np.load(file))
+    arrays["weights"] = np.zeros_like(arrays["weights"])
+    arrays["weights"][0, 0, 299, 4] = 0.7
+    np.savez(file, **arrays)
+    (image,) = plots.attention_maps(results.load(path).cells[0]).axes[0].get_images()
+    weights = image.get_array()
+    assert weights.shape == (100, 100) and image.get_extent() == [-0.5, 299.5, 299.5, -0.5]
+    assert weights[99, 1] == pytest.approx(0.7) and weights.count() == 1
+
+
+def test_score_maps(experiment):
+    figure = plots.score_maps(experiment, "text")
+    assert len(figure.axes) == 3 * 3 + 1
+    assert [panel.get_ylabel() for panel in figure.axes[:9:3]] == [
+        *("scaled_dot (base)", "additive", SCRIPT)
+    ]
+    assert plots.score_maps(experiment, "recall") is None
+    assert "of layer 1 by score" in plots.score_maps(experiment, "text", layer=0).get_suptitle()
+
+
+def test_score_maps_of_unequal_heads(tmp_path):
+    path = write_run(tmp_path, CELLS[:2])
+    file = path / "cells" / "text.score=additive" / "attention.npz"
+    arrays = dict(np.load(file))
+    np.savez(file, **arrays | {"weights": arrays["weights"][:, :1]})
+    figure = plots.score_maps(results.load(path), "text")
+    assert [bool(panel.get_images()) for panel in figure.axes[:6]] == [True] * 4 + [False] * 2
+
+
+def test_product_sweep_without_base(tmp_path):
+    cells = [
+        ("text", "score×heads", "dot, 4", {"model.score": "dot", "model.num_heads": 4}, [2.0, 2.1]),
+        ("text", "score×heads", "_, $2$", {"model.score": "_", "model.num_heads": 2}, [2.1, 2.3]),
+    ]
+    write_run(tmp_path, cells, seeds=2)
+    page = Page(report.write_report(tmp_path).read_text("utf-8"))
+    shown = " ".join("".join(page.text).split())
+    assert "dot, 4 did best, validation/loss 2.050 ± 0.635; there is no base" in shown
+    assert shown.count("_, $2$") >= 3
+    assert (tmp_path / "plots" / "text-score×heads.png").exists()
+
+
+def test_entry_point_writes_the_same_again(tmp_path):
+    write_run(tmp_path, CELLS[:2], layers=1, heads=1)
+    before = report.write_report(tmp_path).read_bytes()
+    (tmp_path / "results.csv").unlink()
+    done = run_report(f"--workdir={tmp_path}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "score=additive" in done.stdout and "-0.100 ± 0.025 *" in done.stdout
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "report.html")
+    assert (tmp_path / "report.html").read_bytes() == before
+    assert (tmp_path / "results.csv").read_text().startswith("cell,base,axis,value")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_report_before_the_first_result(tmp_path):
+    write_run(tmp_path, [(*cell[:4], None) for cell in CELLS[:2]])
+    page = Page(report.write_report(tmp_path).read_text("utf-8"))
+    shown = "".join(page.text)
+    assert "no value has a result yet (additive not run)." in shown
+    assert "no results yet" in shown and "0 of 2 cells done" in shown
+
+
+def test_entry_point_without_a_run_ends_in_one_line(tmp_path):
+    done = run_report(f"--workdir={tmp_path}/none")
+    assert done.returncode == 1
+    assert done.stdout == "" and not (tmp_path / "none").exists()
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path}/none is not a run directory: no sweep.json;")
+
+
+def test_importing_is_light_and_leaves_no_flags_behind():
+    code = """
+import sys
+from absl import flags
+from experiments import plots, report, results
+heavy = {"matplotlib", "scipy", "jinja2", "rich", "jax"} & set(sys.modules)
+assert not heavy, heavy
+assert "workdir" not in flags.FLAGS
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_figures_leave_pyplot_and_its_settings_alone(experiment):
+    code = """
+import sys
+import matplotlib
+rc = matplotlib.rcParams
+before = {key: rc[key] for key in rc if key != "backend"}  # looking that up imports pyplot
+from experiments import plots, results
+experiment = results.load(sys.argv[1])
+plots._render(plots.axis_plot(experiment, "text", "score"))
+assert "matplotlib.pyplot" not in sys.modules
+assert {key: rc[key] for key in before} == before
+"""
+    subprocess.run([sys.executable, "-c", code, experiment.path], check=True)
