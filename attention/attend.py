@@ -251,11 +251,12 @@ def _check(mechanism, params, query, key, value, pairs, data):
                 raise ValueError(f"{name} must be [..., {letter}={length}], got {x.shape}")
             _check_broadcast(name, x, (*batch, length), f"[..., {letter}]")
     needs = mechanism.mask.needs
-    for names in needs:
-        if not any(name in data for name in names):
-            raise ValueError(
-                f"the mask {mechanism.mask} needs {' or '.join(names)}: pass it to attend"
-            )
+    missing = [" or ".join(names) for names in needs if not any(name in data for name in names)]
+    if missing:
+        raise ValueError(
+            f"the mask {mechanism.mask} needs {' and '.join(sorted(missing, reverse=True))}: "
+            "pass it to attend"
+        )
     for name in data:
         if not name.endswith("positions") and not any(name in names for names in needs):
             readers = {"prefix_lengths": "Prefix"}

@@ -99,6 +99,11 @@ class Learned(Position):
         return {"table": self.stddev * jax.random.normal(key, (self.length, model_dim))}
 
     def embed(self, params, x, positions):
+        if isinstance(positions, np.ndarray) and positions.max() >= self.length:
+            raise ValueError(
+                f"{self} has no vector for position {positions.max()}: set length to the longest "
+                "text or more"
+            )
         rows = (
             params["table"]
             .at[positions]

@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 
 
 def open(directory: Path, keep: int = 2) -> ocp.CheckpointManager:
-    """A manager of the `keep` latest checkpoints; a context manager that waits for the last save."""
+    """A manager of the `keep` latest checkpoints; leaving its context waits for the last save."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
     return ocp.CheckpointManager(directory.absolute(), options=options)
 

@@ -5,11 +5,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """`absl.app.run` whose flag and config errors are one line each."""
+    """`absl.app.run` whose flag and config errors are one line each, and libraries are quiet."""
     app.run(main, flags_parser=_parse)
 
 
@@ -31,6 +31,8 @@ def _parse(argv):
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise ValueError(f"cannot use {' '.join(rest[1:])!r}; flags are --name=value")
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
         return rest
     except Exception as error:
         _fail(error)

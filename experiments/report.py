@@ -6,14 +6,13 @@ reads what is in the directory, finished or not, writes the three anew and print
 """
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
-from experiments import plots, results
+from experiments import cli, plots, results
 
 
 def write_report(workdir: str | os.PathLike[str]) -> Path:
@@ -85,22 +84,18 @@ def _inline(files: Mapping[str, Path], name: str) -> Any:
     return markupsafe.Markup(path.read_text("utf-8")) if path else ""
 
 
+def publish(workdir: str | os.PathLike[str]) -> None:
+    """Prints the table, writes the report and prints its path.  ValueError as `write_report`."""
+    results.show(results.summarize(results.load(workdir)))
+    print(write_report(workdir))
+
+
 def main(argv: Sequence[str]) -> None:
-    """Prints the table, writes the report, prints its path."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; give --workdir=...")
-    try:
-        rows = results.summarize(results.load(flags.FLAGS.workdir))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    results.show(rows)
-    try:
-        print(write_report(flags.FLAGS.workdir))
-    except OSError as error:
-        sys.exit(f"error: {error}")
+    del argv
+    with cli.user_errors():
+        publish(_WORKDIR.value)
 
 
 if __name__ == "__main__":
-    # Here and not above: the launcher imports this module and has a --workdir of its own.
-    flags.DEFINE_string("workdir", None, "The run directory.", required=True)
-    app.run(main)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.", required=True)
+    cli.run(main)

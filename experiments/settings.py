@@ -34,7 +34,7 @@ def config(task: str, **task_settings) -> ConfigDict:
                 "use_bias": False,
                 "tie_embeddings": True,
                 "init_stddev": 0.02,
-                "scan_layers": True,
+                "scan_layers": False,  # True: compile time flat in depth, but slow steps on a CPU
                 "dtype": "float32",  # of the computation; parameters are float32
                 "implementation": placeholder(str),  # the kernel; chosen by `attend`
             },
@@ -52,7 +52,7 @@ def config(task: str, **task_settings) -> ConfigDict:
                 "batch_size": 32,
                 "eval_batch_size": 128,
                 "seeds": 3,
-                "seeds_impl": "vmap",  # train them in one vectorised program, or 'map': in turn
+                "seeds_impl": "map",  # in one program one after another, or side by side: 'vmap'
                 "log_every": 50,
                 "eval_every": 100,
                 "checkpoint_every": 1000,

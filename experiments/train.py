@@ -6,6 +6,7 @@ writes config.json, metrics.jsonl, checkpoints/, attention.npz and result.json i
 directory. Killed and started again with the same command it goes on from the last checkpoint.
 """
 
+import concurrent.futures
 import functools
 import io
 import json
@@ -187,14 +188,19 @@ def compile_program(model, adamw: AdamW, seeds_impl: str, batch: tuple, splits: 
     )
     jitted_evaluate = jax.jit(evaluate)
     rate = jax.ShapeDtypeStruct((), jnp.float32)
-    by_shape = {
-        shape: jitted_evaluate.lower(state["params"], _structs(shape)).compile()
-        for shape in {shape for _, shape in splits}
-    }
+    eval_shapes = list({shape for _, shape in splits})
+    lowered = [
+        jitted_init.lower(seeds),
+        jitted_step.lower(state, batch_shapes, rate),
+        *(jitted_evaluate.lower(state["params"], _structs(shape)) for shape in eval_shapes),
+    ]
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # XLA compiles outside Python's lock
+        init, step, *evaluations = pool.map(lambda program: program.compile(), lowered)
+    by_shape = dict(zip(eval_shapes, evaluations, strict=True))
     return Program(
         state=state,
-        init=jitted_init.lower(seeds).compile(),
-        step=jitted_step.lower(state, batch_shapes, rate).compile(),
+        init=init,
+        step=step,
         evaluate={name: by_shape[shape] for name, shape in splits},
         seconds=time.perf_counter() - started,
     )
@@ -276,7 +282,7 @@ def train(
 
 
 def evaluate(program: Program, params: Any, splits: dict) -> dict[str, np.ndarray]:
-    """'<split>/loss' (nats per token) and '<split>/accuracy' of each seed, [R], over whole splits."""
+    """'<split>/loss' (nats per token) and '<split>/accuracy' over whole splits, [R] each."""
     metrics = {}
     for name, batches in splits.items():
         sums = jax.device_get(program.evaluate[name](params, batches))
@@ -345,20 +351,23 @@ class MetricsLog:
             self._events.close()
 
 
-def claim(directory: Path, config: ConfigDict) -> None:
-    """Makes `directory` the place of this config.  ValueError where it is another config's."""
+def check_directory(directory: Path, config: ConfigDict) -> None:
+    """Raises ValueError where `directory` holds a run of another config."""
     path = directory / "config.json"
     if path.exists():
-        differences = settings.differences(
-            json.loads(path.read_text("utf-8")), settings.describe(config)
-        )
-        if differences:
+        there = json.loads(path.read_text("utf-8"))
+        if differences := settings.differences(there, settings.describe(config)):
             raise ValueError(
                 f"{directory} holds another experiment: {differences[0]}; choose another "
-                "--workdir, or delete this one"
+                "--workdir, or delete that one"
             )
+
+
+def claim(directory: Path, config: ConfigDict) -> None:
+    """Makes `directory` the place of this config's run: writes config.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    results.replace(path, json.dumps(settings.describe(config), indent=2))
+    description = json.dumps(settings.describe(config), indent=2)
+    results.replace(directory / "config.json", description)
 
 
 def _model_inputs(batch):
@@ -397,6 +406,7 @@ def main(argv):
     with cli.user_errors():
         directory = Path(_WORKDIR.value)
         check(_CONFIG.value)
+        check_directory(directory, _CONFIG.value)
         claim(directory, _CONFIG.value)
     path = directory / "result.json"
     if not path.exists():
