@@ -7,6 +7,7 @@ directory. Killed and started again with the same command it goes on from the la
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import io
 import json
@@ -171,7 +172,7 @@ def compile_program(model, adamw: AdamW, seeds_impl: str, batch: tuple, splits: 
         updates, moments = optimizer.update(grads, state["optimizer"], state["params"])
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state["params"], updates)
         state = {**state, "params": params, "optimizer": moments, "step": state["step"] + 1}
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         return state, {"loss": loss, "accuracy": accuracy, "gradient_norm": norm}
 
     def evaluate(params, batches):
@@ -229,7 +230,8 @@ def train(
     )
     rates = learning_rates(config)
     iterator = data.train_iterator(source)
-    with checkpoints.open(directory / "checkpoints") as manager:
+    with contextlib.ExitStack() as stack:
+        manager = stack.enter_context(checkpoints.open(directory / "checkpoints"))
         restored = checkpoints.restore(manager, program.state, iterator)
         if restored is None:
             state = program.init(np.asarray(source.seeds, np.int32))
@@ -237,7 +239,7 @@ def train(
         else:
             start, state, position = restored
         seconds = position["seconds"]
-        log = MetricsLog(directory, position["log_bytes"], tensorboard)
+        log = stack.enter_context(MetricsLog(directory, position["log_bytes"], tensorboard))
         progress.start(directory.name, c.steps, start)
 
         pending, began = [], time.perf_counter()
@@ -265,7 +267,6 @@ def train(
                 began = time.perf_counter()
         final = evaluate(program, state["params"], splits)
         log.write(c.steps, final)
-        log.close()
     params = jax.tree.map(lambda x: x[0], state["params"])
     save_attention(directory / "attention.npz", task, model, params)
     return {
@@ -345,7 +346,10 @@ class MetricsLog:
         for name, x in metrics.items() if self._events else ():
             self._events.add_scalar(name, float(np.mean(x)), step)
 
-    def close(self) -> None:
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_) -> None:
         self._file.close()
         if self._events:
             self._events.close()

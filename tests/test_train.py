@@ -1,0 +1,239 @@
+"""Training: resuming to the bit, seeds, shared programs, what is written."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import checkpoints, data, progress, settings, tasks, train
+
+
+def tiny(task="recall", **changes):
+    sizes = {
+        "recall": {"vocab_size": 16, "length": 8, "num_pairs": 2, "num_eval": 20},
+        "reverse": {"vocab_size": 8, "length": 6, "num_eval": 20},
+    }
+    config = settings.config(task, **sizes[task])
+    config.model.update(model_dim=8, num_layers=2, num_heads=2, dropout_rate=0.1)
+    config.train.update(
+        steps=6, batch_size=4, seeds=2, log_every=2, eval_every=3, checkpoint_every=2
+    )
+    return settings.override(config, changes)
+
+
+class Silent(progress.Progress):
+    """Shows nothing; raises at a step on request, as a kill would end the run there."""
+
+    def __init__(self, stop_at=None):
+        super().__init__(1)
+        self.stop_at = stop_at
+
+    def step(self, step, loss=None):
+        if step == self.stop_at:
+            raise KeyboardInterrupt
+
+
+def run(config, directory, stop_at=None):
+    train.claim(directory, config)
+    return train.train(config, directory, Silent(stop_at))
+
+
+def program(config):
+    task, model = train.build(config)
+    source = data.TrainSource(task, tuple(range(config.train.seeds)), config.train.batch_size, 6)
+    splits = {k: data.eval_batches(v, 8) for k, v in task.eval_splits().items()}
+    return train.compile_program(
+        model,
+        train.AdamW(*(config.optimizer[name] for name in train.AdamW._fields)),
+        config.train.seeds_impl,
+        train._shapes(source[0]),
+        tuple((name, train._shapes(split)) for name, split in splits.items()),
+    )
+
+
+def leaves(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("stop_at", [2, 4])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, stop_at):
+    config = tiny()
+    whole = run(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "cut", stop_at)
+    resumed = run(config, tmp_path / "cut")
+    assert whole["metrics"] == resumed["metrics"]
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+    params = [leaves(restored_params(config, tmp_path / name)) for name in ("whole", "cut")]
+    for a, b in zip(*params, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def restored_params(config, directory):
+    built = program(config)
+    task, _ = train.build(config)
+    source = data.TrainSource(task, (0, 1), config.train.batch_size, config.train.steps)
+    with checkpoints.open(directory / "checkpoints") as manager:
+        step, state, _ = checkpoints.restore(manager, built.state, data.train_iterator(source))
+    assert step == config.train.steps
+    return state["params"]
+
+
+def test_what_a_run_writes(tmp_path):
+    config = tiny()
+    result = run(config, tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "train/loss" in r] == [2, 4, 6]
+    assert [r["step"] for r in records if "validation/loss" in r] == [3, 6]
+    assert all(len(r["train/loss"]) == 2 for r in records if "train/loss" in r)
+    assert result["status"] == "done" and result["primary"] == "validation/accuracy"
+    assert set(result["metrics"]) == {
+        f"{split}/{metric}" for split in ("validation", "test") for metric in ("loss", "accuracy")
+    }
+    params = jax.tree.map(lambda x: x[0], restored_params(config, tmp_path))
+    assert result["num_params"] == sum(leaf.size for leaf in jax.tree.leaves(params))
+    with np.load(tmp_path / "attention.npz") as maps:
+        assert maps["weights"].shape == (2, 2, 8, 8)
+        np.testing.assert_allclose(maps["weights"].sum(-1), 1, rtol=1e-5)
+        assert len(maps["query_tokens"]) == len(maps["key_tokens"]) == 8
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_an_encoder_decoder_trains_and_shows_its_cross_attention(tmp_path, scan):
+    config = tiny("reverse", **{"model.scan_layers": scan, "model.position": "sinusoidal"})
+    run(config, tmp_path)
+    with np.load(tmp_path / "attention.npz") as maps:
+        assert maps["weights"].shape == (2, 2, 6, 6)
+        assert list(maps["key_tokens"]) != list(maps["query_tokens"])
+
+
+def test_the_reported_loss_is_that_of_the_model_on_the_whole_split(tmp_path):
+    config = tiny(**{"train.eval_batch_size": 7})  # 20 examples: the last batch is filled up
+    result = run(config, tmp_path)
+    task, model = train.build(config)
+    split = task.eval_splits()["validation"]
+    for seed in range(2):
+        params = jax.tree.map(lambda x, seed=seed: x[seed], restored_params(config, tmp_path))
+        logits = np.asarray(jax.jit(model.apply)(params, split["inputs"]), np.float64)
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        loss = -np.take_along_axis(logp, split["targets"][..., None], axis=-1)[..., 0]
+        hits = logits.argmax(-1) == split["targets"]
+        counted = split["weights"] > 0
+        expected = result["metrics"]["validation/loss"][seed]
+        np.testing.assert_allclose(loss[counted].mean(), expected, rtol=1e-5)
+        assert hits[counted].mean() == result["metrics"]["validation/accuracy"][seed]
+
+
+def test_a_seed_does_not_depend_on_the_others_or_on_how_they_run(tmp_path):
+    runs = {
+        name: run(tiny(**changes), tmp_path / name)["metrics"]["validation/loss"]
+        for name, changes in {
+            "two": {},
+            "one": {"train.seeds": 1},
+            "vmap": {"train.seeds_impl": "vmap"},
+        }.items()
+    }
+    assert runs["one"][0] == pytest.approx(runs["two"][0], rel=1e-5)
+    assert runs["vmap"] == pytest.approx(runs["two"], rel=1e-5)
+    assert runs["two"][0] != runs["two"][1]
+
+
+def test_learning_rates_share_one_program_and_parts_do_not():
+    train.compile_program.cache_clear()
+    base = program(tiny())
+    assert program(tiny(**{"optimizer.learning_rate": 3.0})) is base
+    assert program(tiny(**{"train.steps": 99, "optimizer.warmup_steps": 3})) is base
+    assert program(tiny(**{"model.score": "dot"})) is not base
+    assert train.compile_program.cache_info().misses == 2
+
+
+def test_learning_rates_warm_up_and_decay():
+    config = tiny(**{
+        "train.steps": 110,
+        "optimizer.warmup_steps": 10,
+        "optimizer.learning_rate": 1.0,
+        "optimizer.final_learning_rate": 0.1,
+    })  # fmt: skip
+    rates = train.learning_rates(config)
+    assert rates.shape == (110,) and rates[0] > 0
+    assert (np.diff(rates[:11]) > 0).all() and rates[10] == 1
+    assert (np.diff(rates[10:]) < 0).all() and rates[-1] == pytest.approx(0.1, abs=1e-3)
+    np.testing.assert_allclose(rates[60], 0.55, atol=1e-6)
+
+
+def test_weight_decay_is_for_matrices_and_embeddings_alone():
+    _, model = train.build(tiny(**{"model.position": "t5 + learned", "model.score": "additive"}))
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32))
+    adamw = train.AdamW(0.9, 0.99, weight_decay=0.5, clip_norm=1.0).transformation()
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates, _ = jax.jit(adamw.update)(zeros, adamw.init(params), params)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        names = jax.tree_util.keystr(path)
+        decays = names.endswith(("['kernel']", "['table']")) and "mechanism" not in names
+        assert np.any(update != 0) == decays, names
+
+
+def test_a_loss_that_is_no_longer_finite_ends_the_run_with_advice(tmp_path):
+    config = tiny(**{"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0})
+    with pytest.raises(FloatingPointError, match="step 2: lower the learning rate"):
+        run(config, tmp_path)
+
+
+def test_training_solves_a_task_it_can(tmp_path):
+    config = settings.config("copy", vocab_size=8, length=4, num_eval=64)
+    config.model.update(model_dim=32, num_heads=2, init_stddev=0.18, position="sinusoidal")
+    config.optimizer.update(learning_rate=5e-3, warmup_steps=10)
+    config.train.update(steps=150, batch_size=64, seeds=1)
+    result = run(config, tmp_path)
+    assert result["metrics"]["test/accuracy"][0] > 0.95
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model.score": "aditive"}, "unknown 'aditive'; known are Additive"),
+    ({"model.num_heads": 3}, "num_heads must divide"),
+    ({"model.num_heads": 8, "model.position": "rope"}, "even"),
+    ({"model.position": "learned(length=4)"}, "no vector for position"),
+    ({"train.seeds_impl": "pmap"}, "seeds_impl"),
+    ({"model.implementation": "flash"}, "implementation must be"),
+    ({"task.num_pairs": 5}, "cannot hold num_pairs=5"),
+])  # fmt: skip
+def test_bad_settings_are_found_before_anything_is_compiled(change, message):
+    with pytest.raises(ValueError, match=message):
+        train.check(tiny(**change))
+
+
+def test_a_directory_of_another_experiment_is_left_alone(tmp_path):
+    train.claim(tmp_path, tiny())
+    train.check_directory(tmp_path, tiny())
+    with pytest.raises(ValueError, match="model.num_heads is 2 there, 4 here"):
+        train.check_directory(tmp_path, tiny(**{"model.num_heads": 4}))
+
+
+def test_batches_of_seeds_are_those_of_the_task():
+    task = tasks.create({"name": "recall"})
+    source = data.TrainSource(task, seeds=(0, 7), batch_size=3, steps=10)
+    iterator = data.train_iterator(source)
+    next(iterator)
+    second = next(iterator)
+    for row, seed in enumerate((0, 7)):
+        expected = task.batch(seed, np.arange(3, 6))
+        for name, x in expected.items():
+            np.testing.assert_array_equal(second[name][row], x)
+
+
+def test_eval_batches_cover_the_split_once():
+    split = {"inputs": np.arange(10).reshape(5, 2), "weights": np.ones((5, 2), np.float32)}
+    batches = data.eval_batches(split, 2)
+    assert batches["inputs"].shape == (3, 2, 2)
+    np.testing.assert_array_equal(batches["inputs"].reshape(-1, 2)[:5], split["inputs"])
+    assert batches["weights"].sum() == 10
+
+
+def test_tensorboard_events_on_request(tmp_path):
+    config = tiny()
+    train.claim(tmp_path, config)
+    train.train(config, tmp_path, Silent(), tensorboard=True)
+    (events,) = tmp_path.glob("events.*")
+    assert b"validation/accuracy" in events.read_bytes()
