@@ -46,6 +46,6 @@ def _fail(error):
     if misspelt := re.search(r'Did you mean "(.*)" instead of "(.*)"\?', text):
         text = f"no setting {misspelt[2]!r}; did you mean {misspelt[1]!r}?"
     elif isinstance(error, KeyError | AttributeError):
-        text = f"no setting {text}"
+        text = f"no setting {text.strip(chr(39) + chr(34))!r}"
     print(f"error: {text}", file=sys.stderr)
     sys.exit(1)

@@ -54,7 +54,13 @@ def expand(
     """
     cells: dict[str, Cell] = {}
     for base, base_overrides in bases.items():
-        start = settings.override(config, {**base_overrides, **(given or {})})
+        own = {
+            key: value
+            for key, value in (given or {}).items()
+            # Flags about the task mean the config's, not one that a base puts in its place.
+            if "task" not in base_overrides or not key.startswith("task.")
+        }
+        start = settings.override(config, {**base_overrides, **own})
         swept = {axis: _values(changes, base) for axis, changes in axes.items()}
         swept = {axis: changes for axis, changes in swept.items() if changes}
         if product and swept:

@@ -1,0 +1,254 @@
+"""The launcher, as its user runs it: sweeps, resuming, failures, mistakes."""
+
+import csv
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import progress, settings, sweep, train
+
+ROOT = Path(__file__).parents[1]
+CONFIG = """
+from experiments import settings
+
+def get_config(arg=""):
+    config = settings.config("recall", vocab_size=16, length=8, num_pairs=2, num_eval=20)
+    config.model.update(model_dim=8, num_layers=1, num_heads=2)
+    config.train.update(steps=20, batch_size=4, seeds=2, eval_every=10, log_every=5)
+    config.train.checkpoint_every = 5
+    return config
+
+def sweep_position():
+    yield {"model.position": "none"}
+
+def sweep_rate():
+    yield {"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def ablate(*flags, module="ablate", **kwargs):
+    command = [sys.executable, "-m", f"experiments.{module}", *map(str, flags)]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, **kwargs)
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_a_sweep_from_start_to_report(config, tmp_path):
+    work = tmp_path / "work"
+    first = ablate(f"--config={config}", f"--workdir={work}")
+    assert first.returncode == 0, first.stderr
+    assert "[3/3] base.rate" in first.stdout and "failed: FloatingPointError" in first.stdout
+    rows = list(csv.DictReader((work / "results.csv").read_text().splitlines()))
+    assert {row["cell"] for row in rows} == {
+        "base", "base.position=none", "base.rate=1e+30,0",
+    }  # fmt: skip
+    assert {row["status"] for row in rows} == {"done", "failed"}
+    page = (work / "report.html").read_text()
+    assert "position=none" in page and "FloatingPointError" in page
+    assert (work / "cells/base.rate=1e+30,0/traceback.txt").exists()
+    assert list((work / "plots").glob("*.png"))
+    assert "I1" not in first.stderr, "libraries' logs are silenced"
+
+    times = {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()}
+    began = time.monotonic()
+    second = ablate(f"--config={config}", f"--workdir={work}")
+    assert second.returncode == 0 and "all 3 cells were done already" in second.stdout
+    assert time.monotonic() - began < 60
+    assert times == {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()}
+
+    other = ablate(f"--config={config}", f"--workdir={work}", "--config.model.num_heads=1")
+    assert other.returncode == 1
+    assert other.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "model.num_heads is 2 there, 1 here" in other.stderr
+    assert times == {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()}
+
+    retried = ablate(f"--config={config}", f"--workdir={work}", "--retry_failed")
+    assert "1 of 3 cells to train" in retried.stdout
+
+
+def test_a_killed_sweep_goes_on_and_ends_in_the_same_numbers(config, tmp_path):
+    flags = [f"--config={config}", "--sweep=position", "--config.train.steps=400"]
+    flags += ["--config.train.checkpoint_every=100", "--config.train.eval_every=100"]
+    whole = ablate(*flags, f"--workdir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    work = tmp_path / "cut"
+    command = [sys.executable, "-m", "experiments.ablate", *flags, f"--workdir={work}"]
+    victim = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL
+    )
+    saved = work / "cells/base/checkpoints"
+    while victim.poll() is None and not any(p.name.isdigit() for p in saved.glob("*")):
+        time.sleep(0.01)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (work / "cells/base.position=none/result.json").exists()
+    again = ablate(*flags, f"--workdir={work}")
+    assert again.returncode == 0, again.stderr
+    for cell in ("base", "base.position=none"):
+        results = [
+            read(tmp_path / name / "cells" / cell / "result.json") for name in ("whole", "cut")
+        ]
+        assert results[0]["metrics"] == results[1]["metrics"]
+        logs = [
+            (tmp_path / name / "cells" / cell / "metrics.jsonl").read_text()
+            for name in ("whole", "cut")
+        ]
+        assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--config.model.num_head=3"], "no setting 'num_head'; did you mean 'num_heads'?"),
+    (["--config.model.num_heads=many"], "invalid literal for int()"),
+    (["--config.model.num_heads=3"], "num_heads must divide model_dim"),
+    (["--config.model.score=aditive"], "unknown 'aditive'; known are Additive"),
+    (["--config.task.path=missing.txt"], "no setting 'path'"),
+    (["--sweep=colour"], "has no sweep_colour; it has position, rate"),
+    (["stray"], "cannot use 'stray'"),
+])  # fmt: skip
+def test_a_mistake_is_one_line_and_writes_nothing(config, tmp_path, flags, message):
+    work = tmp_path / "work"
+    done = ablate(f"--config={config}", f"--workdir={work}", *flags)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last, done.stderr
+    assert "Traceback" not in done.stderr and not work.exists()
+
+
+def test_mistakes_about_files(tmp_path):
+    quick = ROOT / "configs/quickstart.py"
+    for flags, message in [
+        ((f"--config={tmp_path}/none.py",), "none.py"),
+        ((f"--config={quick}", "--config.task.path=no_such.txt", "--sweep="), "no_such.txt"),
+    ]:
+        done = ablate(*flags, f"--workdir={tmp_path / 'work'}")
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ") and message in last
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    done = ablate(f"--config={quick}", f"--config.task.path={short}", f"--workdir={tmp_path / 'w'}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_dry_run_lists_the_cells_and_writes_nothing(config, tmp_path):
+    done = ablate(f"--config={config}", f"--workdir={tmp_path / 'work'}", "--dry_run", "--product")
+    assert done.returncode == 0, done.stderr
+    assert "base.position×rate=" in done.stdout and "1 cells of 2 seeds" in done.stdout
+    assert not (tmp_path / "work").exists()
+
+
+def test_train_runs_one_config_and_prints_its_metrics(config, tmp_path):
+    flags = [f"--config={config}", f"--workdir={tmp_path / 'one'}"]
+    done = ablate(*flags, module="train")
+    assert done.returncode == 0, done.stderr
+    assert "validation/accuracy: " in done.stdout and (tmp_path / "one/result.json").exists()
+    wrong = ablate(*flags, "--config.train.steps=21", module="train")
+    assert wrong.returncode == 1 and "train.steps is 20 there, 21 here" in wrong.stderr
+
+
+def base():
+    return settings.config("recall")
+
+
+def test_one_axis_at_a_time_around_every_base():
+    bases = {"a": {}, "b": {"model.num_layers": 1}}
+    axes = {
+        "score": [{"model.score": "dot"}, {"model.score": "scaled_dot"}],
+        "heads": [{"model.num_heads": 2, "base": "b"}],
+    }
+    cells = {cell.id: cell for cell in sweep.expand(base(), bases, axes)}
+    assert list(cells) == ["a", "a.score=dot", "b", "b.score=dot", "b.heads=2"]
+    assert cells["b.heads=2"].config.model.num_layers == 1
+    assert cells["b.heads=2"].config.model.num_heads == 2
+    assert cells["a.score=dot"].overrides == {"model.score": "dot"}
+    assert (cells["b"].axis, cells["b.heads=2"].axis) == (None, "heads")
+
+
+def test_the_product_of_axes_has_every_combination():
+    axes = {
+        "score": [{"model.score": s} for s in ("dot", "scaled_dot")],
+        "heads": [{"model.num_heads": h} for h in (1, 2, 4)],
+    }
+    cells = sweep.expand(base(), {"base": {}}, axes, product=True)
+    pairs = {(c.config.model.score, c.config.model.num_heads) for c in cells}
+    assert len(cells) == 6 and len(pairs) == 6
+    assert {cell.axis for cell in cells} == {"score×heads"}
+
+
+def test_the_users_flags_hold_in_every_base():
+    bases = {"a": {}, "b": {"train.steps": 7}}
+    cells = sweep.expand(base(), bases, {}, given={"train.steps": 3})
+    assert [cell.config.train.steps for cell in cells] == [3, 3]
+
+
+def test_overrides_check_names_and_types():
+    for change, message in [
+        ({"model.scor": "dot"}, 'Did you mean "score"'),
+        ({"modle.score": "dot"}, "modle"),
+        ({"model.num_heads": "four"}, "must be int, like 4; got 'four'"),
+        ({"task": {"name": "recal"}}, "unknown task 'recal'; choose from recall"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            settings.override(base(), change)
+    changed = settings.override(base(), {"task": {"name": "text", "context": 9}})
+    assert (changed.task.name, changed.task.context) == ("text", 9)
+    assert base().task.name == "recall"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_in_the_repository_is_sound(path):
+    module = runpy.run_path(str(path))
+    bases, axes = sweep.load(str(path), "all")
+    cells = sweep.expand(module["get_config"](), bases, axes)
+    checked = set()
+    for cell in cells:
+        train.build(cell.config)
+        if cell.base not in checked:  # tracing each of them would take long
+            train.check(cell.config)
+            checked.add(cell.base)
+    assert module["__doc__"].count("python -m experiments.") or "make " in module["__doc__"]
+
+
+def test_the_quickstart_has_the_cells_it_promises():
+    path = ROOT / "configs/quickstart.py"
+    config = runpy.run_path(str(path))["get_config"]()
+    cells = sweep.expand(config, *sweep.load(str(path), "all"))
+    assert len(cells) >= 16 and config.train.seeds == 3
+    assert {c.config.task.name for c in cells} == {"text", "recall"}
+    assert {"score", "heads", "position"} <= {c.axis for c in cells}
+
+
+def test_progress_is_plain_lines_in_a_pipe_and_a_bar_on_a_terminal(capsys, monkeypatch):
+    def show():
+        with progress.Progress(cells=2) as bar:
+            bar.start("text", steps=10)
+            bar.step(5, loss=1.25)
+            time.sleep(0.3)  # the bar is drawn ten times a second
+            bar.finish("text: done [3 seeds]")
+
+    show()
+    assert capsys.readouterr().out == "[1/2] text: done [3 seeds]\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    show()
+    shown = capsys.readouterr().out
+    assert "1.250" in shown and "left" in shown and "done [3 seeds]" in shown
