@@ -11,6 +11,7 @@ hypothesis.settings.register_profile(
     database=None,
     deadline=None,
     max_examples=25,
+    phases=set(hypothesis.Phase) - {hypothesis.Phase.explain},
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("attention")

@@ -1,0 +1,90 @@
+"""What the README shows runs as it stands there."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import attention
+from experiments import settings, sweep, train
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+
+
+def block(word):
+    (found,) = (text for text in BLOCKS if word in text)
+    return found
+
+
+def test_the_kernel_example_runs():
+    query = jax.random.normal(jax.random.key(1), (2, 5, 8, 64))
+    scope = {"query": query, "key": query, "value": query}
+    exec(block("attention.Mechanism("), scope)
+    assert scope["out"].shape == (2, 5, 8, 64)
+    assert set(scope["aux"]) == {"weights", "lse", "entropy"}
+
+
+def test_the_score_of_ones_own_has_values_gradients_and_second_derivatives():
+    scope = {"attention": attention, "dataclasses": dataclasses, "jnp": jnp}
+    exec(block("class Manhattan"), scope)
+    mechanism = attention.Mechanism(score=scope["Manhattan"]())
+    x = jax.random.normal(jax.random.key(0), (1, 4, 2, 3))
+    params = mechanism.init(jax.random.key(0), num_heads=2, head_dim=3)
+
+    def loss(params, x):
+        return jnp.sum(attention.attend(mechanism, params, x, x, x) ** 2)
+
+    _, aux = attention.attend(mechanism, params, x, x, x, aux=("weights",))
+    rows = np.asarray(x[0, :, 1], np.float64)
+    scores = -np.abs(rows[:, None] - rows[None]).sum(-1)
+    expected = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    np.testing.assert_allclose(aux["weights"][0, 1], expected, rtol=1e-5)
+    gradient = jax.grad(loss)(params, x)["score"]["gain"]
+    assert gradient.shape == (2,) and np.all(np.asarray(gradient) != 0)
+    _, second = jax.jvp(jax.grad(lambda p: loss(p, x)), (params,), (params | {"score": {
+        "gain": jnp.ones(2)}},))  # fmt: skip
+    step = 1e-2
+    ahead, behind = (jax.grad(loss)({**params, "score": {"gain": jnp.full(2, s)}}, x)
+                     for s in (step, -step))  # fmt: skip
+    numeric = (ahead["score"]["gain"] - behind["score"]["gain"]) / (2 * step)
+    np.testing.assert_allclose(second["score"]["gain"], numeric, rtol=2e-2, atol=1e-3)
+
+
+def test_the_config_of_ones_own_is_a_sweep(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(block("def get_config"))
+    scope = {}
+    exec(path.read_text(), scope)
+    cells = sweep.expand(scope["get_config"](), *sweep.load(str(path), "all"))
+    assert len(cells) == 5
+    for cell in cells:
+        train.build(cell.config)
+    named = {"model.score": "soft_cap(additive(hidden=32), cap=30)"}
+    named["model.mask"] = "causal & sliding_window(256)"
+    train.build(settings.override(cells[0].config, named))
+
+
+def test_the_parts_it_lists_are_those_there_are():
+    text = (ROOT / "README.md").read_text("utf-8")
+    listed = set(re.findall(r"`([a-z_0-9]+)`", text[text.index("### What is there") :]))
+    for kind, module in (
+        ("score", attention.scores),
+        ("position", attention.positions),
+        ("mask", attention.masks),
+        ("normalizer", attention.normalizers),
+    ):
+        base = getattr(attention, kind.capitalize())
+        plain = {name.replace("_", "") for name in listed}
+        for name, part in vars(module).items():
+            if (
+                isinstance(part, type)
+                and issubclass(part, base)
+                and part.__module__ == module.__name__
+            ):
+                if name.startswith("_") or name in ("NoPE", "Full", "And", "Or", "Not", "Sum"):
+                    continue
+                assert name.lower() in plain, f"{name} is not in the README"
