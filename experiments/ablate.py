@@ -14,13 +14,14 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from concurrent import futures
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
 
 from experiments import cli, report, results, sweep, train
-from experiments.progress import Progress
+from experiments.progress import Progress, Stopped
 
 
 def open_workdir(workdir: Path, cells: Sequence[sweep.Cell]) -> None:
@@ -66,9 +67,10 @@ def environment() -> dict[str, str]:
 
 def run_cell(cell: sweep.Cell, directory: Path, progress: Progress, tensorboard: bool) -> None:
     """Trains a cell and writes its result.json; a failure is a result as well."""
+    shown = progress.cell(cell.id)
     train.claim(directory, cell.config)
     try:
-        result = train.train(cell.config, directory, progress, tensorboard=tensorboard)
+        result = train.train(cell.config, directory, shown, tensorboard=tensorboard)
         value = results.mean_interval(result["metrics"][result["primary"]])
         line = (
             f"{result['primary']} {results.plus_minus(*value, 3)}, {result['train_seconds']:.0f} s"
@@ -79,7 +81,7 @@ def run_cell(cell: sweep.Cell, directory: Path, progress: Progress, tensorboard:
         result = {"status": "failed", "error": line}
         line = f"failed: {line}"
     results.replace(directory / "result.json", json.dumps(result, indent=2))
-    progress.finish(f"{cell.id}: {line}")
+    shown.finish(line)
 
 
 def main(argv):
@@ -107,12 +109,16 @@ def main(argv):
         print(f"all {len(cells)} cells were done already: {workdir / 'report.html'}")
         return
     print(f"{len(todo)} of {len(cells)} cells to train in {workdir}", flush=True)
-    try:
-        with Progress(len(todo)) as progress:
-            for cell in todo:
+    with Progress(len(todo)) as progress, futures.ThreadPoolExecutor(1) as ahead:
+        ready = [ahead.submit(train.prepare, cell.config) for cell in todo[:1]]
+        for number, cell in enumerate(todo, start=1):
+            futures.wait(ready)
+            # The next cell compiles, on another core, while this one trains.
+            ready = [ahead.submit(train.prepare, next_.config) for next_ in todo[number:][:1]]
+            try:
                 run_cell(cell, directories[cell.id], progress, _TENSORBOARD.value)
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command goes on from here")
+            except Stopped:
+                sys.exit("\nstopped; the same command goes on from here")
     report.publish(workdir)
 
 

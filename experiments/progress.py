@@ -1,5 +1,6 @@
-"""How far a sweep has come: a live bar on a terminal, plain lines otherwise."""
+"""How far a sweep has come: a live bar for each cell on a terminal, plain lines otherwise."""
 
+import signal
 import sys
 import time
 from typing import Any
@@ -7,24 +8,31 @@ from typing import Any
 _PLAIN_SECONDS = 20.0
 
 
+class Stopped(BaseException):
+    """Raised in a cell at its next step after the user has asked to stop."""
+
+
 class Progress:
-    """Shows cell, step, loss and time left.
+    """Shows each cell's step and loss, and the time left for all.
 
         with Progress(cells=16) as progress:
-            progress.start("text", steps=400)
-            progress.step(10, loss=2.3)
-            progress.finish("text: validation/loss 2.1")
+            cell = progress.cell("text")
+            cell.start(steps=400)
+            cell.step(10, loss=2.3)
+            cell.finish("validation/loss 2.1")
 
-    `cells` is how many are to be run; the time left is that of all, from the pace so far.
+    `cells` is how many are to be run. Within the context Ctrl-C ends the cell at its next step by
+    `Stopped`, between two saves; a second one interrupts at once.
     """
 
     def __init__(self, cells: int):
         self._cells, self._done = cells, 0
         self._begin = time.monotonic()
         self._bar: Any = None
-        self._task: Any = None
+        self._stop = False
 
     def __enter__(self) -> "Progress":
+        self._interrupt = signal.signal(signal.SIGINT, self._ask_to_stop)
         if sys.stdout.isatty():
             from rich import progress
 
@@ -40,46 +48,66 @@ class Progress:
         return self
 
     def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self._interrupt)
         if self._bar:
             self._bar.stop()
 
-    def start(self, name: str, steps: int, at: int = 0) -> None:
-        """A cell begins, at step `at` of `steps`."""
-        self._name, self._steps, self._said = name, steps, time.monotonic()
-        if self._bar:
-            label = f"[{self._done + 1}/{self._cells}] {name}"
-            self._task = self._bar.add_task(
-                _escape(label), total=steps, completed=at, loss="", left="compiling"
-            )
+    def _ask_to_stop(self, *_):
+        self._stop = True
+        signal.signal(signal.SIGINT, self._interrupt)
+
+    def cell(self, name: str) -> "Cell":
+        """The progress of one cell."""
+        return Cell(self, name)
+
+    def left(self, share: float = 0.0) -> str:
+        """The time left for all cells, from the pace so far; `share` of the current one is done."""
+        share = (self._done + share) / self._cells
+        if not share:
+            return ""
+        seconds = int((time.monotonic() - self._begin) * (1 - share) / share)
+        return f"{seconds // 60}:{seconds % 60:02d} left"
+
+
+class Cell:
+    """The progress of one cell of a sweep; see `Progress`."""
+
+    def __init__(self, sweep: Progress, name: str):
+        self._sweep, self._name = sweep, name
+        self._said = time.monotonic()
+        self._task: Any = None
+
+    def start(self, steps: int, at: int = 0) -> None:
+        """Training begins, at step `at` of `steps`."""
+        self._steps = steps
+        if bar := self._sweep._bar:
+            label = _escape(self._name)
+            self._task = bar.add_task(label, total=steps, completed=at, loss="", left="")
 
     def step(self, step: int, loss: float | None = None) -> None:
-        """The cell has done `step` steps; `loss` where it is known."""
-        now = time.monotonic()
-        share = (self._done + step / self._steps) / self._cells
-        left = f"{_clock((now - self._begin) * (1 - share) / share)} left" if share else ""
-        if self._bar:
+        """`step` steps are done; `loss` where it is known.  Raises `Stopped` after a Ctrl-C."""
+        if self._sweep._stop:
+            raise Stopped
+        left = self._sweep.left(step / self._steps)
+        if bar := self._sweep._bar:
             shown = {} if loss is None else {"loss": f"loss {loss:.3f}"}
-            self._bar.update(self._task, completed=step, left=left, **shown)
-        elif loss is not None and now - self._said > _PLAIN_SECONDS:
-            self._said = now
+            bar.update(self._task, completed=step, left=left, **shown)
+        elif loss is not None and time.monotonic() - self._said > _PLAIN_SECONDS:
+            self._said = time.monotonic()
             print(f"  {self._name} step {step}/{self._steps} loss {loss:.4f}, {left}", flush=True)
 
     def finish(self, line: str) -> None:
         """The cell has ended; `line` is what to say of it."""
-        self._done += 1
-        line = f"[{self._done}/{self._cells}] {line}"
-        if self._bar:
+        sweep = self._sweep
+        sweep._done += 1
+        line = f"[{sweep._done}/{sweep._cells}] {self._name}: {line}"
+        if sweep._bar:
             if self._task is not None:
-                self._bar.remove_task(self._task)
-                self._task = None
-            self._bar.console.print(_escape(line), highlight=False)
+                sweep._bar.remove_task(self._task)
+            sweep._bar.console.print(_escape(line), highlight=False)
         else:
             print(line, flush=True)
 
 
 def _escape(text):
     return text.replace("[", r"\[")
-
-
-def _clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import io
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ import attention
 from attention.models import EncoderDecoder, LanguageModel
 from attention.nn import TransformerConfig
 from experiments import checkpoints, cli, data, results, settings, tasks
-from experiments.progress import Progress
+from experiments.progress import Cell, Progress, Stopped
 
 
 def build(config: ConfigDict) -> tuple[tasks.Task, Any]:
@@ -64,8 +65,14 @@ def check(config: ConfigDict) -> None:
     longest = max(task.eval_splits().values(), key=lambda split: split["inputs"].shape[1])
     row = {name: x[:1] for name, x in longest.items()}
     jax.eval_shape(lambda key: model.init(key, *_model_inputs(row)), jax.random.key(0))
-    if config.train.seeds_impl not in ("vmap", "map"):
-        raise ValueError(f"train.seeds_impl is 'vmap' or 'map', got {config.train.seeds_impl!r}")
+    c = config.train
+    if c.seeds_impl not in ("vmap", "map"):
+        raise ValueError(f"train.seeds_impl is 'vmap' or 'map', got {c.seeds_impl!r}")
+    if c.checkpoint_every % c.log_every:  # else a resumed run would log other means
+        raise ValueError(
+            "train.checkpoint_every must be a multiple of train.log_every: got "
+            f"{c.checkpoint_every} and {c.log_every}"
+        )
 
 
 class AdamW(NamedTuple):
@@ -207,13 +214,18 @@ def compile_program(model, adamw: AdamW, seeds_impl: str, batch: tuple, splits: 
     )
 
 
-def train(
-    config: ConfigDict, directory: Path, progress: Progress, *, tensorboard: bool = False
-) -> dict[str, Any]:
-    """Trains all seeds of a config, from where `directory` left off; returns its result.
+class Prepared(NamedTuple):
+    """What a run needs before its first step."""
 
-    Raises FloatingPointError when a loss is no longer finite.
-    """
+    task: tasks.Task
+    model: Any
+    source: data.TrainSource
+    splits: dict[str, dict[str, np.ndarray]]
+    program: Program
+
+
+def prepare(config: ConfigDict) -> Prepared:
+    """Reads the data and compiles; a second call for an equal program does not compile again."""
     task, model = build(config)
     c = config.train
     source = data.TrainSource(task, tuple(range(c.seeds)), c.batch_size, c.steps)
@@ -228,6 +240,18 @@ def train(
         _shapes(source[0]),
         tuple((name, _shapes(split)) for name, split in splits.items()),
     )
+    return Prepared(task, model, source, splits, program)
+
+
+def train(
+    config: ConfigDict, directory: Path, progress: Cell, *, tensorboard: bool = False
+) -> dict[str, Any]:
+    """Trains all seeds of a config, from where `directory` left off; returns its result.
+
+    Raises FloatingPointError when a loss is no longer finite.
+    """
+    task, model, source, splits, program = prepare(config)
+    c = config.train
     rates = learning_rates(config)
     iterator = data.train_iterator(source)
     with contextlib.ExitStack() as stack:
@@ -240,12 +264,13 @@ def train(
             start, state, position = restored
         seconds = position["seconds"]
         log = stack.enter_context(MetricsLog(directory, position["log_bytes"], tensorboard))
-        progress.start(directory.name, c.steps, start)
+        progress.start(c.steps, start)
 
         pending, began = [], time.perf_counter()
         for step in range(start + 1, c.steps + 1):
             state, metrics = program.step(state, next(iterator), rates[step - 1])
             pending.append(metrics)
+            progress.step(step)
             if step % c.log_every == 0 or step == c.steps:
                 train_metrics = {
                     f"train/{name}": np.mean([m[name] for m in pending], axis=0)
@@ -415,9 +440,13 @@ def main(argv):
     path = directory / "result.json"
     if not path.exists():
         with Progress(cells=1) as progress:
-            result = train(_CONFIG.value, directory, progress, tensorboard=_TENSORBOARD.value)
+            cell = progress.cell(str(directory))
+            try:
+                result = train(_CONFIG.value, directory, cell, tensorboard=_TENSORBOARD.value)
+            except Stopped:
+                sys.exit("\nstopped; the same command goes on from here")
             results.replace(path, json.dumps(result, indent=2))
-            progress.finish(f"{directory} trained in {result['train_seconds']} s")
+            cell.finish(f"trained in {result['train_seconds']} s")
     result = json.loads(path.read_text("utf-8"))
     for name, values in result["metrics"].items():
         mean, interval = results.mean_interval(values)

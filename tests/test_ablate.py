@@ -239,10 +239,11 @@ def test_the_quickstart_has_the_cells_it_promises():
 def test_progress_is_plain_lines_in_a_pipe_and_a_bar_on_a_terminal(capsys, monkeypatch):
     def show():
         with progress.Progress(cells=2) as bar:
-            bar.start("text", steps=10)
-            bar.step(5, loss=1.25)
+            cell = bar.cell("text")
+            cell.start(steps=10)
+            cell.step(5, loss=1.25)
             time.sleep(0.3)  # the bar is drawn ten times a second
-            bar.finish("text: done [3 seeds]")
+            cell.finish("done [3 seeds]")
 
     show()
     assert capsys.readouterr().out == "[1/2] text: done [3 seeds]\n"
@@ -252,3 +253,19 @@ def test_progress_is_plain_lines_in_a_pipe_and_a_bar_on_a_terminal(capsys, monke
     show()
     shown = capsys.readouterr().out
     assert "1.250" in shown and "left" in shown and "done [3 seeds]" in shown
+
+
+def test_ctrl_c_stops_in_one_line_and_the_same_command_goes_on(config, tmp_path):
+    flags = [f"--config={config}", "--sweep=position", f"--workdir={tmp_path / 'work'}"]
+    flags += ["--config.train.steps=100000"]
+    command = [sys.executable, "-m", "experiments.ablate", *flags]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "work/cells/base/metrics.jsonl"
+    while run.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and "Traceback" not in errors
+    assert errors.strip() == "stopped; the same command goes on from here", errors
+    assert not (tmp_path / "work/cells/base/result.json").exists()

@@ -22,11 +22,11 @@ def tiny(task="recall", **changes):
     return settings.override(config, changes)
 
 
-class Silent(progress.Progress):
+class Silent(progress.Cell):
     """Shows nothing; raises at a step on request, as a kill would end the run there."""
 
     def __init__(self, stop_at=None):
-        super().__init__(1)
+        super().__init__(progress.Progress(1), "cell")
         self.stop_at = stop_at
 
     def step(self, step, loss=None):
@@ -40,16 +40,7 @@ def run(config, directory, stop_at=None):
 
 
 def program(config):
-    task, model = train.build(config)
-    source = data.TrainSource(task, tuple(range(config.train.seeds)), config.train.batch_size, 6)
-    splits = {k: data.eval_batches(v, 8) for k, v in task.eval_splits().items()}
-    return train.compile_program(
-        model,
-        train.AdamW(*(config.optimizer[name] for name in train.AdamW._fields)),
-        config.train.seeds_impl,
-        train._shapes(source[0]),
-        tuple((name, train._shapes(split)) for name, split in splits.items()),
-    )
+    return train.prepare(config).program
 
 
 def leaves(tree):
@@ -196,6 +187,7 @@ def test_training_solves_a_task_it_can(tmp_path):
     ({"model.num_heads": 8, "model.position": "rope"}, "even"),
     ({"model.position": "learned(length=4)"}, "no vector for position"),
     ({"train.seeds_impl": "pmap"}, "seeds_impl"),
+    ({"train.checkpoint_every": 3}, "multiple of train.log_every: got 3 and 2"),
     ({"model.implementation": "flash"}, "implementation must be"),
     ({"task.num_pairs": 5}, "cannot hold num_pairs=5"),
 ])  # fmt: skip
