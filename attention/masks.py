@@ -53,6 +53,10 @@ class Prefix(Mask):
 
     length: int | None = None
 
+    def __post_init__(self):
+        if self.length is not None and self.length < 0:
+            raise ValueError(f"length counts keys, 0 or more; got {self.length}")
+
     @property
     def needs(self):
         return frozenset() if self.length is not None else frozenset({("prefix_lengths",)})

@@ -14,11 +14,21 @@ from attention.parts import Array, Normalizer
 
 def logsumexp(logits: Array) -> Array:
     """log Σ_j exp(s_ij): [t, S] -> [t]; −inf, with gradient 0, for a row of −inf."""
-    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
+    top, log_total = _log_total(logits)
+    return top + log_total
+
+
+def _log_total(logits, sink=-jnp.inf):
+    """(m, log (Σ_j exp(s_ij − m) + exp(sink − m))) with m the largest of them; −inf if all are.
+
+    Kept apart, because m + log(...) loses the digits of the second where scores are large.
+    """
+    top = jnp.max(logits, axis=-1, initial=-jnp.inf)
+    top = jax.lax.stop_gradient(jnp.maximum(top, sink))
     top = jnp.where(jnp.isfinite(top), top, 0)
-    total = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1)
+    total = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1) + jnp.exp(sink - top)
     some = total != 0
-    return jnp.where(some, top + jnp.log(jnp.where(some, total, 1)), -jnp.inf)
+    return top, jnp.where(some, jnp.log(jnp.where(some, total, 1)), -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +36,13 @@ class Softmax(Normalizer):
     """w_ij = exp(s_ij) / Σ_k exp(s_ik)."""
 
     def statistic(self, params, logits):
-        return logsumexp(logits)
+        return _log_total(logits)
 
     def weight(self, params, logits, statistic):
-        return jnp.exp(logits - jnp.where(statistic == -jnp.inf, 0, statistic)[:, None])
+        top, log_total = statistic
+        return jnp.exp(
+            logits - top[:, None] - jnp.where(log_total == -jnp.inf, 0, log_total)[:, None]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +50,7 @@ class SoftmaxOffByOne(Softmax):
     """w_ij = exp(s_ij) / (1 + Σ_k exp(s_ik)): a row may attend to nothing.  Miller 2023."""
 
     def statistic(self, params, logits):
-        return jnp.logaddexp(logsumexp(logits), 0.0)
+        return _log_total(logits, sink=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +64,7 @@ class LearnedSink(Softmax):
         return {"sink": jnp.zeros(())}
 
     def statistic(self, params, logits):
-        return jnp.logaddexp(logsumexp(logits), params["sink"])
+        return _log_total(logits, params["sink"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +114,8 @@ class Sparsemax(Normalizer):
         return _threshold(logits, lambda k, s1, s2: (s1 - 1) / k)
 
     def weight(self, params, logits, statistic):
-        return jax.nn.relu(logits - statistic[:, None])
+        top, tau = statistic
+        return jax.nn.relu(logits - top[:, None] - tau[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +133,12 @@ class Entmax15(Normalizer):
         return _threshold(logits / 2, solve)
 
     def weight(self, params, logits, statistic):
-        return jnp.square(jax.nn.relu(logits / 2 - statistic[:, None]))
+        top, tau = statistic
+        return jnp.square(jax.nn.relu(logits / 2 - top[:, None] - tau[:, None]))
 
 
 def _threshold(z, solve):
-    """τ_i of each row: [t, S] -> [t], where solve(k, Σz, Σz²) is τ if the top k scores had weights.
+    """(m_i, τ_i − m_i), m_i the top of row i; solve(k, Σz, Σz²) is τ if the top k had weights.
 
     Those that do are the longest run of sorted scores above the run's own τ. Which they are is
     constant almost everywhere, so derivatives of any order flow through the two sums alone.
@@ -138,7 +153,8 @@ def _threshold(z, solve):
     size = jnp.sum(ordered > candidates, axis=-1, keepdims=True)
     support = z > jnp.take_along_axis(candidates, size - 1, axis=-1)
     z = jnp.where(support, z, 0)
-    return top[:, 0] + solve(jnp.sum(support, axis=-1), jnp.sum(z, axis=-1), jnp.sum(z**2, axis=-1))
+    sums = (jnp.sum(support, axis=-1), jnp.sum(z, axis=-1), jnp.sum(z**2, axis=-1))
+    return top[:, 0], solve(*sums)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -154,7 +154,8 @@ class Position:
     def __add__(self, other: "Position") -> "Position":
         from attention.positions import Sum
 
-        return Sum((self, other))
+        parts = (part.parts if isinstance(part, Sum) else (part,) for part in (self, other))
+        return Sum(sum(parts, ()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,13 +99,14 @@ class Learned(Position):
         return {"table": self.stddev * jax.random.normal(key, (self.length, model_dim))}
 
     def embed(self, params, x, positions):
-        if isinstance(positions, np.ndarray) and positions.max() >= self.length:
+        known = isinstance(positions, np.ndarray)
+        if known and (positions.max() >= self.length or positions.min() < 0):
             raise ValueError(
                 f"{self} has no vector for position {positions.max()}: set length to the longest "
                 "text or more"
             )
         rows = (
-            params["table"]
+            jnp.asarray(params["table"])
             .at[positions]
             .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         )
@@ -150,13 +151,17 @@ class YaRN(Linear):
     """Interpolates the slow pairs only, and sharpens the softmax.  Peng et al. 2023, sec. 3.2-3.4.
 
     A pair that turns r = original_length / wavelength times within the trained length is divided by
-    `factor` for r < slow, kept for r > fast, and blended in between; query and key are multiplied
-    by 0.1 · ln(factor) + 1.
+    `factor` for r < slow, kept for r > fast, and blended in between; what turns of query
+    and key is multiplied by 0.1 · ln(factor) + 1.
     """
 
     original_length: int
     fast: float = 32.0
     slow: float = 1.0
+
+    def __post_init__(self):
+        if not self.fast > self.slow:
+            raise ValueError(f"fast must exceed slow, in turns; got {self.fast} and {self.slow}")
 
     def frequencies(self, frequencies, base):
         turns = self.original_length * frequencies / (2 * np.pi)
@@ -248,6 +253,10 @@ class Shaw(Position):
     value_side: bool = False
     stddev: float = 0.02
 
+    def __post_init__(self):
+        if self.clip < 0:
+            raise ValueError(f"clip is a distance, 0 or more; got {self.clip}")
+
     def init(self, key, head_dim, value_dim):
         for_key, for_value = jax.random.split(key)
         rows = 2 * self.clip + 1
@@ -285,6 +294,14 @@ class T5(Position):
     bidirectional: bool = True
     stddev: float = 0.02
 
+    def __post_init__(self):
+        exact = self._one_way() // 2
+        if exact < 1 or self.max_distance <= exact:
+            raise ValueError(
+                f"{self} needs a bucket for each distance below {exact} and some beyond: give more "
+                "buckets, or a max_distance above that"
+            )
+
     def init(self, key, head_dim, value_dim):
         return {"table": self.stddev * jax.random.normal(key, (self.num_buckets,))}
 
@@ -293,14 +310,29 @@ class T5(Position):
 
     def bucket(self, distance: Array) -> Array:
         """Bucket of i − j, of the same shape."""
-        count = self.num_buckets // 2 if self.bidirectional else self.num_buckets
+        count = self._one_way()
         start = jnp.where(distance < 0, self.num_buckets - count, 0)
         distance = jnp.abs(distance) if self.bidirectional else jnp.maximum(distance, 0)
         exact = count // 2
-        ratio = jnp.log(jnp.maximum(distance, 1) / exact) / math.log(self.max_distance / exact)
-        # A distance on the edge of a bucket must not fall short of it by rounding.
-        far = exact + (ratio * (count - exact) + 1e-4).astype(distance.dtype)
-        return start + jnp.where(distance < exact, distance, jnp.minimum(far, count - 1))
+        far = exact + jnp.searchsorted(jnp.asarray(self._edges(), int), distance, side="right")
+        return start + jnp.where(distance < exact, distance, far)
+
+    def _one_way(self):
+        return self.num_buckets // 2 if self.bidirectional else self.num_buckets
+
+    def _edges(self):
+        """First distance of each logarithmic bucket but the first.
+
+        In whole numbers: rounding a logarithm would move distances that lie on an edge.
+        """
+        exact = self._one_way() // 2
+        far = self._one_way() - exact
+        edges, distance = [], exact
+        for k in range(1, far):
+            while distance**far * exact**k < self.max_distance**k * exact**far:
+                distance += 1
+            edges.append(distance)
+        return edges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,12 +408,12 @@ class FIRE(Position):
     threshold: float = 512.0
 
     def init(self, key, head_dim, value_dim):
-        for_in, for_out = jax.random.split(key)
+        for_in, for_bias, for_out = jax.random.split(key, 3)
         return {
             "log_c": jnp.log(0.1),
             "log_threshold": jnp.log(self.threshold),
             "in": jax.random.normal(for_in, (self.hidden,)),
-            "in_bias": jnp.zeros(self.hidden),
+            "in_bias": jax.random.uniform(for_bias, (self.hidden,), minval=-1.0),
             "out": jax.random.normal(for_out, (self.hidden,)) * self.hidden**-0.5,
             "out_bias": jnp.zeros(()),
         }
@@ -398,7 +430,7 @@ class FIRE(Position):
 class CoPE(Position):
     """q_i · e[p_ij], p_ij = Σ_{k from j to i} σ(q_i · k_k / √D): counts what the gates let count.
 
-    Golovneva et al. 2024 (Contextual Position Encoding), eq. 3 to 5 and listing 1: p is a real
+    Golovneva et al. 2024 (Contextual Position Encoding), the gates as in its listing: p is a real
     number, clipped at `max_position`, and e [max_position + 1, D] (learned) is interpolated between
     its neighbours. Only visible keys count, from key j to the end of the row, so it is meant for
     causal masks. p_ij needs every later key of the row: dense kernel only.

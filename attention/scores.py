@@ -23,7 +23,7 @@ def _product(query: Array, key: Array) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Dot(Score):
-    """s(q, k) = q · k.  Luong et al. 2015, eq. 8 (dot)."""
+    """s(q, k) = q · k.  Luong et al. 2015, sec. 3.1 (dot)."""
 
     def tile(self, params, query, key, tile):
         return _product(query, key)
@@ -45,7 +45,7 @@ class ScaledDot(Score):
 
 @dataclasses.dataclass(frozen=True)
 class General(Score):
-    """s(q, k) = qᵀ W k, W [D, D] learned.  Luong et al. 2015, eq. 8 (general)."""
+    """s(q, k) = qᵀ W k, W [D, D] learned.  Luong et al. 2015, sec. 3.1 (general)."""
 
     def init(self, key, head_dim):
         return {"kernel": _normal(key, (head_dim, head_dim), head_dim)}
@@ -83,7 +83,7 @@ class Additive(Score):
 
 @dataclasses.dataclass(frozen=True)
 class Location(Score):
-    """s(q, j) = w_j · q: from the query and the key's position alone.  Luong et al. 2015, eq. 7.
+    """s(q, j) = w_j · q: from the query and the key's position alone.  Luong et al. 2015, sec. 3.1.
 
     One learned vector per key position, [max_length, D]; the score of a key beyond `max_length`
     is NaN.
@@ -95,12 +95,11 @@ class Location(Score):
         return {"kernel": _normal(key, (self.max_length, head_dim), head_dim)}
 
     def tile(self, params, query, key, tile):
-        rows = (
-            params["kernel"]
-            .at[tile.key_positions]
-            .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-        )
-        return _product(query, rows.T)
+        positions = tile.key_positions
+        inside = (positions >= 0) & (positions < self.max_length)
+        rows = params["kernel"].at[positions].get(mode="clip")
+        # NaN enters after the product, so a masked key beyond the table spoils no gradient.
+        return jnp.where(inside, _product(query, rows.T), jnp.nan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +197,10 @@ class SoftCap(_Wrapper):
     """s = cap · tanh(score(q, k) / cap): keeps scores within ±cap.  Gemma 2 (2024), sec. 2."""
 
     cap: float = 50.0
+
+    def __post_init__(self):
+        if not self.cap > 0:
+            raise ValueError(f"cap must be positive, got {self.cap}")
 
     def tile(self, params: Params, query: Array, key: Array, tile: Tile) -> Array:
         return self.cap * jnp.tanh(self.score.tile(params, query, key, tile) / self.cap)

@@ -11,9 +11,9 @@ from experiments import settings
 
 
 def get_config(arg=""):
-    config = settings.config("text", context=64, max_eval_examples=512)
+    config = settings.config("text", context=64, max_eval_examples=256)
     config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=30)
-    config.train.update(steps=250, batch_size=16, eval_every=50, log_every=25)
+    config.train.update(steps=200, batch_size=16, eval_every=100, log_every=20)
     return config
 
 
@@ -25,14 +25,15 @@ def bases():
         "model.init_stddev": 0.125,
         "optimizer.final_learning_rate": 3e-3,
         "train.batch_size": 64,
+        "train.steps": 240,
     }
     return {"text": {}, "recall": recall}
 
 
 def sweep_score():
-    for score in ("additive(hidden=16)", "cosine", "gaussian"):
-        yield {"model.score": score}
-    yield {"base": "text", "model.score": "general"}
+    for score in ("additive(hidden=8)", "general", "gaussian"):
+        yield {"base": "text", "model.score": score}
+    yield {"model.score": "cosine"}
 
 
 def sweep_heads():
@@ -41,9 +42,8 @@ def sweep_heads():
 
 
 def sweep_position():
-    for position in ("none", "alibi"):
-        yield {"model.position": position}
-    for position in ("sinusoidal(scale=0.02)", "learned"):
+    yield {"model.position": "none"}
+    for position in ("sinusoidal(scale=0.02)", "learned", "alibi"):
         yield {"base": "text", "model.position": position}
 
 

@@ -132,8 +132,10 @@ def test_truth_table(name):
         np.testing.assert_allclose(found_lse[:, :, h], lse[..., 0], rtol=1e-5)
 
 
-# The gradient knows a mask by its True and False alone: one without data, each with data.
-@pytest.mark.parametrize("name", ["causal", "prefix each", "padding", "segments", "or"])
+@pytest.mark.parametrize(
+    "name",
+    ["causal", "window, sides", "prefix each", "padding", "segments", "blocks", "dilated", "or"],
+)
 def test_attention_and_gradients(name):
     """The softmax runs over the keys that are seen; nothing reaches the others."""
     visible = seen(name, SMALL, T, S)

@@ -108,9 +108,8 @@ def test_formula_and_gradients(name):
 
     mechanism = Mechanism(mask=masks.Causal(), normalizer=normalizer)
     # The derivative of hardmax is 0 wherever it has one: only the values learn.
-    check(
-        mechanism, attended, flat=("query", "key", "bias") if name == "hardmax" else (), bias=True
-    )
+    flat = ("query", "key", "bias") if name == "hardmax" else ()
+    check(mechanism, attended, flat=flat, bias=True)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
@@ -233,7 +232,7 @@ def test_a_gap_makes_one_hot(name):
 
 @pytest.mark.parametrize("name", SUM_TO_ONE)
 def test_a_constant_changes_nothing(name):
-    """… in what sums to one; all others feel it."""
+    """Weights that sum to one depend on the differences of the scores alone."""
     s = np.array([0.3, -1.0, 0.9, 0.2])
     normalizer = NORMALIZERS[name][0]
     found, expected = of_scores(normalizer, s + 2), of_scores(normalizer, s)

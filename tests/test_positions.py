@@ -185,7 +185,7 @@ def yarn(width, factor, length, fast, slow):
 
 
 def shaw_rope_alibi(p, q, keys, i, js, h):
-    a_key = np.array(shaw(p[0][0], q, keys, i, js, h)) - none(p, q, keys, i, js, h)
+    a_key = np.array(shaw(p[0], q, keys, i, js, h)) - none(p, q, keys, i, js, h)
     linear = [alibi(p, abs(i - j), h) for j in js]
     return a_key + rope(theta(D))(p, q, keys, i, js, h) + linear
 
@@ -268,12 +268,14 @@ TERMS = positions.T5() + positions.ALiBi() + positions.KerpleLog() + positions.K
 TURNS = positions.RoPE(scaling=YARN) + positions.XPos() + positions.Shaw(2, value_side=True)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "position", [TERMS, TURNS, positions.FIRE(), COPE], ids=["terms", "turns", "fire", "cope"]
 )
-def test_extremes(position):
+def test_extremes(position, dtype):
     mask = masks.Causal() if position.whole_row else masks.Full()
-    check_extremes(Mechanism(position=position, mask=mask), query_positions=np.array([1, 2, 3]))
+    mechanism = Mechanism(position=position, mask=mask)
+    check_extremes(mechanism, dtype, query_positions=np.array([1, 2, 3]))
 
 
 # Schemes that add to the embeddings.
@@ -344,9 +346,8 @@ def test_a_sum_embeds_with_each_of_its_parts():
     position = positions.Sinusoidal() + positions.Learned(10) + positions.RoPE()
     params = position.init_embed(jax.random.key(0), 6)
     x = np.random.default_rng(0).normal(size=(B, T, 6))
-    tables = [leaf for leaf in jax.tree.leaves(params)]
-    assert len(tables) == 1
-    expected = sinusoidal(x, QUERY_POSITIONS) + np.asarray(tables[0])[QUERY_POSITIONS]
+    (table,) = jax.tree.leaves(params)
+    expected = sinusoidal(x, QUERY_POSITIONS) + np.asarray(table)[QUERY_POSITIONS]
     same(position.embed(params, x, QUERY_POSITIONS), expected)
 
 
@@ -517,7 +518,7 @@ def test_starting_values():
     )
     keys = jax.random.split(jax.random.key(0, impl="unsafe_rbg"), 400)
     start = jax.jit(jax.vmap(lambda key: scheme.init(key, D, V)))(keys)
-    (((((log, power), fire), shaw), t5), cope) = start
+    log, power, fire, shaw, t5, cope = start
     for leaf, top in ((log["log_a"], 2), (log["log_b"], 1), (power["log_a"], 1)):
         assert 0 < np.exp(leaf).min() < 0.1 * top and 0.9 * top < np.exp(leaf).max() <= top
     b = 2 / (1 + np.exp(-power["logit_b"]))
@@ -532,3 +533,14 @@ def test_starting_values():
     }
     for leaf in jax.tree.leaves(tables):
         np.testing.assert_allclose(leaf.std(), 0.02, rtol=0.1)
+
+
+def test_fire_starts_with_bends():
+    """Some hidden units bend within 0 to 1, the range of what they see.
+
+    With all biases at 0 none would: f would be linear, and units of negative weight never learn.
+    """
+    keys = jax.random.split(jax.random.key(0, impl="unsafe_rbg"), 50)
+    params = jax.vmap(lambda key: positions.FIRE().init(key, D, V))(keys)
+    bends = -params["in_bias"] / params["in"]
+    assert np.mean((bends > 0) & (bends < 1)) > 0.1

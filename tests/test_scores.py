@@ -152,7 +152,7 @@ def check(mechanism, formula, flat=(), places=PLACES, relative=False, bias=False
         jax.tree.map(same, shifted, result)
 
 
-def check_extremes(mechanism, dtype=jnp.bfloat16, **options):
+def check_extremes(mechanism, dtype, **options):
     """Scores beyond ±10⁴, a row that sees nothing, a key that nobody sees: all is finite.
 
     That key is a NaN, or so large that its score would be infinite.
@@ -294,10 +294,11 @@ def test_formula_and_gradients(name):
     check(Mechanism(score), lambda x: by_hand(x, row), flat=flat)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", sorted(QUIET | {"general", "gaussian", "temperature"}))
-def test_extremes(name):
+def test_extremes(name, dtype):
     score, _ = SCORES[name]
-    check_extremes(Mechanism(scores.Scale(score, 1e5) if name in QUIET else score), **PLACES)
+    check_extremes(Mechanism(scores.Scale(score, 1e5) if name in QUIET else score), dtype, **PLACES)
 
 
 def smooth():
@@ -339,7 +340,7 @@ def test_second_derivatives_of_every_part():
 
 @pytest.mark.parametrize("mechanism", smooth(), ids=lambda m: type(m.score).__name__)
 def test_second_derivatives(mechanism):
-    """Hessian times vector by reverse over reverse, against differences of the gradient."""
+    """Hessian times vector, both forward and reverse over reverse, against differences."""
     flat, unravel = ravel_pytree(inputs(mechanism))
     rng = np.random.default_rng(1)
     direction, vector = rng.normal(size=(B, T, H, V)), rng.normal(size=flat.shape)
@@ -347,14 +348,15 @@ def test_second_derivatives(mechanism):
     @jax.jit
     def products(x):
         gradient = jax.grad(lambda x: jnp.sum(run(mechanism, unravel(x), **PLACES) * direction))
-        slopes, pull = jax.vjp(gradient, x)
-        return slopes, pull(vector)[0]
+        slopes, forward = jax.jvp(gradient, (x,), (vector,))
+        return slopes, forward, jax.vjp(gradient, x)[1](vector)[0]
 
     step = 1e-5
     above, below = (products(flat + sign * step * vector)[0] for sign in (1, -1))
-    found, expected = unravel(products(flat)[1]), unravel((above - below) / (2 * step))
+    expected = unravel((above - below) / (2 * step))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
-    jax.tree.map(close, found, expected)
+    for product in products(flat)[1:]:
+        jax.tree.map(close, unravel(product), expected)
 
 
 def test_starting_values():

@@ -61,6 +61,7 @@ def attend_head(
     logits = jnp.where(visible, scores, -jnp.inf)
     statistic = mechanism.normalizer.statistic(params["normalizer"], logits)
     weights = mechanism.normalizer.weight(params["normalizer"], logits, statistic)
+    weights = jnp.where(visible, weights, 0)  # stops what a huge masked value sends back
 
     dropped = weights
     if dropout_key is not None and dropout_rate > 0:
@@ -95,10 +96,11 @@ def _scores(mechanism, params, query, key, tile):
 def _clean(visible, query, key, value):
     """Makes what is masked absent, even a NaN: 0 · NaN is NaN, in products and their gradients.
 
-    Keys and values that are not finite become 0, and the rows that do see one are poisoned with
-    NaN at the end (as the plain product would). Queries of rows that see nothing become 0.
+    Keys and values that are not finite or that no query sees become 0, and the rows that do see one
+    are poisoned with NaN at the end (as the plain product would). Queries of rows that see nothing
+    become 0.
     """
-    bad = ~(jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1))
+    bad = ~(jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)) | ~visible.any(0)
     poison = jnp.where((visible & bad).any(-1), jnp.nan, 1).astype(query.dtype)
     query = jnp.where(visible.any(-1, keepdims=True), query, 0)
     bad = bad[:, None]
