@@ -29,5 +29,5 @@ def get_config(arg=""):
 
 
 def sweep_position():
-    for position in ("rope", "alibi", "none", "sinusoidal(scale=0.02)"):
+    for position in ("rope", "none", "alibi", "sinusoidal(scale=0.02)"):
         yield {"model.position": position}
