@@ -14,7 +14,6 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
-from concurrent import futures
 from pathlib import Path
 
 from absl import flags
@@ -109,16 +108,12 @@ def main(argv):
         print(f"all {len(cells)} cells were done already: {workdir / 'report.html'}")
         return
     print(f"{len(todo)} of {len(cells)} cells to train in {workdir}", flush=True)
-    with Progress(len(todo)) as progress, futures.ThreadPoolExecutor(1) as ahead:
-        ready = [ahead.submit(train.prepare, cell.config) for cell in todo[:1]]
-        for number, cell in enumerate(todo, start=1):
-            futures.wait(ready)
-            # The next cell compiles, on another core, while this one trains.
-            ready = [ahead.submit(train.prepare, next_.config) for next_ in todo[number:][:1]]
-            try:
+    try:
+        with Progress(len(todo)) as progress:
+            for cell in todo:
                 run_cell(cell, directories[cell.id], progress, _TENSORBOARD.value)
-            except Stopped:
-                sys.exit("\nstopped; the same command goes on from here")
+    except Stopped:
+        sys.exit("\nstopped; the same command goes on from here")
     report.publish(workdir)
 
 

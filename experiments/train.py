@@ -214,18 +214,13 @@ def compile_program(model, adamw: AdamW, seeds_impl: str, batch: tuple, splits: 
     )
 
 
-class Prepared(NamedTuple):
-    """What a run needs before its first step."""
+def train(
+    config: ConfigDict, directory: Path, progress: Cell, *, tensorboard: bool = False
+) -> dict[str, Any]:
+    """Trains all seeds of a config, from where `directory` left off; returns its result.
 
-    task: tasks.Task
-    model: Any
-    source: data.TrainSource
-    splits: dict[str, dict[str, np.ndarray]]
-    program: Program
-
-
-def prepare(config: ConfigDict) -> Prepared:
-    """Reads the data and compiles; a second call for an equal program does not compile again."""
+    Raises FloatingPointError when a loss is no longer finite.
+    """
     task, model = build(config)
     c = config.train
     source = data.TrainSource(task, tuple(range(c.seeds)), c.batch_size, c.steps)
@@ -240,18 +235,6 @@ def prepare(config: ConfigDict) -> Prepared:
         _shapes(source[0]),
         tuple((name, _shapes(split)) for name, split in splits.items()),
     )
-    return Prepared(task, model, source, splits, program)
-
-
-def train(
-    config: ConfigDict, directory: Path, progress: Cell, *, tensorboard: bool = False
-) -> dict[str, Any]:
-    """Trains all seeds of a config, from where `directory` left off; returns its result.
-
-    Raises FloatingPointError when a loss is no longer finite.
-    """
-    task, model, source, splits, program = prepare(config)
-    c = config.train
     rates = learning_rates(config)
     iterator = data.train_iterator(source)
     with contextlib.ExitStack() as stack:

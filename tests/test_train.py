@@ -40,7 +40,17 @@ def run(config, directory, stop_at=None):
 
 
 def program(config):
-    return train.prepare(config).program
+    task, model = train.build(config)
+    c = config.train
+    source = data.TrainSource(task, tuple(range(c.seeds)), c.batch_size, c.steps)
+    splits = {k: data.eval_batches(v, c.eval_batch_size) for k, v in task.eval_splits().items()}
+    return train.compile_program(
+        model,
+        train.AdamW(*(config.optimizer[name] for name in train.AdamW._fields)),
+        c.seeds_impl,
+        train._shapes(source[0]),
+        tuple((name, train._shapes(split)) for name, split in splits.items()),
+    )
 
 
 def leaves(tree):
