@@ -124,30 +124,26 @@ class Dilated(Mask):
 
 
 @dataclasses.dataclass(frozen=True)
-class And(Mask):
-    """Seen by both masks: `left & right`."""
-
+class _Pair(Mask):
     left: Mask
     right: Mask
 
     @property
     def needs(self):
         return self.left.needs | self.right.needs
+
+
+@dataclasses.dataclass(frozen=True)
+class And(_Pair):
+    """Seen by both masks: `left & right`."""
 
     def tile(self, tile):
         return self.left.tile(tile) & self.right.tile(tile)
 
 
 @dataclasses.dataclass(frozen=True)
-class Or(Mask):
+class Or(_Pair):
     """Seen by either mask: `left | right`."""
-
-    left: Mask
-    right: Mask
-
-    @property
-    def needs(self):
-        return self.left.needs | self.right.needs
 
     def tile(self, tile):
         return self.left.tile(tile) | self.right.tile(tile)
