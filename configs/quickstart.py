@@ -13,7 +13,7 @@ from experiments import settings
 def get_config(arg=""):
     config = settings.config("text", context=64, max_eval_examples=256)
     config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=30)
-    config.train.update(steps=200, batch_size=16, eval_every=100, log_every=20)
+    config.train.update(steps=180, batch_size=16, eval_every=60, log_every=20)
     return config
 
 
@@ -25,7 +25,7 @@ def bases():
         "model.init_stddev": 0.125,
         "optimizer.final_learning_rate": 3e-3,
         "train.batch_size": 64,
-        "train.steps": 240,
+        "train.steps": 220,
     }
     return {"text": {}, "recall": recall}
 

@@ -1,6 +1,6 @@
 """Multi-head attention as a Flax NNX module, on the same kernels as the Linen one.
 
-    python examples/nnx_attention.py
+python examples/nnx_attention.py
 """
 
 import jax
