@@ -48,10 +48,11 @@ def attend(
       mask: bool, True = may attend, broadcastable to [..., H, T, S]; on top of mechanism.mask.
       query_positions, key_positions: [..., T], [..., S] int; 0, 1, 2 ... unless given.
       query_lengths, key_lengths: [...] int, for `masks.Padding`.
-      query_segments, key_segments: [..., T], [..., S] int, for `masks.Segments`; segments of the
-        keys are those of the queries unless given.
+      query_segments, key_segments: [..., T], [..., S] int, for `masks.Segments`; where T = S the
+        keys' are those of the queries unless given.
       prefix_lengths: [...] int, for `masks.Prefix()`.
-      dropout_rate, dropout_key: the share of weights to drop, 0 to 1, and the `jax.random` key.
+      dropout_rate, dropout_key: the share of weights to drop, 0 to 1 and static, and the
+        `jax.random` key. What is dropped depends on the key, example, head, row and column alone.
       implementation: 'dense', or None to let `attend` choose; `explain` tells what and why.
       aux: any of 'weights' [..., H, T, S] (before dropout), 'lse' [..., T, H] = log Σ_j exp(s_ij)
         over visible keys, 'entropy' [..., T, H] = −Σ_j w_ij log w_ij in nats.
@@ -64,7 +65,11 @@ def attend(
     Raises:
       ValueError: naming the argument, what was expected and what came.
     """
+    if not isinstance(mechanism, Mechanism):
+        raise ValueError(f"mechanism must be an attention.Mechanism, got {mechanism!r}")
     query, key, value = map(jnp.asarray, (query, key, value))
+    if key_segments is None and query.shape[-3:-2] == key.shape[-3:-2]:
+        key_segments = query_segments
     pairs = {"bias": bias, "mask": mask}
     data = {
         "query_positions": query_positions,
@@ -72,7 +77,7 @@ def attend(
         "query_lengths": query_lengths,
         "key_lengths": key_lengths,
         "query_segments": query_segments,
-        "key_segments": query_segments if key_segments is None else key_segments,
+        "key_segments": key_segments,
         "prefix_lengths": prefix_lengths,
     }
     pairs = {name: jnp.asarray(x) for name, x in pairs.items() if x is not None}
@@ -82,6 +87,8 @@ def attend(
         raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
     if dropout_rate > 0 and dropout_key is None:
         raise ValueError(f"dropout_rate={dropout_rate} needs dropout_key, a jax.random key")
+    if isinstance(aux, str):
+        raise ValueError(f"aux must be a tuple of {', '.join(_AUX)}; got {aux!r}")
     if unknown := set(aux) - set(_AUX):
         raise ValueError(f"aux can hold {', '.join(_AUX)}; got {', '.join(sorted(unknown))}")
     out, extra = _attend(
@@ -211,7 +218,7 @@ def _flatten_batch(x, batch, rest):
     lead, tail = x.shape[: x.ndim - rest], x.shape[x.ndim - rest :]
     if math.prod(lead) > 1:
         x = jnp.broadcast_to(x, (*batch, *tail))
-    return x.reshape(-1, *tail) if math.prod(x.shape) else x
+    return x.reshape(-1, *tail)
 
 
 def _lift(function, arrays, sizes):
@@ -240,16 +247,8 @@ def _check(mechanism, params, query, key, value, pairs, data):
             f"mask must be bool, True = may attend; got {pairs['mask'].dtype}. "
             "Numbers to add to the scores go to bias"
         )
-    for name, x in data.items():
-        if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{name} must be integers, got {x.dtype}")
-        if name.endswith("lengths"):
-            _check_broadcast(name, x, tuple(batch), "[...]")
-        else:
-            length, letter = (T, "T") if name.startswith("query") else (S, "S")
-            if x.ndim == 0 or x.shape[-1] != length:
-                raise ValueError(f"{name} must be [..., {letter}={length}], got {x.shape}")
-            _check_broadcast(name, x, (*batch, length), f"[..., {letter}]")
+    if "bias" in pairs and not jnp.issubdtype(pairs["bias"].dtype, jnp.floating):
+        raise ValueError(f"bias must be of a floating dtype, got {pairs['bias'].dtype}")
     needs = mechanism.mask.needs
     missing = [" or ".join(names) for names in needs if not any(name in data for name in names)]
     if missing:
@@ -265,12 +264,23 @@ def _check(mechanism, params, query, key, value, pairs, data):
                 f"{name} was given, but the mask {mechanism.mask} ignores it: "
                 f"combine it with masks.{reader}()"
             )
+    for name, x in data.items():
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers, got {x.dtype}")
+        if name.endswith("lengths"):
+            _check_broadcast(name, x, tuple(batch), "[...]")
+        else:
+            length, letter = (T, "T") if name.startswith("query") else (S, "S")
+            if x.ndim == 0 or x.shape[-1] != length:
+                raise ValueError(f"{name} must be [..., {letter}={length}], got {x.shape}")
+            _check_broadcast(name, x, (*batch, length), f"[..., {letter}]")
     expected = params_shape(mechanism, H, D, value.shape[-1])
     wanted, got = jax.tree.map(jnp.shape, expected), jax.tree.map(jnp.shape, params)
     if wanted != got:
         raise ValueError(
             f"params do not fit {mechanism} with {H} heads of width {D}: expected shapes {wanted}, "
-            f"got {got}; make them with mechanism.init(key, num_heads={H}, head_dim={D})"
+            f"got {got}; make them with mechanism.init(key, num_heads={H}, head_dim={D}, "
+            f"value_dim={value.shape[-1]})"
         )
 
 
@@ -279,8 +289,10 @@ def _check_arrays(query, key, value):
     for name, x in (("query", query), ("key", key), ("value", value)):
         if len(x.shape) < 3 or 0 in x.shape:
             raise ValueError(f"{name} must be [..., length, heads, width], none 0; got {x.shape}")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} must be of a floating dtype, got {x.dtype}")
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
+            raise ValueError(
+                f"{name} must be of a floating dtype of 16 bits or more, got {x.dtype}"
+            )
         if x.dtype != query.dtype:
             raise ValueError(
                 f"query, key and value must share a dtype: query is {query.dtype}, {name} {x.dtype}"

@@ -1,7 +1,9 @@
 """`dot_product_attention`: the signature and meaning of `jax.nn.dot_product_attention`."""
 
+import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -36,7 +38,8 @@ def dot_product_attention(
     arguments; dropout draws a mask of its own for each example and head.
 
     It differs from jax.nn where a query may attend to nothing: jax.nn returns the mean of the
-    values there; here the output is 0, the residual −inf and all gradients are 0.
+    values there; here the output is 0, the residual −inf and all gradients are 0. The residual is
+    float32 and differentiable. A mask of numbers, as Flax makes them, is True where positive.
 
     Args:
       query: [..., T, H, D]; key: [..., S, K, D]; value: [..., S, K, V]; H a multiple of K.
@@ -58,21 +61,35 @@ def dot_product_attention(
       ValueError: naming the argument, what was expected and what came.
     """
     query, key, value = map(jnp.asarray, (query, key, value))
-    if scale is not None and not isinstance(scale, float | int | np.number):
-        query, scale = query * jnp.asarray(scale, query.dtype), 1.0  # a traced scale
+    if query.ndim == 3:
+        arguments = {**locals()}
+        batched = [arguments.pop(name)[None] for name in ("query", "key", "value")]
+        return jax.tree.map(lambda x: x[0], dot_product_attention(*batched, **arguments))
+    if scale is not None and jnp.ndim(scale):
+        raise ValueError(f"scale must be one number, got shape {jnp.shape(scale)}")
+    if mask is not None and jnp.asarray(mask).dtype != bool:
+        mask = jnp.asarray(mask) > 0  # Flax makes masks of 0 and 1 in float32
     allowed: Any = masks.Full()
     if is_causal:
         allowed &= masks.Causal()
     if local_window_size is not None:
-        window = local_window_size
-        left, right = (window, window) if isinstance(window, int) else window
-        allowed &= masks.SlidingWindow(left, right)
+        size = local_window_size
+        window = (size, size) if isinstance(size, int) else tuple(size)
+        if len(window) != 2:
+            raise ValueError(f"local_window_size must be a number or (left, right), got {window}")
+        allowed &= masks.SlidingWindow(*window)
     if query_seq_lengths is not None or key_value_seq_lengths is not None:
         allowed &= masks.Padding()
-    mechanism = Mechanism(scores.ScaledDot(None if scale is None else float(scale)), mask=allowed)
+    score: Any = scores.ScaledDot()
+    learned: dict[str, Array] = {}
+    if isinstance(scale, float | int | np.number):
+        score = scores.ScaledDot(float(scale))
+    elif scale is not None:
+        score = _TracedScale()
+        learned = {"scale": jnp.broadcast_to(scale, query.shape[-2:-1])}
     out, aux = attend(
-        mechanism,
-        {"score": {}, "position": {}, "normalizer": {}},
+        Mechanism(score, mask=allowed),
+        {"score": learned, "position": {}, "normalizer": {}},
         query,
         key,
         value,
@@ -88,3 +105,14 @@ def dot_product_attention(
     if module is not None:
         module.sow("intermediates", "attention_weights", aux["weights"])
     return (out, aux["lse"]) if return_residual else out
+
+
+@dataclasses.dataclass(frozen=True)
+class _TracedScale(scores.Dot):
+    """A scale known only at run time, which no hyper-parameter can be."""
+
+    def init(self, key, head_dim):
+        return {"scale": jnp.ones(())}
+
+    def prepare(self, params, query, key):
+        return query * params["scale"], key

@@ -8,7 +8,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from attention.parts import Mask
+from attention.parts import Mask, expect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +128,10 @@ class _Pair(Mask):
     left: Mask
     right: Mask
 
+    def __post_init__(self):
+        expect("left", self.left, Mask)
+        expect("right", self.right, Mask)
+
     @property
     def needs(self):
         return self.left.needs | self.right.needs
@@ -154,6 +158,9 @@ class Not(Mask):
     """Seen where the mask is not: `~mask`."""
 
     mask: Mask
+
+    def __post_init__(self):
+        expect("mask", self.mask, Mask)
 
     @property
     def needs(self):

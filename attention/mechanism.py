@@ -5,12 +5,13 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import operator
 from typing import Any
 
 import jax
 
 from attention import masks, normalizers, positions, scores
-from attention.parts import Array, Mask, Normalizer, Params, Position, Score
+from attention.parts import Array, Mask, Normalizer, Params, Position, Score, expect
 
 _KINDS = {
     "score": (Score, scores, "ScaledDot"),
@@ -18,6 +19,9 @@ _KINDS = {
     "mask": (Mask, masks, "Full"),
     "normalizer": (Normalizer, normalizers, "Softmax"),
 }
+
+
+_NAMEABLE = (Score, Position, Mask, Normalizer, positions.Linear)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +44,7 @@ class Mechanism:
 
     def __post_init__(self):
         for kind, (base, _, _) in _KINDS.items():
-            given = getattr(self, kind)
-            if not isinstance(given, base):
-                hint = "; did you forget the ()?" if isinstance(given, type) else ""
-                raise ValueError(
-                    f"{kind} must be an attention.{base.__name__}, got {given!r}{hint}; "
-                    "a name becomes a part with attention.parse"
-                )
+            expect(kind, getattr(self, kind), base)
 
     def init(
         self, key: Array, *, num_heads: int, head_dim: int, value_dim: int | None = None
@@ -56,6 +54,8 @@ class Mechanism:
         `key` is a `jax.random` key, `head_dim` is D and `value_dim` V (D unless given).
         """
         value_dim = head_dim if value_dim is None else value_dim
+        if num_heads < 1:
+            raise ValueError(f"num_heads must be 1 or more, got {num_heads}")
 
         def one_head(key):
             for_score, for_position, for_normalizer = jax.random.split(key, 3)
@@ -117,14 +117,20 @@ def _evaluate(kind: str, node: ast.expr) -> Any:
             args = [_instance(kind, arg) for arg in node.args]
             kwargs = {str(k.arg): _instance(kind, k.value) for k in node.keywords}
             return _construct(kind, _evaluate(kind, node.func), args, kwargs)
-        case ast.BinOp(op=ast.BitAnd()):
-            return _instance(kind, node.left) & _instance(kind, node.right)
-        case ast.BinOp(op=ast.BitOr()):
-            return _instance(kind, node.left) | _instance(kind, node.right)
-        case ast.BinOp(op=ast.Add()):
-            return _instance(kind, node.left) + _instance(kind, node.right)
+        case ast.BinOp(op=ast.BitAnd() | ast.BitOr() | ast.Add()):
+            left, right = _instance(kind, node.left), _instance(kind, node.right)
+            joined = Position if isinstance(node.op, ast.Add) else Mask
+            if not (isinstance(left, joined) and isinstance(right, joined)):
+                raise ValueError(
+                    f"{kind}: cannot read {ast.unparse(node)!r}; & and | join masks, + positions"
+                )
+            operate = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_, ast.Add: operator.add}
+            return operate[type(node.op)](left, right)
         case ast.UnaryOp(op=ast.Invert()):
-            return ~_instance(kind, node.operand)
+            mask = _instance(kind, node.operand)
+            if not isinstance(mask, Mask):
+                raise ValueError(f"{kind}: cannot read {ast.unparse(node)!r}; ~ is for masks")
+            return ~mask
         case _:
             try:
                 return ast.literal_eval(node)
@@ -140,6 +146,8 @@ def _instance(kind, node):
 
 
 def _construct(kind, cls, args, kwargs):
+    if not isinstance(cls, type):
+        raise ValueError(f"{kind}: {cls} cannot be called")
     try:
         return cls(*args, **kwargs)
     except TypeError as error:
@@ -154,9 +162,13 @@ def _find(kind: str, name: str) -> type:
     if "." in name:
         where, _, attribute = name.rpartition(".")
         try:
-            return getattr(importlib.import_module(where), attribute)
+            found = getattr(importlib.import_module(where), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"{kind}: cannot import {name!r}: {error}") from None
+        # Text from a config may name a part, but never call anything else.
+        if not (isinstance(found, type) and issubclass(found, _NAMEABLE)):
+            raise ValueError(f"{kind}: {name!r} is not an attention.{base.__name__}")
+        return found
     known = {
         cls.__name__.lower(): cls
         for cls in vars(module).values()

@@ -70,6 +70,16 @@ def accumulator(dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def expect(name: str, part: Any, kind: type) -> None:
+    """Raises ValueError, naming `name`, unless `part` is of `kind`, one of the four parts."""
+    if not isinstance(part, kind):
+        hint = "; did you forget the ()?" if isinstance(part, type) else ""
+        raise ValueError(
+            f"{name} must be an attention.{kind.__name__}, got {part!r}{hint}; a name becomes a "
+            "part with attention.parse"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Score(abc.ABC):
     """How well a key fits a query: s(q, k).
@@ -154,8 +164,8 @@ class Position:
     def __add__(self, other: "Position") -> "Position":
         from attention.positions import Sum
 
-        parts = (part.parts if isinstance(part, Sum) else (part,) for part in (self, other))
-        return Sum(sum(parts, ()))
+        parts = [part.parts if isinstance(part, Sum) else (part,) for part in (self, other)]
+        return Sum(parts[0] + parts[1])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.parts import Array, Position
+from attention.parts import Array, Position, expect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,10 @@ class Sum(Position):
     """Several schemes at once: rotations one after another, all other terms added."""
 
     parts: tuple[Position, ...]
+
+    def __post_init__(self):
+        for part in self.parts:
+            expect("every term of a sum", part, Position)
 
     @property
     def whole_row(self):  # type: ignore[override]

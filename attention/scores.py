@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attention.parts import Array, Params, Score, Tile
+from attention.parts import Array, Params, Score, Tile, expect
 
 
 def _normal(key, shape, fan_in):
@@ -160,6 +160,9 @@ class _Wrapper(Score):
 
     score: Score
 
+    def __post_init__(self):
+        expect("score", self.score, Score)
+
     def init(self, key, head_dim):
         return self.score.init(key, head_dim)
 
@@ -199,6 +202,7 @@ class SoftCap(_Wrapper):
     cap: float = 50.0
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.cap > 0:
             raise ValueError(f"cap must be positive, got {self.cap}")
 

@@ -72,7 +72,7 @@ def visible(options, mask, H):
     return seen
 
 
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(
     options=OPTIONS,
     heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),

@@ -51,9 +51,16 @@ def attend_head(
     dtype = query.dtype
     wide = accumulator(dtype)
     params = jax.tree.map(lambda x: x.astype(wide), params)
-    query, key, value, poison = _clean(
-        visible, query.astype(wide), key.astype(wide), value.astype(wide)
-    )
+    # What is masked is absent, even a NaN: 0 · NaN is NaN, in products and in their gradients. So
+    # the arithmetic is done without keys and values that are not finite or that nobody sees, and
+    # the rows that do see a bad one are set to NaN at the end.
+    bad_key, bad_value = (~jnp.isfinite(x).all(-1) for x in (key, value))
+    sees_bad_key = (visible & bad_key).any(-1)
+    sees_bad = sees_bad_key | (visible & bad_value).any(-1)
+    unseen = ~visible.any(0)
+    query = jnp.where(visible.any(-1)[:, None], query.astype(wide), 0)
+    key = jnp.where((bad_key | unseen)[:, None], 0, key.astype(wide))
+    value = jnp.where((bad_value | unseen)[:, None], 0, value.astype(wide))
 
     scores = _scores(mechanism, params, query, key, dataclasses.replace(tile, visible=visible))
     if bias is not None:
@@ -70,14 +77,16 @@ def attend_head(
     out = dropped @ value
     mixed = mechanism.position.mix(params["position"], dropped, tile)
     out = out if mixed is None else out + mixed
-    out = (out * poison[:, None]).astype(dtype)
+    out = jnp.where(sees_bad[:, None], jnp.nan, out).astype(dtype)
 
     available = {
         "weights": lambda: weights,
         "lse": lambda: logsumexp(logits),
-        "entropy": lambda: -jnp.sum(weights * _log(weights), axis=-1),
+        "entropy": lambda: -jnp.sum(weights * jnp.log(jnp.where(weights > 0, weights, 1)), axis=-1),
     }
-    return out, {name: available[name]() for name in aux}
+    extra = {name: available[name]() for name in aux}
+    spoilt = {name: sees_bad_key.reshape(-1, *(1,) * (x.ndim - 1)) for name, x in extra.items()}
+    return out, {name: jnp.where(spoilt[name], jnp.nan, x) for name, x in extra.items()}
 
 
 def _scores(mechanism, params, query, key, tile):
@@ -93,20 +102,6 @@ def _scores(mechanism, params, query, key, tile):
     return scores if term is None else scores + term
 
 
-def _clean(visible, query, key, value):
-    """Makes what is masked absent, even a NaN: 0 · NaN is NaN, in products and their gradients.
-
-    Keys and values that are not finite or that no query sees become 0, and the rows that do see one
-    are poisoned with NaN at the end (as the plain product would). Queries of rows that see nothing
-    become 0.
-    """
-    bad = ~(jnp.isfinite(key).all(-1) & jnp.isfinite(value).all(-1)) | ~visible.any(0)
-    poison = jnp.where((visible & bad).any(-1), jnp.nan, 1).astype(query.dtype)
-    query = jnp.where(visible.any(-1, keepdims=True), query, 0)
-    bad = bad[:, None]
-    return query, jnp.where(bad, 0, key), jnp.where(bad, 0, value), poison
-
-
 def keep_mask(dropout_key: Array, rate: float, tile: Tile) -> Array:
     """Which weights dropout keeps, [t, s]: a function of key, row and column, of no tiling."""
     fold = jax.random.fold_in
@@ -114,7 +109,3 @@ def keep_mask(dropout_key: Array, rate: float, tile: Tile) -> Array:
     by_pair = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(by_row, tile.key_index)
     bits = jax.random.key_data(by_pair)[..., 0]
     return bits >= jnp.uint32(round(rate * 2**32))
-
-
-def _log(x):
-    return jnp.log(jnp.where(x > 0, x, 1))
