@@ -60,7 +60,8 @@ def attend(
     Returns:
       out [..., T, H, V] in the query's dtype; with `aux` the pair (out, dict of what was asked).
       A query that may attend to nothing gets output 0, lse −inf and zero gradients, and masked
-      keys and values change nothing, be they NaN.
+      keys and values change nothing, be they NaN. A row that does see a key or value that is not
+      finite is NaN, and sends back no gradient.
 
     Raises:
       ValueError: naming the argument, what was expected and what came.
