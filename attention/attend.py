@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from attention.kernels import dense
+from attention.kernels import dense, tiled
 from attention.mechanism import Mechanism, params_shape
 from attention.parts import Array, Params, Tile
 
-_KERNELS = {"dense": dense}
-_AUX = ("weights", "lse", "entropy")
+_KERNELS = {"dense": dense, "tiled": tiled}
+_AUX = ("weights", "lse", "entropy", "row_max", "column_sums")
 
 
 def attend(
@@ -34,6 +35,7 @@ def attend(
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     implementation: str | None = None,
+    block_sizes: tuple[int, int] | None = None,
     aux: tuple[str, ...] = (),
 ) -> Any:
     """Attention of every head of every example: o_i = Σ_j w_ij v_j.
@@ -103,6 +105,7 @@ def attend(
         dropout_key=dropout_key if dropout_rate > 0 else None,
         dropout_rate=float(dropout_rate),
         implementation=_choose(mechanism, implementation),
+        block_sizes=block_sizes,
         aux=tuple(aux),
     )
     return (out, extra) if aux else out
@@ -144,7 +147,7 @@ def _choose(mechanism, implementation):
     return implementation
 
 
-@functools.partial(jax.jit, static_argnames=("mechanism", "dropout_rate", "implementation", "aux"))
+@functools.partial(jax.jit, static_argnames=("mechanism", "dropout_rate", "implementation", "block_sizes", "aux"))
 def _attend(
     mechanism,
     params,
@@ -156,6 +159,7 @@ def _attend(
     dropout_key,
     dropout_rate,
     implementation,
+    block_sizes,
     aux,
 ):
     *batch, T, H, _ = query.shape
@@ -185,7 +189,7 @@ def _attend(
         arrays["dropout_key"] = jax.random.split(dropout_key, (B, K, G))
 
     def one_head(arrays):
-        rows, columns = jnp.arange(T), jnp.arange(S)
+        rows, columns = np.arange(T), np.arange(S)
         tile = Tile(
             query_index=rows,
             key_index=columns,
@@ -198,9 +202,12 @@ def _attend(
             query_segments=arrays.get("query_segments"),
             key_segments=arrays.get("key_segments"),
             prefix_length=arrays.get("prefix_lengths"),
+            consecutive=not {"query_positions", "key_positions"} & data.keys(),
         )
         inputs = (arrays[name] for name in ("params", "query", "key", "value"))
         options = {name: arrays.get(name) for name in ("bias", "mask", "dropout_key")}
+        if implementation == "tiled":
+            options["block_sizes"] = block_sizes
         kernel = _KERNELS[implementation].attend_head
         return kernel(mechanism, *inputs, tile, **options, dropout_rate=dropout_rate, aux=aux)
 

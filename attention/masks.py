@@ -6,9 +6,11 @@ that continue S − T earlier keys pass `query_positions=jnp.arange(S - T, S)` t
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from attention.parts import Mask, expect
+from attention.parts import FAR, FULL, Mask, Range, expect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +20,9 @@ class Full(Mask):
     def tile(self, tile):
         return jnp.ones((1, 1), bool)
 
+    def block(self, extent):
+        return FULL
+
 
 @dataclasses.dataclass(frozen=True)
 class Causal(Mask):
@@ -25,6 +30,9 @@ class Causal(Mask):
 
     def tile(self, tile):
         return tile.distance >= 0
+
+    def block(self, extent):
+        return extent.distance.within(0, FAR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +49,9 @@ class SlidingWindow(Mask):
     def tile(self, tile):
         right = self.left if self.right is None else self.right
         return (tile.distance <= self.left) & (tile.distance >= -right)
+
+    def block(self, extent):
+        return extent.distance.within(-(self.left if self.right is None else self.right), self.left)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +76,10 @@ class Prefix(Mask):
         length = tile.prefix_length if self.length is None else self.length
         return tile.key_positions[None, :] < length
 
+    def block(self, extent):
+        length = extent.prefix_length if self.length is None else Range(self.length, self.length)
+        return (extent.key_positions - length).within(-FAR, -1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Padding(Mask):
@@ -84,6 +99,10 @@ class Padding(Mask):
             real &= tile.query_index[:, None] < tile.query_length
         return real
 
+    def block(self, extent):
+        keys = (extent.key_index - extent.key_length).within(-FAR, -1)
+        return _fewer(keys, (extent.query_index - extent.query_length).within(-FAR, -1))
+
 
 @dataclasses.dataclass(frozen=True)
 class Segments(Mask):
@@ -93,6 +112,9 @@ class Segments(Mask):
 
     def tile(self, tile):
         return tile.query_segments[:, None] == tile.key_segments[None, :]
+
+    def block(self, extent):
+        return (extent.query_segments - extent.key_segments).within(0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +130,10 @@ class BlockLocal(Mask):
     def tile(self, tile):
         return tile.query_positions[:, None] // self.size == tile.key_positions[None] // self.size
 
+    def block(self, extent):
+        query, key = extent.query_positions // self.size, extent.key_positions // self.size
+        return (query - key).within(0, 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Dilated(Mask):
@@ -121,6 +147,19 @@ class Dilated(Mask):
 
     def tile(self, tile):
         return tile.distance % self.rate == 0
+
+    def block(self, extent):
+        low, high = extent.distance
+        next_multiple = low + -low % self.rate
+        return 1 + ((self.rate == 1) | ((low == high) & (next_multiple == low))) - (
+            next_multiple > high
+        )
+
+
+def _fewer(left, right):
+    """The smaller of two block states, of NumPy arrays in NumPy."""
+    known = not (isinstance(left, jax.Array) or isinstance(right, jax.Array))
+    return (np if known else jnp).minimum(left, right)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +183,9 @@ class And(_Pair):
     def tile(self, tile):
         return self.left.tile(tile) & self.right.tile(tile)
 
+    def block(self, extent):
+        return _fewer(self.left.block(extent), self.right.block(extent))
+
 
 @dataclasses.dataclass(frozen=True)
 class Or(_Pair):
@@ -151,6 +193,9 @@ class Or(_Pair):
 
     def tile(self, tile):
         return self.left.tile(tile) | self.right.tile(tile)
+
+    def block(self, extent):
+        return FULL - _fewer(FULL - self.left.block(extent), FULL - self.right.block(extent))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,3 +213,6 @@ class Not(Mask):
 
     def tile(self, tile):
         return ~self.mask.tile(tile)
+
+    def block(self, extent):
+        return FULL - self.mask.block(extent)

@@ -35,8 +35,14 @@ def _log_total(logits, sink=-jnp.inf):
 class Softmax(Normalizer):
     """w_ij = exp(s_ij) / Σ_k exp(s_ik)."""
 
+    online = True
+
+    def sink(self, params):
+        """The score of a key without a value, to which weight is lost; −inf: none."""
+        return -jnp.inf
+
     def statistic(self, params, logits):
-        return _log_total(logits)
+        return _log_total(logits, self.sink(params))
 
     def weight(self, params, logits, statistic):
         top, log_total = statistic
@@ -44,13 +50,42 @@ class Softmax(Normalizer):
             logits - top[:, None] - jnp.where(log_total == -jnp.inf, 0, log_total)[:, None]
         )
 
+    def start(self, params, like):
+        return jnp.full_like(like, -jnp.inf), jnp.zeros_like(like)
+
+    def update(self, params, state, logits):
+        top, total = state
+        new = jnp.maximum(top, jnp.max(logits, axis=-1))
+        finite = jnp.where(new == -jnp.inf, 0, new)
+        weights, factor = jnp.exp(logits - finite[:, None]), jnp.exp(top - finite)
+        return (new, total * factor + jnp.sum(weights, axis=-1)), weights, factor
+
+    def finish(self, params, state):
+        seen, total = state
+        sink = jax.lax.stop_gradient(self.sink(params))
+        top = jnp.maximum(seen, sink)
+        top = jnp.where(top == -jnp.inf, 0, top)
+        factor = jnp.exp(seen - top)
+        total = total * factor + jnp.exp(sink - top)
+        some = total > 0
+        log_total = jnp.where(some, jnp.log(jnp.where(some, total, 1)), -jnp.inf)
+        return (top, log_total), factor / jnp.where(some, total, 1)
+
+    def respond(self, params, tangent, statistic, change):
+        top, log_total = statistic
+        sink, sink_tangent = jax.jvp(self.sink, (params,), (tangent,))
+        lost = jnp.exp(sink - top - jnp.where(log_total == -jnp.inf, 0, log_total))
+        # Σ_j w_ij + lost_i = 1 whatever changes, and the total is what sees to it.
+        change = change + lost * sink_tangent
+        return (jnp.zeros_like(top), change), -change
+
 
 @dataclasses.dataclass(frozen=True)
 class SoftmaxOffByOne(Softmax):
     """w_ij = exp(s_ij) / (1 + Σ_k exp(s_ik)): a row may attend to nothing.  Miller 2023."""
 
-    def statistic(self, params, logits):
-        return _log_total(logits, sink=0.0)
+    def sink(self, params):
+        return 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +98,8 @@ class LearnedSink(Softmax):
     def init(self, key):
         return {"sink": jnp.zeros(())}
 
-    def statistic(self, params, logits):
-        return _log_total(logits, params["sink"])
+    def sink(self, params):
+        return params["sink"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +126,24 @@ class SquaredReLU(Normalizer):
     Hua et al. 2022 (GAU), eq. 4, with the 1/n of Wortsman et al. 2023.
     """
 
+    online = True
+
     def statistic(self, params, logits):
         return _count(logits)
 
     def weight(self, params, logits, statistic):
         return jnp.square(jax.nn.relu(logits)) / statistic[:, None]
+
+    def start(self, params, like):
+        return jnp.zeros_like(like)
+
+    def update(self, params, state, logits):
+        seen = state + jnp.sum(logits > -jnp.inf, axis=-1)
+        return seen, jnp.square(jax.nn.relu(logits)), None
+
+    def finish(self, params, state):
+        statistic = jnp.maximum(state, 1)
+        return statistic, 1 / statistic
 
 
 def _count(logits: Array) -> Array:

@@ -20,7 +20,8 @@ width; t and s are the rows and columns of one tile.
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,7 @@ class Tile:
       query_length, key_length: [] int, how many rows and columns are real, or None: all.
       query_segments, key_segments: [t], [s] int, the packed document each belongs to, or None.
       prefix_length: [] int, how many leading keys every query may see, or None.
+      consecutive: static; positions of rows and of columns each grow by one.
       visible: [t, s] bool, what the mask left, for position parts with `whole_row`; else None.
     """
 
@@ -57,12 +59,94 @@ class Tile:
     query_segments: Array | None = None
     key_segments: Array | None = None
     prefix_length: Array | None = None
+    consecutive: bool = dataclasses.field(default=False, metadata={"static": True})
     visible: Array | None = None
 
     @property
     def distance(self) -> Array:
         """i − j, [t, s]: how far each key lies behind each query."""
         return self.query_positions[:, None] - self.key_positions[None, :]
+
+    def by_distance(self, function: Callable[[Array], Array]) -> Array:
+        """function(i − j), [t, s], for a function of distances [n] -> [n].
+
+        In a tile of consecutive positions it is called with the t + s − 1 distances there are.
+        """
+        if not self.consecutive:
+            return function(self.distance.reshape(-1)).reshape(self.distance.shape)
+        values = function(self._distances())
+        t = len(self.query_positions)
+        return self._diagonals(jnp.broadcast_to(values, (t, len(values))))
+
+    def pick(self, values: Array, column: Callable[[Array], Array]) -> Array:
+        """values_{i, column(i − j)}, [t, s], of values [t, n]; `column` maps distances to 0 … n−1.
+
+        In a tile of consecutive positions a product with a one-hot matrix, whose gradient is
+        another product, where indexing would add up t·s numbers one by one.
+        """
+        if not self.consecutive:
+            return jnp.take_along_axis(values, column(self.distance), axis=1)
+        chosen = jax.nn.one_hot(column(self._distances()), values.shape[1], dtype=values.dtype)
+        return self._diagonals(values @ chosen.T)
+
+    def _distances(self):
+        """All distances of a tile of consecutive positions, the largest first: [t + s − 1]."""
+        t, s = len(self.query_positions), len(self.key_positions)
+        return self.query_positions[-1] - self.key_positions[0] - jnp.arange(t + s - 1)
+
+    def _diagonals(self, values):
+        """values_{i, t−1−i+j}, [t, s], of [t, t + s − 1]: by reshaping alone."""
+        t, n = values.shape
+        if t == 1:
+            return values
+        shifted = values.reshape(-1)[t - 1 : t - 1 + t * (n - 1)].reshape(t, n - 1)
+        return shifted[:, : n - t + 1]
+
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+FAR = 2**29  # beyond every distance between positions, and small enough to add without overflow
+
+
+class Range(NamedTuple):
+    """Whole numbers from `low` to `high`, both included; arrays for many ranges at once."""
+
+    low: Any
+    high: Any
+
+    def __sub__(self, other: "Range") -> "Range":
+        return Range(self.low - other.high, self.high - other.low)
+
+    def __floordiv__(self, divisor: int) -> "Range":
+        return Range(self.low // divisor, self.high // divisor)
+
+    def within(self, low: Any, high: Any) -> Any:
+        """FULL if all of the range is in [low, high], EMPTY if nothing is, PARTIAL otherwise."""
+        return 1 + ((self.low >= low) & (self.high <= high)) - ((self.high < low) | (self.low > high))
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """What is known about a block of queries and keys without looking at each: ranges.
+
+    The attributes of `Tile` that masks read, as `Range`s, of what can be told. Each end is an
+    array that broadcasts to [query blocks, key blocks], of numbers known while tracing (NumPy)
+    or only when running.
+    """
+
+    query_index: Range
+    key_index: Range
+    query_positions: Range
+    key_positions: Range
+    query_length: Range
+    key_length: Range
+    query_segments: Range
+    key_segments: Range
+    prefix_length: Range
+
+    @property
+    def distance(self) -> Range:
+        """i − j."""
+        return self.query_positions - self.key_positions
 
 
 def accumulator(dtype) -> jnp.dtype:
@@ -183,6 +267,15 @@ class Mask(abc.ABC):
     def tile(self, tile: Tile) -> Array:
         """[t, s] bool (or broadcastable to it), True = may attend."""
 
+    def block(self, extent: Extent) -> Any:
+        """EMPTY, PARTIAL or FULL: does `tile` allow no pair of a block, or every pair?
+
+        A kernel skips EMPTY blocks and does not evaluate the mask on FULL ones, so both are
+        promises; PARTIAL, the default, promises nothing.
+        """
+        del extent
+        return PARTIAL
+
     def __and__(self, other: "Mask") -> "Mask":
         from attention.masks import And
 
@@ -205,7 +298,15 @@ class Normalizer(abc.ABC):
 
     A score of −inf is a masked key: its weight must be 0, and a row of nothing else must get a
     statistic from which `weight` makes zeros, not NaN.
+
+    `statistic` and `weight` are enough for every kernel. With `start`, `update`, `finish` and
+    `respond` the tiled kernel need not hold a row of scores at once.
+
+    Attributes:
+      online: those four are there.
     """
+
+    online: ClassVar[bool] = False
 
     def init(self, key: Array) -> Params:
         """Returns the learned arrays of one head."""
@@ -219,3 +320,30 @@ class Normalizer(abc.ABC):
     @abc.abstractmethod
     def weight(self, params: Params, logits: Array, statistic: Any) -> Array:
         """Weights of any columns of those rows: logits [t, s] -> [t, s]."""
+
+    def start(self, params: Params, like: Array) -> Any:
+        """What is known of rows of which no score was seen: a pytree of [t] arrays, as `like`."""
+        raise NotImplementedError
+
+    def update(self, params: Params, state: Any, logits: Array) -> tuple[Any, Array, Array | None]:
+        """Sees more columns of the rows, [t, s]: -> state, weights [t, s], factor [t] or None.
+
+        The weights are unfinished: all weights returned earlier are to be multiplied by the
+        factors returned since, that of `finish` the last.
+        """
+        raise NotImplementedError
+
+    def finish(self, params: Params, state: Any) -> tuple[Any, Array | None]:
+        """All columns were seen: -> the rows' `statistic`, factor [t] or None."""
+        raise NotImplementedError
+
+    def respond(
+        self, params: Params, tangent: Params, statistic: Any, change: Array
+    ) -> tuple[Any, Array | None]:
+        """How a statistic answers a change: -> its tangent, the relative change of all weights [t].
+
+        `tangent` is that of params, and change_i = Σ_j ∂w_ij, the statistic held fixed. Default:
+        the statistic is constant almost everywhere.
+        """
+        del params, tangent, change
+        return jax.tree.map(jnp.zeros_like, statistic), None

@@ -269,20 +269,20 @@ class Shaw(Position):
             params["value"] = self.stddev * jax.random.normal(for_value, (rows, value_dim))
         return params
 
-    def _row(self, tile):
-        return self.clip - jnp.clip(tile.distance, -self.clip, self.clip)
+    def _row(self, distance):
+        return self.clip - jnp.clip(distance, -self.clip, self.clip)
 
     def tile(self, params, query, key, tile):
         by_row = query @ params["key"].T * query.shape[-1] ** -0.5
-        return jnp.take_along_axis(by_row, self._row(tile), axis=1)
+        return tile.pick(by_row, self._row)
 
     def mix(self, params, weights, tile):
         if not self.value_side:
             return None
         # Summing the weights of each clipped distance first keeps [t, s, V] from ever existing.
-        rows = jnp.arange(weights.shape[0])[:, None]
-        summed = jnp.zeros((weights.shape[0], 2 * self.clip + 1), weights.dtype)
-        return summed.at[rows, self._row(tile)].add(weights) @ params["value"]
+        shape = jax.ShapeDtypeStruct((weights.shape[0], 2 * self.clip + 1), weights.dtype)
+        sums = jax.linear_transpose(lambda values: tile.pick(values, self._row), shape)
+        return sums(weights)[0] @ params["value"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +310,7 @@ class T5(Position):
         return {"table": self.stddev * jax.random.normal(key, (self.num_buckets,))}
 
     def tile(self, params, query, key, tile):
-        return params["table"][self.bucket(tile.distance)]
+        return tile.by_distance(lambda distance: params["table"][self.bucket(distance)])
 
     def bucket(self, distance: Array) -> Array:
         """Bucket of i − j, of the same shape."""
@@ -375,7 +375,7 @@ class KerpleLog(Position):
 
     def tile(self, params, query, key, tile):
         a, b = jnp.exp(params["log_a"]), jnp.exp(params["log_b"])
-        return -a * jnp.log1p(b * jnp.abs(tile.distance))
+        return tile.by_distance(lambda distance: -a * jnp.log1p(b * jnp.abs(distance)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,9 +395,13 @@ class KerplePower(Position):
 
     def tile(self, params, query, key, tile):
         a, b = jnp.exp(params["log_a"]), 2 * jax.nn.sigmoid(params["logit_b"])
-        distance = jnp.abs(tile.distance)
-        # 0^b has no finite derivative in b as written, so distance 0 is set apart.
-        return jnp.where(distance > 0, -a * jnp.maximum(distance, 1).astype(a.dtype) ** b, 0)
+
+        def power(distance):
+            # 0^b has no finite derivative in b as written, so distance 0 is set apart.
+            distance = jnp.abs(distance).astype(a.dtype)
+            return jnp.where(distance > 0, -a * jnp.maximum(distance, 1) ** b, 0)
+
+        return tile.by_distance(power)
 
 
 @dataclasses.dataclass(frozen=True)

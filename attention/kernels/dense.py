@@ -5,9 +5,11 @@ example; `attention.attend` lifts it over heads and batch.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attention.mechanism import Mechanism
 from attention.normalizers import logsumexp
@@ -44,68 +46,151 @@ def attend_head(
     Dropout zeroes weights and divides the others by 1 − dropout_rate. Everything is computed in
     float32, or float64 for float64 inputs; out has the dtype of the query.
     """
-    shape = (query.shape[0], key.shape[0])
+    # XLA would spend minutes to fold what depends on constants alone.
+    tile = jax.tree.map(lambda x: jnp.arange(len(x)) if isinstance(x, np.ndarray) else x, tile)
+    inputs, bad = prepare(mechanism, params, query, key, value, tile)
+    out, extra = attend_rows(
+        mechanism,
+        inputs,
+        bad,
+        tile,
+        bias=bias,
+        mask=mask,
+        dropout_key=dropout_key,
+        dropout_rate=dropout_rate,
+        aux=aux,
+    )
+    return out.astype(query.dtype), extra
+
+
+class Inputs(NamedTuple):
+    """What a kernel computes with, everything that is O(T + S) done; in the accumulator's dtype.
+
+    query [T, D] and key [D, S] are the vectors as given, features [T, F] and key_features [F, S]
+    what `Position.rotate` and `Score.prepare` made of them; keys are transposed, as in
+    `Score.tile`. value is [S, V].
+    """
+
+    params: Params
+    query: Array
+    key: Array
+    features: Array
+    key_features: Array
+    value: Array
+
+
+class Bad(NamedTuple):
+    """Which queries [T], keys [S] and values [S] are not finite, bool."""
+
+    query: Array
+    key: Array
+    value: Array
+
+
+def prepare(
+    mechanism: Mechanism, params: Params, query: Array, key: Array, value: Array, tile: Tile
+) -> tuple[Inputs, Bad]:
+    """Inputs of the arrays that `attend_head` is given, without NaN and inf, and where those were.
+
+    What is masked is absent, even a NaN; but 0 · NaN is NaN, in products and in their gradients. So
+    vectors that are not finite become 0, and the rows that see one are set to NaN at the end.
+    """
+    wide = accumulator(query.dtype)
+    params = jax.tree.map(lambda x: x.astype(wide), params)
+    bad = [~jnp.isfinite(x).all(-1) for x in (query, key, value)]
+    given = [x.astype(wide) for x in (query, key, value)]
+    query, key, value = (_without(spoilt, x) for spoilt, x in zip(bad, given, strict=True))
+    rotate, own = mechanism.position.rotate, params["position"]
+    turned = rotate(own, query, tile.query_positions, "query")
+    key_turned = rotate(own, key, tile.key_positions, "key")
+    prepared = mechanism.score.prepare(params["score"], turned, key_turned)
+    for i, x in enumerate(prepared):  # the square of a huge number is not finite either
+        bad[i] |= ~jnp.isfinite(x).all(-1)
+    features, key_features = (_without(bad[i], x) for i, x in enumerate(prepared))
+    return Inputs(params, query, key.T, features, key_features.T, value), Bad(*bad)
+
+
+def _without(spoilt, x):
+    return jnp.where(spoilt[:, None], 0, x)
+
+
+def score(mechanism: Mechanism, inputs: Inputs, tile: Tile) -> Array:
+    """Everything the parts add up to the score of each pair, before masking: [t, s]."""
+    params = inputs.params
+    scores = mechanism.score.tile(params["score"], inputs.features, inputs.key_features, tile)
+    term = mechanism.position.tile(params["position"], inputs.query, inputs.key, tile)
+    return scores if term is None else scores + term
+
+
+def mix(mechanism: Mechanism, inputs: Inputs, weights: Array, tile: Tile) -> Array:
+    """What weights [t, s] make of the values, [t, V]."""
+    out = weights @ inputs.value
+    term = mechanism.position.mix(inputs.params["position"], weights, tile)
+    return out if term is None else out + term
+
+
+def attend_rows(
+    mechanism: Mechanism,
+    inputs: Inputs,
+    bad: Bad,
+    tile: Tile,
+    *,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    dropout_key: Array | None = None,
+    dropout_rate: float = 0.0,
+    aux: tuple[str, ...] = (),
+) -> tuple[Array, dict[str, Array]]:
+    """`attend_head` of any rows, and of all the columns that they may see, once prepared."""
+    shape = (len(tile.query_index), len(tile.key_index))
     visible = jnp.broadcast_to(mechanism.mask.tile(tile), shape)
     if mask is not None:
         visible &= mask
-    dtype = query.dtype
-    wide = accumulator(dtype)
-    params = jax.tree.map(lambda x: x.astype(wide), params)
-    # What is masked is absent, even a NaN: 0 · NaN is NaN, in products and in their gradients. So
-    # the arithmetic is done without keys and values that are not finite or that nobody sees, and
-    # the rows that do see a bad one are set to NaN at the end.
-    bad_key, bad_value = (~jnp.isfinite(x).all(-1) for x in (key, value))
-    sees_bad_key = (visible & bad_key).any(-1)
-    sees_bad = sees_bad_key | (visible & bad_value).any(-1)
-    unseen = ~visible.any(0)
-    query = jnp.where(visible.any(-1)[:, None], query.astype(wide), 0)
-    key = jnp.where((bad_key | unseen)[:, None], 0, key.astype(wide))
-    value = jnp.where((bad_value | unseen)[:, None], 0, value.astype(wide))
+    some = visible.any(-1)
+    bad_score = (visible & bad.key).any(-1) | (bad.query & some)
+    bad_row = bad_score | (visible & bad.value).any(-1)
 
-    scores = _scores(mechanism, params, query, key, dataclasses.replace(tile, visible=visible))
+    scores = score(mechanism, inputs, dataclasses.replace(tile, visible=visible))
     if bias is not None:
-        scores += bias.astype(wide)
+        scores += bias.astype(scores.dtype)
     logits = jnp.where(visible, scores, -jnp.inf)
-    statistic = mechanism.normalizer.statistic(params["normalizer"], logits)
-    weights = mechanism.normalizer.weight(params["normalizer"], logits, statistic)
+    params = inputs.params["normalizer"]
+    statistic = mechanism.normalizer.statistic(params, logits)
+    weights = mechanism.normalizer.weight(params, logits, statistic)
     weights = jnp.where(visible, weights, 0)  # stops what a huge masked value sends back
 
     dropped = weights
     if dropout_key is not None and dropout_rate > 0:
-        keep = keep_mask(dropout_key, dropout_rate, tile)
-        dropped = jnp.where(keep, weights / (1 - dropout_rate), 0)
-    out = dropped @ value
-    mixed = mechanism.position.mix(params["position"], dropped, tile)
-    out = out if mixed is None else out + mixed
-    out = jnp.where(sees_bad[:, None], jnp.nan, out).astype(dtype)
+        dropped = drop(weights, dropout_key, dropout_rate, tile)
+    out = mix(mechanism, inputs, dropped, tile)
+    out = jnp.where(bad_row[:, None], jnp.nan, out)
 
     available = {
         "weights": lambda: weights,
         "lse": lambda: logsumexp(logits),
-        "entropy": lambda: -jnp.sum(weights * jnp.log(jnp.where(weights > 0, weights, 1)), axis=-1),
+        "entropy": lambda: entropy(weights),
+        "row_max": lambda: jax.lax.stop_gradient(jnp.max(logits, axis=-1)),
     }
-    extra = {name: available[name]() for name in aux}
-    spoilt = {name: sees_bad_key.reshape(-1, *(1,) * (x.ndim - 1)) for name, x in extra.items()}
-    return out, {name: jnp.where(spoilt[name], jnp.nan, x) for name, x in extra.items()}
+    extra = {name: available[name]() for name in aux if name != "column_sums"}
+    spoilt = {name: bad_score.reshape(-1, *(1,) * (x.ndim - 1)) for name, x in extra.items()}
+    extra = {name: jnp.where(spoilt[name], jnp.nan, x) for name, x in extra.items()}
+    if "column_sums" in aux:
+        extra["column_sums"] = jnp.where(bad_score[:, None], jnp.nan, weights).sum(0)
+    return out, extra
 
 
-def _scores(mechanism, params, query, key, tile):
-    """Everything that is added up to the score of each pair, before masking: [T, S]."""
-    position = mechanism.position
-    turned = (
-        position.rotate(params["position"], query, tile.query_positions, "query"),
-        position.rotate(params["position"], key, tile.key_positions, "key"),
-    )
-    features, key_features = mechanism.score.prepare(params["score"], *turned)
-    scores = mechanism.score.tile(params["score"], features, key_features.T, tile)
-    term = position.tile(params["position"], query, key.T, tile)
-    return scores if term is None else scores + term
+def entropy(weights: Array) -> Array:
+    """−Σ_j w_ij log w_ij of the columns given, in nats: [t, s] -> [t]."""
+    return -jnp.sum(weights * jnp.log(jnp.where(weights > 0, weights, 1)), axis=-1)
 
 
-def keep_mask(dropout_key: Array, rate: float, tile: Tile) -> Array:
-    """Which weights dropout keeps, [t, s]: a function of key, row and column, of no tiling."""
+def drop(weights: Array, dropout_key: Array, rate: float, tile: Tile) -> Array:
+    """Weights [t, s] of which a share of `rate` became 0, the others divided by 1 − rate.
+
+    Which are dropped is a function of key, row and column, of no tiling.
+    """
     fold = jax.random.fold_in
     by_row = jax.vmap(fold, (None, 0))(dropout_key, tile.query_index)
     by_pair = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(by_row, tile.key_index)
     bits = jax.random.key_data(by_pair)[..., 0]
-    return bits >= jnp.uint32(round(rate * 2**32))
+    return jnp.where(bits >= jnp.uint32(round(rate * 2**32)), weights / (1 - rate), 0)
