@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention.checks import check, check_arrays, check_aux, check_block_sizes, check_dropout
 from attention.kernels import dense, tiled
-from attention.mechanism import Mechanism, params_shape
+from attention.mechanism import Mechanism
 from attention.parts import Array, Params, Tile
 
 _KERNELS = {"dense": dense, "tiled": tiled}
-_AUX = ("weights", "lse", "entropy", "row_max", "column_sums")
+_AUX = ("weights", "row_weights", "lse", "row_max", "entropy", "column_sums")
 
 
 def attend(
@@ -37,6 +38,7 @@ def attend(
     implementation: str | None = None,
     block_sizes: tuple[int, int] | None = None,
     aux: tuple[str, ...] = (),
+    weight_rows: Array | None = None,
 ) -> Any:
     """Attention of every head of every example: o_i = Σ_j w_ij v_j.
 
@@ -55,9 +57,18 @@ def attend(
       prefix_lengths: [...] int, for `masks.Prefix()`.
       dropout_rate, dropout_key: the share of weights to drop, 0 to 1 and static, and the
         `jax.random` key. What is dropped depends on the key, example, head, row and column alone.
-      implementation: 'dense', or None to let `attend` choose; `explain` tells what and why.
-      aux: any of 'weights' [..., H, T, S] (before dropout), 'lse' [..., T, H] = log Σ_j exp(s_ij)
-        over visible keys, 'entropy' [..., T, H] = −Σ_j w_ij log w_ij in nats.
+      implementation: 'dense' (all T·S scores in memory), 'tiled' (memory linear in T and S) or
+        None: the faster one; `explain` tells which and why.
+      block_sizes: queries and keys of a tile; 'tiled' only, and chosen unless given. Results do not
+        depend on them beyond rounding.
+      aux: any of
+        'weights' [..., H, T, S], before dropout; 'dense' only,
+        'row_weights' [..., H, R, S]: those of the queries `weight_rows` alone,
+        'lse' [..., T, H] = log Σ_j exp(s_ij) over visible keys,
+        'row_max' [..., T, H] = max_j s_ij, a constant for derivatives,
+        'entropy' [..., T, H] = −Σ_j w_ij log w_ij in nats,
+        'column_sums' [..., S, H] = Σ_i w_ij.
+      weight_rows: [R] int, indices of queries.
 
     Returns:
       out [..., T, H, V] in the query's dtype; with `aux` the pair (out, dict of what was asked).
@@ -85,15 +96,12 @@ def attend(
     }
     pairs = {name: jnp.asarray(x) for name, x in pairs.items() if x is not None}
     data = {name: jnp.asarray(x) for name, x in data.items() if x is not None}
-    _check(mechanism, params, query, key, value, pairs, data)
-    if not 0 <= dropout_rate < 1:
-        raise ValueError(f"dropout_rate must be in [0, 1), got {dropout_rate}")
-    if dropout_rate > 0 and dropout_key is None:
-        raise ValueError(f"dropout_rate={dropout_rate} needs dropout_key, a jax.random key")
-    if isinstance(aux, str):
-        raise ValueError(f"aux must be a tuple of {', '.join(_AUX)}; got {aux!r}")
-    if unknown := set(aux) - set(_AUX):
-        raise ValueError(f"aux can hold {', '.join(_AUX)}; got {', '.join(sorted(unknown))}")
+    check(mechanism, params, query, key, value, pairs, data)
+    check_dropout(dropout_rate, dropout_key)
+    check_aux(aux, _AUX, weight_rows, query.shape[-3])
+    aux = tuple(aux)
+    implementation, _ = _choose(mechanism, query, key, value, implementation, aux)
+    check_block_sizes(block_sizes, implementation)
     out, extra = _attend(
         mechanism,
         params,
@@ -104,9 +112,10 @@ def attend(
         data,
         dropout_key=dropout_key if dropout_rate > 0 else None,
         dropout_rate=float(dropout_rate),
-        implementation=_choose(mechanism, implementation),
-        block_sizes=block_sizes,
-        aux=tuple(aux),
+        implementation=implementation,
+        block_sizes=None if block_sizes is None else tuple(block_sizes),
+        aux=aux,
+        weight_rows=None if weight_rows is None else jnp.asarray(weight_rows),
     )
     return (out, extra) if aux else out
 
@@ -118,36 +127,45 @@ def explain(
     value: Array,
     *,
     implementation: str | None = None,
+    aux: tuple[str, ...] = (),
 ) -> str:
     """Which kernel `attend` runs for these arrays, and why each other one does not: a line each.
 
     Takes arrays or `jax.ShapeDtypeStruct`s; computes nothing. Raises as `attend` does.
     """
-    _check_arrays(query, key, value)
-    chosen = _choose(mechanism, implementation)
+    check_arrays(query, key, value)
+    chosen, why = _choose(mechanism, query, key, value, implementation, tuple(aux))
     lines = [str(mechanism)]
     for name, kernel in _KERNELS.items():
-        reason = kernel.unsupported(mechanism)
-        why = (
-            "runs" if name == chosen else f"cannot: {reason}" if reason else "could, was not chosen"
-        )
-        lines.append(f"  {name}: {why}")
+        reason = kernel.unsupported(mechanism, query, key, value, tuple(aux))
+        rest = f"cannot: {reason}" if reason else "could, was not chosen"
+        lines.append(f"  {name}: {f'runs: {why}' if name == chosen else rest}")
     return "\n".join(lines)
 
 
-def _choose(mechanism, implementation):
-    if implementation is None:
-        return "dense"
-    if implementation not in _KERNELS:
+def _choose(mechanism, query, key, value, implementation, aux):
+    """-> the name of the kernel that serves, and why it."""
+    if implementation is not None and implementation not in _KERNELS:
         raise ValueError(
             f"implementation must be None or one of {', '.join(_KERNELS)}; got {implementation!r}"
         )
-    if reason := _KERNELS[implementation].unsupported(mechanism):
-        raise ValueError(f"implementation={implementation!r} cannot serve {mechanism}: {reason}")
-    return implementation
+    arguments = (mechanism, query, key, value, aux)
+    if implementation is not None:
+        if reason := _KERNELS[implementation].unsupported(*arguments):
+            raise ValueError(
+                f"implementation={implementation!r} cannot serve {mechanism}: {reason}"
+            )
+        return implementation, "asked for"
+    if reason := tiled.unsupported(*arguments):
+        return "dense", f"tiled cannot: {reason}"
+    faster, why = tiled.faster_than_dense(mechanism, query, key)
+    return ("tiled" if faster else "dense"), why
 
 
-@functools.partial(jax.jit, static_argnames=("mechanism", "dropout_rate", "implementation", "block_sizes", "aux"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("mechanism", "dropout_rate", "implementation", "block_sizes", "aux"),
+)
 def _attend(
     mechanism,
     params,
@@ -161,6 +179,7 @@ def _attend(
     implementation,
     block_sizes,
     aux,
+    weight_rows,
 ):
     *batch, T, H, _ = query.shape
     S, K = key.shape[-3:-1]
@@ -204,18 +223,36 @@ def _attend(
             prefix_length=arrays.get("prefix_lengths"),
             consecutive=not {"query_positions", "key_positions"} & data.keys(),
         )
-        inputs = (arrays[name] for name in ("params", "query", "key", "value"))
-        options = {name: arrays.get(name) for name in ("bias", "mask", "dropout_key")}
-        if implementation == "tiled":
-            options["block_sizes"] = block_sizes
-        kernel = _KERNELS[implementation].attend_head
-        return kernel(mechanism, *inputs, tile, **options, dropout_rate=dropout_rate, aux=aux)
+        inputs = [arrays[name] for name in ("params", "query", "key", "value")]
+        options = {name: arrays.get(name) for name in ("bias", "mask")}
+        sizes = {"block_sizes": block_sizes} if implementation == "tiled" else {}
+        out, extra = _KERNELS[implementation].attend_head(
+            mechanism,
+            *inputs,
+            tile,
+            **options,
+            dropout_key=arrays.get("dropout_key"),
+            dropout_rate=dropout_rate,
+            aux=tuple(name for name in aux if name != "row_weights"),
+            **sizes,
+        )
+        if "row_weights" in aux:
+            inputs[1] = inputs[1][weight_rows]
+            options = {
+                k: x if x is None or len(x) == 1 else x[weight_rows] for k, x in options.items()
+            }
+            _, found = dense.attend_head(
+                mechanism, *inputs, tile.at_rows(weight_rows), **options, aux=("weights",)
+            )
+            extra["row_weights"] = found["weights"]
+        return out, extra
 
-    out, extra = _lift(one_head, arrays, (B, K, G))
+    loop = implementation == "tiled" and tiled.one_example_at_a_time(mechanism)
+    out, extra = _lift(one_head, arrays, (B, K, G), loop)
     out = jnp.swapaxes(out.reshape(B, H, T, -1), 1, 2).reshape(*batch, T, H, -1)
     for name, x in extra.items():
         x = x.reshape(B, H, *x.shape[3:])
-        x = x if name == "weights" else jnp.swapaxes(x, 1, 2)
+        x = x if name.endswith("weights") else jnp.swapaxes(x, 1, 2)
         extra[name] = x.reshape(*batch, *x.shape[1:])
     return out, extra
 
@@ -229,99 +266,29 @@ def _flatten_batch(x, batch, rest):
     return x.reshape(-1, *tail)
 
 
-def _lift(function, arrays, sizes):
-    """vmaps over the leading axes, one for each of `sizes`; an array may have 1 instead of it."""
+def _lift(function, arrays, sizes, loop):
+    """vmaps over the leading axes, one for each of `sizes`; an array may have 1 instead of it.
+
+    `loop`: goes through the first axis one after another.
+    """
     if not sizes:
         return function(arrays)
     size, *rest = sizes
-    shared = jax.tree.map(lambda x: x.shape[0] == 1, arrays)
-    arrays = jax.tree.map(lambda x, same: x[0] if same else x, arrays, shared)
-    axes = jax.tree.map(lambda same: None if same else 0, shared)
-    inner = functools.partial(_lift, function, sizes=rest)
+    leaves, structure = jax.tree.flatten(arrays)
+    shared = [x.shape[0] == 1 for x in leaves]
+    leaves = [x[0] if same else x for x, same in zip(leaves, shared, strict=True)]
+
+    def inner(leaves):
+        return _lift(function, jax.tree.unflatten(structure, leaves), rest, False)
+
     if size == 1:
-        return jax.tree.map(lambda x: x[None], inner(arrays))
-    return jax.vmap(inner, in_axes=(axes,), axis_size=size)(arrays)
+        return jax.tree.map(lambda x: x[None], inner(leaves))
+    if not loop:
+        axes = [None if same else 0 for same in shared]
+        return jax.vmap(inner, in_axes=(axes,), axis_size=size)(leaves)
 
+    def one(own):
+        own = iter(own)
+        return inner([x if same else next(own) for x, same in zip(leaves, shared, strict=True)])
 
-def _check(mechanism, params, query, key, value, pairs, data):
-    """Raises ValueError for whatever the kernels would choke on, or silently ignore."""
-    _check_arrays(query, key, value)
-    *batch, T, H, D = query.shape
-    S = key.shape[-3]
-    for name, x in pairs.items():
-        _check_broadcast(name, x, (*batch, H, T, S), "[..., H, T, S]")
-    if "mask" in pairs and pairs["mask"].dtype != bool:
-        raise ValueError(
-            f"mask must be bool, True = may attend; got {pairs['mask'].dtype}. "
-            "Numbers to add to the scores go to bias"
-        )
-    if "bias" in pairs and not jnp.issubdtype(pairs["bias"].dtype, jnp.floating):
-        raise ValueError(f"bias must be of a floating dtype, got {pairs['bias'].dtype}")
-    needs = mechanism.mask.needs
-    missing = [" or ".join(names) for names in needs if not any(name in data for name in names)]
-    if missing:
-        raise ValueError(
-            f"the mask {mechanism.mask} needs {' and '.join(sorted(missing, reverse=True))}: "
-            "pass it to attend"
-        )
-    for name in data:
-        if not name.endswith("positions") and not any(name in names for names in needs):
-            readers = {"prefix_lengths": "Prefix"}
-            reader = readers.get(name, "Padding" if name.endswith("lengths") else "Segments")
-            raise ValueError(
-                f"{name} was given, but the mask {mechanism.mask} ignores it: "
-                f"combine it with masks.{reader}()"
-            )
-    for name, x in data.items():
-        if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{name} must be integers, got {x.dtype}")
-        if name.endswith("lengths"):
-            _check_broadcast(name, x, tuple(batch), "[...]")
-        else:
-            length, letter = (T, "T") if name.startswith("query") else (S, "S")
-            if x.ndim == 0 or x.shape[-1] != length:
-                raise ValueError(f"{name} must be [..., {letter}={length}], got {x.shape}")
-            _check_broadcast(name, x, (*batch, length), f"[..., {letter}]")
-    expected = params_shape(mechanism, H, D, value.shape[-1])
-    wanted, got = jax.tree.map(jnp.shape, expected), jax.tree.map(jnp.shape, params)
-    if wanted != got:
-        raise ValueError(
-            f"params do not fit {mechanism} with {H} heads of width {D}: expected shapes {wanted}, "
-            f"got {got}; make them with mechanism.init(key, num_heads={H}, head_dim={D}, "
-            f"value_dim={value.shape[-1]})"
-        )
-
-
-def _check_arrays(query, key, value):
-    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if len(x.shape) < 3 or 0 in x.shape:
-            raise ValueError(f"{name} must be [..., length, heads, width], none 0; got {x.shape}")
-        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
-            raise ValueError(
-                f"{name} must be of a floating dtype of 16 bits or more, got {x.dtype}"
-            )
-        if x.dtype != query.dtype:
-            raise ValueError(
-                f"query, key and value must share a dtype: query is {query.dtype}, {name} {x.dtype}"
-            )
-    if key.shape[:-1] != value.shape[:-1]:
-        raise ValueError(f"key and value must agree in all axes but the last; got {shapes}")
-    if query.shape[:-3] != key.shape[:-3]:
-        raise ValueError(f"query and key must have the same leading (batch) axes; got {shapes}")
-    if query.shape[-1] != key.shape[-1]:
-        raise ValueError(f"query and key must have the same width D (last axis); got {shapes}")
-    if query.shape[-2] % key.shape[-2]:
-        raise ValueError(
-            f"the number of query heads must be a multiple of that of key heads: got "
-            f"{query.shape[-2]} and {key.shape[-2]} ({shapes})"
-        )
-
-
-def _check_broadcast(name, x, shape, letters):
-    try:
-        fits = jnp.broadcast_shapes(x.shape, shape) == shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(f"{name} must broadcast to {letters} = {shape}, got {x.shape}")
+    return jax.lax.map(one, [x for x, same in zip(leaves, shared, strict=True) if not same])

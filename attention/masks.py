@@ -151,8 +151,10 @@ class Dilated(Mask):
     def block(self, extent):
         low, high = extent.distance
         next_multiple = low + -low % self.rate
-        return 1 + ((self.rate == 1) | ((low == high) & (next_multiple == low))) - (
-            next_multiple > high
+        return (
+            1
+            + ((self.rate == 1) | ((low == high) & (next_multiple == low)))
+            - (next_multiple > high)
         )
 
 

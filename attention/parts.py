@@ -67,40 +67,31 @@ class Tile:
         """i − j, [t, s]: how far each key lies behind each query."""
         return self.query_positions[:, None] - self.key_positions[None, :]
 
-    def by_distance(self, function: Callable[[Array], Array]) -> Array:
-        """function(i − j), [t, s], for a function of distances [n] -> [n].
-
-        In a tile of consecutive positions it is called with the t + s − 1 distances there are.
-        """
-        if not self.consecutive:
-            return function(self.distance.reshape(-1)).reshape(self.distance.shape)
-        values = function(self._distances())
-        t = len(self.query_positions)
-        return self._diagonals(jnp.broadcast_to(values, (t, len(values))))
+    def at_rows(self, rows: Array) -> "Tile":
+        """The tile of some of its rows."""
+        names = ("query_index", "query_positions", "query_segments")
+        own = {name: getattr(self, name) for name in names}
+        own = {name: x if x is None else jnp.asarray(x)[rows] for name, x in own.items()}
+        return dataclasses.replace(self, **own, consecutive=False)
 
     def pick(self, values: Array, column: Callable[[Array], Array]) -> Array:
-        """values_{i, column(i − j)}, [t, s], of values [t, n]; `column` maps distances to 0 … n−1.
+        """values_{i, column(i − j)}, [t, s], of values [t, n], or [n] for all rows alike.
 
-        In a tile of consecutive positions a product with a one-hot matrix, whose gradient is
-        another product, where indexing would add up t·s numbers one by one.
+        `column` maps distances to 0 … n−1. In a tile of consecutive positions only the t + s − 1
+        distances there are get looked up, and gradients are sums of slices.
         """
         if not self.consecutive:
-            return jnp.take_along_axis(values, column(self.distance), axis=1)
-        chosen = jax.nn.one_hot(column(self._distances()), values.shape[1], dtype=values.dtype)
-        return self._diagonals(values @ chosen.T)
-
-    def _distances(self):
-        """All distances of a tile of consecutive positions, the largest first: [t + s − 1]."""
+            columns = column(self.distance)
+            return values[columns] if values.ndim == 1 else jnp.take_along_axis(values, columns, 1)
         t, s = len(self.query_positions), len(self.key_positions)
-        return self.query_positions[-1] - self.key_positions[0] - jnp.arange(t + s - 1)
-
-    def _diagonals(self, values):
-        """values_{i, t−1−i+j}, [t, s], of [t, t + s − 1]: by reshaping alone."""
-        t, n = values.shape
-        if t == 1:
-            return values
-        shifted = values.reshape(-1)[t - 1 : t - 1 + t * (n - 1)].reshape(t, n - 1)
-        return shifted[:, : n - t + 1]
+        furthest = self.query_positions[-1] - self.key_positions[0]
+        columns = column(furthest - jnp.arange(t + s - 1))
+        starts = jnp.arange(t)[::-1]
+        if values.ndim == 1:
+            by_distance = values[columns]
+            return jax.vmap(lambda i: jax.lax.dynamic_slice(by_distance, (i,), (s,)))(starts)
+        by_distance = values @ jax.nn.one_hot(columns, values.shape[1], dtype=values.dtype).T
+        return jax.vmap(lambda row, i: jax.lax.dynamic_slice(row, (i,), (s,)))(by_distance, starts)
 
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -121,7 +112,9 @@ class Range(NamedTuple):
 
     def within(self, low: Any, high: Any) -> Any:
         """FULL if all of the range is in [low, high], EMPTY if nothing is, PARTIAL otherwise."""
-        return 1 + ((self.low >= low) & (self.high <= high)) - ((self.high < low) | (self.low > high))
+        return (
+            1 + ((self.low >= low) & (self.high <= high)) - ((self.high < low) | (self.low > high))
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -310,7 +310,7 @@ class T5(Position):
         return {"table": self.stddev * jax.random.normal(key, (self.num_buckets,))}
 
     def tile(self, params, query, key, tile):
-        return tile.by_distance(lambda distance: params["table"][self.bucket(distance)])
+        return tile.pick(params["table"], self.bucket)
 
     def bucket(self, distance: Array) -> Array:
         """Bucket of i − j, of the same shape."""
@@ -375,7 +375,7 @@ class KerpleLog(Position):
 
     def tile(self, params, query, key, tile):
         a, b = jnp.exp(params["log_a"]), jnp.exp(params["log_b"])
-        return tile.by_distance(lambda distance: -a * jnp.log1p(b * jnp.abs(distance)))
+        return -a * jnp.log1p(b * jnp.abs(tile.distance))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -395,13 +395,9 @@ class KerplePower(Position):
 
     def tile(self, params, query, key, tile):
         a, b = jnp.exp(params["log_a"]), 2 * jax.nn.sigmoid(params["logit_b"])
-
-        def power(distance):
-            # 0^b has no finite derivative in b as written, so distance 0 is set apart.
-            distance = jnp.abs(distance).astype(a.dtype)
-            return jnp.where(distance > 0, -a * jnp.maximum(distance, 1) ** b, 0)
-
-        return tile.by_distance(power)
+        distance = jnp.abs(tile.distance)
+        # 0^b has no finite derivative in b as written, so distance 0 is set apart.
+        return jnp.where(distance > 0, -a * jnp.maximum(distance, 1).astype(a.dtype) ** b, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ from attention.normalizers import logsumexp
 from attention.parts import Array, Params, Tile, accumulator
 
 
-def unsupported(mechanism: Mechanism) -> str | None:
-    """Why this kernel cannot serve the mechanism: it always can."""
-    del mechanism
+def unsupported(mechanism, query, key, value, aux) -> str | None:
+    """Why this kernel cannot serve such a call: it always can."""
+    del mechanism, query, key, value, aux
     return None
 
 

@@ -1,4 +1,4 @@
-"""The tiled kernel: every part of a mechanism at memory linear in T and S, derivatives of any order.
+"""The tiled kernel: every part of a mechanism, memory linear in T and S, derivatives of any order.
 
 Flash attention (Dao et al. 2022) for arbitrary parts, in plain JAX. Scores exist one tile at a
 time; the normaliser sees them online. One derivative rule serves all orders and modes: with w the
@@ -21,7 +21,7 @@ keys visible from it, through the dense kernel's own function.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,35 @@ from attention.normalizers import Softmax
 from attention.parts import EMPTY, FAR, FULL, PARTIAL, Array, Extent, Params, Range, Tile
 
 
-def unsupported(mechanism: Mechanism) -> str | None:
-    """Why this kernel cannot serve the mechanism: it always can."""
-    del mechanism
-    return None
+def unsupported(mechanism, query, key, value, aux) -> str | None:
+    """Why this kernel cannot serve such a call, or None."""
+    del mechanism, query, key, value
+    return (
+        "the aux 'weights' are all T·S numbers; 'row_weights' are some"
+        if "weights" in aux
+        else None
+    )
+
+
+def faster_than_dense(mechanism: Mechanism, query: Array, key: Array) -> tuple[bool, str]:
+    """Whether this kernel is the faster one for such arrays, and why."""
+    pairs = query.shape[-3] * key.shape[-3]
+    limit = _FASTER_FROM
+    faster = pairs >= limit
+    return faster, f"T·S = {pairs:,}, and tiled is faster from {limit:,}"
+
+
+# Measured by `python -m experiments.benchmark --config=configs/benchmark.py:kernels`.
+_FASTER_FROM = 512 * 512
+
+
+def one_example_at_a_time(mechanism: Mechanism) -> bool:
+    """Whether examples should rather be a loop than a vmap.
+
+    On a CPU the tiles of several do not fit the cache. And what blocks to visit is told for one
+    example at a time, should it depend on data.
+    """
+    return jax.default_backend() == "cpu" or bool(mechanism.mask.needs)
 
 
 def attend_head(
@@ -60,30 +85,86 @@ def attend_head(
     mask's blocks are found while tracing.
     """
     whole = mechanism.position.whole_row or not mechanism.normalizer.online
-    block = block_sizes or default_block_sizes(whole, len(key))
-    block = (min(block[0], len(query)), min(block[1], len(key)))
+    inputs, bad = dense.prepare(mechanism, params, query, key, value, tile)
+    t, s = block_sizes or choose_block_sizes(mechanism, inputs, tile, whole)
     plan = _Plan(
         mechanism,
-        block,
+        block=(min(t, len(query)), min(s, len(key))),
         rows=len(query),
         columns=len(key),
         num_heads=tile.num_heads,
         consecutive=tile.consecutive,
         dropout_rate=dropout_rate if dropout_key is not None else 0.0,
     )
-    inputs, bad = dense.prepare(mechanism, params, query, key, value, tile)
     arrays, data = _cut(plan, inputs, bad, tile, bias, mask)
     data["visits"] = _visits(plan, tile, masked=mask is not None, by_row=whole)
-    if plan.dropout_rate:
+    if dropout_key is not None and plan.dropout_rate:
         data["dropout_key"] = jax.random.key_data(dropout_key)
     by = _by_whole_rows if whole else _by_tiles
     out, extra = by(plan, arrays, data, aux)
     return out[: len(query)].astype(query.dtype), extra
 
 
-def default_block_sizes(whole: bool, columns: int) -> tuple[int, int]:
-    """Queries and keys of a tile, where nothing was asked for."""
-    return (max(16, min(512, 2**20 // columns)) if whole else 512, 512)
+# Queries and keys of a tile, and the time of a pair of them relative to the first; measured for
+# float32, 8 heads of 64, forward and backward.
+_BLOCK_SIZES = {
+    "cpu": {(512, 512): 1.0, (256, 512): 1.06, (256, 256): 1.35},
+    "accelerator": {(1024, 1024): 1.0, (512, 512): 1.1, (256, 256): 1.4},
+}
+# Numbers of a tile of a score that holds several per pair, as additive ones do.
+_WIDE_TILE = {"cpu": 2**19, "accelerator": 2**22}
+
+
+def choose_block_sizes(
+    mechanism: Mechanism, inputs: dense.Inputs, tile: Tile, whole: bool
+) -> tuple[int, int]:
+    """Queries and keys of a tile: those with the least to do, counting what the mask leaves."""
+    backend = "cpu" if jax.default_backend() == "cpu" else "accelerator"
+    lengths = len(inputs.query), inputs.key.shape[1]
+    held = numbers_per_pair(mechanism, inputs, tile)
+    if whole:
+        return max(16, min(512, _WIDE_TILE[backend] // (lengths[1] * held))), 512
+    if held > 4:
+        return max(16, min(512, _WIDE_TILE[backend] // (128 * held))), 128
+
+    def cost(block):
+        visited = mechanism.mask.block(_extent(tile, block, look=False)) != EMPTY
+        blocks = [-(-n // b) for n, b in zip(lengths, block, strict=True)]
+        t, s = (min(b, n) for b, n in zip(block, lengths, strict=True))
+        return np.broadcast_to(visited, blocks).sum() * t * s * _BLOCK_SIZES[backend][block]
+
+    return min(_BLOCK_SIZES[backend], key=cost)
+
+
+def numbers_per_pair(mechanism: Mechanism, inputs: dense.Inputs, tile: Tile) -> int:
+    """How many numbers the largest array of a tile's scores holds for each query and key."""
+    n = 64
+
+    def like(x, axis):
+        return jax.ShapeDtypeStruct((*x.shape[:axis], n, *x.shape[axis + 1 :]), x.dtype)
+
+    index = jax.ShapeDtypeStruct((n,), jnp.int32)
+    example = dense.Inputs(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs.params),
+        *(like(x, axis) for x, axis in zip(inputs[1:], (0, 1, 0, 1, 0), strict=True)),
+    )
+
+    def score(inputs, index):
+        ends = Tile(index, index, index, index, jnp.int32(0), tile.num_heads, consecutive=True)
+        ends = dataclasses.replace(ends, visible=jnp.ones((n, n), bool))
+        return dense.score(mechanism, inputs, ends)
+
+    return max(1, round(_largest(jax.make_jaxpr(score)(example, index).jaxpr) / n**2))
+
+
+def _largest(jaxpr):
+    """Size of the largest array that a jaxpr computes."""
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        sizes += [var.aval.size for var in equation.outvars if hasattr(var.aval, "size")]
+        inner = (getattr(x, "jaxpr", x) for x in equation.params.values())
+        sizes += [_largest(x) for x in inner if hasattr(x, "eqns")]
+    return max(sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +180,21 @@ class _Plan:
     dropout_rate: float
 
 
-def _visits(plan, tile, masked, by_row):
-    """Which pairs of blocks to visit: by what is known of the pair, (rows, columns, states).
+class _Visits(NamedTuple):
+    """Pairs of blocks by row: row, column and, if unknown, state, [pairs]; starts, [rows + 1]."""
 
-    All are [pairs] int, ascending. 'full': the mask need not be evaluated, 'partial': it must,
-    'unknown': the state is known only when running; the others have None. `by_row`: instead the
-    columns of each row, [row blocks, visits]; where others have more, the mask hides what follows.
+    row: Array
+    column: Array
+    state: Array | None
+    first: Array
+
+
+def _visits(plan, tile, masked, by_row):
+    """Which pairs of blocks to visit: by what is known of the pair, a `_Visits`.
+
+    'full': the mask need not be evaluated, 'partial': it must, 'unknown': the state is known only
+    when running. `by_row`: instead the columns of each row, [row blocks, visits]; where others
+    have more, the mask hides what follows.
     """
     t, s = plan.block
     cap = np.full((-(-plan.rows // t), -(-plan.columns // s)), FULL)
@@ -123,9 +213,10 @@ def _visits(plan, tile, masked, by_row):
     visits = {}
     for name, which in groups.items():
         if which.any():
-            pairs = np.nonzero(which)
-            states = jnp.broadcast_to(found, cap.shape)[pairs] if name == "unknown" else None
-            visits[name] = (*map(jnp.asarray, pairs), states)
+            row, column = np.nonzero(which)
+            first = np.searchsorted(row, np.arange(len(which) + 1))
+            state = jnp.broadcast_to(found, cap.shape)[row, column] if name == "unknown" else None
+            visits[name] = _Visits(*map(jnp.asarray, (row, column)), state, jnp.asarray(first))
     return visits
 
 
@@ -292,16 +383,15 @@ def _attend(plan, arrays, data):
 
         start = normalizer.start(params, jnp.zeros(t, dtype))
         carry = (start, jnp.zeros((t, value_dim), dtype), jnp.zeros(t, jnp.int32))
-        for name, (rows, columns, states) in data["visits"].items():
+        for name, visits in data["visits"].items():
 
-            def step(i, carry, name=name, columns=columns, states=states):
-                update = functools.partial(visit, columns[i], name != "full")
-                if states is None:
+            def step(i, carry, name=name, visits=visits):
+                update = functools.partial(visit, visits.column[i], name != "full")
+                if visits.state is None:
                     return update(carry)
-                return jax.lax.cond(states[i] != EMPTY, update, lambda carry: carry, carry)
+                return jax.lax.cond(visits.state[i] != EMPTY, update, lambda carry: carry, carry)
 
-            first, last = jnp.searchsorted(rows, jnp.stack([row, row + 1]))
-            carry = jax.lax.fori_loop(first, last, step, carry)
+            carry = jax.lax.fori_loop(visits.first[row], visits.first[row + 1], step, carry)
         state, out, bad = carry
         statistic, factor = normalizer.finish(params, state)
         return out if factor is None else out * factor[:, None], statistic, bad
@@ -313,10 +403,12 @@ def _bad(bad, row, column, visible):
     """What rows of a tile see: 0, 1 a value, 2 a key or query that is not finite: [t]."""
     of_query, of_key, of_value = _at(bad[0], row), _at(bad[1], column), _at(bad[2], column)
     if visible is None:
-        of_pair = jnp.maximum(2 * of_key.any(), of_value.any().astype(jnp.int32))
-        return jnp.where(of_query, 2, of_pair)
-    worst = jnp.maximum(2 * of_key, of_value.astype(jnp.int32))
-    return jnp.max(jnp.where(visible, jnp.maximum(worst, 2 * of_query[:, None]), 0), axis=1)
+        worst = jnp.maximum(2 * of_key.any(), of_value.any())
+        return jnp.where(of_query, 2, worst)
+    # A product: heads share what is visible, and would each reduce a copy of it.
+    seen = visible.astype(jnp.float32) @ jnp.stack([of_key, of_value], axis=1).astype(jnp.float32)
+    worst = jnp.maximum(2 * (seen[:, 0] > 0), seen[:, 1] > 0)
+    return jnp.where(of_query & visible.any(1), 2, worst)
 
 
 @_attend.defjvp
@@ -343,10 +435,12 @@ def _attend_jvp(plan, primals, tangents):
             row, column, state = visit
             row_statistic = jax.tree.map(lambda x: _at(x, row), statistic)
             function = functools.partial(change, row, column, name != "full")
-            found = _when_visible(name, state, jax.checkpoint(function), arrays, tangents[0], row_statistic)
+            found = _when_visible(
+                name, state, jax.checkpoint(function), arrays, tangents[0], row_statistic
+            )
             return tuple(x.at[row].add(y) for x, y in zip(sums, found, strict=True)), None
 
-        sums, _ = jax.lax.scan(step, sums, visits)
+        sums, _ = jax.lax.scan(step, sums, visits[:3])
     changed, total = sums
     flat = jax.tree.map(lambda x: x.reshape(-1), statistic)
     own = (x["params"]["normalizer"] for x in (arrays, tangents[0]))
@@ -414,7 +508,7 @@ def _summaries(plan, arrays, data, statistic, bad, asked):
             entropy, top = entropy.at[row].add(more[0]), top.at[row].max(more[1])
             return (entropy, top, columns.at[column].add(more[2])), None
 
-        sums, _ = jax.lax.scan(step, sums, visits)
+        sums, _ = jax.lax.scan(step, sums, visits[:3])
     entropy, top, columns = sums
     spoilt = (bad.reshape(-1)[: plan.rows] == 2).any()
     columns = jnp.where(spoilt, jnp.nan, columns.reshape(-1)[: plan.columns])
@@ -450,9 +544,7 @@ def _by_whole_rows(plan, arrays, data, aux):
         visible = (index < plan.columns)[None, :]
         if "mask" in data:
             visible &= pairs(data["mask"])
-        bad = dense.Bad(
-            _at(data["bad"][0], row), *(x[order].reshape(-1) for x in data["bad"][1:])
-        )
+        bad = dense.Bad(_at(data["bad"][0], row), *(x[order].reshape(-1) for x in data["bad"][1:]))
         inputs = dense.Inputs(
             arrays["params"],
             _at(arrays["query"], row),

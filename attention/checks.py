@@ -1,0 +1,133 @@
+"""What `attend` refuses, and how it says so."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention.mechanism import params_shape
+
+
+def check(mechanism, params, query, key, value, pairs, data):
+    """Raises ValueError for whatever the kernels would choke on, or silently ignore."""
+    check_arrays(query, key, value)
+    *batch, T, H, D = query.shape
+    S = key.shape[-3]
+    for name, x in pairs.items():
+        _check_broadcast(name, x, (*batch, H, T, S), "[..., H, T, S]")
+    if "mask" in pairs and pairs["mask"].dtype != bool:
+        raise ValueError(
+            f"mask must be bool, True = may attend; got {pairs['mask'].dtype}. "
+            "Numbers to add to the scores go to bias"
+        )
+    if "bias" in pairs and not jnp.issubdtype(pairs["bias"].dtype, jnp.floating):
+        raise ValueError(f"bias must be of a floating dtype, got {pairs['bias'].dtype}")
+    needs = mechanism.mask.needs
+    missing = [" or ".join(names) for names in needs if not any(name in data for name in names)]
+    if missing:
+        raise ValueError(
+            f"the mask {mechanism.mask} needs {' and '.join(sorted(missing, reverse=True))}: "
+            "pass it to attend"
+        )
+    for name in data:
+        if not name.endswith("positions") and not any(name in names for names in needs):
+            readers = {"prefix_lengths": "Prefix"}
+            reader = readers.get(name, "Padding" if name.endswith("lengths") else "Segments")
+            raise ValueError(
+                f"{name} was given, but the mask {mechanism.mask} ignores it: "
+                f"combine it with masks.{reader}()"
+            )
+    for name, x in data.items():
+        if not jnp.issubdtype(x.dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers, got {x.dtype}")
+        if name.endswith("lengths"):
+            _check_broadcast(name, x, tuple(batch), "[...]")
+        else:
+            length, letter = (T, "T") if name.startswith("query") else (S, "S")
+            if x.ndim == 0 or x.shape[-1] != length:
+                raise ValueError(f"{name} must be [..., {letter}={length}], got {x.shape}")
+            _check_broadcast(name, x, (*batch, length), f"[..., {letter}]")
+    expected = params_shape(mechanism, H, D, value.shape[-1])
+    wanted, got = jax.tree.map(jnp.shape, expected), jax.tree.map(jnp.shape, params)
+    if wanted != got:
+        raise ValueError(
+            f"params do not fit {mechanism} with {H} heads of width {D}: expected shapes {wanted}, "
+            f"got {got}; make them with mechanism.init(key, num_heads={H}, head_dim={D}, "
+            f"value_dim={value.shape[-1]})"
+        )
+
+
+def check_arrays(query, key, value):
+    """Raises ValueError unless the three fit each other; arrays or `jax.ShapeDtypeStruct`s."""
+    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if len(x.shape) < 3 or 0 in x.shape:
+            raise ValueError(f"{name} must be [..., length, heads, width], none 0; got {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
+            raise ValueError(
+                f"{name} must be of a floating dtype of 16 bits or more, got {x.dtype}"
+            )
+        if x.dtype != query.dtype:
+            raise ValueError(
+                f"query, key and value must share a dtype: query is {query.dtype}, {name} {x.dtype}"
+            )
+    if key.shape[:-1] != value.shape[:-1]:
+        raise ValueError(f"key and value must agree in all axes but the last; got {shapes}")
+    if query.shape[:-3] != key.shape[:-3]:
+        raise ValueError(f"query and key must have the same leading (batch) axes; got {shapes}")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key must have the same width D (last axis); got {shapes}")
+    if query.shape[-2] % key.shape[-2]:
+        raise ValueError(
+            f"the number of query heads must be a multiple of that of key heads: got "
+            f"{query.shape[-2]} and {key.shape[-2]} ({shapes})"
+        )
+
+
+def _check_broadcast(name, x, shape, letters):
+    try:
+        fits = jnp.broadcast_shapes(x.shape, shape) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} must broadcast to {letters} = {shape}, got {x.shape}")
+
+
+def check_dropout(rate, key):
+    """Raises ValueError unless a share of weights can be dropped."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")
+    if rate > 0 and key is None:
+        raise ValueError(f"dropout_rate={rate} needs dropout_key, a jax.random key")
+
+
+def check_aux(aux, known, weight_rows, length):
+    """Raises ValueError unless `aux` names what there is, and rows of weights are told which."""
+    if isinstance(aux, str):
+        raise ValueError(f"aux must be a tuple of {', '.join(known)}; got {aux!r}")
+    if unknown := set(aux) - set(known):
+        raise ValueError(f"aux can hold {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    if ("row_weights" in aux) != (weight_rows is not None):
+        raise ValueError("aux 'row_weights' and weight_rows, indices of queries, go together")
+    if weight_rows is None:
+        return
+    if jnp.ndim(weight_rows) != 1 or not jnp.issubdtype(
+        jnp.asarray(weight_rows).dtype, jnp.integer
+    ):
+        raise ValueError(f"weight_rows must be [R] integers, got {weight_rows}")
+    if not isinstance(weight_rows, jax.core.Tracer):
+        rows = np.asarray(weight_rows)
+        if len(rows) == 0 or rows.min() < 0 or rows.max() >= length:
+            raise ValueError(f"weight_rows must be in 0 … {length - 1}, the queries; got {rows}")
+
+
+def check_block_sizes(block_sizes, implementation):
+    """Raises ValueError unless they are two sizes, for a kernel with blocks."""
+    if block_sizes is None:
+        return
+    if implementation != "tiled":
+        raise ValueError(
+            f"block_sizes={block_sizes} are for implementation='tiled', but {implementation!r} runs"
+        )
+    fine = len(block_sizes) == 2 and all(isinstance(b, int) and b > 0 for b in block_sizes)
+    if not fine:
+        raise ValueError(f"block_sizes must be (queries, keys), 1 or more each; got {block_sizes}")
