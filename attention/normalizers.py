@@ -55,15 +55,15 @@ class Softmax(Normalizer):
 
     def update(self, params, state, logits):
         top, total = state
-        new = jnp.maximum(top, jnp.max(logits, axis=-1))
+        new = jnp.maximum(top, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
         finite = jnp.where(new == -jnp.inf, 0, new)
         weights, factor = jnp.exp(logits - finite[:, None]), jnp.exp(top - finite)
         return (new, total * factor + jnp.sum(weights, axis=-1)), weights, factor
 
     def finish(self, params, state):
         seen, total = state
-        sink = jax.lax.stop_gradient(self.sink(params))
-        top = jnp.maximum(seen, sink)
+        sink = self.sink(params)
+        top = jnp.maximum(seen, jax.lax.stop_gradient(sink))
         top = jnp.where(top == -jnp.inf, 0, top)
         factor = jnp.exp(seen - top)
         total = total * factor + jnp.exp(sink - top)

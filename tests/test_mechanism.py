@@ -298,8 +298,17 @@ def test_explain():
     text = explain(mechanism, query, key, key)
     title, *lines = text.splitlines()
     assert title == str(mechanism)
-    assert lines[0].strip() == "dense: runs"
-    assert explain(mechanism, query, key, key, implementation="dense") == text
+    assert lines[0].strip().startswith("dense: runs: scores and what makes them are 576 numbers")
+    assert lines[1].strip() == "tiled: could, was not chosen"
+    asked = explain(mechanism, query, key, key, implementation="tiled").splitlines()
+    assert [line.strip() for line in asked[1:]] == [
+        "dense: could, was not chosen",
+        "tiled: runs: asked for",
+    ]
+    weights = explain(mechanism, query, key, key, aux=("weights",))
+    assert "dense: runs: tiled cannot: the aux 'weights' are all T·S numbers" in weights
+    long = jax.ShapeDtypeStruct((4096, 4, 16), jnp.float32)
+    assert "tiled: runs: scores" in explain(mechanism, long, long, long)
     arrays = (jnp.ones(x.shape, x.dtype) for x in (query, key, key))
     assert explain(mechanism, *arrays) == text
     with pytest.raises(ValueError, match="implementation must be None or .*dense.*'fast'"):

@@ -13,7 +13,7 @@ import numpy as np
 
 from attention.mechanism import Mechanism
 from attention.normalizers import logsumexp
-from attention.parts import Array, Params, Tile, accumulator
+from attention.parts import Array, Normalizer, Params, Tile, accumulator
 
 
 def unsupported(mechanism, query, key, value, aux) -> str | None:
@@ -146,24 +146,21 @@ def attend_rows(
     visible = jnp.broadcast_to(mechanism.mask.tile(tile), shape)
     if mask is not None:
         visible &= mask
-    some = visible.any(-1)
-    bad_score = (visible & bad.key).any(-1) | (bad.query & some)
-    bad_row = bad_score | (visible & bad.value).any(-1)
-
+    seen = sees(bad, visible)
+    inputs = hide(inputs, visible.any(1), visible.any(0))
     scores = score(mechanism, inputs, dataclasses.replace(tile, visible=visible))
     if bias is not None:
         scores += bias.astype(scores.dtype)
     logits = jnp.where(visible, scores, -jnp.inf)
     params = inputs.params["normalizer"]
-    statistic = mechanism.normalizer.statistic(params, logits)
-    weights = mechanism.normalizer.weight(params, logits, statistic)
+    weights = normalize(mechanism.normalizer, params, logits)
     weights = jnp.where(visible, weights, 0)  # stops what a huge masked value sends back
 
     dropped = weights
     if dropout_key is not None and dropout_rate > 0:
         dropped = drop(weights, dropout_key, dropout_rate, tile)
     out = mix(mechanism, inputs, dropped, tile)
-    out = jnp.where(bad_row[:, None], jnp.nan, out)
+    out = jnp.where((seen > 0)[:, None], jnp.nan, out)
 
     available = {
         "weights": lambda: weights,
@@ -172,11 +169,44 @@ def attend_rows(
         "row_max": lambda: jax.lax.stop_gradient(jnp.max(logits, axis=-1)),
     }
     extra = {name: available[name]() for name in aux if name != "column_sums"}
-    spoilt = {name: bad_score.reshape(-1, *(1,) * (x.ndim - 1)) for name, x in extra.items()}
+    spoilt = {name: (seen == 2).reshape(-1, *(1,) * (x.ndim - 1)) for name, x in extra.items()}
     extra = {name: jnp.where(spoilt[name], jnp.nan, x) for name, x in extra.items()}
     if "column_sums" in aux:
-        extra["column_sums"] = jnp.where(bad_score[:, None], jnp.nan, weights).sum(0)
+        extra["column_sums"] = jnp.where((seen == 2)[:, None], jnp.nan, weights).sum(0)
     return out, extra
+
+
+def hide(inputs: Inputs, rows: Array, columns: Array) -> Inputs:
+    """Inputs with 0 in the rows [t] that see nothing and the columns [s] that nobody sees.
+
+    A masked score may overflow where its vectors are huge, and 0 · inf is NaN in a gradient.
+    """
+    return inputs._replace(
+        query=jnp.where(rows[:, None], inputs.query, 0),
+        key=jnp.where(columns, inputs.key, 0),
+        features=jnp.where(rows[:, None], inputs.features, 0),
+        key_features=jnp.where(columns, inputs.key_features, 0),
+        value=jnp.where(columns[:, None], inputs.value, 0),
+    )
+
+
+def sees(bad: Bad, visible: Array) -> Array:
+    """What rows see: 0, 1 a value, 2 a query or key that is not finite: [t] int."""
+    # A product: heads share what is visible, and would each reduce a copy of it.
+    vectors = jnp.stack([bad.key, bad.value], axis=1).astype(jnp.float32)
+    pairs = visible.astype(jnp.float32) @ vectors
+    worst = jnp.maximum(2 * (pairs[:, 0] > 0), pairs[:, 1] > 0)
+    return jnp.where(bad.query & visible.any(1), 2, worst)
+
+
+def normalize(normalizer: Normalizer, params: Params, logits: Array) -> Array:
+    """Weights [t, S] of whole rows; where the normaliser is online, by one exponential each."""
+    if not normalizer.online:
+        return normalizer.weight(params, logits, normalizer.statistic(params, logits))
+    state = normalizer.start(params, jnp.zeros_like(logits[:, 0]))
+    state, weights, _ = normalizer.update(params, state, logits)
+    _, factor = normalizer.finish(params, state)
+    return weights if factor is None else weights * factor[:, None]
 
 
 def entropy(weights: Array) -> Array:

@@ -21,14 +21,15 @@ keys visible from it, through the dense kernel's own function.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attention.kernels import dense
-from attention.mechanism import Mechanism
+from attention.mechanism import Mechanism, params_shape
 from attention.normalizers import Softmax
 from attention.parts import EMPTY, FAR, FULL, PARTIAL, Array, Extent, Params, Range, Tile
 
@@ -45,14 +46,18 @@ def unsupported(mechanism, query, key, value, aux) -> str | None:
 
 def faster_than_dense(mechanism: Mechanism, query: Array, key: Array) -> tuple[bool, str]:
     """Whether this kernel is the faster one for such arrays, and why."""
-    pairs = query.shape[-3] * key.shape[-3]
-    limit = _FASTER_FROM
-    faster = pairs >= limit
-    return faster, f"T·S = {pairs:,}, and tiled is faster from {limit:,}"
+    *batch, T, H, D = query.shape
+    size = math.prod(batch) * H * T * key.shape[-3]
+    if size > _FASTER_ABOVE / 1024:  # else no score is wide enough
+        size *= numbers_per_pair(mechanism, H, D)
+    return size > _FASTER_ABOVE, (
+        f"scores and what makes them are {size:,} numbers at once; tiled is faster above "
+        f"{_FASTER_ABOVE:,}"
+    )
 
 
-# Measured by `python -m experiments.benchmark --config=configs/benchmark.py:kernels`.
-_FASTER_FROM = 512 * 512
+# Measured on two CPU cores, forward and backward, 8 heads of 64; see results/kernels.md.
+_FASTER_ABOVE = 2**22
 
 
 def one_example_at_a_time(mechanism: Mechanism) -> bool:
@@ -100,6 +105,8 @@ def attend_head(
     data["visits"] = _visits(plan, tile, masked=mask is not None, by_row=whole)
     if dropout_key is not None and plan.dropout_rate:
         data["dropout_key"] = jax.random.key_data(dropout_key)
+    if not whole and ("unknown" in data["visits"] or mask is not None):
+        arrays |= _hide(plan, arrays, data)
     by = _by_whole_rows if whole else _by_tiles
     out, extra = by(plan, arrays, data, aux)
     return out[: len(query)].astype(query.dtype), extra
@@ -121,7 +128,7 @@ def choose_block_sizes(
     """Queries and keys of a tile: those with the least to do, counting what the mask leaves."""
     backend = "cpu" if jax.default_backend() == "cpu" else "accelerator"
     lengths = len(inputs.query), inputs.key.shape[1]
-    held = numbers_per_pair(mechanism, inputs, tile)
+    held = numbers_per_pair(mechanism, tile.num_heads, inputs.query.shape[1])
     if whole:
         return max(16, min(512, _WIDE_TILE[backend] // (lengths[1] * held))), 512
     if held > 4:
@@ -136,25 +143,25 @@ def choose_block_sizes(
     return min(_BLOCK_SIZES[backend], key=cost)
 
 
-def numbers_per_pair(mechanism: Mechanism, inputs: dense.Inputs, tile: Tile) -> int:
+@functools.cache
+def numbers_per_pair(mechanism: Mechanism, num_heads: int, head_dim: int) -> int:
     """How many numbers the largest array of a tile's scores holds for each query and key."""
     n = 64
+    x = jax.ShapeDtypeStruct((n, head_dim), jnp.float32)
+    index: Any = np.arange(n)
+    none: Any = np.int32(0)
+    all_pairs: Any = np.ones((n, n), bool)
+    tile = Tile(*(index,) * 4, none, num_heads, consecutive=True, visible=all_pairs)
 
-    def like(x, axis):
-        return jax.ShapeDtypeStruct((*x.shape[:axis], n, *x.shape[axis + 1 :]), x.dtype)
+    def inputs(params, x):
+        params = jax.tree.map(lambda leaf: leaf[0], params)
+        return dense.prepare(mechanism, params, x, x, x, jax.tree.map(jnp.asarray, tile))[0]
 
-    index = jax.ShapeDtypeStruct((n,), jnp.int32)
-    example = dense.Inputs(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs.params),
-        *(like(x, axis) for x, axis in zip(inputs[1:], (0, 1, 0, 1, 0), strict=True)),
+    shapes = params_shape(mechanism, num_heads, head_dim, head_dim)
+    traced = jax.make_jaxpr(lambda inputs, tile: dense.score(mechanism, inputs, tile))(
+        jax.eval_shape(inputs, shapes, x), tile
     )
-
-    def score(inputs, index):
-        ends = Tile(index, index, index, index, jnp.int32(0), tile.num_heads, consecutive=True)
-        ends = dataclasses.replace(ends, visible=jnp.ones((n, n), bool))
-        return dense.score(mechanism, inputs, ends)
-
-    return max(1, round(_largest(jax.make_jaxpr(score)(example, index).jaxpr) / n**2))
+    return max(1, round(_largest(traced.jaxpr) / n**2))
 
 
 def _largest(jaxpr):
@@ -351,6 +358,31 @@ def _mix(plan, inputs, weights, tile, data):
     return dense.mix(plan.mechanism, inputs, weights, tile)
 
 
+def _hide(plan, arrays, data):
+    """`dense.hide` where rows and columns are masked by data: padding may hold anything."""
+
+    def seen(row, column):
+        tile = _tile(plan, data, row, column)
+        visible = _visible(plan, data, tile, row, column)
+        return visible.any(1), visible.any(0)
+
+    rows = jnp.zeros(arrays["query"].shape[:2], bool)
+    columns = jnp.zeros((len(arrays["key"]), plan.block[1]), bool)
+    for name, visits in data["visits"].items():
+
+        def step(carry, visit, name=name):
+            row, column, state = visit
+            more = _when_visible(name, state, seen, row, column)
+            return tuple(
+                x.at[i].max(y) for x, i, y in zip(carry, (row, column), more, strict=True)
+            ), None
+
+        (rows, columns), _ = jax.lax.scan(step, (rows, columns), visits[:3])
+    by_row = {name: jnp.where(rows[..., None], arrays[name], 0) for name in ("query", "features")}
+    names = ("key", "key_features", "value")
+    return by_row | {name: jnp.where(columns[:, None], arrays[name], 0) for name in names}
+
+
 def _when_visible(name, state, function, *args):
     """function(*args); or zeros, at no cost, where the state of an 'unknown' pair is EMPTY."""
     if name != "unknown":
@@ -405,10 +437,7 @@ def _bad(bad, row, column, visible):
     if visible is None:
         worst = jnp.maximum(2 * of_key.any(), of_value.any())
         return jnp.where(of_query, 2, worst)
-    # A product: heads share what is visible, and would each reduce a copy of it.
-    seen = visible.astype(jnp.float32) @ jnp.stack([of_key, of_value], axis=1).astype(jnp.float32)
-    worst = jnp.maximum(2 * (seen[:, 0] > 0), seen[:, 1] > 0)
-    return jnp.where(of_query & visible.any(1), 2, worst)
+    return dense.sees(dense.Bad(of_query, of_key, of_value), visible)
 
 
 @_attend.defjvp
