@@ -22,16 +22,15 @@ keys visible from it, through the dense kernel's own function.
 import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.kernels import dense
-from attention.mechanism import Mechanism, params_shape
+from attention.kernels import blocks, dense
+from attention.mechanism import Mechanism
 from attention.normalizers import Softmax
-from attention.parts import EMPTY, FAR, FULL, PARTIAL, Array, Extent, Params, Range, Tile
+from attention.parts import EMPTY, Array, Params, Tile
 
 
 def unsupported(mechanism, query, key, value, aux) -> str | None:
@@ -49,7 +48,7 @@ def faster_than_dense(mechanism: Mechanism, query: Array, key: Array) -> tuple[b
     *batch, T, H, D = query.shape
     size = math.prod(batch) * H * T * key.shape[-3]
     if size > _FASTER_ABOVE / 1024:  # else no score is wide enough
-        size *= numbers_per_pair(mechanism, H, D)
+        size *= blocks.numbers_per_pair(mechanism, H, D)
     return size > _FASTER_ABOVE, (
         f"scores and what makes them are {size:,} numbers at once; tiled is faster above "
         f"{_FASTER_ABOVE:,}"
@@ -91,18 +90,25 @@ def attend_head(
     """
     whole = mechanism.position.whole_row or not mechanism.normalizer.online
     inputs, bad = dense.prepare(mechanism, params, query, key, value, tile)
-    t, s = block_sizes or choose_block_sizes(mechanism, inputs, tile, whole)
+    t, s = block_sizes or blocks.sizes(mechanism, tile, query.shape[1], whole)
+    block = (min(t, len(query)), min(s, len(key)))
+    row, start = blocks.cover(mechanism.mask, tile, block)
     plan = _Plan(
         mechanism,
-        block=(min(t, len(query)), min(s, len(key))),
+        block,
         rows=len(query),
         columns=len(key),
+        padded=max(len(key), (start + block[1]).max(initial=0)),
         num_heads=tile.num_heads,
         consecutive=tile.consecutive,
         dropout_rate=dropout_rate if dropout_key is not None else 0.0,
     )
     arrays, data = _cut(plan, inputs, bad, tile, bias, mask)
-    data["visits"] = _visits(plan, tile, masked=mask is not None, by_row=whole)
+    if whole:
+        data["visits"] = _by_row(row, start, len(arrays["query"]))
+    else:
+        masked = mask is not None
+        data["visits"] = blocks.visits(mechanism.mask, tile, block, row, start, masked)
     if dropout_key is not None and plan.dropout_rate:
         data["dropout_key"] = jax.random.key_data(dropout_key)
     if not whole and ("unknown" in data["visits"] or mask is not None):
@@ -112,141 +118,18 @@ def attend_head(
     return out[: len(query)].astype(query.dtype), extra
 
 
-# Queries and keys of a tile, and the time of a pair of them relative to the first; measured for
-# float32, 8 heads of 64, forward and backward.
-_BLOCK_SIZES = {
-    "cpu": {(512, 512): 1.0, (256, 512): 1.06, (256, 256): 1.35},
-    "accelerator": {(1024, 1024): 1.0, (512, 512): 1.1, (256, 256): 1.4},
-}
-# Numbers of a tile of a score that holds several per pair, as additive ones do.
-_WIDE_TILE = {"cpu": 2**19, "accelerator": 2**22}
-
-
-def choose_block_sizes(
-    mechanism: Mechanism, inputs: dense.Inputs, tile: Tile, whole: bool
-) -> tuple[int, int]:
-    """Queries and keys of a tile: those with the least to do, counting what the mask leaves."""
-    backend = "cpu" if jax.default_backend() == "cpu" else "accelerator"
-    lengths = len(inputs.query), inputs.key.shape[1]
-    held = numbers_per_pair(mechanism, tile.num_heads, inputs.query.shape[1])
-    if whole:
-        return max(16, min(512, _WIDE_TILE[backend] // (lengths[1] * held))), 512
-    if held > 4:
-        return max(16, min(512, _WIDE_TILE[backend] // (128 * held))), 128
-
-    def cost(block):
-        visited = mechanism.mask.block(_extent(tile, block, look=False)) != EMPTY
-        blocks = [-(-n // b) for n, b in zip(lengths, block, strict=True)]
-        t, s = (min(b, n) for b, n in zip(block, lengths, strict=True))
-        return np.broadcast_to(visited, blocks).sum() * t * s * _BLOCK_SIZES[backend][block]
-
-    return min(_BLOCK_SIZES[backend], key=cost)
-
-
-@functools.cache
-def numbers_per_pair(mechanism: Mechanism, num_heads: int, head_dim: int) -> int:
-    """How many numbers the largest array of a tile's scores holds for each query and key."""
-    n = 64
-    x = jax.ShapeDtypeStruct((n, head_dim), jnp.float32)
-    index: Any = np.arange(n)
-    none: Any = np.int32(0)
-    all_pairs: Any = np.ones((n, n), bool)
-    tile = Tile(*(index,) * 4, none, num_heads, consecutive=True, visible=all_pairs)
-
-    def inputs(params, x):
-        params = jax.tree.map(lambda leaf: leaf[0], params)
-        return dense.prepare(mechanism, params, x, x, x, jax.tree.map(jnp.asarray, tile))[0]
-
-    shapes = params_shape(mechanism, num_heads, head_dim, head_dim)
-    traced = jax.make_jaxpr(lambda inputs, tile: dense.score(mechanism, inputs, tile))(
-        jax.eval_shape(inputs, shapes, x), tile
-    )
-    return max(1, round(_largest(traced.jaxpr) / n**2))
-
-
-def _largest(jaxpr):
-    """Size of the largest array that a jaxpr computes."""
-    sizes = [0]
-    for equation in jaxpr.eqns:
-        sizes += [var.aval.size for var in equation.outvars if hasattr(var.aval, "size")]
-        inner = (getattr(x, "jaxpr", x) for x in equation.params.values())
-        sizes += [_largest(x) for x in inner if hasattr(x, "eqns")]
-    return max(sizes)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is known of a call while tracing, beside the shapes of its arrays."""
+    """What is known of a call while tracing; `padded`: columns with what the last block needs."""
 
     mechanism: Mechanism
     block: tuple[int, int]
     rows: int
     columns: int
+    padded: int
     num_heads: int
     consecutive: bool
     dropout_rate: float
-
-
-class _Visits(NamedTuple):
-    """Pairs of blocks by row: row, column and, if unknown, state, [pairs]; starts, [rows + 1]."""
-
-    row: Array
-    column: Array
-    state: Array | None
-    first: Array
-
-
-def _visits(plan, tile, masked, by_row):
-    """Which pairs of blocks to visit: by what is known of the pair, a `_Visits`.
-
-    'full': the mask need not be evaluated, 'partial': it must, 'unknown': the state is known only
-    when running. `by_row`: instead the columns of each row, [row blocks, visits]; where others
-    have more, the mask hides what follows.
-    """
-    t, s = plan.block
-    cap = np.full((-(-plan.rows // t), -(-plan.columns // s)), FULL)
-    if masked:
-        cap[:] = PARTIAL
-    if plan.columns % s:
-        cap[:, -1] = PARTIAL
-    mask = plan.mechanism.mask
-    known = np.minimum(cap, np.asarray(mask.block(_extent(tile, plan.block, look=False))))
-    if by_row:
-        order = np.argsort(known == EMPTY, axis=1, kind="stable")
-        return jnp.asarray(order[:, : max((known != EMPTY).sum(1).max(), 1)])
-    found = mask.block(_extent(tile, plan.block, look=True))
-    groups = {"full": known == FULL}
-    groups["unknown" if isinstance(found, jax.Array) else "partial"] = known == PARTIAL
-    visits = {}
-    for name, which in groups.items():
-        if which.any():
-            row, column = np.nonzero(which)
-            first = np.searchsorted(row, np.arange(len(which) + 1))
-            state = jnp.broadcast_to(found, cap.shape)[row, column] if name == "unknown" else None
-            visits[name] = _Visits(*map(jnp.asarray, (row, column)), state, jnp.asarray(first))
-    return visits
-
-
-def _extent(tile, block, look):
-    """The ranges of all blocks; `look`: also of what only the running program knows."""
-
-    def ends(x, size, axis):
-        if not isinstance(x, np.ndarray):
-            if not look or x is None:
-                return Range(-FAR, FAR)
-            x = jnp.pad(x, (0, -len(x) % size), mode="edge").reshape(-1, size)
-            return Range(*(jnp.expand_dims(end, axis) for end in (x.min(1), x.max(1))))
-        last = np.minimum(np.arange(size, len(x) + size, size), len(x)) - 1
-        return Range(np.expand_dims(x[::size], axis), np.expand_dims(x[last], axis))
-
-    ranges = {}
-    for side, size, axis in (("query", block[0], 1), ("key", block[1], 0)):
-        for name in (f"{side}_index", f"{side}_positions", f"{side}_segments"):
-            ranges[name] = ends(getattr(tile, name), size, axis)
-    for name in ("query_length", "key_length", "prefix_length"):
-        x = getattr(tile, name)
-        ranges[name] = Range(FAR, FAR) if x is None else Range(x, x) if look else Range(0, FAR)
-    return Extent(**ranges)
 
 
 _BY_ROW = ("query_positions", "query_segments")
@@ -257,14 +140,17 @@ _LENGTHS = ("query_length", "key_length", "prefix_length")
 def _cut(plan, inputs, bad, tile, bias, mask):
     """-> (what is differentiated, the rest), the vectors cut in blocks along a new leading axis."""
     rows = functools.partial(_blocks, size=plan.block[0])
-    columns = functools.partial(_blocks, size=plan.block[1])
+
+    def columns(x, mode="constant"):
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, plan.padded - plan.columns)], mode=mode)
+
     arrays = {
         "params": inputs.params,
         "query": rows(inputs.query),
         "features": rows(inputs.features),
-        "key": jnp.swapaxes(columns(inputs.key.T), 1, 2),
-        "key_features": jnp.swapaxes(columns(inputs.key_features.T), 1, 2),
-        "value": jnp.swapaxes(columns(inputs.value), 1, 2),
+        "key": columns(inputs.key),
+        "key_features": columns(inputs.key_features),
+        "value": columns(inputs.value.T),
     }
     data = {"head": tile.head, "bad": (rows(bad.query), columns(bad.key), columns(bad.value))}
     data |= {name: getattr(tile, name) for name in _LENGTHS}
@@ -275,7 +161,8 @@ def _cut(plan, inputs, bad, tile, bias, mask):
             data[name] = cut(x, mode="edge") if given else None
     for name, x, where in (("bias", bias, arrays), ("mask", mask, data)):
         if x is not None:
-            pad = [(0, -n % b if n > 1 else 0) for n, b in zip(x.shape, plan.block, strict=True)]
+            more = (-plan.rows % plan.block[0], plan.padded - plan.columns)
+            pad = [(0, m if n > 1 else 0) for n, m in zip(x.shape, more, strict=True)]
             where[name] = jnp.pad(x.astype(inputs.value.dtype) if name == "bias" else x, pad)
     return arrays, data
 
@@ -286,24 +173,30 @@ def _blocks(x, size, mode="constant"):
     return x.reshape(-1, size, *x.shape[1:])
 
 
-def _at(x, block):
-    """The block of that number, by an operation whose transpose adds in place."""
-    return jax.lax.dynamic_index_in_dim(x, block, keepdims=False)
+def _at(x, row):
+    """The block of rows of that number, by an operation whose transpose adds in place."""
+    return jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
 
 
-def _pairs_at(x, row, column, block):
+def _from(x, start, plan):
+    """The block of columns, the last axis, that starts there."""
+    return jax.lax.dynamic_slice_in_dim(x, start, plan.block[1], axis=-1)
+
+
+def _pairs_at(x, row, start, plan):
     """Tile of an array [T or 1, S or 1]."""
-    starts = [i * b if n > 1 else 0 for i, b, n in zip((row, column), block, x.shape, strict=True)]
-    sizes = [b if n > 1 else 1 for b, n in zip(block, x.shape, strict=True)]
+    t, s = plan.block
+    starts = row * t if len(x) > 1 else 0, start if x.shape[1] > 1 else 0
+    sizes = [b if n > 1 else 1 for b, n in zip((t, s), x.shape, strict=True)]
     return jax.lax.dynamic_slice(x, starts, sizes)
 
 
-def _tile(plan, data, row, column):
+def _tile(plan, data, row, start):
     """The `Tile` of a block of rows and a block of columns."""
     rows = row * plan.block[0] + jnp.arange(plan.block[0])
-    columns = column * plan.block[1] + jnp.arange(plan.block[1])
+    columns = start + jnp.arange(plan.block[1])
     given = {name: _at(data[name], row) for name in _BY_ROW if data[name] is not None}
-    given |= {name: _at(data[name], column) for name in _BY_COLUMN if data[name] is not None}
+    given |= {name: _from(data[name], start, plan) for name in _BY_COLUMN if data[name] is not None}
     given |= {name: data[name] for name in _LENGTHS}
     return Tile(
         query_index=rows,
@@ -317,26 +210,26 @@ def _tile(plan, data, row, column):
     )
 
 
-def _piece(plan, arrays, row, column):
+def _piece(plan, arrays, row, start):
     """Those of a tile: the `dense.Inputs` and the bias."""
     inputs = dense.Inputs(
         arrays["params"],
         _at(arrays["query"], row),
-        _at(arrays["key"], column),
+        _from(arrays["key"], start, plan),
         _at(arrays["features"], row),
-        _at(arrays["key_features"], column),
-        _at(arrays["value"], column).T,
+        _from(arrays["key_features"], start, plan),
+        _from(arrays["value"], start, plan).T,
     )
     bias = arrays.get("bias")
-    return inputs, bias if bias is None else _pairs_at(bias, row, column, plan.block)
+    return inputs, bias if bias is None else _pairs_at(bias, row, start, plan)
 
 
-def _visible(plan, data, tile, row, column):
+def _visible(plan, data, tile, row, start):
     """[t, s] bool: what the mask, the array of that name and the end of the keys leave."""
     visible = jnp.broadcast_to(plan.mechanism.mask.tile(tile), plan.block)
     if "mask" in data:
-        visible &= _pairs_at(data["mask"], row, column, plan.block)
-    if plan.columns % plan.block[1]:
+        visible &= _pairs_at(data["mask"], row, start, plan)
+    if plan.padded > plan.columns:
         visible &= tile.key_index < plan.columns
     return visible
 
@@ -361,26 +254,29 @@ def _mix(plan, inputs, weights, tile, data):
 def _hide(plan, arrays, data):
     """`dense.hide` where rows and columns are masked by data: padding may hold anything."""
 
-    def seen(row, column):
-        tile = _tile(plan, data, row, column)
-        visible = _visible(plan, data, tile, row, column)
+    def seen(row, start):
+        tile = _tile(plan, data, row, start)
+        visible = _visible(plan, data, tile, row, start)
         return visible.any(1), visible.any(0)
 
     rows = jnp.zeros(arrays["query"].shape[:2], bool)
-    columns = jnp.zeros((len(arrays["key"]), plan.block[1]), bool)
+    columns = jnp.zeros(plan.padded, bool)
     for name, visits in data["visits"].items():
 
         def step(carry, visit, name=name):
-            row, column, state = visit
-            more = _when_visible(name, state, seen, row, column)
-            return tuple(
-                x.at[i].max(y) for x, i, y in zip(carry, (row, column), more, strict=True)
-            ), None
+            row, start, state = visit
+            rows, columns = carry
+            more = _when_visible(name, state, seen, row, start)
+            return (rows.at[row].max(more[0]), columns.at[_columns(plan, start)].max(more[1])), None
 
         (rows, columns), _ = jax.lax.scan(step, (rows, columns), visits[:3])
     by_row = {name: jnp.where(rows[..., None], arrays[name], 0) for name in ("query", "features")}
     names = ("key", "key_features", "value")
-    return by_row | {name: jnp.where(columns[:, None], arrays[name], 0) for name in names}
+    return by_row | {name: jnp.where(columns, arrays[name], 0) for name in names}
+
+
+def _columns(plan, start):
+    return start + jnp.arange(plan.block[1])
 
 
 def _when_visible(name, state, function, *args):
@@ -399,26 +295,26 @@ def _attend(plan, arrays, data):
     `bad` is 0, 1 for a value, 2 for a query or key.
     """
     normalizer, params = plan.mechanism.normalizer, arrays["params"]["normalizer"]
-    t, value_dim = plan.block[0], arrays["value"].shape[1]
+    t, value_dim = plan.block[0], len(arrays["value"])
     dtype = arrays["value"].dtype
 
     def attend_row(row):
-        def visit(column, masked, carry):
+        def visit(start, masked, carry):
             state, out, bad = carry
-            piece, tile = _piece(plan, arrays, row, column), _tile(plan, data, row, column)
-            visible = _visible(plan, data, tile, row, column) if masked else None
+            piece, tile = _piece(plan, arrays, row, start), _tile(plan, data, row, start)
+            visible = _visible(plan, data, tile, row, start) if masked else None
             logits = _logits(plan, piece, tile, visible)
             state, weights, factor = normalizer.update(params, state, logits)
             out = out if factor is None else out * factor[:, None]
             out += _mix(plan, piece[0], weights, tile, data)
-            return state, out, jnp.maximum(bad, _bad(data["bad"], row, column, visible))
+            return state, out, jnp.maximum(bad, _bad(plan, data["bad"], row, start, visible))
 
-        start = normalizer.start(params, jnp.zeros(t, dtype))
-        carry = (start, jnp.zeros((t, value_dim), dtype), jnp.zeros(t, jnp.int32))
+        state = normalizer.start(params, jnp.zeros(t, dtype))
+        carry = (state, jnp.zeros((t, value_dim), dtype), jnp.zeros(t, jnp.int32))
         for name, visits in data["visits"].items():
 
             def step(i, carry, name=name, visits=visits):
-                update = functools.partial(visit, visits.column[i], name != "full")
+                update = functools.partial(visit, visits.start[i], name != "full")
                 if visits.state is None:
                     return update(carry)
                 return jax.lax.cond(visits.state[i] != EMPTY, update, lambda carry: carry, carry)
@@ -431,9 +327,10 @@ def _attend(plan, arrays, data):
     return jax.lax.map(attend_row, jnp.arange(len(arrays["query"])))
 
 
-def _bad(bad, row, column, visible):
+def _bad(plan, bad, row, start, visible):
     """What rows of a tile see: 0, 1 a value, 2 a key or query that is not finite: [t]."""
-    of_query, of_key, of_value = _at(bad[0], row), _at(bad[1], column), _at(bad[2], column)
+    of_query = _at(bad[0], row)
+    of_key, of_value = (_from(x, start, plan) for x in bad[1:])
     if visible is None:
         worst = jnp.maximum(2 * of_key.any(), of_value.any())
         return jnp.where(of_query, 2, worst)
@@ -445,14 +342,14 @@ def _attend_jvp(plan, primals, tangents):
     arrays, data = primals
     out, statistic, bad = _attend(plan, arrays, data)
 
-    def change(row, column, masked, arrays, tangents, statistic):
+    def change(row, start, masked, arrays, tangents, statistic):
         """How a tile changes the output and the sum of the weights, the statistic held fixed."""
 
         def weighted(piece):
-            tile, _, weights = _weigh(plan, data, piece, row, column, masked, statistic)
+            tile, _, weights = _weigh(plan, data, piece, row, start, masked, statistic)
             return _mix(plan, piece[0], weights, tile, data), weights
 
-        pieces = (_piece(plan, x, row, column) for x in (arrays, tangents))
+        pieces = (_piece(plan, x, row, start) for x in (arrays, tangents))
         _, (changed, weights) = jax.jvp(weighted, *((piece,) for piece in pieces))
         return changed, weights.sum(1)
 
@@ -461,9 +358,9 @@ def _attend_jvp(plan, primals, tangents):
     for name, visits in data["visits"].items():
 
         def step(sums, visit, name=name):
-            row, column, state = visit
+            row, start, state = visit
             row_statistic = jax.tree.map(lambda x: _at(x, row), statistic)
-            function = functools.partial(change, row, column, name != "full")
+            function = functools.partial(change, row, start, name != "full")
             found = _when_visible(
                 name, state, jax.checkpoint(function), arrays, tangents[0], row_statistic
             )
@@ -481,10 +378,10 @@ def _attend_jvp(plan, primals, tangents):
     return (out, statistic, bad), (changed, answer, no_tangent)
 
 
-def _weigh(plan, data, piece, row, column, masked, statistic):
+def _weigh(plan, data, piece, row, start, masked, statistic):
     """-> tile, logits and weights of a tile of rows whose statistic is known."""
-    tile = _tile(plan, data, row, column)
-    visible = _visible(plan, data, tile, row, column) if masked else None
+    tile = _tile(plan, data, row, start)
+    visible = _visible(plan, data, tile, row, start) if masked else None
     logits = _logits(plan, piece, tile, visible)
     params = piece[0].params["normalizer"]
     weights = plan.mechanism.normalizer.weight(params, logits, statistic)
@@ -501,7 +398,7 @@ def _by_tiles(plan, arrays, data, aux):
         known = statistic
         if type(plan.mechanism.normalizer) is not Softmax:
             soft = dataclasses.replace(plan.mechanism, normalizer=Softmax())
-            none = {**arrays, "value": arrays["value"][:, :0]}
+            none = {**arrays, "value": arrays["value"][:0]}
             known = _attend(dataclasses.replace(plan, mechanism=soft), none, data)[1]
         extra["lse"] = sum(known)
     asked = {"entropy", "row_max", "column_sums"}.intersection(aux)
@@ -516,49 +413,53 @@ def _by_tiles(plan, arrays, data, aux):
 def _summaries(plan, arrays, data, statistic, bad, asked):
     """Entropy and largest score of each row, weight of each column: a second look at each tile."""
 
-    def summarise(row, column, masked, arrays, statistic):
-        piece = _piece(plan, arrays, row, column)
-        tile, logits, weights = _weigh(plan, data, piece, row, column, masked, statistic)
+    def summarise(row, start, masked, arrays, statistic):
+        piece = _piece(plan, arrays, row, start)
+        tile, logits, weights = _weigh(plan, data, piece, row, start, masked, statistic)
         real = (tile.query_index < plan.rows)[:, None]
         top = jax.lax.stop_gradient(jnp.max(logits, axis=1))
         return dense.entropy(weights), top, jnp.where(real, weights, 0).sum(0)
 
     dtype = arrays["value"].dtype
-    columns = jnp.zeros(arrays["value"].shape[::2], dtype)
+    columns = jnp.zeros(plan.padded, dtype)
     sums = jnp.zeros(bad.shape, dtype), jnp.full(bad.shape, -jnp.inf, dtype), columns
     for name, visits in data["visits"].items():
 
         def step(sums, visit, name=name):
-            row, column, _ = visit
+            row, start, _ = visit
             entropy, top, columns = sums
             row_statistic = jax.tree.map(lambda x: _at(x, row), statistic)
-            function = functools.partial(summarise, row, column, name != "full")
+            function = functools.partial(summarise, row, start, name != "full")
             more = jax.checkpoint(function)(arrays, row_statistic)
             entropy, top = entropy.at[row].add(more[0]), top.at[row].max(more[1])
-            return (entropy, top, columns.at[column].add(more[2])), None
+            return (entropy, top, columns.at[_columns(plan, start)].add(more[2])), None
 
         sums, _ = jax.lax.scan(step, sums, visits[:3])
     entropy, top, columns = sums
     spoilt = (bad.reshape(-1)[: plan.rows] == 2).any()
-    columns = jnp.where(spoilt, jnp.nan, columns.reshape(-1)[: plan.columns])
+    columns = jnp.where(spoilt, jnp.nan, columns[: plan.columns])
     found = {"entropy": entropy, "row_max": top, "column_sums": columns}
     return {name: found[name] for name in asked}
+
+
+def _by_row(row, start, rows):
+    """Starts of the blocks of columns by block of rows, [rows, visits], and which are real."""
+    count = np.bincount(row, minlength=rows)
+    starts = np.zeros((rows, max(count.max(), 1)), int)
+    real = np.arange(starts.shape[1]) < count[:, None]
+    starts[real] = start
+    return jnp.asarray(starts), jnp.asarray(real)
 
 
 def _by_whole_rows(plan, arrays, data, aux):
     """`_by_tiles` for parts that need all keys of a row at once."""
     t, s = plan.block
-    columns, dtype = arrays["key"].shape[0] * s, arrays["value"].dtype
     names = tuple(name for name in aux if name != "column_sums")
 
     @jax.checkpoint
     def attend_row(arrays, row):
-        order = _at(data["visits"], row)
-        index = (order[:, None] * s + jnp.arange(s)).reshape(-1)
-
-        def gather(blocks):
-            """[blocks, n, s] -> [n, visits · s]."""
-            return jnp.swapaxes(blocks[order], 0, 1).reshape(blocks.shape[1], -1)
+        starts, real = (_at(x, row) for x in data["visits"])
+        index = (starts[:, None] + jnp.arange(s)).reshape(-1)
 
         def pairs(x):
             """Those rows, and visited columns, of an array [T or 1, S or 1]."""
@@ -566,21 +467,20 @@ def _by_whole_rows(plan, arrays, data, aux):
             return x[:, index] if x.shape[1] > 1 else x
 
         tile = _tile(plan, data, row, 0)
-        given = {name: data[name] for name in _BY_COLUMN if data[name] is not None}
-        given = {name: x[order].reshape(-1) for name, x in given.items()}
+        given = {name: data[name][index] for name in _BY_COLUMN if data[name] is not None}
         given.setdefault("key_positions", index)
         tile = dataclasses.replace(tile, key_index=index, consecutive=False, **given)
-        visible = (index < plan.columns)[None, :]
+        visible = (jnp.repeat(real, s) & (index < plan.columns))[None, :]
         if "mask" in data:
             visible &= pairs(data["mask"])
-        bad = dense.Bad(_at(data["bad"][0], row), *(x[order].reshape(-1) for x in data["bad"][1:]))
+        bad = dense.Bad(_at(data["bad"][0], row), *(x[index] for x in data["bad"][1:]))
         inputs = dense.Inputs(
             arrays["params"],
             _at(arrays["query"], row),
-            gather(arrays["key"]),
+            arrays["key"][:, index],
             _at(arrays["features"], row),
-            gather(arrays["key_features"]),
-            gather(arrays["value"]).T,
+            arrays["key_features"][:, index],
+            arrays["value"][:, index].T,
         )
         key = jax.random.wrap_key_data(data["dropout_key"]) if plan.dropout_rate else None
         out, extra = dense.attend_rows(
@@ -595,15 +495,15 @@ def _by_whole_rows(plan, arrays, data, aux):
             aux=(*names, "weights") if "column_sums" in aux else names,
         )
         real = (tile.query_index < plan.rows)[:, None]
-        sums = jnp.where(real, extra.pop("weights", jnp.zeros((1, 1))), 0).sum(0)
-        return out, extra, jnp.zeros(columns, dtype).at[index].add(sums)
+        sums = jnp.where(real, extra.pop("weights", jnp.zeros((1, 1), out.dtype)), 0).sum(0)
+        return out, extra, jnp.zeros(plan.padded, sums.dtype).at[index].add(sums)
 
     def step(sums, row):
         out, extra, more = attend_row(arrays, row)
         return sums + more, (out, extra)
 
-    sums = jnp.zeros(columns, dtype)
-    sums, (out, extra) = jax.lax.scan(step, sums, jnp.arange(len(data["visits"])))
+    sums = jnp.zeros(plan.padded, arrays["value"].dtype)
+    sums, (out, extra) = jax.lax.scan(step, sums, jnp.arange(len(arrays["query"])))
     extra = {name: x.reshape(-1)[: plan.rows] for name, x in extra.items()}
     if "column_sums" in aux:
         extra["column_sums"] = sums[: plan.columns]

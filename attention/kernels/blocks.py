@@ -1,0 +1,175 @@
+"""Which blocks of queries and keys the tiled kernel visits, and how large they are.
+
+A block is a run of rows that starts at a multiple of its length, and a run of columns that starts
+where the mask lets those rows begin to look: a window needs no more columns than it has.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention.kernels import dense
+from attention.mechanism import Mechanism, params_shape
+from attention.parts import EMPTY, FAR, FULL, PARTIAL, Array, Extent, Mask, Range, Tile
+
+_GRAIN = 64  # blocks of columns start at multiples of it
+
+# Queries and keys of a tile, and the time of a pair of them relative to the first; measured for
+# float32, 8 heads of 64, forward and backward, on the CPU.
+_SIZES = {
+    "cpu": {(512, 512): 1.0, (256, 512): 1.06, (256, 256): 1.35},
+    "accelerator": {(1024, 1024): 1.0, (512, 512): 1.1, (256, 256): 1.4},
+}
+# Numbers in a tile of a score that holds several per pair, as additive ones do.
+_WIDE_TILE = {"cpu": 2**19, "accelerator": 2**22}
+
+
+class Visits(NamedTuple):
+    """Pairs of blocks, by row.
+
+    Attributes:
+      row: [pairs] int, which block of rows.
+      start: [pairs] int, the first column.
+      state: [pairs], EMPTY or not, known only when running; or None: not EMPTY.
+      first: [row blocks + 1] int, where the pairs of each block of rows begin.
+    """
+
+    row: Array
+    start: Array
+    state: Array | None
+    first: Array
+
+
+def visits(
+    mask: Mask, tile: Tile, block: tuple[int, int], row: np.ndarray, start: np.ndarray, masked: bool
+) -> dict[str, Visits]:
+    """The pairs of blocks that `cover` found, by what is known of them.
+
+    'full': the mask need not be evaluated, 'partial': it must, 'unknown': likewise, and the running
+    program will know whether at all. `masked`: an array masks as well.
+    """
+    beyond = start + block[1] > len(tile.key_index)
+    cap = np.where(beyond | masked, PARTIAL, FULL)
+    known = np.minimum(cap, mask.block(extent(tile, block, row, start, look=False)))
+    found = mask.block(extent(tile, block, row, start, look=True))
+    rest = "unknown" if isinstance(found, jax.Array) else "partial"
+    groups = {}
+    for name, which in (("full", known == FULL), (rest, known != FULL)):
+        if which.any():
+            rows = row[which]
+            first = np.searchsorted(rows, np.arange(-(-len(tile.query_index) // block[0]) + 1))
+            state = jnp.broadcast_to(found, row.shape)[which] if name == "unknown" else None
+            arrays = (jnp.asarray(x, jnp.int32) for x in (rows, start[which], first))
+            groups[name] = Visits(*(next(arrays), next(arrays), state, next(arrays)))
+    return groups
+
+
+def cover(mask: Mask, tile: Tile, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Disjoint blocks that hold all that the mask, as far as it is known, lets be seen.
+
+    -> row and start [pairs], ascending; greedily from the left.
+    """
+    t, s = block
+    grain = min(s, _GRAIN)
+    rows, columns = len(tile.query_index), len(tile.key_index)
+    row, start = np.arange(-(-rows // t))[:, None], np.arange(0, columns, grain)[None]
+    state = mask.block(extent(tile, (t, grain), row, start, look=False))
+    seen = np.broadcast_to(state, (len(row), start.shape[1])) != EMPTY
+    pairs = []
+    for i, visible in enumerate(seen):
+        column, left = 0, np.flatnonzero(visible) * grain
+        while (at := np.searchsorted(left, column)) < len(left):
+            pairs.append((i, left[at]))
+            column = left[at] + s
+    return tuple(np.array(pairs or np.zeros((0, 2)), int).T)
+
+
+def extent(tile: Tile, block: tuple[int, int], row: Any, start: Any, look: bool) -> Extent:
+    """What masks may know of blocks: `row` and `start` broadcast against each other.
+
+    `look`: also at what only the running program knows; else that may be anything.
+    """
+    t, s = block
+
+    def ends(name):
+        x = getattr(tile, name)
+        if not isinstance(x, np.ndarray) and (x is None or not look):
+            return Range(-FAR, FAR)
+        if name.startswith("query"):
+            low, high = _ends(x, t)
+            return Range(low[row], high[row])
+        grain = min(s, _GRAIN)
+        low, high = _ends(x, grain)
+        index = start[..., None] // grain + np.arange(-(-s // grain))
+        index = np.minimum(index, len(low) - 1)
+        return Range(low[index].min(-1), high[index].max(-1))
+
+    def length(name):
+        x = getattr(tile, name)
+        return Range(FAR, FAR) if x is None else Range(x, x) if look else Range(0, FAR)
+
+    both = [f"{side}_{name}" for name in ("index", "positions", "segments") for side in _SIDES]
+    lengths = ("query_length", "key_length", "prefix_length")
+    return Extent(**{name: ends(name) for name in both}, **{name: length(name) for name in lengths})
+
+
+_SIDES = ("query", "key")
+
+
+def _ends(x, size):
+    """Least and greatest of each run of `size`: [n] -> two of [runs]."""
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
+    runs = xp.pad(x, (0, -len(x) % size), mode="edge").reshape(-1, size)
+    return runs.min(1), runs.max(1)
+
+
+def sizes(mechanism: Mechanism, tile: Tile, head_dim: int, whole_rows: bool) -> tuple[int, int]:
+    """Queries and keys of a block: those with the least to do, counting what the mask leaves."""
+    backend = "cpu" if jax.default_backend() == "cpu" else "accelerator"
+    rows, columns = len(tile.query_index), len(tile.key_index)
+    held = numbers_per_pair(mechanism, tile.num_heads, head_dim)
+    if whole_rows:
+        return max(16, min(512, _WIDE_TILE[backend] // (columns * held))), 512
+    if held > 4:
+        return max(16, min(512, _WIDE_TILE[backend] // (128 * held))), 128
+
+    def cost(block):
+        t, s = (min(b, n) for b, n in zip(block, (rows, columns), strict=True))
+        return len(cover(mechanism.mask, tile, (t, s))[0]) * t * s * _SIZES[backend][block]
+
+    return min(_SIZES[backend], key=cost)
+
+
+@functools.cache
+def numbers_per_pair(mechanism: Mechanism, num_heads: int, head_dim: int) -> int:
+    """How many numbers the largest array of a tile's scores holds for each query and key."""
+    n = 64
+    x = jax.ShapeDtypeStruct((n, head_dim), jnp.float32)
+    index: Any = np.arange(n)
+    none: Any = np.int32(0)
+    all_pairs: Any = np.ones((n, n), bool)
+    tile = Tile(*(index,) * 4, none, num_heads, consecutive=True, visible=all_pairs)
+
+    def inputs(params, x):
+        params = jax.tree.map(lambda leaf: leaf[0], params)
+        return dense.prepare(mechanism, params, x, x, x, jax.tree.map(jnp.asarray, tile))[0]
+
+    shapes = params_shape(mechanism, num_heads, head_dim, head_dim)
+    traced = jax.make_jaxpr(lambda inputs, tile: dense.score(mechanism, inputs, tile))(
+        jax.eval_shape(inputs, shapes, x), tile
+    )
+    return max(1, round(_largest(traced.jaxpr) / n**2))
+
+
+def _largest(jaxpr):
+    """Size of the largest array that a jaxpr computes."""
+    found = [0]
+    for equation in jaxpr.eqns:
+        found += [math.prod(getattr(var.aval, "shape", ())) for var in equation.outvars]
+        inner = (getattr(x, "jaxpr", x) for x in equation.params.values())
+        found += [_largest(x) for x in inner if hasattr(x, "eqns")]
+    return max(found)
