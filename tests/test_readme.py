@@ -54,6 +54,29 @@ def test_the_score_of_ones_own_has_values_gradients_and_second_derivatives():
     np.testing.assert_allclose(second["score"]["gain"], numeric, rtol=2e-2, atol=1e-3)
 
 
+def test_the_score_of_ones_own_runs_tiled():
+    scope = {"attention": attention, "dataclasses": dataclasses, "jnp": jnp}
+    exec(block("class Manhattan"), scope)
+    mechanism = attention.Mechanism(score=scope["Manhattan"](), mask=attention.masks.Causal())
+    x = jax.random.normal(jax.random.key(0), (20, 2, 3))
+    params = mechanism.init(jax.random.key(0), num_heads=2, head_dim=3)
+    tangent = {**params, "score": {"gain": jnp.ones(2)}}
+
+    def derivatives(**options):
+        def loss(params, x):
+            return jnp.sum(attention.attend(mechanism, params, x, x, x, **options) ** 2)
+
+        gradient = jax.grad(loss, argnums=(0, 1))
+        return gradient(params, x), jax.jvp(lambda p: gradient(p, x), (params,), (tangent,))[1]
+
+    tiled = derivatives(implementation="tiled", block_sizes=(8, 8))
+    dense = derivatives(implementation="dense")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), tiled, dense)
+    # One query and one key differ in as many numbers as they are wide; a long text is tiled.
+    long = jax.ShapeDtypeStruct((2048, 2, 64), jnp.float32)
+    assert "tiled: runs" in attention.explain(mechanism, long, long, long)
+
+
 def test_the_config_of_ones_own_is_a_sweep(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(block("def get_config"))

@@ -239,3 +239,15 @@ def test_tensorboard_events_on_request(tmp_path):
     train.train(config, tmp_path, Silent(), tensorboard=True)
     (events,) = tmp_path.glob("events.*")
     assert b"validation/accuracy" in events.read_bytes()
+
+
+@pytest.mark.parametrize("task", ["recall", "reverse"])
+def test_the_tiled_kernel_trains_as_the_dense_one(tmp_path, task):
+    """Causal, padded and cross-attention, weights for the maps among what is asked for."""
+    metrics = {}
+    for kernel in ("dense", "tiled"):
+        config = tiny(task, **{"model.implementation": kernel, "model.attention_dropout_rate": 0.1})
+        metrics[kernel] = run(config, tmp_path / kernel)["metrics"]
+        assert (tmp_path / kernel / "attention.npz").exists()
+    for name, dense in metrics["dense"].items():
+        np.testing.assert_allclose(metrics["tiled"][name], dense, rtol=1e-4, err_msg=name)

@@ -101,6 +101,10 @@ class MultiHeadAttention(nn.Module):
                 "dropout_key": self.make_rng("dropout"),
             }
         sow = self.is_mutable_collection("intermediates")
+        # Only the dense kernel has all weights at hand; beside others they are made once more.
+        seen: dict[str, Any] = {"aux": ("weights",)} if sow else {}
+        if sow and self.implementation not in (None, "dense"):
+            seen = {"aux": ("row_weights",), "weight_rows": jnp.arange(query.shape[-3])}
         out = attend(
             self.mechanism,
             self._mechanism_params(head_dim, value_dim),
@@ -108,13 +112,13 @@ class MultiHeadAttention(nn.Module):
             key,
             value,
             implementation=self.implementation,
-            aux=("weights",) if sow else (),
+            **seen,
             **dropout,
             **data,
         )
         if sow:
             out, aux = out
-            self.sow("intermediates", "weights", aux["weights"])
+            self.sow("intermediates", "weights", *aux.values())
         out = out.reshape(*out.shape[:-2], H * value_dim)
         return self._dense(model_dim, self.out_kernel_init, "out")(out)
 
