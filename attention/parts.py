@@ -84,7 +84,7 @@ class Tile:
             columns = column(self.distance)
             return values[columns] if values.ndim == 1 else jnp.take_along_axis(values, columns, 1)
         t, s = len(self.query_positions), len(self.key_positions)
-        furthest = self.query_positions[-1] - self.key_positions[0]
+        furthest = self.query_positions[0] + t - 1 - self.key_positions[0]
         columns = column(furthest - jnp.arange(t + s - 1))
         starts = jnp.arange(t)[::-1]
         if values.ndim == 1:

@@ -1,5 +1,7 @@
 """Masks: each against its rule, pair by pair, and what attention and its gradients make of it."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -18,7 +20,8 @@ from test_scores import (
     public_classes,
 )
 
-from attention import Mechanism, attend, masks
+from attention import Mechanism, attend, masks, parts
+from attention.parts import FAR, Extent, Range, Tile
 
 EMPTY = {"score": {}, "position": {}, "normalizer": {}}
 
@@ -178,3 +181,73 @@ def test_a_mask_asks_for_what_it_needs(name):
 def test_impossible_sizes(mask, arguments):
     with pytest.raises(ValueError, match=r"got .*" + str(arguments[-1])):
         mask(*arguments)
+
+
+# What a mask says of a block without looking at each pair.
+
+
+def block_of(data, rows, columns):
+    """The `Tile` of some rows and columns, and the `Extent` of that block."""
+    index = {"query": rows, "key": columns}
+    tile, extent = {}, {}
+    for side, places in index.items():
+        tile[f"{side}_index"] = places
+        for name in "positions", "segments":
+            tile[f"{side}_{name}"] = data[f"{side}_{name}"][places]
+    for name, x in tile.items():
+        extent[name] = Range(x.min(), x.max())
+    for name in "query_length", "key_length", "prefix_length":
+        tile[name] = data[f"{name}s"]
+        extent[name] = Range(tile[name], tile[name])
+    return Tile(**tile, head=np.int32(0), num_heads=1), Extent(**extent)
+
+
+def known_to(xp, extent):
+    """The same ranges as arrays [1, 1] of NumPy or JAX."""
+    ends = ((f.name, getattr(extent, f.name)) for f in dataclasses.fields(extent))
+    return Extent(**{name: Range(*(xp.full((1, 1), x) for x in x)) for name, x in ends})
+
+
+PRECISE = ("full", "causal", "window", "window, sides", "prefix", "prefix each", "padding, keys")
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_blocks(name):
+    """EMPTY and FULL are promises, by NumPy and JAX alike; some masks always know.
+
+    Random blocks of positions in order and in none, 50 of each mask.
+    """
+    mask, arguments, _ = MASKS[name]
+    rng, states = np.random.default_rng(len(name)), set()
+    for n in range(50):
+        if n % 2:  # runs of the text, where masks of intervals are precise
+            data = {k: np.arange(a := rng.integers(0, 20), a + 9) for k in GRID if "positions" in k}
+        else:
+            data = {k: x[n // 2 % 2] for k, x in GRID.items() if "positions" in k}
+        for side, length in ("query", ROWS), ("key", COLUMNS):
+            data[f"{side}_segments"] = np.sort(rng.integers(0, 4, 9))
+            data[f"{side}_lengths"] = rng.integers(0, length + 1)
+        data["prefix_lengths"] = rng.integers(0, 25)
+        rows, columns = (
+            np.arange(a := rng.integers(0, length), rng.integers(a, length) + 1)
+            for length in (ROWS, COLUMNS)
+        )
+        tile, extent = block_of(data, rows, columns)
+        if "padding" in name or "all" in name:  # lengths that are not given hide nothing
+            absent = {"query_lengths", "key_lengths"} - set(arguments)
+            singular = {argument.removesuffix("s") for argument in absent}
+            tile = dataclasses.replace(tile, **dict.fromkeys(singular))
+            extent = dataclasses.replace(extent, **dict.fromkeys(singular, Range(FAR, FAR)))
+        allowed = np.broadcast_to(mask.tile(tile), (len(rows), len(columns)))
+        state = int(mask.block(extent))
+        states.add(state)
+        for xp in np, jax.numpy:
+            found = mask.block(known_to(xp, extent))
+            assert np.broadcast_to(found, (1, 1)).item() == state
+            assert xp is not np or not isinstance(found, jax.Array)  # it is known while tracing
+        assert state != parts.EMPTY or not allowed.any()
+        assert state != parts.FULL or allowed.all()
+        if name in PRECISE and n % 2:
+            exact = 0 if not allowed.any() else 2 if allowed.all() else 1
+            assert state == exact
+    assert name == "full" or len(states) > 1

@@ -16,7 +16,7 @@ from attention.kernels import dense
 from attention.mechanism import Mechanism, params_shape
 from attention.parts import EMPTY, FAR, FULL, PARTIAL, Array, Extent, Mask, Range, Tile
 
-_GRAIN = 64  # blocks of columns start at multiples of it
+_GRAIN = 64  # blocks of columns start at multiples of it, or of a divisor that theirs shares
 
 # Queries and keys of a tile, and the time of a pair of them relative to the first; measured for
 # float32, 8 heads of 64, forward and backward, on the CPU.
@@ -74,7 +74,7 @@ def cover(mask: Mask, tile: Tile, block: tuple[int, int]) -> tuple[np.ndarray, n
     -> row and start [pairs], ascending; greedily from the left.
     """
     t, s = block
-    grain = min(s, _GRAIN)
+    grain = math.gcd(s, _GRAIN)
     rows, columns = len(tile.query_index), len(tile.key_index)
     row, start = np.arange(-(-rows // t))[:, None], np.arange(0, columns, grain)[None]
     state = mask.block(extent(tile, (t, grain), row, start, look=False))
@@ -102,7 +102,7 @@ def extent(tile: Tile, block: tuple[int, int], row: Any, start: Any, look: bool)
         if name.startswith("query"):
             low, high = _ends(x, t)
             return Range(low[row], high[row])
-        grain = min(s, _GRAIN)
+        grain = math.gcd(s, _GRAIN)
         low, high = _ends(x, grain)
         index = start[..., None] // grain + np.arange(-(-s // grain))
         index = np.minimum(index, len(low) - 1)

@@ -186,7 +186,7 @@ def _from(x, start, plan):
 def _pairs_at(x, row, start, plan):
     """Tile of an array [T or 1, S or 1]."""
     t, s = plan.block
-    starts = row * t if len(x) > 1 else 0, start if x.shape[1] > 1 else 0
+    starts = [jnp.int32(row * t if len(x) > 1 else 0), jnp.int32(start if x.shape[1] > 1 else 0)]
     sizes = [b if n > 1 else 1 for b, n in zip((t, s), x.shape, strict=True)]
     return jax.lax.dynamic_slice(x, starts, sizes)
 
@@ -201,8 +201,10 @@ def _tile(plan, data, row, start):
     return Tile(
         query_index=rows,
         key_index=columns,
-        query_positions=given.pop("query_positions", rows),
-        key_positions=given.pop("key_positions", columns),
+        # What fills up the last tile looks like the last real row or column, which no table or
+        # mask finds strange.
+        query_positions=given.pop("query_positions", jnp.minimum(rows, plan.rows - 1)),
+        key_positions=given.pop("key_positions", jnp.minimum(columns, plan.columns - 1)),
         head=data["head"],
         num_heads=plan.num_heads,
         consecutive=plan.consecutive,
@@ -245,6 +247,8 @@ def _logits(plan, piece, tile, visible):
 
 def _mix(plan, inputs, weights, tile, data):
     """What the weights of a tile, after dropout, add to the output: [t, V]."""
+    if not inputs.value.shape[1]:
+        return weights[:, :0]
     if plan.dropout_rate:
         key = jax.random.wrap_key_data(data["dropout_key"])
         weights = dense.drop(weights, key, plan.dropout_rate, tile)
@@ -342,15 +346,14 @@ def _attend_jvp(plan, primals, tangents):
     arrays, data = primals
     out, statistic, bad = _attend(plan, arrays, data)
 
-    def change(row, start, masked, arrays, tangents, statistic):
+    def change(row, start, masked, piece, tangent, statistic):
         """How a tile changes the output and the sum of the weights, the statistic held fixed."""
 
         def weighted(piece):
             tile, _, weights = _weigh(plan, data, piece, row, start, masked, statistic)
             return _mix(plan, piece[0], weights, tile, data), weights
 
-        pieces = (_piece(plan, x, row, start) for x in (arrays, tangents))
-        _, (changed, weights) = jax.jvp(weighted, *((piece,) for piece in pieces))
+        _, (changed, weights) = jax.jvp(weighted, (piece,), (tangent,))
         return changed, weights.sum(1)
 
     # Scatter-add, since its transpose hands the cotangent on as it is.
@@ -359,12 +362,18 @@ def _attend_jvp(plan, primals, tangents):
 
         def step(sums, visit, name=name):
             row, start, state = visit
-            row_statistic = jax.tree.map(lambda x: _at(x, row), statistic)
-            function = functools.partial(change, row, start, name != "full")
-            found = _when_visible(
-                name, state, jax.checkpoint(function), arrays, tangents[0], row_statistic
-            )
-            return tuple(x.at[row].add(y) for x, y in zip(sums, found, strict=True)), None
+
+            # The inner checkpoint keeps the tile out of what a branch hands to its own backward
+            # pass, the outer one what it does hand over, two pieces, out of the scan's memory.
+            @jax.checkpoint
+            def found(arrays, tangents, statistic):
+                pieces = (_piece(plan, x, row, start) for x in (arrays, tangents))
+                of_row = jax.tree.map(lambda x: _at(x, row), statistic)
+                function = functools.partial(change, row, start, name != "full")
+                return _when_visible(name, state, jax.checkpoint(function), *pieces, of_row)
+
+            more = found(arrays, tangents[0], statistic)
+            return tuple(x.at[row].add(y) for x, y in zip(sums, more, strict=True)), None
 
         sums, _ = jax.lax.scan(step, sums, visits[:3])
     changed, total = sums
@@ -468,7 +477,7 @@ def _by_whole_rows(plan, arrays, data, aux):
 
         tile = _tile(plan, data, row, 0)
         given = {name: data[name][index] for name in _BY_COLUMN if data[name] is not None}
-        given.setdefault("key_positions", index)
+        given.setdefault("key_positions", jnp.minimum(index, plan.columns - 1))
         tile = dataclasses.replace(tile, key_index=index, consecutive=False, **given)
         visible = (jnp.repeat(real, s) & (index < plan.columns))[None, :]
         if "mask" in data:
