@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import statistics
 import time
@@ -160,6 +161,9 @@ def _is_causal(work):
 def compare(works: list[Work], seconds: float, rounds: int) -> list[dict[str, Any]]:
     """Times the works in turns, until the time is up (five turns at least) or enough were had.
 
+    Before each timed run there is a pause, since threads of another library that wait for more work
+    in a loop take cores away, and a run or more that wake up those of this one.
+
     A row each: milliseconds (median) with their quartiles, `ratio` to the last work (median of the
     turns) with its quartiles, what compiling told; or `unavailable` and why.
     """
@@ -178,6 +182,7 @@ def compare(works: list[Work], seconds: float, rounds: int) -> list[dict[str, An
     turn = 0
     while programs and turn < rounds and (turn < 5 or time.perf_counter() < end):
         for i, run in programs.items():
+            _settle(run)
             start = time.perf_counter()
             run()
             times[i].append(time.perf_counter() - start)
@@ -188,6 +193,15 @@ def compare(works: list[Work], seconds: float, rounds: int) -> list[dict[str, An
         if last:
             rows[i]["ratio"] = _quartiles([a / b for a, b in zip(own, last, strict=True)])
     return rows
+
+
+def _settle(run):
+    time.sleep(0.2)
+    end = time.perf_counter() + 0.1
+    while True:
+        run()
+        if time.perf_counter() > end:
+            return
 
 
 def _quartiles(numbers):
@@ -208,7 +222,12 @@ def resident_bytes(work: Work) -> int:
 
 def _run_and_measure(work):
     program(work)[0]()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage counts what the parent held, too
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if platform.system() == "Darwin" else 1024
+    )
 
 
 def machine() -> dict[str, Any]:
