@@ -98,7 +98,7 @@ def attend_head(
         block,
         rows=len(query),
         columns=len(key),
-        padded=max(len(key), (start + block[1]).max(initial=0)),
+        padded=max(len(key), int((start + block[1]).max(initial=0))),
         num_heads=tile.num_heads,
         consecutive=tile.consecutive,
         dropout_rate=dropout_rate if dropout_key is not None else 0.0,
