@@ -60,7 +60,7 @@ def test_a_suite_ends_in_a_table():
     small = {**SMALL, "mask": "causal"}
     suite.comparisons = (
         {"title": "a", "contenders": (small, {**small, "implementation": "tiled"}), "at_most": 2.0},
-        {"title": "b", "contender": small, "lengths": (16, 32)},
+        {"title": "b", "contender": {"heads": 2, "width": 4}, "lengths": (16, 32)},
     )
     suite.seconds = 0.0
     lines = []
