@@ -437,7 +437,8 @@ class CoPE(Position):
     Golovneva et al. 2024 (Contextual Position Encoding), the gates as in its listing: p is a real
     number, clipped at `max_position`, and e [max_position + 1, D] (learned) is interpolated between
     its neighbours. Only visible keys count, from key j to the end of the row, so it is meant for
-    causal masks. p_ij needs every later key of the row: dense kernel only.
+    causal masks. p_ij needs every later key of the row, so the tiled kernel
+    gives it whole rows.
     """
 
     max_position: int = 64
