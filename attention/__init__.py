@@ -7,13 +7,14 @@ from attention import masks, normalizers, positions, scores
 from attention.attend import attend, explain
 from attention.drop_in import dot_product_attention
 from attention.mechanism import Mechanism, parse
-from attention.parts import Extent, Mask, Normalizer, Position, Range, Score, Tile
+from attention.parts import Extent, Mask, Normalizer, OnlineNormalizer, Position, Range, Score, Tile
 
 __all__ = [
     "Extent",
     "Mask",
     "Mechanism",
     "Normalizer",
+    "OnlineNormalizer",
     "Position",
     "Range",
     "Score",

@@ -100,7 +100,7 @@ def attend(
     check_dropout(dropout_rate, dropout_key)
     check_aux(aux, _AUX, weight_rows, query.shape[-3])
     aux = tuple(aux)
-    implementation, _ = _choose(mechanism, query, key, value, implementation, aux)
+    implementation, _ = _choose(mechanism, query, key, implementation, aux)
     check_block_sizes(block_sizes, implementation)
     out, extra = _attend(
         mechanism,
@@ -134,29 +134,28 @@ def explain(
     Takes arrays or `jax.ShapeDtypeStruct`s; computes nothing. Raises as `attend` does.
     """
     check_arrays(query, key, value)
-    chosen, why = _choose(mechanism, query, key, value, implementation, tuple(aux))
+    chosen, why = _choose(mechanism, query, key, implementation, tuple(aux))
     lines = [str(mechanism)]
     for name, kernel in _KERNELS.items():
-        reason = kernel.unsupported(mechanism, query, key, value, tuple(aux))
+        reason = kernel.unsupported(tuple(aux))
         rest = f"cannot: {reason}" if reason else "could, was not chosen"
         lines.append(f"  {name}: {f'runs: {why}' if name == chosen else rest}")
     return "\n".join(lines)
 
 
-def _choose(mechanism, query, key, value, implementation, aux):
+def _choose(mechanism, query, key, implementation, aux):
     """-> the name of the kernel that serves, and why it."""
     if implementation is not None and implementation not in _KERNELS:
         raise ValueError(
             f"implementation must be None or one of {', '.join(_KERNELS)}; got {implementation!r}"
         )
-    arguments = (mechanism, query, key, value, aux)
     if implementation is not None:
-        if reason := _KERNELS[implementation].unsupported(*arguments):
+        if reason := _KERNELS[implementation].unsupported(aux):
             raise ValueError(
                 f"implementation={implementation!r} cannot serve {mechanism}: {reason}"
             )
         return implementation, "asked for"
-    if reason := tiled.unsupported(*arguments):
+    if reason := tiled.unsupported(aux):
         return "dense", f"tiled cannot: {reason}"
     faster, why = tiled.faster_than_dense(mechanism, query, key)
     return ("tiled" if faster else "dense"), why

@@ -9,40 +9,25 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attention.parts import Array, Normalizer
+from attention.parts import Array, Normalizer, OnlineNormalizer
 
 
 def logsumexp(logits: Array) -> Array:
     """log Σ_j exp(s_ij): [t, S] -> [t]; −inf, with gradient 0, for a row of −inf."""
-    top, log_total = _log_total(logits)
-    return top + log_total
-
-
-def _log_total(logits, sink=-jnp.inf):
-    """(m, log (Σ_j exp(s_ij − m) + exp(sink − m))) with m the largest of them; −inf if all are.
-
-    Kept apart, because m + log(...) loses the digits of the second where scores are large.
-    """
-    top = jnp.max(logits, axis=-1, initial=-jnp.inf)
-    top = jax.lax.stop_gradient(jnp.maximum(top, sink))
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    total = jnp.sum(jnp.exp(logits - top[:, None]), axis=-1) + jnp.exp(sink - top)
-    some = total != 0
-    return top, jnp.where(some, jnp.log(jnp.where(some, total, 1)), -jnp.inf)
+    return sum(Softmax().statistic({}, logits))
 
 
 @dataclasses.dataclass(frozen=True)
-class Softmax(Normalizer):
-    """w_ij = exp(s_ij) / Σ_k exp(s_ik)."""
+class Softmax(OnlineNormalizer):
+    """w_ij = exp(s_ij) / Σ_k exp(s_ik).
 
-    online = True
+    The statistic is (m_i, log Σ_k exp(s_ik − m_i)), m_i the largest score: kept apart, because
+    their sum loses the digits of the second where scores are large.
+    """
 
     def sink(self, params):
         """The score of a key without a value, to which weight is lost; −inf: none."""
         return -jnp.inf
-
-    def statistic(self, params, logits):
-        return _log_total(logits, self.sink(params))
 
     def weight(self, params, logits, statistic):
         top, log_total = statistic
@@ -113,23 +98,18 @@ class Sigmoid(Normalizer):
         return {"bias": jnp.zeros(())}
 
     def statistic(self, params, logits):
-        return jnp.log(_count(logits))
+        return jnp.log(jnp.maximum(jnp.sum(logits > -jnp.inf, axis=-1), 1)).astype(logits.dtype)
 
     def weight(self, params, logits, statistic):
         return jax.nn.sigmoid(logits + (params["bias"] - statistic)[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
-class SquaredReLU(Normalizer):
+class SquaredReLU(OnlineNormalizer):
     """w_ij = max(s_ij, 0)² / n_i, n_i the number of visible keys.
 
     Hua et al. 2022 (GAU), eq. 4, with the 1/n of Wortsman et al. 2023.
     """
-
-    online = True
-
-    def statistic(self, params, logits):
-        return _count(logits)
 
     def weight(self, params, logits, statistic):
         return jnp.square(jax.nn.relu(logits)) / statistic[:, None]
@@ -144,11 +124,6 @@ class SquaredReLU(Normalizer):
     def finish(self, params, state):
         statistic = jnp.maximum(state, 1)
         return statistic, 1 / statistic
-
-
-def _count(logits: Array) -> Array:
-    """Visible keys of each row, at least 1."""
-    return jnp.maximum(jnp.sum(logits > -jnp.inf, axis=-1), 1).astype(logits.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

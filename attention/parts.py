@@ -292,14 +292,9 @@ class Normalizer(abc.ABC):
     A score of −inf is a masked key: its weight must be 0, and a row of nothing else must get a
     statistic from which `weight` makes zeros, not NaN.
 
-    `statistic` and `weight` are enough for every kernel. With `start`, `update`, `finish` and
-    `respond` the tiled kernel need not hold a row of scores at once.
-
-    Attributes:
-      online: those four are there.
+    That is enough for every kernel; but from an `OnlineNormalizer` the tiled one need not hold a
+    row of scores at once.
     """
-
-    online: ClassVar[bool] = False
 
     def init(self, key: Array) -> Params:
         """Returns the learned arrays of one head."""
@@ -314,21 +309,30 @@ class Normalizer(abc.ABC):
     def weight(self, params: Params, logits: Array, statistic: Any) -> Array:
         """Weights of any columns of those rows: logits [t, s] -> [t, s]."""
 
+    def weights(self, params: Params, logits: Array) -> Array:
+        """Weights of whole rows: logits [t, S] -> [t, S]."""
+        return self.weight(params, logits, self.statistic(params, logits))
+
+
+@dataclasses.dataclass(frozen=True)
+class OnlineNormalizer(Normalizer):
+    """A normaliser that sees the columns of a row some at a time."""
+
+    @abc.abstractmethod
     def start(self, params: Params, like: Array) -> Any:
         """What is known of rows of which no score was seen: a pytree of [t] arrays, as `like`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def update(self, params: Params, state: Any, logits: Array) -> tuple[Any, Array, Array | None]:
         """Sees more columns of the rows, [t, s]: -> state, weights [t, s], factor [t] or None.
 
         The weights are unfinished: all weights returned earlier are to be multiplied by the
         factors returned since, that of `finish` the last.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def finish(self, params: Params, state: Any) -> tuple[Any, Array | None]:
         """All columns were seen: -> the rows' `statistic`, factor [t] or None."""
-        raise NotImplementedError
 
     def respond(
         self, params: Params, tangent: Params, statistic: Any, change: Array
@@ -340,3 +344,15 @@ class Normalizer(abc.ABC):
         """
         del params, tangent, change
         return jax.tree.map(jnp.zeros_like, statistic), None
+
+    def statistic(self, params, logits):
+        return self._of_rows(params, logits)[0]
+
+    def weights(self, params, logits):
+        return self._of_rows(params, logits)[1]
+
+    def _of_rows(self, params, logits):
+        state = self.start(params, jnp.zeros_like(logits[:, 0]))
+        state, weights, _ = self.update(params, state, logits)
+        statistic, factor = self.finish(params, state)
+        return statistic, weights if factor is None else weights * factor[:, None]

@@ -158,13 +158,9 @@ class AnyPosition(attention.Position):
 
 @dataclasses.dataclass(frozen=True)
 class AnyNormalizer(attention.Normalizer):
-    """One of several normalisers; online where all of them are."""
+    """One of several normalisers."""
 
     parts: tuple[attention.Normalizer, ...]
-
-    @property
-    def online(self):
-        return all(part.online for part in self.parts)
 
     def init(self, key):
         return {"which": jnp.zeros(()), "parts": [part.init(key) for part in self.parts]}
@@ -181,6 +177,11 @@ class AnyNormalizer(attention.Normalizer):
 
     def weight(self, params, logits, statistic):
         return stacked(number(params), self.each(params, "weight", logits, statistic))
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyOnline(AnyNormalizer, attention.OnlineNormalizer):
+    """One of several that are online."""
 
     def start(self, params, like):
         return tuple(self.each(params, "start", like))
@@ -226,8 +227,14 @@ class AnyMask(attention.Mask):
 EVERY_SCORE = (*SCORES[:4], scores.Location(max_length=32), *SCORES[5:])
 EVERY_POSITION = (positions.NoPE(), *(x for x in POSITIONS if not x.whole_row))
 WHOLE_ROW_POSITIONS = (positions.NoPE(), *(x for x in POSITIONS if x.whole_row), positions.RoPE())
-ONLINE = (normalizers.Softmax(), *(x for x in NORMALIZERS if x.online))
-WHOLE_ROW = (normalizers.Softmax(), *(x for x in NORMALIZERS if not x.online))
+ONLINE = (
+    normalizers.Softmax(),
+    *(x for x in NORMALIZERS if isinstance(x, attention.OnlineNormalizer)),
+)
+WHOLE_ROW = (
+    normalizers.Softmax(),
+    *(x for x in NORMALIZERS if not isinstance(x, attention.OnlineNormalizer)),
+)
 EVERY_MASK = (
     masks.Full(),
     masks.Causal(),
@@ -280,7 +287,7 @@ def pairwise(*sizes):
 
 def check_any(parts, cases, aux, dtype="float64"):
     """Every case, a tuple of indices into the parts of each kind."""
-    kinds = (AnyScore, AnyPosition, AnyMask, AnyNormalizer)
+    kinds = (AnyScore, AnyPosition, AnyMask, AnyOnline if parts[3] is ONLINE else AnyNormalizer)
     mechanism = Mechanism(*(kind(own) for kind, own in zip(kinds, parts, strict=True)))
     params, *rest = arrays(mechanism, dtype=dtype)
     kernels = [pulled(name, mechanism, aux=aux) for name in ("tiled", "dense")]

@@ -13,12 +13,12 @@ import numpy as np
 
 from attention.mechanism import Mechanism
 from attention.normalizers import logsumexp
-from attention.parts import Array, Normalizer, Params, Tile, accumulator
+from attention.parts import Array, Params, Tile, accumulator
 
 
-def unsupported(mechanism, query, key, value, aux) -> str | None:
-    """Why this kernel cannot serve such a call: it always can."""
-    del mechanism, query, key, value, aux
+def unsupported(aux: tuple[str, ...]) -> str | None:
+    """Why this kernel cannot serve a call that asks for such aux: it always can."""
+    del aux
     return None
 
 
@@ -152,8 +152,7 @@ def attend_rows(
     if bias is not None:
         scores += bias.astype(scores.dtype)
     logits = jnp.where(visible, scores, -jnp.inf)
-    params = inputs.params["normalizer"]
-    weights = normalize(mechanism.normalizer, params, logits)
+    weights = mechanism.normalizer.weights(inputs.params["normalizer"], logits)
     weights = jnp.where(visible, weights, 0)  # stops what a huge masked value sends back
 
     dropped = weights
@@ -197,16 +196,6 @@ def sees(bad: Bad, visible: Array) -> Array:
     pairs = visible.astype(jnp.float32) @ vectors
     worst = jnp.maximum(2 * (pairs[:, 0] > 0), pairs[:, 1] > 0)
     return jnp.where(bad.query & visible.any(1), 2, worst)
-
-
-def normalize(normalizer: Normalizer, params: Params, logits: Array) -> Array:
-    """Weights [t, S] of whole rows; where the normaliser is online, by one exponential each."""
-    if not normalizer.online:
-        return normalizer.weight(params, logits, normalizer.statistic(params, logits))
-    state = normalizer.start(params, jnp.zeros_like(logits[:, 0]))
-    state, weights, _ = normalizer.update(params, state, logits)
-    _, factor = normalizer.finish(params, state)
-    return weights if factor is None else weights * factor[:, None]
 
 
 def entropy(weights: Array) -> Array:

@@ -7,9 +7,9 @@ weights and c the statistic of a row,
     do_i = Σ_j (dw_ij v_j + w_ij dv_j) + r_i o_i
 
 where dw is taken at a fixed statistic by differentiating the tile function itself, and r, how the
-statistic's own change scales the row, comes from `Normalizer.respond`. The sum is a scan over the
-visible tiles that keeps nothing between them and is linear in the tangents; its transpose, which
-JAX derives, is the backward pass of flash attention, down to every learned array.
+statistic's own change scales the row, comes from `OnlineNormalizer.respond`. The sum is a scan over
+the visible tiles that keeps nothing between them and is linear in the tangents; its transpose,
+which JAX derives, is the backward pass of flash attention, down to every learned array.
 
 Blocks that the mask rules out are not visited, and on those it leaves whole it is not evaluated.
 What can be told of causal masks or windows is told while tracing, what depends on data (lengths,
@@ -30,17 +30,14 @@ import numpy as np
 from attention.kernels import blocks, dense
 from attention.mechanism import Mechanism
 from attention.normalizers import Softmax
-from attention.parts import EMPTY, Array, Params, Tile
+from attention.parts import EMPTY, Array, OnlineNormalizer, Params, Tile
 
 
-def unsupported(mechanism, query, key, value, aux) -> str | None:
-    """Why this kernel cannot serve such a call, or None."""
-    del mechanism, query, key, value
-    return (
-        "the aux 'weights' are all T·S numbers; 'row_weights' are some"
-        if "weights" in aux
-        else None
-    )
+def unsupported(aux: tuple[str, ...]) -> str | None:
+    """Why this kernel cannot serve a call that asks for such aux, or None."""
+    if "weights" in aux:
+        return "the aux 'weights' are all T·S numbers; 'row_weights' are some"
+    return None
 
 
 def faster_than_dense(mechanism: Mechanism, query: Array, key: Array) -> tuple[bool, str]:
@@ -88,7 +85,8 @@ def attend_head(
     `block_sizes` are the queries and keys of a tile. Of positions that are NumPy arrays, the
     mask's blocks are found while tracing.
     """
-    whole = mechanism.position.whole_row or not mechanism.normalizer.online
+    online = isinstance(mechanism.normalizer, OnlineNormalizer)
+    whole = mechanism.position.whole_row or not online
     inputs, bad = dense.prepare(mechanism, params, query, key, value, tile)
     t, s = block_sizes or blocks.sizes(mechanism, tile, query.shape[1], whole)
     block = (min(t, len(query)), min(s, len(key)))
@@ -284,7 +282,7 @@ def _columns(plan, start):
 
 
 def _when_visible(name, state, function, *args):
-    """function(*args); or zeros, without calling it, where the state of an 'unknown' pair is EMPTY."""
+    """function(*args); zeros, uncalled, where the state of an 'unknown' pair is EMPTY."""
     if name != "unknown":
         return function(*args)
     shapes = jax.eval_shape(function, *args)
