@@ -498,7 +498,9 @@ def test_text_unreadable(tmp_path):
             use()
 
 
-@pytest.mark.parametrize("content", [b"not packed", gzip.compress(b"abc" * 100)[:-9]])
+@pytest.mark.parametrize(
+    "content", [b"not packed", gzip.compress(b"abc" * 100)[:-9]], ids=["no", "cut"]
+)
 def test_text_damaged(content, tmp_path):
     (tmp_path / "a.gz").write_bytes(content)
     with one_line(OSError, "a.gz"):
