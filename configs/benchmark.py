@@ -77,6 +77,14 @@ def kernels():
                 other = {"implementation": implementation}
                 sizes = {"length": length, "derivative": derivative}
                 yield versus(title, {}, other, 1.1, **sizes, **CAUSAL)
+    profiled = {
+        "forward, T = 4096": {"length": 4096, **forward},
+        "forward + backward, T = 4096": {"length": 4096, **both},
+        "window 256, T = 16384, both": {**window, "length": 16384, "derivative": "gradient"},
+        "packed, T = 8192, both": {**packed, "length": 8192, "derivative": "gradient"},
+    }
+    for title, work in profiled.items():
+        yield {"title": f"where the time goes: {title}", "profiled": work}
     yield {
         "title": "temporary memory, forward + backward",
         "lengths": (4096, 8192, 16384, 32768, 65536),

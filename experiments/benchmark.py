@@ -27,7 +27,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import attention
-from experiments import cli
+from experiments import cli, profiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,12 @@ def program(work: Work) -> tuple[Callable[[], Any], dict[str, float]]:
 
 
 def _jax(work):
+    compiled, arguments, told = compile_jax(work)
+    return lambda: jax.block_until_ready(compiled(*arguments)), told
+
+
+def compile_jax(work: Work) -> tuple[Any, tuple, dict[str, float]]:
+    """-> the `jax.stages.Compiled` of a work that is not torch's, its arguments, what it told."""
     query, key, value, cotangent = (jnp.asarray(x, work.dtype) for x in work.arrays())
     if work.library == "jax.nn":
         causal = _is_causal(work)
@@ -116,7 +122,7 @@ def _jax(work):
     told = {"compile_seconds": seconds}
     if (memory := compiled.memory_analysis()) is not None:
         told["temporary_bytes"] = memory.temp_size_in_bytes
-    return lambda: jax.block_until_ready(compiled(*arguments)), told
+    return compiled, arguments, told
 
 
 def _torch(work):
@@ -230,6 +236,45 @@ def _run_and_measure(work):
     )
 
 
+def profile(work: Work) -> dict[str, Any]:
+    """Where a run's time goes, `profiling.milliseconds_by_kind`, and how fast products could be.
+
+    'tile_gflops' are those of the two products of a tile of 512 queries and keys, 8 heads of 64, by
+    XLA and, if it is installed, by torch.
+    """
+    compiled, arguments, _ = compile_jax(work)
+    rng = np.random.default_rng(0)
+    shapes = ((8, 512, 64), (8, 64, 512), (8, 512, 512), (8, 512, 64))
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+    product = jax.jit(lambda a, b, c, d: (a @ b, c @ d)).lower(*arrays).compile()
+    contenders = {
+        "XLA": (lambda a: jax.block_until_ready(product(*a)), list(map(jnp.array, arrays)))
+    }
+    try:
+        import torch
+
+        torch.set_num_threads(_cores())
+        contenders["torch"] = (
+            lambda a: (a[0] @ a[1], a[2] @ a[3]),
+            list(map(torch.tensor, arrays)),
+        )
+    except ImportError:
+        pass
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(10):
+        for name, (run, own) in contenders.items():
+            _settle(lambda run=run, own=own: run(own))
+            start = time.perf_counter()
+            for _ in range(10):
+                run(own)
+            seconds[name].append((time.perf_counter() - start) / 10)
+    gflop = 2 * 2 * 8 * 512 * 512 * 64 / 1e9
+    return {
+        "milliseconds": profiling.milliseconds_by_kind(compiled, arguments),
+        "tile_gflops": {name: gflop / statistics.median(x) for name, x in seconds.items()},
+    }
+
+
 def machine() -> dict[str, Any]:
     """What the numbers were taken on, and how fast it is at what attention is made of."""
     x = jnp.ones((2048, 2048), jnp.float32)
@@ -271,6 +316,8 @@ def run(config, report: Callable[[str], None] = print) -> dict[str, Any]:
                 length: temporary_bytes(Work(**contender, length=length))
                 for length in case["lengths"]
             }
+        elif "profiled" in case:
+            entry["profile"] = profile(Work(**case["profiled"]))
         else:
             entry["resident_bytes"] = resident_bytes(Work(**case["contender"]))
         found["comparisons"].append(entry)
@@ -283,6 +330,15 @@ HEADER = ("comparison", "ours", "theirs", "ratio (quartiles)", "at most", "tempo
 
 def _cells(entry):
     """The cells of a comparison, one for each of `HEADER`."""
+    if "profile" in entry:
+        spent = ", ".join(f"{kind} {x:.0f}" for kind, x in entry["profile"]["milliseconds"].items())
+        rates = entry["profile"]["tile_gflops"].items()
+        return [
+            entry["title"],
+            f"{spent} ms",
+            *[""] * (len(HEADER) - 3),
+            "a tile's products, GFLOP/s: " + ", ".join(f"{name} {x:.0f}" for name, x in rates),
+        ]
     if "rows" not in entry:
         memory = entry.get("temporary_bytes") or {"": entry.get("resident_bytes")}
         sizes = ", ".join(f"{T}: {x / 2**20:.0f} MiB".lstrip(": ") for T, x in memory.items())

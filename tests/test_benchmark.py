@@ -4,10 +4,12 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import benchmark
+from experiments import benchmark, profiling
 from experiments.benchmark import Work
 
 SMALL = {"length": 16, "heads": 2, "width": 4}
@@ -61,20 +63,36 @@ def test_a_suite_ends_in_a_table():
     suite.comparisons = (
         {"title": "a", "contenders": (small, {**small, "implementation": "tiled"}), "at_most": 2.0},
         {"title": "b", "contender": {"heads": 2, "width": 4}, "lengths": (16, 32)},
+        {"title": "c", "profiled": small},
     )
     suite.seconds = 0.0
     lines = []
     found = benchmark.run(suite, lines.append)
-    assert len(lines) == 2 and found["machine"]["product_gflops"] > 0
+    assert len(lines) == 3 and found["machine"]["product_gflops"] > 0
     rows = [line for line in benchmark.markdown(found).splitlines() if line.startswith("|")]
-    assert len(rows) == 4 and all(row.count("|") == len(benchmark.HEADER) + 1 for row in rows)
-    assert "MiB" in rows[3]
+    assert len(rows) == 5 and all(row.count("|") == len(benchmark.HEADER) + 1 for row in rows)
+    assert "MiB" in rows[3] and "products" in rows[4] and "XLA" in rows[4]
+
+
+def test_operations_are_told_apart():
+    def work(x):
+        y = jax.lax.fori_loop(0, 3, lambda i, y: jnp.exp(y) / 3, x)
+        return y @ x, jax.lax.dynamic_update_slice(x, x[:1], (1, 0)), x + 1
+
+    x = jnp.ones((64, 64))
+    compiled = jax.jit(work).lower(x).compile()
+    found = profiling.milliseconds_by_kind(compiled, (x,))
+    assert tuple(found) == profiling.KINDS
+    assert found["products"] > 0 and found["exponentials"] > 0
+    by_name = profiling.kinds_of_operations(compiled.as_text())
+    assert set(by_name.values()) >= {"products", "exponentials", "moves", "rest"}
 
 
 @pytest.mark.parametrize("suite", ["quick", "kernels"])
 def test_every_comparison_of_a_suite_can_be_made(suite):
     for case in config(suite).comparisons:
-        for contender in case.get("contenders", (case.get("contender"),)):
+        one = case.get("contender") or case.get("profiled")
+        for contender in case.get("contenders", (one,)):
             work = Work(**contender)
             assert work.library in ("attention", "jax.nn", "torch")
             work.mechanism()
