@@ -3,8 +3,10 @@
     python -m experiments.benchmark --config=configs/benchmark.py:kernels --workdir=runs/kernels
 
 `:quick` (the default) takes under a minute on two CPU cores and needs no peer; `:kernels` takes
-about ten and wants torch (extra `peers`). Each comparison is timed in one process, the contenders
-alternating; the first is ours, `at_most` is the ratio of times that we want.
+about ten and wants torch (extra `peers`); `:choices` is what the choices of `attend` rest on: block
+sizes against the first ones, and from what T on the tiled kernel is the faster. Each comparison is
+timed in one process, the contenders alternating; the first is ours, `at_most` is the ratio of times
+that we want.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +15,7 @@ CAUSAL = {"mask": "causal"}
 
 
 def get_config(arg="quick"):
-    suites = {"quick": quick, "kernels": kernels}
+    suites = {"quick": quick, "kernels": kernels, "choices": choices}
     arg = arg or "quick"
     if arg not in suites:
         raise ValueError(f"the suites are {', '.join(suites)}; got {arg!r}")
@@ -100,3 +102,16 @@ def kernels():
         },
         "resident": True,
     }
+
+
+def choices():
+    gradient = {"derivative": "gradient", "mask": "causal"}
+    first, *others = ((512, 512), (256, 512), (256, 256))
+    for sizes in others:
+        blocks = [{"implementation": "tiled", "block_sizes": x} for x in (sizes, first)]
+        yield versus(f"blocks of {sizes}, T = 4096", *blocks, length=4096, **gradient)
+    tiled, dense = ({"implementation": name} for name in ("tiled", "dense"))
+    for batch, lengths in {1: (256, 512, 724, 1024), 8: (128, 256, 512)}.items():
+        for length in lengths:
+            title = f"tiled, T = {length}, batch {batch}, dense"
+            yield versus(title, tiled, dense, length=length, batch=batch, **gradient)

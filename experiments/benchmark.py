@@ -36,7 +36,7 @@ class Work:
 
     Attributes:
       library: 'attention', 'jax.nn' or 'torch'; the peers know masks 'none' and 'causal' only.
-      implementation: of `attention.attend`, None: its choice.
+      implementation, block_sizes: of `attention.attend`, None: its choice.
       score, position, mask, normalizer: as `attention.parse` reads them.
       length, heads, kv_heads, width, batch: T = S, H, K, D = V, B.
       documents: packed into each example, for masks of segments; 0: none.
@@ -46,6 +46,7 @@ class Work:
 
     library: str = "attention"
     implementation: str | None = None
+    block_sizes: tuple[int, int] | None = None
     score: str = "scaled_dot"
     position: str = "none"
     mask: str = "none"
@@ -105,10 +106,8 @@ def compile_jax(work: Work) -> tuple[Any, tuple, dict[str, float]]:
             data["query_segments"] = np.arange(work.length) * work.documents // work.length
 
         def attend(params, *arrays):
-            implementation = work.implementation
-            return attention.attend(
-                mechanism, params, *arrays, implementation=implementation, **data
-            )
+            own = {"implementation": work.implementation, "block_sizes": work.block_sizes}
+            return attention.attend(mechanism, params, *arrays, **own, **data)
 
     def both(params, *arrays):
         out, pull = jax.vjp(attend, params, *arrays)

@@ -61,7 +61,11 @@ def test_a_suite_ends_in_a_table():
     suite = config("quick")
     small = {**SMALL, "mask": "causal"}
     suite.comparisons = (
-        {"title": "a", "contenders": (small, {**small, "implementation": "tiled"}), "at_most": 2.0},
+        {
+            "title": "a",
+            "contenders": (small, {**small, "implementation": "tiled", "block_sizes": (8, 8)}),
+            "at_most": 2.0,
+        },
         {"title": "b", "contender": {"heads": 2, "width": 4}, "lengths": (16, 32)},
         {"title": "c", "profiled": small},
     )
@@ -88,7 +92,7 @@ def test_operations_are_told_apart():
     assert set(by_name.values()) >= {"products", "exponentials", "moves", "rest"}
 
 
-@pytest.mark.parametrize("suite", ["quick", "kernels"])
+@pytest.mark.parametrize("suite", ["quick", "kernels", "choices"])
 def test_every_comparison_of_a_suite_can_be_made(suite):
     for case in config(suite).comparisons:
         one = case.get("contender") or case.get("profiled")

@@ -19,7 +19,8 @@ from attention.parts import EMPTY, FAR, FULL, PARTIAL, Array, Extent, Mask, Rang
 _GRAIN = 64  # blocks of columns start at multiples of it, or of a divisor that theirs shares
 
 # Queries and keys of a tile, and the time of a pair of them relative to the first; measured for
-# float32, 8 heads of 64, forward and backward, on a CPU; those for accelerators are a guess.
+# float32, 8 heads of 64, forward and backward, on a CPU (again by `experiments.benchmark` with
+# configs/benchmark.py:choices); those for accelerators are a guess.
 _SIZES = {
     "cpu": {(512, 512): 1.0, (256, 512): 1.06, (256, 256): 1.35},
     "accelerator": {(1024, 1024): 1.0, (512, 512): 1.1, (256, 256): 1.4},

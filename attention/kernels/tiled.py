@@ -52,7 +52,8 @@ def faster_than_dense(mechanism: Mechanism, query: Array, key: Array) -> tuple[b
     )
 
 
-# Where forward and backward of the two took the same time: two CPU cores, 8 heads of 64.
+# Where forward and backward of the two took the same time: two CPU cores, 8 heads of 64; again by
+# `experiments.benchmark` with configs/benchmark.py:choices.
 _FASTER_ABOVE = 2**22
 
 
