@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from experiments.tasks import Task
+from experiments.tasks import Bucketed, Task
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSource:
     """Training batches by step: [step] -> arrays [seeds, batch_size, ...].
 
-    Example b of step n is the task's example n · batch_size + b of each seed, so the data of a
-    seed depend on neither the other seeds nor on where a run was resumed.
+    Example b of step n is the task's example n · batch_size + b of each seed, or the step's batch
+    is what a `Bucketed` task says, so the data of a seed depend on neither the other seeds nor on
+    where a run was resumed.
     """
 
     task: Task
@@ -26,9 +27,23 @@ class TrainSource:
         return self.steps
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        indices = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        batches = [self.task.batch(seed, indices) for seed in self.seeds]
+        if isinstance(self.task, Bucketed):
+            batches = [self.task.step_batch(seed, step, self.batch_size) for seed in self.seeds]
+        else:
+            indices = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+            batches = [self.task.batch(seed, indices) for seed in self.seeds]
         return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+
+    @property
+    def shapes(self) -> tuple:
+        """Of each kind of batch, ((name, (shape, dtype)), ...): what a step is compiled for."""
+        if not isinstance(self.task, Bucketed):
+            return (tuple((name, (x.shape, str(x.dtype))) for name, x in self[0].items()),)
+        seeds = len(self.seeds)
+        return tuple(
+            tuple((name, ((seeds, *shape), dtype)) for name, (shape, dtype) in bucket.items())
+            for bucket in self.task.bucket_shapes(self.batch_size)
+        )
 
 
 def train_iterator(source: TrainSource) -> Any:

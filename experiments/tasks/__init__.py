@@ -1,22 +1,35 @@
 """Tasks: where examples come from and which metric judges a model on them.
 
 A task is a frozen dataclass of hyper-parameters with the interface of `Task`; `create` makes one
-from a config.  To add a task, write such a class in a file of its own and name it in `TASKS`.
+from a config.  Some offer more: batches of several shapes (`Bucketed`), or a text that a decoded
+output is scored against (`Translates`).  To add a task, write such a class in a file of its own and
+name it in `TASKS`.
 """
 
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
 from experiments.tasks.recall import Recall
 from experiments.tasks.text import Text
+from experiments.tasks.transduction import BEGIN as BEGIN
+from experiments.tasks.transduction import END as END
+from experiments.tasks.transduction import PAD as PAD
 from experiments.tasks.transduction import Copy, Reverse, Sort
+from experiments.tasks.translation import Translation
 
-TASKS = {"recall": Recall, "text": Text, "copy": Copy, "reverse": Reverse, "sort": Sort}
+TASKS = {
+    "recall": Recall,
+    "text": Text,
+    "copy": Copy,
+    "reverse": Reverse,
+    "sort": Sort,
+    "translation": Translation,
+}
 
 Batch = dict[str, np.ndarray]
 
@@ -30,15 +43,17 @@ class Task(typing.Protocol):
     - 'inputs' int32 [n, T]: what a decoder reads;
     - 'targets' int32 [n, T]: what it should predict at each position;
     - 'weights' float32 [n, T]: 1 where a prediction counts in loss and accuracy, else 0;
-    - for an encoder-decoder also 'source' int32 [n, S], padded with 0, and 'source_lengths'
-      int32 [n]; 'inputs' are then the targets shifted right behind a begin token.
+    - for an encoder-decoder also 'source' int32 [n, S], padded with PAD, and 'source_lengths'
+      int32 [n]; 'inputs' are then the targets shifted right behind BEGIN, and source and targets
+      end with END.
     """
 
     architecture: ClassVar[str]
     """'decoder' or 'encoder_decoder'."""
 
     primary: ClassVar[str]
-    """The metric that judges a model: '<split>/loss' or '<split>/accuracy'."""
+    """The metric that judges a model: '<split>/loss' or '<split>/accuracy', or of a task that
+    `Translates` one of its scores, '<split>/bleu'."""
 
     lower_is_better: ClassVar[bool]
     """Whether a smaller primary metric is better."""
@@ -60,7 +75,8 @@ class Task(typing.Protocol):
 
     def eval_splits(self) -> dict[str, Batch]:
         """All evaluation examples by split: 'validation', and where there are any 'test' and, for
-        every longer length n asked for, 'length_<n>'.  Never an example of the training set.
+        every longer length n asked for, 'length_<n>'.  Never an example of the training set, as far
+        as the task draws the line itself.
 
         Reads and checks all the data a task has, so call it before compiling anything.
         """
@@ -70,6 +86,59 @@ class Task(typing.Protocol):
 
     def tokens(self, ids: np.ndarray) -> list[str]:
         """Printable labels of token ids [T]."""
+
+
+@typing.runtime_checkable
+class Bucketed(typing.Protocol):
+    """A task whose training batches differ in length, so that less of them is padding.
+
+    Training takes `step_batch` in place of `Task.batch`, and compiles a step for each shape.
+    """
+
+    def step_batch(self, seed: int, step: int, batch_size: int) -> Batch:
+        """The batch of a step: a pure function of its arguments, its shape one of step alone.
+
+        `batch_size` is how many rows a batch of the full `length` has; a shorter one has more.
+        """
+
+    def bucket_shapes(self, batch_size: int) -> list[dict[str, tuple[tuple[int, ...], str]]]:
+        """(shape, dtype) by name of each kind of batch that `step_batch` returns."""
+
+
+@typing.runtime_checkable
+class Translates(typing.Protocol):
+    """A task from text to text: what a model decodes is compared with a right answer as text."""
+
+    def sources(self, split: str) -> list[str]:
+        """The source texts of an evaluation split, in the order of its arrays."""
+
+    def references(self, split: str) -> list[str]:
+        """The right answers to `sources`."""
+
+    def encode_source(self, text: str) -> np.ndarray:
+        """Ids of a source text, END included: int32 [S]."""
+
+    def detokenize(self, ids: np.ndarray) -> str:
+        """The text of decoded ids [T], up to the first END."""
+
+    def score(self, hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        """Metrics of the texts of a split by name; `Task.primary` names one of them."""
+
+    def bleu_by_length(
+        self, hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str]
+    ) -> dict[str, float]:
+        """BLEU of sources of some lengths, '1-10', '11-20' ... tokens."""
+
+    @property
+    def signature(self) -> str:
+        """How the scores are found, as sacreBLEU signs them."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with any text and with the vocabulary."""
+
+    def summary(self) -> str:
+        """How much text there is, and what was left out."""
 
 
 def create(config: Mapping[str, Any]) -> Task:

@@ -1,26 +1,21 @@
 """Language modelling of bytes or characters, on any text."""
 
-import contextlib
 import dataclasses
-import difflib
 import functools
-import glob
 import gzip
 import hashlib
 import itertools
-import os
 import pathlib
 import re
 import sys
 import sysconfig
-import types
 import typing
 import zlib
 from typing import ClassVar
 
 import numpy as np
 
-from experiments.tasks import hashing
+from experiments.tasks import hashing, tfds_sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,32 +240,15 @@ def _read_tfds(name, records, data_dir):
     """The texts of a TFDS set's train, validation and test splits, its examples joined by lines."""
     import tensorflow_datasets as tfds
 
-    try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except Exception as error:
-        known = re.findall(r"^\s+- (\w+)$", str(error), re.MULTILINE)
-        near = difflib.get_close_matches(name, known)
-        raise ValueError(
-            f"TFDS has no data set {name!r}{f', did you mean {near[0]!r}?' if near else ''} "
-            f"({_one_line(error)})"
-        ) from error
-    try:
-        with _file_functions_without_tensorflow(builder):
-            builder.download_and_prepare(file_format="array_record")
-        splits = ["train"] + [s for s in ("validation", "test") if s in builder.info.splits]
-        sources = {split: builder.as_data_source(split) for split in splits}
-    except Exception as error:
-        raise OSError(
-            f"cannot prepare the TFDS set {name!r} ({_one_line(error)}): prepare it on a machine "
-            f'with a network, with file_format="array_record", and copy it to {builder.data_dir} '
-            "(data_dir= says where), or give the text itself as path="
-        ) from error
+    builder = tfds_sets.find(name, data_dir)
+    splits = {"train": "train", "validation": None, "test": None}
+    sources = tfds_sets.open_splits(name, builder, splits, "give the text itself as path=")
     features = builder.info.features
     of_text = [key for key, f in features.items() if isinstance(f, tfds.features.Text)]
     if "text" not in of_text and len(of_text) != 1:
         raise ValueError(
             f"the TFDS set {name!r} has no text feature 'text', nor a single one of another name: "
-            f"{_one_line(features)}"
+            f"{tfds_sets.one_line(features)}"
         )
     key = "text" if "text" in of_text else of_text[0]
     return {split: _join(source, key, records) for split, source in sources.items()}
@@ -279,38 +257,3 @@ def _read_tfds(name, records, data_dir):
 def _join(source, key, records):
     texts = [example[key] for example in itertools.islice(source, records)]
     return "\n".join(t.decode("utf-8") if isinstance(t, bytes) else str(t) for t in texts)
-
-
-@contextlib.contextmanager
-def _file_functions_without_tensorflow(builder):
-    """Gives the builder's module plain file functions for tf.io.gfile.
-
-    That is all that tiny_shakespeare, lm1b, pg19 and others use TensorFlow for.
-    """
-
-    def open_file(file, mode="r"):
-        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-        return open(file, mode, **text)
-
-    module = sys.modules[type(builder).__module__]
-    original = getattr(module, "tf", None)
-    if original is None:
-        yield
-        return
-    gfile = types.SimpleNamespace(
-        GFile=open_file,
-        exists=os.path.exists,
-        isdir=os.path.isdir,
-        listdir=os.listdir,
-        glob=glob.glob,
-    )
-    module.tf = types.SimpleNamespace(io=types.SimpleNamespace(gfile=gfile))
-    try:
-        yield
-    finally:
-        module.tf = original
-
-
-def _one_line(value):
-    text = str(value).strip()
-    return text.splitlines()[0] if isinstance(value, Exception) and text else " ".join(text.split())

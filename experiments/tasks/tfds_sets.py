@@ -1,0 +1,103 @@
+"""TFDS data sets without TensorFlow: found by name, prepared as array records, read by index."""
+
+import contextlib
+import difflib
+import glob
+import os
+import re
+import sys
+import types
+from collections.abc import Mapping
+from typing import Any
+
+
+def find(name: str, data_dir: str | None) -> Any:
+    """The builder of the TFDS set `name`, which may carry a config and version: 'a/config:1.0.0'.
+
+    Raises:
+      ValueError: where TFDS knows no such set (naming the nearest one).
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except Exception as error:
+        known = re.findall(r"^\s+- (\w+)$", str(error), re.MULTILINE)
+        near = difflib.get_close_matches(name, known)
+        raise ValueError(
+            f"TFDS has no data set {name!r}{f', did you mean {near[0]!r}?' if near else ''} "
+            f"({one_line(error)})"
+        ) from error
+
+
+def open_splits(
+    name: str, builder: Any, splits: Mapping[str, str | None], instead: str
+) -> dict[str, Any]:
+    """Random-access sources of the examples of some splits, downloaded and prepared if need be.
+
+    Args:
+      name: what the user calls the set, for messages.
+      builder: the result of `find`.
+      splits: for each name in the result the TFDS split, 'train' or 'train[:10%]'; None stands for
+        the split of the same name, which is left out where the set has none.
+      instead: what the user can do without TFDS, the end of a sentence.
+
+    Raises:
+      ValueError: where the set lacks a split asked for.
+      OSError: where the set cannot be prepared; says where to copy a prepared one.
+    """
+    try:
+        with _file_functions_without_tensorflow(builder):
+            builder.download_and_prepare(file_format="array_record")
+        known = list(builder.info.splits)  # none where TFDS mocks its data
+        missing = [s for s in splits.values() if s and known and s.split("[")[0] not in known]
+        chosen = {key: s or key for key, s in splits.items() if s or key in known}
+        sources = {} if missing else {k: builder.as_data_source(s) for k, s in chosen.items()}
+    except Exception as error:
+        raise OSError(
+            f"cannot prepare the TFDS set {name!r} ({one_line(error)}): prepare it on a machine "
+            f'with a network, with file_format="array_record", and copy it to {builder.data_dir} '
+            f"(data_dir= says where), or {instead}"
+        ) from error
+    if missing:
+        raise ValueError(
+            f"the TFDS set {name!r} has no split {missing[0]!r}, it has {', '.join(known)}"
+        )
+    return sources
+
+
+@contextlib.contextmanager
+def _file_functions_without_tensorflow(builder):
+    """Gives the builder's module plain file functions for tf.io.gfile.
+
+    That is all that tiny_shakespeare, lm1b, pg19 and others use TensorFlow for; the translation
+    sets do not use it.
+    """
+
+    def open_file(file, mode="r"):
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+        return open(file, mode, **text)
+
+    module = sys.modules[type(builder).__module__]
+    original = getattr(module, "tf", None)
+    if original is None:
+        yield
+        return
+    gfile = types.SimpleNamespace(
+        GFile=open_file,
+        exists=os.path.exists,
+        isdir=os.path.isdir,
+        listdir=os.listdir,
+        glob=glob.glob,
+    )
+    module.tf = types.SimpleNamespace(io=types.SimpleNamespace(gfile=gfile))
+    try:
+        yield
+    finally:
+        module.tf = original
+
+
+def one_line(value: Any) -> str:
+    """The first line of an exception's message; anything else as text without line breaks."""
+    text = str(value).strip()
+    return text.splitlines()[0] if isinstance(value, Exception) and text else " ".join(text.split())
