@@ -44,3 +44,15 @@ def restore(
     )
     iterator.set_state(items["data"])
     return step, items["state"], items["position"]
+
+
+def read_state(directory: Path) -> Any:
+    """The state of the latest checkpoint, as NumPy arrays.  ValueError without one."""
+    if not directory.is_dir():
+        raise ValueError(f"there is no checkpoint in {directory}: train the model first")
+    with open(directory) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise ValueError(f"there is no checkpoint in {directory}: train the model further")
+        items = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return manager.restore(step, args=items)["state"]

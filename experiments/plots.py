@@ -142,7 +142,7 @@ def attention_maps(cell: results.Cell) -> "Figure | None":
         return None
     weights, query, key = kept
     names = [f"layer {i + 1}" for i in range(len(weights))]
-    return _maps(list(weights), names, query, key, f"{cell.label}: attention weights")
+    return heat_maps(list(weights), names, query, key, f"{cell.label}: attention weights")
 
 
 def score_maps(
@@ -163,7 +163,7 @@ def score_maps(
     _, (weights, query, key) = kept[0]
     where = "the last layer" if layer == -1 else f"layer {range(len(weights))[layer] + 1}"
     title = f"{base}: attention weights of {where} by {axis}"
-    return _maps([maps[0][layer] for _, maps in kept], names, query, key, title)
+    return heat_maps([maps[0][layer] for _, maps in kept], names, query, key, title)
 
 
 def save_all(experiment: results.Experiment, workdir: str | os.PathLike[str]) -> list[Path]:
@@ -176,7 +176,7 @@ def save_all(experiment: results.Experiment, workdir: str | os.PathLike[str]) ->
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in _figures(experiment):
-        for kind, content in _render(figure).items() if figure else ():
+        for kind, content in render(figure).items() if figure else ():
             paths.append(folder / f"{results.file_name(name)}.{kind}")
             results.replace(paths[-1], content)
     return paths
@@ -193,7 +193,8 @@ def _figures(experiment: results.Experiment) -> Iterator[tuple[str, "Figure | No
         yield f"{base}-score-maps", score_maps(experiment, base)
 
 
-def _render(figure: "Figure") -> dict[str, bytes]:
+def render(figure: "Figure") -> dict[str, bytes]:
+    """The files 'png' and 'svg' of a figure."""
     with _style(), warnings.catch_warnings():
         # A token in a script that the font lacks is drawn as a box; the SVG has the letter.
         warnings.filterwarnings("ignore", "Glyph")
@@ -219,7 +220,7 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _maps(
+def heat_maps(
     rows: Sequence[np.ndarray], names: Sequence[str], query: list[str], key: list[str], title: str
 ) -> "Figure":
     """Heat maps [H, T, S] a row, on one scale from 0 to 1; weights of exactly 0 are left blank.

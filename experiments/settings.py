@@ -18,6 +18,7 @@ def config(task: str, **task_settings) -> ConfigDict:
         {
             "task": task_config(task, **task_settings),
             "model": {
+                "architecture": "transformer",  # or 'rnn'
                 "score": "scaled_dot",  # these four are read by `attention.parse`
                 "position": "rope",
                 "mask": "causal",
@@ -37,6 +38,14 @@ def config(task: str, **task_settings) -> ConfigDict:
                 "scan_layers": False,  # True: compile time flat in depth, but slow steps on a CPU
                 "dtype": "float32",  # of the computation; parameters are float32
                 "implementation": placeholder(str),  # the kernel; chosen by `attend`
+                "rnn": {
+                    "cell": "gru",  # or 'lstm'
+                    "bidirectional": True,  # the encoder
+                    "attention": "bahdanau",  # or 'luong', 'none'
+                    "window": "none",  # of luong: 'local_m', 'local_p'
+                    "window_width": 5,
+                    "input_feeding": True,  # of luong
+                },
             },
             "optimizer": {  # AdamW, linear warm-up, cosine decay
                 "learning_rate": 1e-3,
@@ -46,7 +55,10 @@ def config(task: str, **task_settings) -> ConfigDict:
                 "b2": 0.99,
                 "weight_decay": 0.1,
                 "clip_norm": 1.0,
+                "label_smoothing": 0.0,
+                "ema_decay": 0.0,  # judge a model by the running mean of its parameters
             },
+            "decoding": {"beam_size": 5, "length_penalty": 0.6},  # of tasks that translate
             "train": {
                 "steps": 500,
                 "batch_size": 32,
@@ -108,6 +120,15 @@ def describe(config: ConfigDict) -> dict[str, Any]:
     if hasattr(task, "fingerprint"):
         described["task"]["fingerprint"] = task.fingerprint
     return described
+
+
+def read(described: Mapping[str, Any]) -> ConfigDict:
+    """The config that `describe` described."""
+    own = {key: value for key, value in described["task"].items() if key != "fingerprint"}
+    found = config(own["name"])
+    found.unlock()
+    found.update({**described, "task": own})
+    return found.lock()
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -6,15 +6,13 @@ writes config.json, metrics.jsonl, checkpoints/, attention.npz and result.json i
 directory. Killed and started again with the same command it goes on from the last checkpoint.
 """
 
-import concurrent.futures
 import contextlib
-import functools
 import io
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,37 +21,18 @@ import optax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-import attention
-from attention.models import EncoderDecoder, LanguageModel
-from attention.nn import TransformerConfig
 from experiments import checkpoints, cli, data, results, settings, tasks
+from experiments.models import build
+from experiments.program import (
+    Decoding,
+    Recipe,
+    compile_program,
+    evaluate,
+    model_inputs,
+    shapes,
+    translator,
+)
 from experiments.progress import Cell, Progress, Stopped
-
-
-def build(config: ConfigDict) -> tuple[tasks.Task, Any]:
-    """The task and the Linen model of a config.  ValueError for whatever does not fit together."""
-    task = tasks.create(config.task)
-    m = config.model
-    kinds = ("score", "position", "mask", "normalizer")
-    parts = {kind: attention.parse(kind, m[kind]) for kind in kinds}
-    padded = {**parts, "mask": attention.masks.Padding()}
-    # Where a word stands in its own text is told by the encoder; i − j between texts tells nothing.
-    crossed = {**padded, "position": attention.positions.NoPE()}
-    sizes = (
-        *("model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "norm"),
-        *("dropout_rate", "attention_dropout_rate", "use_bias", "tie_embeddings", "init_stddev"),
-        *("scan_layers", "implementation"),
-    )
-    transformer = TransformerConfig(
-        vocab_size=task.vocab_size,
-        decoder=attention.Mechanism(**parts),
-        encoder=attention.Mechanism(**padded),
-        cross=attention.Mechanism(**crossed),
-        dtype=jnp.dtype(m.dtype),
-        **{name: m[name] for name in sizes},
-    )
-    architecture = {"decoder": LanguageModel, "encoder_decoder": EncoderDecoder}[task.architecture]
-    return task, architecture(transformer)
 
 
 def check(config: ConfigDict) -> None:
@@ -64,7 +43,7 @@ def check(config: ConfigDict) -> None:
     task, model = build(config)
     longest = max(task.eval_splits().values(), key=lambda split: split["inputs"].shape[1])
     row = {name: x[:1] for name, x in longest.items()}
-    jax.eval_shape(lambda key: model.init(key, *_model_inputs(row)), jax.random.key(0))
+    jax.eval_shape(lambda key: model.init(key, *model_inputs(row)), jax.random.key(0))
     c = config.train
     if c.seeds_impl not in ("vmap", "map"):
         raise ValueError(f"train.seeds_impl is 'vmap' or 'map', got {c.seeds_impl!r}")
@@ -72,33 +51,6 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             "train.checkpoint_every must be a multiple of train.log_every: got "
             f"{c.checkpoint_every} and {c.log_every}"
-        )
-
-
-class AdamW(NamedTuple):
-    """AdamW (Loshchilov & Hutter 2019) behind a clip of the gradient's global norm.
-
-    Weight decay is for matrices and embeddings only, not for norms, biases and what the attention
-    mechanism itself learns. The learning rate is not part of it: it is an argument of every step,
-    so no value of it compiles anew.
-    """
-
-    b1: float
-    b2: float
-    weight_decay: float
-    clip_norm: float
-
-    def transformation(self) -> optax.GradientTransformation:
-        def decayed(path, _):
-            names = [str(getattr(entry, "key", entry)) for entry in path]
-            return names[-1] in ("kernel", "table", "head") and "mechanism" not in names
-
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm),
-            optax.scale_by_adam(b1=self.b1, b2=self.b2),
-            optax.add_decayed_weights(
-                self.weight_decay, lambda p: jax.tree_util.tree_map_with_path(decayed, p)
-            ),
         )
 
 
@@ -115,109 +67,13 @@ def learning_rates(config: ConfigDict) -> np.ndarray:
     return np.asarray(schedule(np.arange(steps)), np.float32)
 
 
-class Program(NamedTuple):
-    """The compiled functions of a run; R seeds lead every array of a state.
-
-    Attributes:
-      state: shapes of a state: params, optimizer, dropout key, step.
-      init: seeds [R] -> state.
-      step: state, batch [R, b, ...], learning rate [] -> state, metrics, each [R].
-      evaluate: by split, params, batches [n, b, ...] -> sums of loss, hits, weights [n, R] each.
-      seconds: what tracing and compiling took.
-    """
-
-    state: Any
-    init: Any
-    step: Any
-    evaluate: dict[str, Any]
-    seconds: float
-
-
-@functools.lru_cache(maxsize=32)
-def compile_program(model, adamw: AdamW, seeds_impl: str, batch: tuple, splits: tuple) -> Program:
-    """Compiles a run; equal arguments (shapes in place of arrays) never compile twice.
-
-    `batch` is the `shapes` of a training batch, `splits` pairs of a name and `shapes`.
-    """
-    started = time.perf_counter()
-    optimizer = adamw.transformation()
-    over_seeds = jax.vmap if seeds_impl == "vmap" else _map
-
-    def losses(params, batch, dropout_key=None):
-        rngs = None if dropout_key is None else {"dropout": dropout_key}
-        logits = model.apply(
-            params, *_model_inputs(batch), deterministic=dropout_key is None, rngs=rngs
-        )
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-        hits = (jnp.argmax(logits, axis=-1) == batch["targets"]).astype(jnp.float32)
-        weights = batch["weights"]
-        return {
-            "loss": jnp.sum(weights * loss),
-            "accuracy": jnp.sum(weights * hits),
-            "weights": jnp.sum(weights),
-        }
-
-    def init(seed, row):
-        for_params, for_dropout = jax.random.split(jax.random.key(seed))
-        params = model.init(for_params, *_model_inputs(row))
-        return {
-            "params": params,
-            "optimizer": optimizer.init(params),
-            "dropout": for_dropout,
-            "step": jnp.zeros((), jnp.int32),
-        }
-
-    def step(state, batch, learning_rate):
-        def mean_loss(params):
-            key = jax.random.fold_in(state["dropout"], state["step"])
-            sums = losses(params, batch, key)
-            total = jnp.maximum(sums["weights"], 1)
-            return sums["loss"] / total, sums["accuracy"] / total
-
-        grad = jax.value_and_grad(mean_loss, has_aux=True)
-        (loss, accuracy), grads = grad(state["params"])
-        updates, moments = optimizer.update(grads, state["optimizer"], state["params"])
-        params = jax.tree.map(lambda p, u: p - learning_rate * u, state["params"], updates)
-        state = {**state, "params": params, "optimizer": moments, "step": state["step"] + 1}
-        norm = optax.tree.norm(grads)
-        return state, {"loss": loss, "accuracy": accuracy, "gradient_norm": norm}
-
-    def evaluate(params, batches):
-        return jax.lax.map(lambda b: over_seeds(lambda p: losses(p, b))(params), batches)
-
-    batch_shapes = _structs(batch)
-    seeds = jax.ShapeDtypeStruct(batch_shapes["inputs"].shape[:1], jnp.int32)
-    row = {name: jnp.zeros((1, *x.shape[2:]), x.dtype) for name, x in batch_shapes.items()}
-    jitted_init = jax.jit(lambda seeds: over_seeds(lambda seed: init(seed, row))(seeds))
-    state = jax.eval_shape(jitted_init, seeds)
-    jitted_step = jax.jit(
-        lambda state, batch, rate: over_seeds(lambda s, b: step(s, b, rate))(state, batch),
-        donate_argnums=0,
-    )
-    jitted_evaluate = jax.jit(evaluate)
-    rate = jax.ShapeDtypeStruct((), jnp.float32)
-    eval_shapes = list({shape for _, shape in splits})
-    lowered = [
-        jitted_init.lower(seeds),
-        jitted_step.lower(state, batch_shapes, rate),
-        *(jitted_evaluate.lower(state["params"], _structs(shape)) for shape in eval_shapes),
-    ]
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # XLA compiles outside Python's lock
-        init, step, *evaluations = pool.map(lambda program: program.compile(), lowered)
-    by_shape = dict(zip(eval_shapes, evaluations, strict=True))
-    return Program(
-        state=state,
-        init=init,
-        step=step,
-        evaluate={name: by_shape[shape] for name, shape in splits},
-        seconds=time.perf_counter() - started,
-    )
-
-
 def train(
     config: ConfigDict, directory: Path, progress: Cell, *, tensorboard: bool = False
 ) -> dict[str, Any]:
     """Trains all seeds of a config, from where `directory` left off; returns its result.
+
+    A task that translates is judged by greedy translations on the way, and in the end by beam
+    search with the parameters of each seed that were best on the way.
 
     Raises FloatingPointError when a loss is no longer finite.
     """
@@ -228,13 +84,28 @@ def train(
         name: data.eval_batches(split, c.eval_batch_size)
         for name, split in task.eval_splits().items()
     }
+    validation = {"validation": splits["validation"]}
+    translates = isinstance(task, tasks.Translates)
+    recipe = Recipe(*(config.optimizer[name] for name in Recipe._fields))
     program = compile_program(
         model,
-        AdamW(*(config.optimizer[name] for name in AdamW._fields)),
+        recipe,
         c.seeds_impl,
-        _shapes(source[0]),
-        tuple((name, _shapes(split)) for name, split in splits.items()),
+        source.shapes,
+        tuple((name, shapes(split)) for name, split in splits.items()),
+        keep_best=translates,
     )
+
+    def judge(state):
+        """Metrics on the validation split, and the state with the best parameters so far."""
+        params = state.get("average", state["params"])
+        metrics = evaluate(program, params, validation)
+        if translates:
+            texts = translations(config, params, validation)
+            metrics |= _scores(task, texts)
+            state["best"] = _better(state["best"], params, metrics[task.primary])
+        return metrics, state
+
     rates = learning_rates(config)
     iterator = data.train_iterator(source)
     with contextlib.ExitStack() as stack:
@@ -263,19 +134,30 @@ def train(
                 log.write(step, train_metrics | {"learning_rate": rates[step - 1]})
                 _check_finite(train_metrics["train/loss"], step)
                 progress.step(step, float(train_metrics["train/loss"].mean()))
-            if step % c.eval_every == 0 and step < c.steps:
+            last = step == c.steps
+            if step % c.eval_every == 0 and not last or last and translates:
                 seconds += _lap(state, began)
-                validation = {"validation": splits["validation"]}
-                log.write(step, evaluate(program, state["params"], validation))
+                judged, state = judge(state)
+                log.write(step, judged)
                 began = time.perf_counter()
-            if step % c.checkpoint_every == 0 or step == c.steps:
+            if step % c.checkpoint_every == 0 or last:
                 seconds += _lap(state, began)
                 position = {"seconds": seconds, "log_bytes": log.bytes}
                 checkpoints.save(manager, step, state, iterator, position)
                 began = time.perf_counter()
-        final = evaluate(program, state["params"], splits)
+        params, more = final_params(state), {}
+        final = evaluate(program, params, splits)
+        if translates:
+            texts = translations(config, params, splits, beam=True)
+            final |= _scores(task, texts)
+            more["bleu_by_length"] = {
+                split: _by_length(task, split, of_seeds) for split, of_seeds in texts.items()
+            }
+            for split, of_seeds in texts.items():
+                lines = "".join(f"{text}\n" for text in of_seeds[0])
+                results.replace(directory / f"translations_{split}.txt", lines)
         log.write(c.steps, final)
-    params = jax.tree.map(lambda x: x[0], state["params"])
+    params = jax.tree.map(lambda x: x[0], params)
     save_attention(directory / "attention.npz", task, model, params)
     return {
         "status": "done",
@@ -287,18 +169,69 @@ def train(
         "steps_per_second": round(c.steps / seconds, 2),
         "train_seconds": round(seconds, 2),
         "steps": c.steps,
+        **more,
     }
 
 
-def evaluate(program: Program, params: Any, splits: dict) -> dict[str, np.ndarray]:
-    """'<split>/loss' (nats per token) and '<split>/accuracy' over whole splits, [R] each."""
-    metrics = {}
+def final_params(state: dict) -> Any:
+    """What a model is used with: the best on the way, else the running mean, else the last."""
+    if "best" in state:
+        return state["best"]["params"]
+    return state.get("average", state["params"])
+
+
+def translations(
+    config: ConfigDict, params: Any, splits: dict, beam: bool = False
+) -> dict[str, list[list[str]]]:
+    """By split, for each seed the text of every example; by beam search as the config has it."""
+    task, model = build(config)
+    found = {}
     for name, batches in splits.items():
-        sums = jax.device_get(program.evaluate[name](params, batches))
-        sums = {key: x.sum(axis=0, dtype=np.float64) for key, x in sums.items()}
-        for metric in ("loss", "accuracy"):
-            metrics[f"{name}/{metric}"] = sums[metric] / sums["weights"]
-    return metrics
+        sources = {key: batches[key] for key in ("source", "source_lengths")}
+        translate = translator(model, decoding(config, task, beam), config.train.seeds_impl)
+        tokens = np.asarray(translate(params, sources))  # [n, R, b, T]
+        count = int((batches["weights"].sum(-1) > 0).sum())
+        found[name] = [
+            [task.detokenize(row) for row in of_seed.reshape(-1, tokens.shape[-1])[:count]]
+            for of_seed in np.moveaxis(tokens, 1, 0)
+        ]
+    return found
+
+
+def decoding(config: ConfigDict, task: Any, beam: bool) -> Decoding:
+    """The search of a config; greedy unless `beam`."""
+    own = {name: config.decoding[name] for name in ("beam_size", "length_penalty")} if beam else {}
+    return Decoding(tasks.BEGIN, tasks.END, task.max_length, **own)
+
+
+def _scores(task, texts):
+    """Metrics of translations by split and seed: '<split>/bleu' and others, [R] each."""
+    found = {}
+    for split, of_seeds in texts.items():
+        scores = [task.score(own, task.references(split)) for own in of_seeds]
+        found |= {f"{split}/{name}": np.array([x[name] for x in scores]) for name in scores[0]}
+    return found
+
+
+def _by_length(task, split, of_seeds):
+    """BLEU of each seed by the length of the source."""
+    references, sources = task.references(split), task.sources(split)
+    scores = [task.bleu_by_length(own, references, sources) for own in of_seeds]
+    return {name: [x[name] for x in scores] for name in scores[0]}
+
+
+@jax.jit
+def _better(best, params, score):
+    """For each seed the parameters of the higher score."""
+    higher = score > best["score"]
+
+    def choose(new, old):
+        return jnp.where(higher.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    return {
+        "params": jax.tree.map(choose, params, best["params"]),
+        "score": jnp.where(higher, score, best["score"]).astype(best["score"].dtype),
+    }
 
 
 def save_attention(path: Path, task: tasks.Task, model: Any, params: Any) -> None:
@@ -307,15 +240,11 @@ def save_attention(path: Path, task: tasks.Task, model: Any, params: Any) -> Non
     Those of the self-attention of a decoder, of the cross-attention of an encoder-decoder.
     """
     example = task.example()
-    _, sown = jax.jit(lambda p, e: model.apply(p, *_model_inputs(e), mutable=["intermediates"]))(
+    _, sown = jax.jit(lambda p, e: model.apply(p, *model_inputs(e), mutable=["intermediates"]))(
         params, example
     )
     name = "cross_attention" if "source" in example else "self_attention"
-    stack = sown["intermediates"]["decoder"]
-    if "layers" in stack:
-        weights = stack["layers"][name]["weights"][0][:, 0]
-    else:
-        weights = jnp.stack([stack[f"layer_{i}"][name]["weights"][0][0] for i in range(len(stack))])
+    weights = sown_weights(sown["intermediates"]["decoder"], name)
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
@@ -324,6 +253,15 @@ def save_attention(path: Path, task: tasks.Task, model: Any, params: Any) -> Non
         key_tokens=task.tokens(example.get("source", example["inputs"])[0]),
     )
     results.replace(path, buffer.getvalue())
+
+
+def sown_weights(decoder: dict, name: str) -> jax.Array:
+    """The weights [L, H, T, S] of the first example that a decoder's layers have sown."""
+    if name in decoder:
+        return decoder[name]["weights"][0][:1]
+    if "layers" in decoder:
+        return decoder["layers"][name]["weights"][0][:, 0]
+    return jnp.stack([decoder[f"layer_{i}"][name]["weights"][0][0] for i in range(len(decoder))])
 
 
 class MetricsLog:
@@ -382,24 +320,6 @@ def claim(directory: Path, config: ConfigDict) -> None:
     results.replace(directory / "config.json", description)
 
 
-def _model_inputs(batch):
-    if "source" in batch:
-        return batch["source"], batch["inputs"], batch["source_lengths"]
-    return (batch["inputs"],)
-
-
-def _map(function):
-    return lambda *trees: jax.lax.map(lambda args: function(*args), trees)
-
-
-def _shapes(tree):
-    return tuple((name, (x.shape, str(x.dtype))) for name, x in tree.items())
-
-
-def _structs(shapes):
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes}
-
-
 def _lap(state, began):
     jax.block_until_ready(state)
     return time.perf_counter() - began
@@ -420,6 +340,9 @@ def main(argv):
         check(_CONFIG.value)
         check_directory(directory, _CONFIG.value)
         claim(directory, _CONFIG.value)
+        task, _ = build(_CONFIG.value)
+        if isinstance(task, tasks.Translates):
+            print(task.summary())
     path = directory / "result.json"
     if not path.exists():
         with Progress(cells=1) as progress:
@@ -434,6 +357,11 @@ def main(argv):
     for name, values in result["metrics"].items():
         mean, interval = results.mean_interval(values)
         print(f"{name}: {results.plus_minus(mean, interval, 4)}  {values}")
+    for split, by_length in result.get("bleu_by_length", {}).items():
+        numbers = ", ".join(f"{tokens}: {np.mean(x):.1f}" for tokens, x in by_length.items())
+        print(f"{split}/bleu by tokens of the source: {numbers}")
+    if isinstance(task, tasks.Translates):
+        print(f"sacreBLEU: {task.signature}")
 
 
 if __name__ == "__main__":

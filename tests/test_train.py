@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import checkpoints, data, progress, settings, tasks, train
+from experiments import program as programs
 
 
 def tiny(task="recall", **changes):
@@ -44,12 +45,12 @@ def program(config):
     c = config.train
     source = data.TrainSource(task, tuple(range(c.seeds)), c.batch_size, c.steps)
     splits = {k: data.eval_batches(v, c.eval_batch_size) for k, v in task.eval_splits().items()}
-    return train.compile_program(
+    return programs.compile_program(
         model,
-        train.AdamW(*(config.optimizer[name] for name in train.AdamW._fields)),
+        programs.Recipe(*(config.optimizer[name] for name in programs.Recipe._fields)),
         c.seeds_impl,
-        train._shapes(source[0]),
-        tuple((name, train._shapes(split)) for name, split in splits.items()),
+        source.shapes,
+        tuple((name, programs.shapes(split)) for name, split in splits.items()),
     )
 
 
@@ -142,12 +143,12 @@ def test_a_seed_does_not_depend_on_the_others_or_on_how_they_run(tmp_path):
 
 
 def test_learning_rates_share_one_program_and_parts_do_not():
-    train.compile_program.cache_clear()
+    programs.compile_program.cache_clear()
     base = program(tiny())
     assert program(tiny(**{"optimizer.learning_rate": 3.0})) is base
     assert program(tiny(**{"train.steps": 99, "optimizer.warmup_steps": 3})) is base
     assert program(tiny(**{"model.score": "dot"})) is not base
-    assert train.compile_program.cache_info().misses == 2
+    assert programs.compile_program.cache_info().misses == 2
 
 
 def test_learning_rates_warm_up_and_decay():
@@ -167,7 +168,7 @@ def test_learning_rates_warm_up_and_decay():
 def test_weight_decay_is_for_matrices_and_embeddings_alone():
     _, model = train.build(tiny(**{"model.position": "t5 + learned", "model.score": "additive"}))
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32))
-    adamw = train.AdamW(0.9, 0.99, weight_decay=0.5, clip_norm=1.0).transformation()
+    adamw = programs.Recipe(0.9, 0.99, weight_decay=0.5, clip_norm=1.0).transformation()
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = jax.jit(adamw.update)(zeros, adamw.init(params), params)
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
