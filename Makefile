@@ -29,7 +29,7 @@ lint: setup  ## Check formatting, lint and types.
 	$(BIN)/mypy
 
 test: lint  ## Run the tests (minutes).
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m 'not slow'
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 test-slow: setup  ## Run the thorough tests (up to an hour).
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow

@@ -3,7 +3,7 @@
 The kernels need jax and numpy only; the Flax modules are in `attention.nn` and `attention.models`.
 """
 
-from attention import masks, normalizers, positions, scores
+from attention import decoding, masks, normalizers, positions, scores, search
 from attention.attend import attend, explain
 from attention.drop_in import dot_product_attention
 from attention.mechanism import Mechanism, parse
@@ -20,6 +20,7 @@ __all__ = [
     "Score",
     "Tile",
     "attend",
+    "decoding",
     "dot_product_attention",
     "explain",
     "masks",
@@ -27,4 +28,5 @@ __all__ = [
     "parse",
     "positions",
     "scores",
+    "search",
 ]

@@ -7,8 +7,9 @@ Vaswani et al. 2017, fig. 1; every attention in it is a mechanism of the config.
 import flax.linen as nn
 import jax.numpy as jnp
 
+from attention import decoding
 from attention.mechanism import Mechanism
-from attention.nn.blocks import Embedding, Stack, TransformerConfig
+from attention.nn.blocks import DecoderState, Embedding, Stack, TransformerConfig
 from attention.parts import Array
 
 
@@ -25,12 +26,32 @@ def _embedding(config: TransformerConfig, mechanism: Mechanism, name: str) -> Em
     )
 
 
+def _step(model, state, tokens, lengths, **kwargs):
+    """The tokens [..., T] that come next -> logits of those after each, state."""
+    cache = state.self_attention  # all layers have the same length
+    at = decoding.positions(cache._replace(length=cache.length[..., 0]), tokens.shape[-1])
+    x = model.embedding(tokens, at)
+    x, state = model.decoder(x, state=state, lengths=lengths, **kwargs)
+    return model.embedding.logits(x), state
+
+
 class LanguageModel(nn.Module):
-    """A decoder alone: logits of the next token at each position, by causal self-attention."""
+    """A decoder alone: logits of the next token at each position, by causal self-attention.
+
+    To generate, feed a prompt and then one token at a time:
+
+        state = model.apply(variables, B, max_length, method="start")
+        logits, state = model.apply(variables, state, tokens, method="step")
+    """
 
     config: TransformerConfig
 
-    @nn.compact
+    def setup(self):
+        c = self.config
+        self.embedding = _embedding(c, c.decoder, None)
+        self.decoder = Stack(c, c.decoder)
+        self.dropout = nn.Dropout(c.dropout_rate)
+
     def __call__(
         self,
         tokens: Array,
@@ -44,13 +65,33 @@ class LanguageModel(nn.Module):
         `positions` [..., T] are 0, 1, 2 ... unless given; `segments` [..., T] number the documents
         packed in a row, for a decoder mechanism with `masks.Segments()`.
         """
-        c = self.config
-        embedding = _embedding(c, c.decoder, "embedding")
-        x = embedding(tokens, positions)
-        x = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x)
+        x = self.dropout(self.embedding(tokens, positions), deterministic=deterministic)
         data = {"query_positions": positions, "query_segments": segments}
-        x = Stack(c, c.decoder, name="decoder")(x, data=data, deterministic=deterministic)
-        return embedding.logits(x)
+        x = self.decoder(x, data=data, deterministic=deterministic)
+        return self.embedding.logits(x)
+
+    def start(self, batch: int | tuple[int, ...], max_length: int) -> DecoderState:
+        """The state of B empty texts (or of any batch axes) with room for max_length tokens."""
+        return self.decoder.start((batch,) if isinstance(batch, int) else batch, max_length)
+
+    def step(
+        self, state: DecoderState, tokens: Array, lengths: Array | None = None
+    ) -> tuple[Array, DecoderState]:
+        """The next tokens [..., T] of each text -> logits [..., T, vocab_size], state.
+
+        The logits are those of `__call__` over the whole text, where no query may see a token that
+        is fed after it (see `attention.decoding`). T may be 1 or, for a prompt, more, of which
+        `lengths` [...] are real. Each row is one text: for `masks.Segments()` it is one segment.
+        NaN for a text longer than max_length.
+        """
+        data = {}
+        if any("query_segments" in names for names in self.config.decoder.mask.needs):
+            slots = state.self_attention.key.shape[-3]
+            data = {
+                "query_segments": jnp.zeros(tokens.shape[-1], jnp.int32),
+                "key_segments": jnp.zeros(slots, jnp.int32),
+            }
+        return _step(self, state, tokens, lengths, data=data)
 
 
 class Encoder(nn.Module):
@@ -71,7 +112,13 @@ class Encoder(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """Source tokens to logits of target tokens; the decoder attends to the encoder's output."""
+    """Source tokens to logits of target tokens; the decoder attends to the encoder's output.
+
+    To generate, encode the source once and then feed one target token at a time:
+
+        state = model.apply(variables, source, source_lengths, max_length, method="start")
+        logits, state = model.apply(variables, state, tokens, method="step")
+    """
 
     config: TransformerConfig
 
@@ -110,6 +157,21 @@ class EncoderDecoder(nn.Module):
             deterministic=deterministic,
         )
         return self.embedding.logits(x)
+
+    def start(self, source: Array, source_lengths: Array | None, max_length: int) -> DecoderState:
+        """Encodes source [..., S] -> the state of empty targets with room for max_length tokens."""
+        memory = self.encode(source, source_lengths)
+        lengths = _lengths(source, source_lengths)
+        return self.decoder.start(source.shape[:-1], max_length, memory, lengths)
+
+    def step(
+        self, state: DecoderState, tokens: Array, lengths: Array | None = None
+    ) -> tuple[Array, DecoderState]:
+        """The next tokens [..., T] of each target -> logits [..., T, vocab_size], state.
+
+        As `LanguageModel.step`; the source is in the state.
+        """
+        return _step(self, state, tokens, lengths)
 
 
 def _lengths(tokens, lengths):

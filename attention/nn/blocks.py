@@ -1,14 +1,17 @@
 """What a Transformer is built of: embedding, MLP, residual block, stack of blocks."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention import masks
+from attention import decoding, masks
+from attention.decoding import Cache
 from attention.mechanism import Mechanism
 from attention.nn.multi_head import Dense, MultiHeadAttention, param_if_any
 from attention.parts import Array, Position
@@ -143,6 +146,18 @@ class MLP(nn.Module):
         return dense(x.shape[-1], self.out_kernel_init, "out")(hidden)
 
 
+class DecoderState(NamedTuple):
+    """What a decoder remembers of a text; of a `Stack`, every leaf has an L axis after the batch.
+
+    Attributes:
+      self_attention: keys and values of the text so far.
+      cross_attention: those of the memory, or None where there is none.
+    """
+
+    self_attention: Cache
+    cross_attention: Cache | None = None
+
+
 class Block(nn.Module):
     """One layer: self-attention, cross-attention to a memory if there is one, MLP; all residual.
 
@@ -154,23 +169,73 @@ class Block(nn.Module):
     config: TransformerConfig
     mechanism: Mechanism
 
-    @nn.compact
     def __call__(
         self,
         x: Array,
         memory: Array | None = None,
         *,
+        state: DecoderState | None = None,
+        lengths: Array | None = None,
         data: dict | None = None,
         memory_data: dict | None = None,
         deterministic: bool = True,
-    ) -> Array:
+    ) -> Any:
         """x [..., T, M], memory [..., S, M] -> [..., T, M].
 
         `data` and `memory_data` are arguments of `attend` (lengths, positions, segments ...) for
         the self- and the cross-attention.
+
+        With a `state` x continues a text, `lengths` [...] of the T are real, the memory is in the
+        state, and the result is (x, state). Raises ValueError where both are given.
         """
         c = self.config
-        branches = c.num_layers * (2 if memory is None else 3)
+        data, memory_data = dict(data or {}), dict(memory_data or {})
+        context: Array | Cache | None = memory
+        if state is not None:
+            if memory is not None:
+                raise ValueError(
+                    "the memory is in the state: make it with `start`, pass one of both"
+                )
+            context = state.cross_attention
+            data |= {"cache": state.self_attention, "lengths": lengths}
+            at = decoding.positions(state.self_attention, x.shape[-2])
+            memory_data.setdefault("query_positions", at)
+        parts = self._parts(cross=context is not None)
+
+        def residual(x, name, branch):
+            norm, dropout = parts[f"{name}_norm"], parts[f"{name}_dropout"]
+            y = branch(norm(x) if c.norm == "pre" else x)
+            y = x + dropout(y, deterministic=deterministic)
+            return y if c.norm == "pre" else norm(y)
+
+        def attend_self(y):
+            nonlocal state
+            y = parts["self_attention"](y, deterministic=deterministic, **data)
+            if state is not None:
+                y, cache = y
+                state = state._replace(self_attention=cache)
+            return y
+
+        def attend_memory(y):
+            return parts["cross_attention"](y, context, deterministic=deterministic, **memory_data)
+
+        x = residual(x, "self_attention", attend_self)
+        if context is not None:
+            x = residual(x, "cross_attention", attend_memory)
+        x = residual(x, "mlp", parts["mlp"])
+        return x if state is None else (x, state)
+
+    def keep(self, memory: Array, lengths: Array | None = None) -> Cache:
+        """The cross-attention's keys and values of memory [..., S, M], of it `lengths` [...]."""
+        return self._parts(cross=True)["cross_attention"].keep(memory, lengths)
+
+    @nn.compact
+    def _parts(self, cross: bool) -> dict[str, Any]:
+        c = self.config
+        mechanisms = {"self_attention": self.mechanism}
+        if cross:
+            mechanisms["cross_attention"] = c.cross
+        branches = c.num_layers * (1 + len(mechanisms))
         settings = {
             "use_bias": c.use_bias,
             "dtype": c.dtype,
@@ -178,9 +243,8 @@ class Block(nn.Module):
             "kernel_init": nn.initializers.normal(c.init_stddev),
             "out_kernel_init": nn.initializers.normal(c.init_stddev * branches**-0.5),
         }
-
-        def attention(mechanism, name):
-            return MultiHeadAttention(
+        parts: dict[str, Any] = {
+            name: MultiHeadAttention(
                 c.num_heads,
                 mechanism,
                 num_kv_heads=c.num_kv_heads,
@@ -190,28 +254,13 @@ class Block(nn.Module):
                 name=name,
                 **settings,
             )
-
-        def residual(x, branch, name):
-            norm = layer_norm(c, f"{name}_norm")
-            y = branch(norm(x) if c.norm == "pre" else x)
-            y = x + nn.Dropout(c.dropout_rate, deterministic=deterministic)(y)
-            return y if c.norm == "pre" else norm(y)
-
-        attend_self = attention(self.mechanism, "self_attention")
-        x = residual(
-            x, lambda y: attend_self(y, deterministic=deterministic, **data or {}), "self_attention"
-        )
-        if memory is not None:
-            attend_memory = attention(c.cross, "cross_attention")
-            x = residual(
-                x,
-                lambda y: attend_memory(
-                    y, memory, deterministic=deterministic, **memory_data or {}
-                ),
-                "cross_attention",
-            )
-        mlp = MLP(c.mlp_dim or 4 * c.model_dim, name="mlp", **settings)
-        return residual(x, mlp, "mlp")
+            for name, mechanism in mechanisms.items()
+        }
+        parts["mlp"] = MLP(c.mlp_dim or 4 * c.model_dim, name="mlp", **settings)
+        for name in tuple(parts):
+            parts[f"{name}_norm"] = layer_norm(c, f"{name}_norm")
+            parts[f"{name}_dropout"] = nn.Dropout(c.dropout_rate)
+        return parts
 
 
 def layer_norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
@@ -230,18 +279,77 @@ class Stack(nn.Module):
     config: TransformerConfig
     mechanism: Mechanism
 
-    @nn.compact
-    def __call__(self, x: Array, memory: Array | None = None, **kwargs) -> Array:
+    def __call__(
+        self, x: Array, memory: Array | None = None, *, state: DecoderState | None = None, **kwargs
+    ) -> Any:
+        """As `Block`: -> x, or (x, state) with a state, which `start` makes."""
+
+        def layer(block, x, state):
+            out = block(x, memory, state=state, **kwargs)
+            return (out, None) if state is None else out
+
+        blocks, norm = self._parts()
+        x, state = self._layers(blocks, layer, x, state, axis=x.ndim - 2)
+        x = norm(x) if self.config.norm == "pre" else x
+        return x if state is None else (x, state)
+
+    def start(
+        self,
+        batch: tuple[int, ...],
+        max_length: int,
+        memory: Array | None = None,
+        lengths: Array | None = None,
+    ) -> DecoderState:
+        """The state before any token, for texts of up to max_length.
+
+        The memory [..., S, M], of which `lengths` [...] are real, is projected here, once.
+        """
         c = self.config
-        if c.scan_layers:
-            layers = nn.scan(
-                lambda block, x, _: (block(x, memory, **kwargs), None),
+        cache = decoding.empty(
+            (*batch, c.num_layers),
+            max_length,
+            c.num_kv_heads or c.num_heads,
+            c.head_dim or c.model_dim // c.num_heads,
+            dtype=c.dtype,
+        )
+        if memory is None:
+            return DecoderState(cache)
+
+        def layer(block, carry, _):
+            return carry, block.keep(memory, lengths)
+
+        blocks, _ = self._parts()
+        _, kept = self._layers(blocks, layer, (), None, axis=len(batch))
+        return DecoderState(cache, kept)
+
+    def _layers(self, blocks, layer, x, state, axis):
+        """layer(block, x, state of the layer) -> x, state, one after another."""
+        if self.config.scan_layers:
+            scan = nn.scan(
+                layer,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
-                length=c.num_layers,
+                length=self.config.num_layers,
+                in_axes=axis,
+                out_axes=axis,
             )
-            x, _ = layers(Block(c, self.mechanism, name="layers"), x, None)
-        else:
-            for layer in range(c.num_layers):
-                x = Block(c, self.mechanism, name=f"layer_{layer}")(x, memory, **kwargs)
-        return layer_norm(c, "norm")(x) if c.norm == "pre" else x
+            return scan(blocks, x, state)
+        states = []
+        for i, block in enumerate(blocks):
+            own = jax.tree.map(functools.partial(_at, i, axis), state)
+            x, own = layer(block, x, own)
+            states.append(own)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *states)
+
+    @nn.compact
+    def _parts(self):
+        c = self.config
+        norm = layer_norm(c, "norm")
+        if c.scan_layers:
+            return Block(c, self.mechanism, name="layers"), norm
+        names = (f"layer_{i}" for i in range(c.num_layers))
+        return [Block(c, self.mechanism, name=name) for name in names], norm
+
+
+def _at(index, axis, leaf):
+    return jax.lax.index_in_dim(leaf, index, axis, keepdims=False)

@@ -1,13 +1,15 @@
 """Multi-head attention with learned projections, for every mechanism."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attention import decoding
 from attention.attend import attend
+from attention.decoding import Cache
 from attention.mechanism import Mechanism
 from attention.parts import Array
 
@@ -23,6 +25,16 @@ class Dense(nn.Dense):
         """[..., C] -> [..., features]."""
         flat = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
         return flat.reshape(*inputs.shape[:-1], self.features)
+
+
+class _Parts(NamedTuple):
+    """What `MultiHeadAttention` learns; the projections split their heads."""
+
+    query: Callable
+    key: Callable
+    value: Callable
+    out: Callable
+    mechanism: Any
 
 
 class MultiHeadAttention(nn.Module):
@@ -58,19 +70,89 @@ class MultiHeadAttention(nn.Module):
     out_kernel_init: Callable = nn.initializers.lecun_normal()
     implementation: str | None = None
 
-    @nn.compact
     def __call__(
-        self, x: Array, context: Array | None = None, *, deterministic: bool = True, **data
-    ) -> Array:
+        self,
+        x: Array,
+        context: Array | Cache | None = None,
+        *,
+        cache: Cache | None = None,
+        lengths: Array | None = None,
+        deterministic: bool = True,
+        **data,
+    ) -> Any:
         """x [..., T, M], context [..., S, C] or None: x itself -> [..., T, M].
 
         `data` are the arguments of `attend` from `bias` to `prefix_lengths`. In self-attention
         what is given for the query (positions, lengths, segments) holds for the key too, unless
         that is given as well.
 
-        Raises ValueError where the widths and head counts do not fit, and as `attend` does.
+        With a `cache` x continues a text: its keys and values are appended, its queries attend to
+        all that is there, and the result is (out, cache). `lengths` [...] is then how many of an
+        example's T are real; what `data` tell of keys, they tell of all slots (see
+        `attention.decoding`). A context may be what `keep` made of it.
+
+        Raises ValueError where the widths and head counts do not fit, and as `attend` and
+        `decoding.append` do.
         """
-        model_dim, H = x.shape[-1], self.num_heads
+        parts = self._parts(x.shape[-1])
+        query = parts.query(x)
+        options: dict[str, Any] = {**data, "implementation": self.implementation}
+        if self.dropout_rate > 0 and not deterministic:
+            options["dropout_rate"] = self.dropout_rate
+            options["dropout_key"] = self.make_rng("dropout")
+        sow = self.is_mutable_collection("intermediates")
+        # Only the dense kernel has all weights at hand; beside others they are made once more.
+        if sow and self.implementation not in (None, "dense"):
+            options |= {"aux": ("row_weights",), "weight_rows": jnp.arange(query.shape[-3])}
+        elif sow:
+            options["aux"] = ("weights",)
+        if cache is not None:
+            cache = self._append(cache, parts, x, context, lengths, data)
+            out = decoding.attend(
+                self.mechanism, parts.mechanism, cache, query, lengths=lengths, **options
+            )
+        elif isinstance(context, Cache):
+            out = decoding.attend(self.mechanism, parts.mechanism, context, query, **options)
+        else:
+            if context is None:
+                context = x
+                for name in ("positions", "lengths", "segments"):
+                    options.setdefault(f"key_{name}", data.get(f"query_{name}"))
+            key, value = parts.key(context), parts.value(context)
+            out = attend(self.mechanism, parts.mechanism, query, key, value, **options)
+        if sow:
+            out, aux = out
+            self.sow("intermediates", "weights", *aux.values())
+        out = parts.out(out.reshape(*out.shape[:-2], -1))
+        return out if cache is None else (out, cache)
+
+    def keep(self, context: Array, lengths: Array | None = None) -> Cache:
+        """Keys and values of a context [..., S, C], projected once to be attended to many times.
+
+        `lengths` [...] is how many of an example's S are real, all unless given. Where x is of
+        another width than the context, `head_dim` must be set.
+        """
+        parts = self._parts(context.shape[-1])
+        *batch, S, _ = context.shape
+        length = jnp.broadcast_to(jnp.asarray(S if lengths is None else lengths, jnp.int32), batch)
+        return Cache(parts.key(context), parts.value(context), length)
+
+    def _append(self, cache, parts, x, context, lengths, data):
+        if context is not None:
+            raise ValueError(
+                "a cache holds the keys of x itself and goes without a context; for one that is "
+                "attended to many times pass context=keep(context)"
+            )
+        if data.get("query_positions") is not None and data.get("key_positions") is None:
+            raise ValueError(
+                "query_positions were given without key_positions: a cache does not keep the "
+                "positions of its keys; pass those of all slots, or neither: 0, 1, 2 ..."
+            )
+        return decoding.append(cache, parts.key(x), parts.value(x), lengths)
+
+    @nn.compact
+    def _parts(self, model_dim):
+        H = self.num_heads
         K = H if self.num_kv_heads is None else self.num_kv_heads
         if self.head_dim is None and model_dim % H:
             raise ValueError(
@@ -81,46 +163,23 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"num_kv_heads must divide num_heads: got {K} and {H}")
         head_dim = model_dim // H if self.head_dim is None else self.head_dim
         value_dim = head_dim if self.value_dim is None else self.value_dim
-        if context is None:
-            context = x
-            for name in ("positions", "lengths", "segments"):
-                data.setdefault(f"key_{name}", data.get(f"query_{name}"))
 
-        def project(name, inputs, heads, width):
-            y = self._dense(heads * width, self.kernel_init, name)(inputs)
-            return y.reshape(*y.shape[:-1], heads, width)
+        def projection(name, heads, width):
+            dense = self._dense(heads * width, self.kernel_init, name)
 
-        query = project("query", x, H, head_dim)
-        key = project("key", context, K, head_dim)
-        value = project("value", context, K, value_dim)
+            def project(inputs):
+                y = dense(inputs)
+                return y.reshape(*y.shape[:-1], heads, width)
 
-        dropout: dict[str, Any] = {}
-        if self.dropout_rate > 0 and not deterministic:
-            dropout = {
-                "dropout_rate": self.dropout_rate,
-                "dropout_key": self.make_rng("dropout"),
-            }
-        sow = self.is_mutable_collection("intermediates")
-        # Only the dense kernel has all weights at hand; beside others they are made once more.
-        seen: dict[str, Any] = {"aux": ("weights",)} if sow else {}
-        if sow and self.implementation not in (None, "dense"):
-            seen = {"aux": ("row_weights",), "weight_rows": jnp.arange(query.shape[-3])}
-        out = attend(
-            self.mechanism,
-            self._mechanism_params(head_dim, value_dim),
-            query,
-            key,
-            value,
-            implementation=self.implementation,
-            **seen,
-            **dropout,
-            **data,
+            return project
+
+        return _Parts(
+            query=projection("query", H, head_dim),
+            key=projection("key", K, head_dim),
+            value=projection("value", K, value_dim),
+            out=self._dense(model_dim, self.out_kernel_init, "out"),
+            mechanism=self._mechanism_params(head_dim, value_dim),
         )
-        if sow:
-            out, aux = out
-            self.sow("intermediates", "weights", *aux.values())
-        out = out.reshape(*out.shape[:-2], H * value_dim)
-        return self._dense(model_dim, self.out_kernel_init, "out")(out)
 
     def _dense(self, width, kernel_init, name):
         return Dense(

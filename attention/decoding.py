@@ -1,0 +1,187 @@
+"""Incremental attention: keys and values are kept, and new queries attend to all that were.
+
+A causal decoder computes for position i nothing that a later token could change, so a text can be
+fed some tokens at a time (Shazeer 2019, sec. 2.3): each new token appends its key and value to a
+`Cache` and attends to what is there. The keys are kept as `attend` takes them, before any rotation
+or projection of a part, so that every score and position scheme works; a step of T queries costs
+O(T·S), whatever the number of tokens before it.
+
+    cache = decoding.empty((B,), S, K, D)
+    cache = decoding.append(cache, key, value)                       # [B, T, K, D], [B, T, K, V]
+    out = decoding.attend(mechanism, params, cache, query)           # [B, T, H, D] -> [B, T, H, V]
+
+equals the last T rows of `attention.attend` over the whole text, for every mechanism whose mask
+lets no query see a key that is appended after it. That holds for `Causal()`, for `Causal() & any`,
+and for `Causal() | Prefix(n)` where one call appends the whole prefix. Other masks mean here: of
+the keys they allow, those that were appended so far.
+
+S is the number of slots, those not filled included; other letters as in `attention.parts`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention.attend import attend as attend_all
+from attention.mechanism import Mechanism
+from attention.parts import Array, Params
+
+
+class Cache(NamedTuple):
+    """The keys and values of each example so far; a pytree whose leaves lead with the batch axes.
+
+    Attributes:
+      key: [..., S, K, D], of which the first `length` are filled.
+      value: [..., S, K, V].
+      length: [...] int32, of each example. More than S: tokens were lost, see `append`.
+    """
+
+    key: Array
+    value: Array
+    length: Array
+
+
+def empty(
+    batch: tuple[int, ...],
+    max_length: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    dtype: Any = jnp.float32,
+) -> Cache:
+    """A cache for texts of up to S = max_length tokens: batch axes, K, D, and V (D unless given).
+
+    Raises ValueError where a size is not positive.
+    """
+    value_dim = head_dim if value_dim is None else value_dim
+    sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
+    for name, size in {"max_length": max_length, **sizes}.items():
+        if size < 1:
+            raise ValueError(f"{name} must be 1 or more, got {size}")
+    slots = (*batch, max_length, num_kv_heads)
+    return Cache(
+        jnp.zeros((*slots, head_dim), dtype),
+        jnp.zeros((*slots, value_dim), dtype),
+        jnp.zeros(batch, jnp.int32),
+    )
+
+
+def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None) -> Cache:
+    """The cache with T more keys and values: [..., T, K, D], [..., T, K, V].
+
+    `lengths` [...] int, 0 to T, tells how many of an example's T are real, all unless given: with
+    it a batch of prompts of different lengths is appended at once. What comes after those is
+    invisible and will be written over.
+
+    A cache is never wrapped around, and what it holds stays: what comes beyond slot S is lost.
+    Where that is known (T > S, or the lengths are not traced) it raises; otherwise `length` exceeds
+    S and all that `attend` returns for the example from now on is NaN.
+
+    Raises ValueError where the shapes or dtypes do not fit, or the cache is known to be too short.
+    """
+    key, value = jnp.asarray(key), jnp.asarray(value)
+    *batch, S, _, _ = cache.key.shape
+    T = key.shape[-3] if key.ndim > 2 else 0
+    for name, new, old in (("key", key, cache.key), ("value", value, cache.value)):
+        expected = (*batch, T, *old.shape[-2:])
+        if new.shape != expected or T == 0 or new.dtype != old.dtype:
+            raise ValueError(
+                f"{name} must be {old.dtype} [..., T, {', '.join(map(str, old.shape[-2:]))}] with "
+                f"batch axes {tuple(batch)}, as the cache, and T ≥ 1 as in the other; got "
+                f"{new.dtype} {new.shape}"
+            )
+    length = cache.length + jnp.asarray(T if lengths is None else lengths, jnp.int32)
+    longest = 0 if lengths is not None else T
+    if not isinstance(length, jax.core.Tracer):
+        longest = int(np.max(length))
+    if longest > S:
+        raise ValueError(
+            f"the cache has {S} slots, but would hold {longest} keys: make it with a larger "
+            "max_length"
+        )
+
+    def write(slots, new, start):
+        return slots.at[start + jnp.arange(T)].set(
+            new, mode="drop", unique_indices=True, indices_are_sorted=True
+        )
+
+    for _ in batch:
+        write = jax.vmap(write)
+    written = (write(cache.key, key, cache.length), write(cache.value, value, cache.length))
+    return Cache(*written, length)
+
+
+def positions(cache: Cache, count: int) -> Array:
+    """Where the next `count` tokens of each example will stand: [..., count] int32."""
+    return cache.length[..., None] + jnp.arange(count, dtype=jnp.int32)
+
+
+def attend(
+    mechanism: Mechanism,
+    params: Params,
+    cache: Cache,
+    query: Array,
+    *,
+    lengths: Array | None = None,
+    query_positions: Array | None = None,
+    mask: Array | None = None,
+    **options: Any,
+) -> Any:
+    """Attention of the queries whose keys were appended last, to all that is in the cache.
+
+    Args:
+      mechanism, params: as for `attention.attend`.
+      cache: after `append`.
+      query: [..., T, H, D], those that belong to the keys of the last `append`.
+      lengths: [...] int, what `append` was given.
+      query_positions: [..., T] int; unless given, the slots of the last T (or `lengths`) keys. For
+        queries that appended nothing (cross-attention to a kept context) they must be given
+        wherever the mechanism looks at them.
+      mask: bool, broadcastable to [..., H, T, S], True = may attend; slots not filled are invisible
+        in any case.
+      options: the other arguments of `attention.attend`. Whatever tells of keys tells of all S
+        slots: bias [..., H, T, S], key_positions and key_segments [..., S]. Of keys the cache knows
+        only how many there are: key_positions are 0, 1, 2 ... unless given, key_lengths are
+        `cache.length` where the mask reads them, and segments of keys must be given with those of
+        the queries, for tokens appended earlier too.
+
+    Returns:
+      What `attention.attend` does: out [..., T, H, V], or (out, aux). NaN for an example with more
+      tokens than slots.
+
+    Raises:
+      ValueError: as `attention.attend`; and for query_segments without key_segments.
+    """
+    query = jnp.asarray(query)
+    S, T = cache.key.shape[-3], query.shape[-3] if query.ndim > 2 else 0
+    if options.get("query_segments") is not None and options.get("key_segments") is None:
+        raise ValueError(
+            "query_segments were given without key_segments: a cache does not keep the segments of "
+            f"its keys; pass those of all {S} slots, [..., {S}]"
+        )
+    if query_positions is None:
+        start = cache.length - (T if lengths is None else jnp.asarray(lengths, jnp.int32))
+        query_positions = positions(cache._replace(length=start), T)
+    if options.get("key_positions") is None:
+        options["key_positions"] = jnp.arange(S, dtype=jnp.int32)
+    if options.get("key_lengths") is None and isinstance(mechanism, Mechanism):
+        if any("key_lengths" in names for names in mechanism.mask.needs):
+            options["key_lengths"] = cache.length
+    filled = jnp.arange(S) < cache.length[..., None, None, None]
+    done = attend_all(
+        mechanism,
+        params,
+        query,
+        cache.key,
+        cache.value,
+        query_positions=query_positions,
+        mask=filled if mask is None else filled & mask,
+        **options,
+    )
+    lost = (cache.length > S)[..., None, None, None]
+    if options.get("aux"):
+        out, aux = done
+        return jnp.where(lost, jnp.nan, out), aux
+    return jnp.where(lost, jnp.nan, done)

@@ -1,0 +1,770 @@
+"""Decoding step by step equals the full pass, for every part; and search finds what it says."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attention.nn.blocks
+from attention import Mechanism, decoding, masks, normalizers, positions, scores, search
+from attention.mechanism import params_shape
+from attention.models import EncoderDecoder, LanguageModel
+from attention.nn import MultiHeadAttention, Stack, TransformerConfig
+
+KEY = jax.random.key(0)
+B, T, S, H, K, D, V = 2, 7, 9, 4, 2, 4, 3
+
+SCORES = [
+    scores.ScaledDot(), scores.Dot(), scores.General(), scores.Additive(3), scores.Location(T),
+    scores.Cosine(), scores.Gaussian(), scores.Scale(scores.Dot(), 0.3),
+    scores.Temperature(scores.General()), scores.SoftCap(scores.ScaledDot(), 2.0),
+]  # fmt: skip
+POSITIONS = [
+    positions.NoPE(), positions.Sinusoidal(), positions.Learned(T), positions.RoPE(),
+    positions.RoPE(scaling=positions.Linear(4)), positions.RoPE(scaling=positions.NTK(4)),
+    positions.RoPE(scaling=positions.YaRN(4, original_length=3), fraction=0.5),
+    positions.XPos(scale_base=4.0), positions.Shaw(2, stddev=1.0),
+    positions.Shaw(2, value_side=True, stddev=1.0), positions.T5(8, 6, stddev=1.0),
+    positions.T5(6, 5, bidirectional=False, stddev=1.0), positions.ALiBi(), positions.KerpleLog(),
+    positions.KerplePower(), positions.FIRE(4, threshold=3.0), positions.CoPE(3, stddev=1.0),
+    positions.CoPE(2, stddev=1.0) + positions.RoPE(),
+]  # fmt: skip
+CAUSAL = masks.Causal()
+MASKS = [
+    CAUSAL, masks.SlidingWindow(2, 0), CAUSAL & masks.SlidingWindow(3), CAUSAL | masks.Prefix(2),
+    CAUSAL | masks.Prefix(), CAUSAL & masks.Padding(), CAUSAL & masks.Segments(),
+    CAUSAL & masks.BlockLocal(3), CAUSAL & masks.Dilated(2), CAUSAL & ~masks.BlockLocal(2),
+]  # fmt: skip
+NORMALIZERS = [
+    normalizers.Softmax(), normalizers.SoftmaxOffByOne(), normalizers.LearnedSink(),
+    normalizers.Sigmoid(), normalizers.SquaredReLU(), normalizers.Sparsemax(),
+    normalizers.Entmax15(), normalizers.Hardmax(),
+]  # fmt: skip
+# Every part once, in company; and each with a causal softmax of scaled dot products.
+MECHANISMS = [
+    Mechanism(
+        SCORES[i],
+        POSITIONS[i] + POSITIONS[-1 - i] if i < len(POSITIONS) - len(SCORES) else POSITIONS[i],
+        MASKS[i % len(MASKS)],
+        NORMALIZERS[i % len(NORMALIZERS)],
+    )
+    for i in range(len(SCORES))
+]
+ALONE = [
+    *(Mechanism(score=part, mask=CAUSAL) for part in SCORES),
+    *(Mechanism(position=part, mask=CAUSAL) for part in POSITIONS),
+    *(Mechanism(mask=part) for part in MASKS),
+    *(Mechanism(normalizer=part, mask=CAUSAL) for part in NORMALIZERS),
+]
+
+
+def test_every_part_is_decoded_here():
+    def parts_of(part):
+        yield type(part)
+        for value in vars(part).values():
+            for inner in value if isinstance(value, tuple) else (value,):
+                if dataclasses.is_dataclass(inner):
+                    yield from parts_of(inner)
+
+    for kind, module in (
+        ("score", scores), ("position", positions), ("mask", masks), ("normalizer", normalizers)
+    ):  # fmt: skip
+        here = {cls for m in MECHANISMS for cls in parts_of(getattr(m, kind))}
+        there = {
+            cls
+            for name, cls in vars(module).items()
+            if isinstance(cls, type) and cls.__module__ == module.__name__
+            if not name.startswith("_")
+        }
+        assert there - here <= {masks.Full}, kind
+
+
+def random(shape, seed, dtype=None):
+    """NumPy's: JAX would compile for each shape."""
+    numbers = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(numbers, dtype)
+
+
+def filled(shapes, seed=0, scale=0.5):
+    """Random arrays of those shapes: parameters, without compiling their init."""
+    leaves, structure = jax.tree.flatten(shapes)
+    keys = range(100 * seed, 100 * seed + len(leaves))
+    return structure.unflatten(
+        scale * random(leaf.shape, key, leaf.dtype) for leaf, key in zip(leaves, keys, strict=True)
+    )
+
+
+def params_of(mechanism, num_heads, head_dim, value_dim=None):
+    return filled(params_shape(mechanism, num_heads, head_dim, value_dim or head_dim))
+
+
+def needs(mechanism, name):
+    return any(name in names for names in mechanism.mask.needs)
+
+
+@pytest.mark.parametrize(
+    "mechanism, prompts",
+    [(mechanism, False) for mechanism in MECHANISMS]
+    + [pytest.param(mechanism, True, marks=pytest.mark.slow) for mechanism in ALONE],
+    ids=str,
+)
+def test_decoding_equals_the_full_pass(mechanism, prompts, x64):
+    """Prompts of different lengths, then one by one; `prompts`: looks at those rows as well."""
+    query, key, value = arrays = [
+        random(shape, i) for i, shape in enumerate([(B, T, H, D), (B, T, K, D), (B, T, K, V)])
+    ]
+    params = params_of(mechanism, H, D, V)
+    data, of_slots = {}, {}
+    if needs(mechanism, "prefix_lengths"):
+        data["prefix_lengths"] = jnp.array([1, 2])
+    segments = jnp.array([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2, 2]])
+    segmented = needs(mechanism, "query_segments")
+    if segmented:
+        of_slots = {"key_segments": jnp.pad(segments, ((0, 0), (0, S - T)))}
+    lengths = {"key_lengths": jnp.array([T, T])} if needs(mechanism, "key_lengths") else {}
+    prompt = np.array([3, 2])
+
+    def attend(params, cache, at, rows, **options):
+        own = {"query_segments": jnp.take_along_axis(segments, at, 1)} if segmented else {}
+        return decoding.attend(
+            mechanism, params, cache, rows[0], **data, **of_slots, **own, **options
+        )  # fmt: skip
+
+    @jax.jit
+    def run(params):
+        cache = decoding.empty((B,), S, K, D, V, dtype=jnp.float64)
+        # What is not filled yet must not be looked at.
+        cache = cache._replace(key=cache.key * jnp.nan, value=cache.value * jnp.nan)
+        at, rows = jnp.broadcast_to(jnp.arange(3), (B, 3)), [x[:, :3] for x in arrays]
+        cache = decoding.append(cache, *rows[1:], prompt)
+        first = attend(params, cache, at, rows, lengths=prompt) if prompts else None
+
+        def step(cache, _):
+            at = cache.length[:, None]
+            rows = [jnp.take_along_axis(x, at[..., None, None], axis=1) for x in arrays]
+            cache = decoding.append(cache, *rows[1:])
+            return cache, attend(params, cache, at, rows)[:, 0]
+
+        cache, rest = jax.lax.scan(step, cache, None, length=T - 3)
+        own = {"query_segments": segments} if segmented else {}
+        full = attention.attend(mechanism, params, query, key, value, **data, **lengths, **own)
+        return cache.length, first, jnp.moveaxis(rest, 0, 1), full
+
+    length, first, rest, full = run(params)
+    np.testing.assert_array_equal(length, prompt + T - 3)
+    for b, n in enumerate(prompt):
+        np.testing.assert_allclose(rest[b], full[b, n : n + T - 3], atol=1e-12, rtol=1e-9)
+        if prompts:
+            np.testing.assert_allclose(first[b, :n], full[b, :n], atol=1e-12, rtol=1e-9)
+    assert np.abs(full).max() > 0.1
+
+
+def test_bias_mask_and_positions_of_the_slots_are_passed_on():
+    mechanism = Mechanism(position=positions.ALiBi())
+    query, key, value = (
+        random(s, i) for i, s in enumerate([(1, 3, H, D), (1, 3, K, D), (1, 3, K, V)])
+    )
+    params = params_of(mechanism, H, D, V)
+    bias, mask = random((H, 3, S), 4), (random((3, S), 5) > 0).at[:, 0].set(True)
+    at = jnp.array([5, 1, 3])
+
+    @jax.jit
+    def run():
+        cache = decoding.append(decoding.empty((1,), S, K, D, V), key, value)
+        by_slots = decoding.attend(
+            mechanism, params, cache, query, bias=bias, mask=mask, query_positions=at,
+            key_positions=jnp.pad(at, (0, S - 3)), aux=("weights",),
+        )  # fmt: skip
+        return *by_slots, attention.attend(
+            mechanism, params, query, key, value, bias=bias[..., :3], mask=mask[..., :3],
+            query_positions=at, key_positions=at,
+        )  # fmt: skip
+
+    out, aux, expected = run()
+    np.testing.assert_allclose(out, expected, atol=1e-6)
+    assert aux["weights"].shape == (1, H, 3, S) and not aux["weights"][..., 3:].any()
+
+
+def test_a_cache_without_batch_axes_maps_over_them():
+    mechanism = Mechanism(mask=CAUSAL)
+    params = params_of(mechanism, H, D)
+    query, key = random((5, 2, H, D), 0), random((5, 2, K, D), 1)
+
+    def one(cache, query, key):
+        cache = decoding.append(cache, key, key)
+        return decoding.attend(mechanism, params, cache, query), cache
+
+    mapped = jax.jit(jax.vmap(one, (None, 0, 0)))
+    alone = mapped(decoding.empty((), 4, K, D), query, key)
+    batched = jax.jit(one)(decoding.empty((5,), 4, K, D), query, key)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), alone, batched)
+
+
+def test_a_full_cache_keeps_what_it_holds_and_is_seen():
+    mechanism = Mechanism(mask=CAUSAL)
+    params = params_of(mechanism, K, D)
+    x = random((2, 2, K, D), 0)
+    with pytest.raises(ValueError, match="3 slots, but would hold 4"):
+        decoding.append(decoding.empty((1,), 3, K, D), *[random((1, 4, K, D), 0)] * 2)
+    cache = decoding.append(decoding.empty((2,), 3, K, D), x, x, jnp.array([2, 1]))
+    with pytest.raises(ValueError, match="larger max_length"):
+        decoding.append(cache, x, x)
+
+    @jax.jit
+    def step(cache):
+        new = decoding.append(cache, 2 * x, 2 * x)
+        return new, decoding.attend(mechanism, params, new, x)
+
+    new, out = step(cache)
+    np.testing.assert_array_equal(new.length, [4, 3])
+    np.testing.assert_array_equal(new.key[0], jnp.concatenate([x[0], 2 * x[0, :1]]))
+    np.testing.assert_array_equal(new.key[1], jnp.concatenate([x[1, :1], 2 * x[1]]))
+    assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
+    assert np.isnan(step(new)[1]).all()
+    # Padding beyond the last slot is no token: a prompt that fits is whole.
+    last, out = step(decoding.append(decoding.empty((2,), 3, K, D), x[:, :1], x[:, :1]))
+    assert np.isfinite(out).all()
+    padded = jax.jit(decoding.append)(last._replace(length=last.length - 1), x, x, jnp.ones(2, int))
+    np.testing.assert_array_equal(padded.length, 3)
+    np.testing.assert_array_equal(padded.key[:, 2], x[:, 0])
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda c, p, x: decoding.append(c, x[0], x), "key must be"),
+    (lambda c, p, x: decoding.append(c, x, x[:, :, :1]), "value must be"),
+    (lambda c, p, x: decoding.append(c, x.astype(jnp.bfloat16), x), "key must be float32"),
+    (lambda c, p, x: decoding.empty((1,), 0, K, D), "max_length must be 1 or more"),
+    (lambda c, p, x: decoding.attend(
+        Mechanism(mask=masks.Segments()), p, c, x, query_segments=jnp.zeros(1, int)
+    ), "without key_segments"),
+    (lambda c, p, x: decoding.attend(Mechanism(mask=masks.Segments()), p, c, x), "query_segments"),
+    (lambda c, p, x: decoding.attend(Mechanism(mask=masks.Prefix()), p, c, x), "prefix_lengths"),
+    (lambda c, p, x: decoding.attend("dot", p, c, x), "must be an attention.Mechanism"),
+])  # fmt: skip
+def test_what_does_not_fit_a_cache_is_refused(call, message):
+    params = params_of(Mechanism(), K, D)
+    with pytest.raises(ValueError, match=message):
+        call(decoding.empty((1,), 1, K, D), params, random((1, 1, K, D), 0))
+
+
+def test_a_step_costs_the_slots_and_not_the_tokens():
+    mechanism = Mechanism(scores.Additive(4), positions.RoPE(), CAUSAL)
+    params = params_of(mechanism, H, 8)
+    query, key = random((1, 1, H, 8), 0), random((1, 1, K, 8), 1)
+
+    @jax.jit
+    def step(cache):
+        cache = decoding.append(cache, key, key)
+        return cache, decoding.attend(mechanism, params, cache, query)
+
+    def flops(slots):  # of the one program for every number of tokens
+        cache = decoding.empty((1,), slots, K, 8)
+        compiled = step.lower(cache).compile()
+        for _ in range(2):
+            cache, _ = compiled(cache)
+        assert cache.length == 2
+        return compiled.cost_analysis()["flops"]
+
+    once, twice = flops(128), flops(256)
+    assert once > 128 * H * 8 * 2
+    np.testing.assert_allclose(twice, 2 * once, rtol=0.05)
+
+
+# Modules and models.
+
+SMALL = TransformerConfig(vocab_size=11, model_dim=16, num_layers=2, num_heads=4, init_stddev=0.3)
+
+
+def config(position, scan, num_kv_heads=None, norm="pre", mask=CAUSAL):
+    return dataclasses.replace(
+        SMALL, scan_layers=scan, num_kv_heads=num_kv_heads, norm=norm,
+        decoder=Mechanism(position=position, mask=mask),
+        encoder=Mechanism(position=position, mask=masks.Padding()),
+        cross=Mechanism(position=positions.T5(8, 6, stddev=1.0), mask=masks.Padding()),
+    )  # fmt: skip
+
+
+CONFIGS = [
+    config(positions.RoPE() + positions.Sinusoidal(), True, num_kv_heads=2, norm="post"),
+    config(positions.Learned(8, stddev=0.3) + positions.T5(8, 6), False, num_kv_heads=1),
+    config(positions.XPos(), True),
+]
+
+
+def tokens(*shape):
+    return jnp.asarray(np.random.default_rng(0).integers(3, 11, shape))
+
+
+def variables_of(model, *args, seed=0):
+    return filled(jax.eval_shape(model.init, KEY, *args), seed, 0.3)
+
+
+def texts_by_step(model, variables, state, text, prompt, chunk):
+    """Logits [B, T, vocab] of the prompts at once, and then of `chunk` tokens at a time."""
+    count = max(prompt)
+
+    def feed(state, tokens, lengths=None):
+        return model.apply(variables, state, tokens, lengths, method="step")
+
+    first, state = feed(state, text[:, :count], jnp.array(prompt))
+
+    def step(state, _):
+        at = state.self_attention.length[:, :1] + jnp.arange(chunk)
+        logits, state = feed(state, jnp.take_along_axis(text, at, axis=1))
+        return state, logits
+
+    _, rest = jax.lax.scan(step, state, None, length=(text.shape[1] - count) // chunk)
+    return first, jnp.moveaxis(rest, 0, 1).reshape(*first.shape[:1], -1, first.shape[-1])
+
+
+def assert_rows(first, rest, full, prompt):
+    for b, n in enumerate(prompt):
+        got = np.concatenate([first[b, :n], rest[b]])
+        np.testing.assert_allclose(got, full[b, : len(got)], atol=2e-5)
+
+
+PROMPT = (3, 2)
+
+
+def some(*fast):
+    """All configs, the others marked as slow."""
+    return pytest.mark.parametrize(
+        "config",
+        [
+            pytest.param(c, marks=() if i in fast else pytest.mark.slow)
+            for i, c in enumerate(CONFIGS)
+        ],
+        ids=lambda c: str(c.decoder.position),
+    )
+
+
+@some(1)
+def test_a_language_model_steps_as_it_passes(config):
+    model, text = LanguageModel(config), tokens(2, 8)
+
+    @jax.jit
+    def run(variables):
+        state = model.apply(variables, 2, 8, method="start")
+        by_step = texts_by_step(model, variables, state, text, PROMPT, chunk=2)
+        return state, by_step, model.apply(variables, text)
+
+    state, (first, rest), full = run(variables_of(model, text))
+    assert all(leaf.shape[:2] == (2, 2) for leaf in jax.tree.leaves(state))
+    assert_rows(first, rest, full, PROMPT)
+
+
+@some(0)
+def test_an_encoder_decoder_steps_as_it_passes(config):
+    model, source, text = EncoderDecoder(config), tokens(2, 6), tokens(2, 8)[::-1]
+    lengths = jnp.array([6, 4])
+
+    @jax.jit
+    def run(variables):
+        state = model.apply(variables, source, lengths, 8, method="start")
+        by_step = texts_by_step(model, variables, state, text, PROMPT, chunk=1)
+        return state, by_step, model.apply(variables, source, text, lengths)
+
+    state, (first, rest), full = run(variables_of(model, source, text, lengths))
+    assert all(leaf.shape[:2] == (2, 2) for leaf in jax.tree.leaves(state))
+    assert state.cross_attention.key.shape[2] == 6
+    assert_rows(first, rest, full, PROMPT)
+
+
+def test_models_of_several_seeds_step_under_vmap():
+    model, text = LanguageModel(CONFIGS[0]), tokens(1, 3)
+
+    @jax.jit
+    @jax.vmap
+    def run(variables):
+        state = model.apply(variables, 1, 3, method="start")
+        logits, _ = model.apply(variables, state, text, method="step")
+        return logits, model.apply(variables, text)
+
+    seeds = [variables_of(model, text, seed=seed) for seed in range(3)]
+    by_step, full = run(jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds))
+    np.testing.assert_allclose(by_step, full, atol=2e-5)
+    assert not np.allclose(full[0], full[1])
+
+
+def test_weights_of_a_step_are_sown_and_segments_are_one_text():
+    mask = CAUSAL & masks.Segments()
+    model, text = LanguageModel(config(positions.RoPE(), True, mask=mask)), tokens(2, 3)
+
+    @jax.jit
+    def run(variables):
+        state = model.apply(variables, 2, 5, method="start")
+        step = model.apply(variables, state, text, method="step", mutable=("intermediates",))
+        return step, model.apply(
+            variables, text, segments=jnp.zeros_like(text), mutable=("intermediates",)
+        )
+
+    plain = LanguageModel(config(positions.RoPE(), True))
+    ((by_step, _), sown), (full, expected) = run(variables_of(plain, text))
+    np.testing.assert_allclose(by_step, full, atol=2e-5)
+    found, expected = (
+        x["intermediates"]["decoder"]["layers"]["self_attention"]["weights"][0]
+        for x in (sown, expected)
+    )
+    np.testing.assert_allclose(found[..., :3], expected, atol=1e-6)
+    assert found.shape == (2, 2, 4, 3, 5) and not found[..., 3:].any()
+
+
+def test_a_text_too_long_for_the_state_is_refused_or_nan():
+    model, text = LanguageModel(CONFIGS[1]), tokens(2, 3)
+    variables = variables_of(model, text)
+    state = jax.jit(lambda v: model.apply(v, 2, 4, method="start"))(variables)
+    step = jax.jit(lambda state: model.apply(variables, state, text, method="step"))
+    logits, state = step(state)
+    assert np.isfinite(logits).all()
+    assert np.isnan(step(state)[0]).all()
+    with pytest.raises(ValueError, match="4 slots, but would hold 5"):
+        jax.eval_shape(
+            lambda v: model.apply(
+                v, model.apply(v, 2, 4, method="start"), tokens(2, 5), method="step"
+            ),
+            variables,
+        )
+
+
+def test_a_module_keeps_a_context_and_refuses_what_a_cache_cannot_hold():
+    x, context = random((2, 3, 8), 0), random((2, 4, 8), 1)
+    module = MultiHeadAttention(2, Mechanism(scores.Additive(3), mask=masks.Padding()), value_dim=3)
+    lengths = jnp.array([4, 2])
+    shapes = jax.eval_shape(functools.partial(module.init, key_lengths=lengths), KEY, x, context)
+    variables = filled(shapes)
+
+    @jax.jit
+    def run():
+        kept = module.apply(variables, context, lengths, method="keep")
+        full = module.apply(variables, x, context, key_lengths=lengths)
+        return kept, module.apply(variables, x, kept), full
+
+    kept, out, full = run()
+    assert kept.value.shape == (2, 4, 2, 3)
+    np.testing.assert_allclose(out, full, atol=1e-6)
+    cache = decoding.empty((2,), 4, 2, 4, 3)
+    with pytest.raises(ValueError, match="goes without a context"):
+        module.apply(variables, x, context, cache=cache)
+    with pytest.raises(ValueError, match="without key_positions"):
+        module.apply(variables, x, cache=cache, query_positions=jnp.arange(3))
+    stack = Stack(SMALL, SMALL.decoder)
+    with pytest.raises(ValueError, match="the memory is in the state"):
+        state = decoding.empty((2, 2), 3, 4, 4)
+        state = attention.nn.blocks.DecoderState(state)
+        jax.eval_shape(stack.init, KEY, jnp.ones((2, 1, 16)), jnp.ones((2, 1, 16)), state=state)
+
+
+# Search, on models given by a table: logits of every history.
+
+VOCAB, HORIZON, END, PAD = 3, 4, 2, 0
+NODES = sum(VOCAB**t for t in range(HORIZON))
+
+
+def tree_step(table):
+    """A model whose logits depend on all tokens so far: the node of a tree, begin at its root."""
+
+    def step(state, tokens):
+        node = jnp.where(state["node"] < 0, 0, VOCAB * state["node"] + tokens + 1)
+        return table[state["example"], node], state | {"node": node}
+
+    return step
+
+
+def tree_state(batch):
+    return {"node": jnp.full(batch, -1), "example": jnp.arange(batch)}
+
+
+@functools.partial(jax.jit, static_argnames=("beam",))
+def run_beam(table, alpha, beam):
+    batch = len(table)
+    return search.beam_search(
+        tree_step(table), tree_state(batch), jnp.ones(batch, int), HORIZON, END, beam, alpha
+    )
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    top = x.max(-1, keepdims=True)
+    return x - top - np.log(np.exp(x - top).sum(-1, keepdims=True))
+
+
+def extend(table, found):
+    """[(tokens, log-probability)] -> the same, each with every next token."""
+    for sequence, log_prob in found:
+        node = functools.reduce(lambda node, token: VOCAB * node + token + 1, sequence, 0)
+        each = log_softmax(table[node])
+        for token in range(VOCAB):
+            yield (*sequence, token), log_prob + each[token]
+
+
+def score_of(item, alpha):
+    return item[1] / ((5 + len(item[0])) / 6) ** alpha
+
+
+def beam_by_hand(table, beam, alpha):
+    """Beam search that never stops early; with a beam of any size it enumerates all."""
+    live, finished = [((), 0.0)], []
+    for _ in range(HORIZON):
+        best = sorted(extend(table, live), key=lambda item: -item[1])[:beam]
+        finished += [item for item in best if item[0][-1] == END]
+        live = [item for item in best if item[0][-1] != END]
+    found = sorted(finished + live, key=lambda item: -score_of(item, alpha))[:beam]
+    return [(sequence, score_of((sequence, p), alpha)) for sequence, p in found]
+
+
+def assert_beams(got, expected):
+    for b, each in enumerate(expected):
+        for i, (sequence, score) in enumerate(each):
+            n = len(sequence)
+            assert got.lengths[b, i] == n
+            np.testing.assert_array_equal(got.tokens[b, i, :n], sequence)
+            assert (got.tokens[b, i, n:] == PAD).all()
+            np.testing.assert_allclose(got.scores[b, i], score, rtol=1e-5, atol=1e-6)
+        assert (got.scores[b, len(each) :] == -np.inf).all()
+        assert (got.lengths[b, len(each) :] == 0).all()
+        assert (got.tokens[b, len(each) :] == PAD).all()
+
+
+ALPHAS = (0.0, 0.6, 2.0, -3.0)
+TABLE = 2 * random((4, NODES, VOCAB), 5)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_a_wide_beam_enumerates_all_sequences(alpha):
+    got = run_beam(TABLE, alpha, 60)
+    every = [
+        sequence
+        for n in range(1, HORIZON + 1)
+        for sequence in itertools.product(range(VOCAB), repeat=n)
+        if END not in sequence[:-1] and (sequence[-1] == END or n == HORIZON)
+    ]
+    assert len(every) < 60
+    expected = []
+    for table in np.asarray(TABLE, np.float64):
+        probs = []
+        for sequence in every:
+            log_prob, node = 0.0, 0
+            for token in sequence:
+                log_prob += log_softmax(table[node])[token]
+                node = VOCAB * node + token + 1
+            probs.append((sequence, score_of((sequence, log_prob), alpha)))
+        expected.append(sorted(probs, key=lambda item: -item[1]))
+    assert_beams(got, expected)
+    if alpha == 0:
+        np.testing.assert_allclose(np.exp(got.scores).sum(1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("beam", [1, 3])
+def test_stopping_early_changes_no_result(alpha, beam):
+    # Once begun all but certain: so that a live sequence comes from behind, by its length.
+    table = 6 * random((100, NODES, VOCAB), 6)
+    table = table.at[:50, 0].multiply(0.2)
+    expected = [beam_by_hand(each, beam, alpha) for each in np.asarray(table, np.float64)]
+    # Each example in a loop of its own, which no other keeps going.
+    alone = jax.vmap(functools.partial(run_beam, beam=beam), (0, None))(table[:, None], alpha)
+    assert_beams(jax.tree.map(lambda x: x[:, 0], alone), expected)
+    assert_beams(run_beam(table, alpha, beam), expected)
+
+
+def test_a_beam_of_one_is_greedy():
+    table = 2 * random((40, NODES, VOCAB), 7)
+    found = jax.jit(
+        lambda: search.greedy(tree_step(table), tree_state(40), jnp.ones(40, int), HORIZON, END)
+    )()
+    for alpha in (0.0, 2.0):
+        beams = run_beam(table, alpha, 1)
+        np.testing.assert_array_equal(beams.tokens[:, 0], found.tokens)
+        np.testing.assert_array_equal(beams.lengths[:, 0], found.lengths)
+        score = found.log_probs / ((5 + found.lengths) / 6) ** alpha
+        np.testing.assert_allclose(beams.scores[:, 0], score, rtol=1e-5)
+    assert len(set(np.asarray(found.lengths).tolist())) == HORIZON
+    assert (found.tokens[found.lengths == 1] == jnp.array([END, PAD, PAD, PAD])).all()
+
+
+def test_ties_go_to_the_earlier_and_the_lower():
+    got = run_beam(jnp.zeros((1, NODES, VOCAB)), 0.0, 3)
+    np.testing.assert_array_equal(got.tokens[0], [[2, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0]])
+    np.testing.assert_allclose(got.scores[0], -np.log(3) * np.arange(1, 4), rtol=1e-6)
+    zeros = jnp.zeros((1, NODES, VOCAB))
+    found = search.greedy(tree_step(zeros), tree_state(1), jnp.ones(1, int), 3, END, pad=7)
+    np.testing.assert_array_equal(found.tokens, [[0, 0, 0]])
+
+
+def test_impossible_tokens_are_never_found():
+    # After 1 comes the end; nothing else is possible, but in one example nothing is at all.
+    table = jnp.full((2, NODES, VOCAB), -jnp.inf).at[0, 0, 1].set(3.0).at[0, 2, END].set(-4.0)
+    got = run_beam(table, 0.6, 3)
+    np.testing.assert_array_equal(got.tokens[0], [[1, 2, 0, 0], [0] * 4, [0] * 4])
+    np.testing.assert_array_equal(got.scores, [[0, -np.inf, -np.inf], [-np.inf] * 3])
+    np.testing.assert_array_equal(got.lengths, [[2, 0, 0], [0, 0, 0]])
+    step, state, begin = tree_step(table), tree_state(2), jnp.ones(2, int)
+
+    @jax.jit
+    def run():
+        args = (step, state, begin, HORIZON, END)
+        return search.greedy(*args), search.sample(*args, KEY, top_k=2, top_p=0.9)
+
+    for found in run():
+        np.testing.assert_array_equal(found.tokens[0], [1, 2, 0, 0])
+        np.testing.assert_array_equal(found.log_probs, [0, -np.inf])
+
+
+def test_nan_is_seen():
+    got = run_beam(jnp.full((1, NODES, VOCAB), jnp.nan), 0.6, 2)
+    assert np.isnan(got.scores).any()
+    step, begin = tree_step(jnp.full((1, NODES, VOCAB), jnp.nan)), jnp.ones(1, int)
+    assert np.isnan(search.greedy(step, tree_state(1), begin, 2, END).log_probs).all()
+
+
+@pytest.mark.parametrize("find, steps", [
+    (lambda *args: search.greedy(*args), 2),
+    (lambda *args: search.sample(*args, KEY), 2),
+    (lambda *args: search.beam_search(*args, 1), 2),
+    (lambda *args: search.beam_search(*args, 2, 0.0), 3),
+    (lambda *args: search.beam_search(*args, 2, 50.0), 100),
+])  # fmt: skip
+def test_search_stops_when_nothing_better_can_come(find, steps):
+    calls = []
+
+    def step(state, tokens):
+        """The end is all but certain from the second token on, for example 0 from the first."""
+        jax.debug.callback(lambda: calls.append(0))
+        end = (state["time"] > 0) | (state["example"] == 0)
+        logits = jnp.where(end[:, None], jnp.array([0.0, 1.0, 60.0]), jnp.array([0.0, 60.0, 0.0]))
+        return logits, state | {"time": state["time"] + 1}
+
+    state = {"time": jnp.zeros(2, int), "example": jnp.arange(2)}
+    jax.block_until_ready(jax.jit(lambda: find(step, state, jnp.ones(2, int), 100, END))())
+    jax.effects_barrier()
+    assert len(calls) == steps
+
+
+COUNT = 20000
+
+
+@functools.partial(jax.jit, static_argnames=("horizon", "top_k"))
+def draw(table, horizon=1, **options):
+    def step(node, tokens):
+        node = jnp.where(node < 0, 0, table.shape[1] * node + tokens + 1)
+        return table[node], node
+
+    start, begin = jnp.full(COUNT, -1), jnp.zeros(COUNT, int)
+    return search.sample(step, start, begin, horizon, -1, jax.random.key(3), **options)
+
+
+def assert_distribution(found, expected):
+    """Each share is within 4.5 standard deviations of the probability; nothing impossible."""
+    sequences, counts = np.unique(np.asarray(found.tokens), axis=0, return_counts=True)
+    got = {tuple(map(int, s)): n / COUNT for s, n in zip(sequences, counts, strict=True)}
+    for sequence, p in expected.items():
+        assert abs(got.get(sequence, 0) - p) <= 4.5 * np.sqrt(p * (1 - p) / COUNT), sequence
+    assert all(expected.get(sequence, 0) > 0 for sequence in got)
+
+
+LOGITS = np.array([[1.0, -1.0, 0.5, 2.0, -np.inf, 0.5]])
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p, kept", [
+    (1.0, None, 1.0, [3, 0, 2, 5, 1]),
+    (2.5, None, 1.0, [3, 0, 2, 5, 1]),
+    (1.0, None, 0.73, [3, 0]),  # 0.5365 + 0.1974 = 0.7339
+    (1.0, None, 0.74, [3, 0, 2]),
+    (1.0, None, 1e-6, [3]),
+    (1.0, 3, 1.0, [3, 0, 2]),  # of the tied 2 and 5 the lower
+    (0.5, 3, 0.93, [3, 0]),
+])  # fmt: skip
+def test_samples_follow_the_distribution(temperature, top_k, top_p, kept):
+    logits = LOGITS[0] / temperature
+    probs = np.exp(logits) / np.exp(logits).sum()
+    left = probs[np.argsort(-probs, kind="stable")[:top_k]]
+    share = probs[kept] / left.sum()
+    assert share.sum() > top_p - 1e-9 and share[:-1].sum() < top_p  # what is kept reaches p
+    expected = {(token,): probs[token] / probs[kept].sum() for token in kept}
+    found = draw(jnp.array(LOGITS), temperature=temperature, top_k=top_k, top_p=top_p)
+    assert_distribution(found, expected)
+    np.testing.assert_allclose(
+        found.log_probs, log_softmax(LOGITS[0])[found.tokens[:, 0]], rtol=1e-5
+    )
+
+
+def test_samples_of_several_tokens_follow_the_joint_distribution():
+    table = 1.5 * random((4, 3), 8)
+    log_probs = log_softmax(table)
+    found = draw(table, horizon=2)
+    expected = {
+        (a, b): np.exp(log_probs[0, a] + log_probs[a + 1, b])
+        for a, b in itertools.product(range(3), repeat=2)
+    }
+    assert_distribution(found, expected)
+    assert (found.lengths == 2).all()
+    rescored = np.log([expected[tuple(map(int, s))] for s in found.tokens])
+    np.testing.assert_allclose(found.log_probs, rescored, rtol=1e-5)
+
+
+def test_what_a_row_samples_does_not_depend_on_the_others():
+    table = random((6, NODES, VOCAB), 9)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(batch, seed=1):
+        key, begin = jax.random.key(seed), jnp.ones(batch, int)
+        return search.sample(tree_step(table), tree_state(batch), begin, HORIZON, END, key)
+
+    jax.tree.map(lambda all, some: np.testing.assert_allclose(all[:3], some), run(6), run(3))
+    assert not np.array_equal(run(6).tokens, run(6, seed=2).tokens)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"begin": jnp.ones((2, 1), int)}, "begin must be"),
+    ({"begin": jnp.ones(2)}, "begin must be"),
+    ({"max_length": 0}, "max_length must be"),
+    ({"state": {"node": jnp.zeros(()), "example": jnp.arange(2)}}, r"state\['node'\] is \(\)"),
+    ({"step": lambda state, tokens: (jnp.ones((2, 1, 3)), state)}, "step must return"),
+    ({"temperature": 0.0}, "temperature must be"),
+    ({"top_k": 0}, "top_k must be"),
+    ({"top_p": 1.5}, "top_p must be"),
+    ({"beam_size": 0}, "beam_size must be"),
+])  # fmt: skip
+def test_bad_searches_are_refused(change, message):
+    args = {
+        "step": tree_step(TABLE), "state": tree_state(2), "begin": jnp.ones(2, int),
+        "max_length": 2, "end": END,
+    }  # fmt: skip
+    find = search.beam_search if "beam_size" in change else search.sample
+    more = {} if "beam_size" in change else {"key": KEY}
+    with pytest.raises(ValueError, match=message):
+        find(**args | more | change)
+
+
+def test_scores_of_beams_are_those_of_the_full_pass():
+    """So the caches of a Transformer follow their beams."""
+    model, source, lengths = EncoderDecoder(CONFIGS[0]), tokens(2, 5), jnp.array([5, 3])
+    horizon, beam, alpha = 5, 3, 0.6
+
+    @jax.jit
+    def run(variables):
+        state = model.apply(variables, source, lengths, horizon, method="start")
+
+        def step(state, tokens):
+            logits, state = model.apply(variables, state, tokens[:, None], method="step")
+            return logits[:, 0], state
+
+        begin = jnp.ones(2, int)
+        beams = search.beam_search(step, state, begin, horizon, END, beam, alpha)
+        inputs = jnp.pad(beams.tokens, ((0, 0), (0, 0), (1, 0)), constant_values=1)[..., :-1]
+        sources, of_sources = (jnp.repeat(x, beam, axis=0) for x in (source, lengths))
+        targets = inputs.reshape(2 * beam, horizon)
+        full = model.apply(variables, sources, targets, of_sources)
+        return beams, full.reshape(2, beam, horizon, -1)
+
+    beams, full = run(variables_of(model, source, source, lengths))
+    each = np.take_along_axis(log_softmax(full), np.asarray(beams.tokens)[..., None], -1)[..., 0]
+    log_probs = np.where(np.arange(horizon) < beams.lengths[..., None], each, 0).sum(-1)
+    score = log_probs / ((5 + beams.lengths) / 6) ** alpha
+    np.testing.assert_allclose(beams.scores, score, atol=1e-4)
+    assert (np.diff(beams.scores) <= 0).all()
+    assert len({tuple(map(int, x)) for x in beams.tokens[0]}) == beam
