@@ -260,7 +260,7 @@ def profile(work: Work) -> dict[str, Any]:
     except ImportError:
         pass
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(10):
+    for _ in range(5):
         for name, (run, own) in contenders.items():
             _settle(lambda run=run, own=own: run(own))
             start = time.perf_counter()

@@ -55,13 +55,13 @@ def train_iterator(source: TrainSource) -> Any:
 
 
 def eval_batches(split: dict[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
-    """A split [n, ...] cut into [batches, batch_size, ...]; what fills the last has weight 0."""
+    """A split [n, ...] cut into [batches, batch_size, ...].
+
+    What fills the last is its last row again, of weight 0: no longer to decode than a real one.
+    """
     count = len(split["weights"])
     batch_size = min(batch_size, count)
-    fill = -count % batch_size
-    return {
-        name: np.concatenate([x, np.zeros((fill, *x.shape[1:]), x.dtype)]).reshape(
-            -1, batch_size, *x.shape[1:]
-        )
-        for name, x in split.items()
-    }
+    rows = np.minimum(np.arange(count + -count % batch_size), count - 1)
+    filled = {name: x[rows] for name, x in split.items()}
+    filled["weights"][count:] = 0
+    return {name: x.reshape(-1, batch_size, *x.shape[1:]) for name, x in filled.items()}

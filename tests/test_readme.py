@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import attention
+from attention.models import EncoderDecoder
+from attention.nn import TransformerConfig
 from experiments import settings, sweep, train
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +77,16 @@ def test_the_score_of_ones_own_runs_tiled():
     # One query and one key differ in as many numbers as they are wide; a long text is tiled.
     long = jax.ShapeDtypeStruct((2048, 2, 64), jnp.float32)
     assert "tiled: runs" in attention.explain(mechanism, long, long, long)
+
+
+def test_the_decoding_example_runs():
+    config = TransformerConfig(7, model_dim=8, num_layers=1, num_heads=2)
+    model, source = EncoderDecoder(config), jnp.ones((2, 3), jnp.int32)
+    scope = {"attention": attention, "model": model, "source": source, "end": 2}
+    scope |= {"source_lengths": jnp.array([3, 2]), "max_length": 5, "begin": jnp.ones(2, jnp.int32)}
+    scope["variables"] = jax.jit(model.init)(jax.random.key(0), source, source)
+    exec(block("beam_search"), scope)
+    assert scope["beams"].tokens.shape == (2, 4, 5)
 
 
 def test_the_config_of_ones_own_is_a_sweep(tmp_path):

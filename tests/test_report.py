@@ -323,7 +323,7 @@ rc = matplotlib.rcParams
 before = {key: rc[key] for key in rc if key != "backend"}  # looking that up imports pyplot
 from experiments import plots, results
 experiment = results.load(sys.argv[1])
-plots._render(plots.axis_plot(experiment, "text", "score"))
+plots.render(plots.axis_plot(experiment, "text", "score"))
 assert "matplotlib.pyplot" not in sys.modules
 assert {key: rc[key] for key in before} == before
 """

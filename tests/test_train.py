@@ -242,7 +242,7 @@ def test_tensorboard_events_on_request(tmp_path):
     assert b"validation/accuracy" in events.read_bytes()
 
 
-@pytest.mark.parametrize("task", ["recall", "reverse"])
+@pytest.mark.parametrize("task", ["recall", pytest.param("reverse", marks=pytest.mark.slow)])
 def test_the_tiled_kernel_trains_as_the_dense_one(tmp_path, task):
     """Causal, padded and cross-attention, weights for the maps among what is asked for."""
     metrics = {}
