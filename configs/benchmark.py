@@ -3,10 +3,10 @@
     python -m experiments.benchmark --config=configs/benchmark.py:kernels --workdir=runs/kernels
 
 `:quick` (the default) takes under a minute on two CPU cores and needs no peer; `:kernels` takes
-about ten and wants torch (extra `peers`); `:choices` is what the choices of `attend` rest on: block
-sizes against the first ones, and from what T on the tiled kernel is the faster. Each comparison is
-timed in one process, the contenders alternating; the first is ours, `at_most` is the ratio of times
-that we want.
+about ten and wants torch (extra `peers`); `:profiles` tells where the time of ours goes; `:choices`
+is what the choices of `attend` rest on: block sizes against the first ones, and from what T on the
+tiled kernel is the faster. Each comparison is timed in one process, the contenders alternating; the
+first is ours, `at_most` is the ratio of times that we want.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ CAUSAL = {"mask": "causal"}
 
 
 def get_config(arg="quick"):
-    suites = {"quick": quick, "kernels": kernels, "choices": choices}
+    suites = {"quick": quick, "kernels": kernels, "profiles": profiles, "choices": choices}
     arg = arg or "quick"
     if arg not in suites:
         raise ValueError(f"the suites are {', '.join(suites)}; got {arg!r}")
@@ -79,14 +79,6 @@ def kernels():
                 other = {"implementation": implementation}
                 sizes = {"length": length, "derivative": derivative}
                 yield versus(title, {}, other, 1.1, **sizes, **CAUSAL)
-    profiled = {
-        "forward, T = 4096": {"length": 4096, **forward},
-        "forward + backward, T = 4096": {"length": 4096, **both},
-        "window 256, T = 16384, both": {**window, "length": 16384, "derivative": "gradient"},
-        "packed, T = 8192, both": {**packed, "length": 8192, "derivative": "gradient"},
-    }
-    for title, work in profiled.items():
-        yield {"title": f"where the time goes: {title}", "profiled": work}
     yield {
         "title": "temporary memory, forward + backward",
         "lengths": (4096, 8192, 16384, 32768, 65536),
@@ -102,6 +94,34 @@ def kernels():
         },
         "resident": True,
     }
+
+
+def profiles():
+    both = {"derivative": "gradient"}
+    works = {
+        "forward, T = 4096": {"length": 4096, **CAUSAL},
+        "forward + backward, T = 1024": {"length": 1024, **both, **CAUSAL},
+        "forward + backward, T = 4096": {"length": 4096, **both, **CAUSAL},
+        "T5, forward + backward, T = 4096": {
+            "length": 4096,
+            "position": "t5(bidirectional=False)",
+            **both,
+            **CAUSAL,
+        },
+        "window 256, forward + backward, T = 16384": {
+            "length": 16384,
+            "mask": "causal & sliding_window(256)",
+            **both,
+        },
+        "16 packed documents, forward + backward, T = 8192": {
+            "length": 8192,
+            "mask": "causal & segments",
+            "documents": 16,
+            **both,
+        },
+    }
+    for title, work in works.items():
+        yield {"title": title, "profiled": work}
 
 
 def choices():

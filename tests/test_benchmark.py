@@ -92,7 +92,7 @@ def test_operations_are_told_apart():
     assert set(by_name.values()) >= {"products", "exponentials", "moves", "rest"}
 
 
-@pytest.mark.parametrize("suite", ["quick", "kernels", "choices"])
+@pytest.mark.parametrize("suite", ["quick", "kernels", "profiles", "choices"])
 def test_every_comparison_of_a_suite_can_be_made(suite):
     for case in config(suite).comparisons:
         one = case.get("contender") or case.get("profiled")
