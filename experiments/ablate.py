@@ -88,7 +88,7 @@ def main(argv):
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     with cli.user_errors():
         flag = flags.FLAGS["config"]
-        path = config_flags.get_config_filename(flag)
+        path, _, _ = config_flags.get_config_filename(flag).partition(":")
         bases, axes = sweep.load(path, _SWEEP.value)
         given = config_flags.get_override_values(flag)
         given = {name.removeprefix("config."): value for name, value in given.items()}

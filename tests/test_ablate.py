@@ -148,8 +148,10 @@ def test_mistakes_about_files(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-def test_a_dry_run_lists_the_cells_and_writes_nothing(config, tmp_path):
-    done = ablate(f"--config={config}", f"--workdir={tmp_path / 'work'}", "--dry_run", "--product")
+@pytest.mark.parametrize("arg", ["", ":any"])
+def test_a_dry_run_lists_the_cells_and_writes_nothing(arg, config, tmp_path):
+    flags = (f"--config={config}{arg}", f"--workdir={tmp_path / 'work'}")
+    done = ablate(*flags, "--dry_run", "--product")
     assert done.returncode == 0, done.stderr
     assert "base.position×rate=" in done.stdout and "1 cells of 2 seeds" in done.stdout
     assert not (tmp_path / "work").exists()
