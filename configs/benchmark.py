@@ -6,7 +6,8 @@
 about ten and wants torch (extra `peers`); `:profiles` tells where the time of ours goes; `:choices`
 is what the choices of `attend` rest on: block sizes against the first ones, and from what T on the
 tiled kernel is the faster. Each comparison is timed in one process, the contenders alternating; the
-first is ours, `at_most` is the ratio of times that we want.
+first is ours, `at_most` is the ratio of times that we want. `--config.only='additive, T = 1024'`
+takes only those of a suite whose title holds that.
 """
 
 from ml_collections import ConfigDict
@@ -20,7 +21,9 @@ def get_config(arg="quick"):
     if arg not in suites:
         raise ValueError(f"the suites are {', '.join(suites)}; got {arg!r}")
     comparisons = tuple(suites[arg]())
-    return ConfigDict({"suite": arg, "seconds": 15.0, "rounds": 30, "comparisons": comparisons})
+    return ConfigDict(
+        {"suite": arg, "only": "", "seconds": 15.0, "rounds": 30, "comparisons": comparisons}
+    )
 
 
 def versus(title, ours, theirs, at_most=None, **both):

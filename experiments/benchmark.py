@@ -305,6 +305,8 @@ def run(config, report: Callable[[str], None] = print) -> dict[str, Any]:
     """Every comparison of a config; `report` gets a line for each."""
     found: dict[str, Any] = {"suite": config.suite, "machine": machine(), "comparisons": []}
     for case in config.comparisons:
+        if config.only not in case["title"]:
+            continue
         entry: dict[str, Any] = {"title": case["title"], "at_most": case.get("at_most")}
         if "contenders" in case:
             works = [Work(**x) for x in case["contenders"]]

@@ -9,6 +9,11 @@ import numpy as np
 from experiments.tasks import Bucketed, Task
 
 
+def shapes(batch: dict[str, np.ndarray]) -> tuple:
+    """Name, shape and dtype of each array: hashable."""
+    return tuple((name, (x.shape, str(x.dtype))) for name, x in batch.items())
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainSource:
     """Training batches by step: [step] -> arrays [seeds, batch_size, ...].
@@ -36,9 +41,9 @@ class TrainSource:
 
     @property
     def shapes(self) -> tuple:
-        """Of each kind of batch, ((name, (shape, dtype)), ...): what a step is compiled for."""
+        """`shapes` of each kind of batch: what a step is compiled for."""
         if not isinstance(self.task, Bucketed):
-            return (tuple((name, (x.shape, str(x.dtype))) for name, x in self[0].items()),)
+            return (shapes(self[0]),)
         seeds = len(self.seeds)
         return tuple(
             tuple((name, ((seeds, *shape), dtype)) for name, (shape, dtype) in bucket.items())

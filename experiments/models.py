@@ -51,7 +51,18 @@ def rnn(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
             "model.architecture='rnn' goes from one sequence to another; the task "
             f"{type(task).__name__} has only one: use 'transformer'"
         )
+    for name in ("num_kv_heads", "head_dim", "mlp_dim", "implementation"):
+        if m[name] is not None:
+            raise ValueError(f"model.{name}={m[name]!r} is about a Transformer: leave it out")
+    for name in ("attention_dropout_rate", "use_bias"):
+        if m[name]:
+            raise ValueError(f"model.{name}={m[name]!r} is about a Transformer: leave it out")
     own, heads = m.rnn, m.num_heads
+    if own.window != "none" and own.attention != "luong":
+        raise ValueError(
+            f"model.rnn.window={own.window!r} is Luong's: set model.rnn.attention='luong', not "
+            f"{own.attention!r}"
+        )
     mechanism = attention.Mechanism(**{**parts, "mask": attention.masks.Padding()})
     windows = {
         "none": None,

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from attention import search
+from experiments.data import shapes
 
 
 class Recipe(NamedTuple):
@@ -95,7 +96,7 @@ def compile_program(
         if dropout_key is not None and recipe.label_smoothing:
             of_all = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
             loss += recipe.label_smoothing * (of_all - loss)
-        # Not by argmax, which takes as long as a product with the table; ties are hits.
+        # The loss needs the largest logit, too, and nothing needs where it is; ties are hits.
         own = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
         hits = (own >= jnp.max(logits, axis=-1)).astype(jnp.float32)
         weights = batch["weights"]
@@ -239,11 +240,6 @@ def seed_map(seeds_impl: str) -> Callable:
 
 def _map(function):
     return lambda *trees: jax.lax.map(lambda args: function(*args), trees)
-
-
-def shapes(tree: dict[str, np.ndarray]) -> tuple:
-    """Name, shape and dtype of each array: hashable."""
-    return tuple((name, (x.shape, str(x.dtype))) for name, x in tree.items())
 
 
 def _structs(shapes):

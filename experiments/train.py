@@ -29,7 +29,6 @@ from experiments.program import (
     compile_program,
     evaluate,
     model_inputs,
-    shapes,
     translator,
 )
 from experiments.progress import Cell, Progress, Stopped
@@ -92,7 +91,7 @@ def train(
         recipe,
         c.seeds_impl,
         source.shapes,
-        tuple((name, shapes(split)) for name, split in splits.items()),
+        tuple((name, data.shapes(split)) for name, split in splits.items()),
         keep_best=translates,
     )
 

@@ -1,7 +1,6 @@
 """Tasks: examples that depend on (seed, index) alone, right answers, no shared examples."""
 
 import collections
-import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -13,6 +12,7 @@ import sysconfig
 import ml_collections
 import numpy as np
 import pytest
+from helpers import one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,17 +38,6 @@ def digest(batch):
     for key, array in sorted(batch.items()):
         parts.update(f"{key}{array.shape}".encode() + array.astype("<i4").tobytes())
     return parts.hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def one_line(error, *words):
-    """Expects `error` with a message of one line that contains all of words."""
-    with pytest.raises(error) as info:
-        yield
-    message = str(info.value)
-    assert "\n" not in message and message
-    for word in words:
-        assert word in message
 
 
 # Hashing

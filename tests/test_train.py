@@ -5,8 +5,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from helpers import Silent
 
-from experiments import checkpoints, data, progress, settings, tasks, train
+from experiments import checkpoints, data, settings, tasks, train
 from experiments import program as programs
 
 
@@ -21,18 +22,6 @@ def tiny(task="recall", **changes):
         steps=6, batch_size=4, seeds=2, log_every=2, eval_every=3, checkpoint_every=2
     )
     return settings.override(config, changes)
-
-
-class Silent(progress.Cell):
-    """Shows nothing; raises at a step on request, as a kill would end the run there."""
-
-    def __init__(self, stop_at=None):
-        super().__init__(progress.Progress(1), "cell")
-        self.stop_at = stop_at
-
-    def step(self, step, loss=None):
-        if step == self.stop_at:
-            raise KeyboardInterrupt
 
 
 def run(config, directory, stop_at=None):
@@ -50,7 +39,7 @@ def program(config):
         programs.Recipe(*(config.optimizer[name] for name in programs.Recipe._fields)),
         c.seeds_impl,
         source.shapes,
-        tuple((name, programs.shapes(split)) for name, split in splits.items()),
+        tuple((name, data.shapes(split)) for name, split in splits.items()),
     )
 
 
@@ -163,6 +152,29 @@ def test_learning_rates_warm_up_and_decay():
     assert (np.diff(rates[:11]) > 0).all() and rates[10] == 1
     assert (np.diff(rates[10:]) < 0).all() and rates[-1] == pytest.approx(0.1, abs=1e-3)
     np.testing.assert_allclose(rates[60], 0.55, atol=1e-6)
+
+
+def test_a_step_smooths_the_targets_and_averages_the_parameters():
+    changes = {"optimizer.label_smoothing": 0.2, "optimizer.ema_decay": 0.9}
+    config = tiny(**changes, **{"model.dropout_rate": 0.0, "train.seeds": 1})
+    task, model = train.build(config)
+    batch = data.TrainSource(task, (0,), config.train.batch_size, 2)[0]
+    built = program(config)
+    state = built.init(np.array([0], np.int32))
+    params = jax.tree.map(np.array, state["params"])  # the step takes the state's own
+    after, metrics = built.step(state, batch, np.float32(0.1))
+    one = jax.tree.map(lambda x: x[0], params)
+    logits = np.asarray(jax.jit(model.apply)(one, batch["inputs"][0]), np.float64)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    own = np.take_along_axis(logp, batch["targets"][0][..., None], axis=-1)[..., 0]
+    loss = -(0.8 * own + 0.2 * logp.mean(-1))
+    weights = batch["weights"][0]
+    np.testing.assert_allclose(metrics["loss"][0], (loss * weights).sum() / weights.sum(), 1e-5)
+    decay = 2 / 11  # after one step
+    for old, new, mean in zip(*(leaves(x) for x in (
+        params, after["params"], after["average"]
+    )), strict=True):  # fmt: skip
+        np.testing.assert_allclose(mean, decay * old + (1 - decay) * new, rtol=1e-5, atol=1e-7)
 
 
 def test_weight_decay_is_for_matrices_and_embeddings_alone():

@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from helpers import Silent
 
-from experiments import progress, results, settings, train, translate
+from experiments import checkpoints, results, settings, train, translate
 
 
 def config(architecture="transformer", **changes):
@@ -21,16 +23,6 @@ def config(architecture="transformer", **changes):
         steps=4, batch_size=8, seeds=2, log_every=2, eval_every=2, checkpoint_every=2
     )
     return settings.override(found, changes)
-
-
-class Silent(progress.Cell):
-    def __init__(self, stop_at=None):
-        super().__init__(progress.Progress(1), "cell")
-        self.stop_at = stop_at
-
-    def step(self, step, loss=None):
-        if step == self.stop_at:
-            raise KeyboardInterrupt
 
 
 def run(config, directory, stop_at=None):
@@ -64,13 +56,20 @@ def test_the_best_parameters_of_each_seed_are_kept(trained):
     directory, _ = trained
     logged = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     judged = [x["validation/bleu"] for x in logged if "validation/bleu" in x][:2]
-    state = train.checkpoints.read_state(directory / "checkpoints")
+    state = checkpoints.read_state(directory / "checkpoints")
     np.testing.assert_allclose(state["best"]["score"], np.max(judged, axis=0), rtol=1e-6)
     assert not np.array_equal(*(np.asarray(x).ravel()[0] for x in _leaves(state)))
 
 
+def test_only_the_seeds_that_are_better_replace_their_best():
+    best = {"params": {"x": np.zeros((2, 3))}, "score": np.array([1.0, 1.0], np.float32)}
+    found = train._better(best, {"x": np.ones((2, 3))}, np.array([2.0, 0.5]))
+    np.testing.assert_array_equal(found["params"]["x"], [[1, 1, 1], [0, 0, 0]])
+    np.testing.assert_array_equal(found["score"], [2, 1])
+
+
 def _leaves(state):
-    pick = train.jax.tree.leaves
+    pick = jax.tree.leaves
     return pick(state["average"])[0], pick(state["params"])[0]
 
 
@@ -90,9 +89,7 @@ def test_a_loaded_model_translates_as_it_did_in_training(trained):
     other = translate.load(directory, seed=1)
     assert any(
         (np.asarray(a) != np.asarray(b)).any()
-        for a, b in zip(
-            *(train.jax.tree.leaves(x.params) for x in (translator, other)), strict=True
-        )
+        for a, b in zip(*(jax.tree.leaves(x.params) for x in (translator, other)), strict=True)
     )
 
 
@@ -160,7 +157,13 @@ def test_an_rnn_wants_two_sequences():
         train.build(own)
     for changes, message in (
         ({"model.rnn.attention": "bahdanu"}, "model.rnn.attention is one of none, bahdanau"),
-        ({"model.rnn.window": "local"}, "model.rnn.window is one of none, local_m"),
+        (
+            {"model.rnn.window": "local", "model.rnn.attention": "luong"},
+            "model.rnn.window is one of none, local_m",
+        ),
+        ({"model.rnn.window": "local_m"}, "is Luong's"),
+        ({"model.rnn.cell": "gru", "model.use_bias": True}, "about a Transformer"),
+        ({"model.rnn.cell": "gru", "model.mlp_dim": 8}, "about a Transformer"),
         ({"model.architecture": "cnn"}, "model.architecture is one of transformer, rnn"),
     ):
         with pytest.raises(ValueError, match=message):

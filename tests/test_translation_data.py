@@ -1,7 +1,6 @@
 """Translation's data: what is read, how it becomes batches, and how translations are scored."""
 
 import collections
-import contextlib
 import dataclasses
 import datetime
 import gzip
@@ -14,6 +13,7 @@ import sys
 import ml_collections
 import numpy as np
 import pytest
+from helpers import one_line
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -27,17 +27,6 @@ def cache(tmp_path, monkeypatch):
     """The user's cache folder, empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "attention"
-
-
-@contextlib.contextmanager
-def one_line(error, *words):
-    """Expects `error` with a message of one line that contains all of words."""
-    with pytest.raises(error) as info:
-        yield
-    message = str(info.value)
-    assert "\n" not in message and message
-    for word in words:
-        assert word in message
 
 
 def write(folder, **files):
