@@ -39,6 +39,7 @@ PARTS = {
     ),
     "local-m": Luong(Mechanism(scores.Location(8), mask=masks.Padding()), window=LocalM(1)),
     "local-p": Luong(window=LocalP(2)),
+    "local-p heads": Luong(DOT, num_heads=2, window=LocalP(2)),
     "local-m heads": Luong(DOT, num_heads=2, window=LocalM(2), input_feeding=True),
 }
 
@@ -114,7 +115,7 @@ def check_passes(part, module):
     assert weights.shape == (B, getattr(part, "num_heads", 1), T, S)
     assert not np.any(np.where(padding[:, None, None], weights, 0))
     total = weights.sum(axis=-1)
-    if part in (PARTS["local-p"], PARTS["local-m"], PARTS["local-m heads"]):
+    if isinstance(getattr(part, "window", None), LocalM | LocalP):
         assert np.all(total < 1 + 1e-5)
     else:
         np.testing.assert_allclose(total, 1, atol=1e-5)
@@ -167,19 +168,32 @@ def decode(p, part, source, tokens):
     p, table, h_tilde, logits = p["decoder"], p["embedding"]["table"], np.zeros(M), []
 
     def read(query, t):
-        a = np.exp(memory @ query)
+        heads = getattr(part, "num_heads", 1)
+        if heads == 1:
+            return read_head(query, memory, memory, t, 0)
+        c = p["cross_attention"]
+        q, k, v = (
+            np.split(x @ c[name]["kernel"], heads, axis=-1)
+            for name, x in (("query", query), ("key", memory), ("value", memory))
+        )
+        each = [read_head(q[h], k[h], v[h], t, h, query) for h in range(heads)]
+        return np.concatenate(each) @ c["out"]["kernel"]
+
+    def read_head(query, key, value, t, head, state=None):
+        a = np.exp(key @ query)
         window = getattr(part, "window", None)
         j = np.arange(len(memory))
         if isinstance(window, LocalM):
             a = a * (abs(j - t) <= window.width)
         if isinstance(window, LocalP):
-            hidden = np.tanh(query @ p["centre"]["hidden"]["kernel"])
-            centre = len(memory) * sigmoid(hidden @ p["centre"]["out"]["kernel"])
+            state = query if state is None else state
+            hidden = np.tanh(state @ p["centre"]["hidden"]["kernel"])
+            centre = len(memory) * sigmoid(hidden @ p["centre"]["out"]["kernel"][:, head])
             a = a * (abs(j - centre) <= window.width)
         a = a / a.sum()
         if isinstance(window, LocalP):
             a = a * np.exp(-((j - centre) ** 2) / (2 * (window.width / 2) ** 2))
-        return a @ memory
+        return a @ value
 
     for t, token in enumerate(tokens):
         x, context = table[token], memory[-1]
@@ -203,6 +217,8 @@ def decode(p, part, source, tokens):
     Luong(DOT),
     Luong(DOT, window=LocalM(3), input_feeding=True),
     Luong(DOT, window=LocalP(2)),
+    Luong(DOT, num_heads=2, window=LocalP(2)),
+    Luong(DOT, num_heads=2, window=LocalM(2)),
 ], ids=str)  # fmt: skip
 def test_the_decoder_is_the_one_of_the_paper(part):
     module = model(part)
@@ -450,7 +466,6 @@ def test_equal_configs_are_equal():
     (lambda: Bahdanau(num_heads=0), "num_heads must be 1 or more, got 0"),
     (lambda: Bahdanau(scores.Dot()), "mechanism must be an attention.Mechanism, got Dot"),
     (lambda: Luong(window=3), "window must be None, LocalM"),
-    (lambda: Luong(window=LocalP(2), num_heads=2), "LocalP .* got num_heads=2"),
     (lambda: LocalM(0), "width counts states to each side, 1 or more; got 0"),
 ])  # fmt: skip
 def test_bad_configs_are_refused(make, message):

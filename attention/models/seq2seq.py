@@ -91,7 +91,7 @@ class LocalP(_Window):
 
     Luong et al. 2015, eq. 9 and 10 (local-p). States with |j − p_t| > width are not seen; S is the
     length of the text without padding. The Gaussian multiplies the normalised weights, so they sum
-    to less than one, and is what p_t learns through.
+    to less than one, and is what p_t learns through. Of several heads each has a v of its own.
 
     Raises ValueError unless width is 1 or more.
     """
@@ -106,7 +106,7 @@ class Luong(_Attention):
       window: None (global), `LocalM(width)` or `LocalP(width)`.
       input_feeding: s_t = cell([y_{t−1}; h̃_{t−1}], s_{t−1}), sec. 3.3.
 
-    Raises ValueError where one of them is none of that, or `LocalP` meets several heads.
+    Raises ValueError where one of them is none of that.
     """
 
     mechanism: Mechanism = Mechanism(scores.General(), mask=masks.Padding())
@@ -118,11 +118,6 @@ class Luong(_Attention):
         if self.window is not None and not isinstance(self.window, _Window):
             raise ValueError(
                 f"window must be None, LocalM(width) or LocalP(width), got {self.window!r}"
-            )
-        if isinstance(self.window, LocalP) and self.num_heads > 1:
-            raise ValueError(
-                f"LocalP scales the memory itself, which several heads project: set num_heads=1 or "
-                f"another window; got num_heads={self.num_heads}"
             )
 
     @property
@@ -350,27 +345,22 @@ class SingleHead(nn.Module):
             value = value.astype(key.dtype)
         return Cache(key[:, :, None], value[:, :, None], lengths.astype(jnp.int32))
 
-    def __call__(self, x: Array, context: Cache, *, gain: Array | None = None, **data) -> Array:
+    def __call__(self, x: Array, context: Cache, **data) -> Array:
         """x [B, T, M], a context of `keep` -> [B, T, M].
 
-        `gain` [B, 1, S], for T = 1, multiplies the weights. `data` are arguments of `attend`, which
-        says what it raises.
+        `data` are arguments of `attend`, which says what it raises.
         """
         mechanism, query = self.mechanism, x.astype(self.dtype)
         if _apart(self.mechanism, self.model_dim):
             prepared = _Prepared(mechanism.score, self.model_dim)
             mechanism = dataclasses.replace(mechanism, score=prepared)
             query, _ = self._features(query, jnp.zeros_like(query[:, :1]))
-        if gain is not None:  # of a weight times a gain times a value it may as well be the value's
-            gain = gain.astype(context.value.dtype)
-            context = context._replace(value=context.value * gain[:, 0, :, None, None])
         sow = self.is_mutable_collection("intermediates")
         seen: dict[str, Any] = {"aux": ("weights",)} if sow else {}
         out = decoding.attend(mechanism, self.learned, context, query[:, :, None], **seen, **data)
         if sow:
             out, aux = out
-            weights = aux["weights"] if gain is None else aux["weights"] * gain[:, None]
-            self.sow("intermediates", "weights", weights)
+            self.sow("intermediates", "weights", aux["weights"])
         return out[:, :, 0].astype(self.dtype)
 
     def _features(self, query, key):
@@ -382,13 +372,14 @@ class SingleHead(nn.Module):
 
 
 class Centre(nn.Module):
-    """S · σ(v · tanh(W_p s)), where in a text of length S to look.  Luong et al. 2015, eq. 9."""
+    """S · σ(v_h · tanh(W_p s)), where in a text of length S to look.  Luong et al. 2015, eq. 9."""
 
+    num_heads: int = 1
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, states: Array, lengths: Array) -> Array:
-        """states [B, T, M], lengths [B] -> [B, T], in float32 as places are told apart by it."""
+        """states [B, T, M], lengths [B] -> [B, H, T], float32 as places are told apart by it."""
 
         def dense(width, name):
             return Dense(
@@ -400,7 +391,8 @@ class Centre(nn.Module):
             )
 
         hidden = jnp.tanh(dense(states.shape[-1], "hidden")(states))
-        return lengths[:, None] * nn.sigmoid(dense(1, "out")(hidden)[..., 0])
+        share = nn.sigmoid(dense(self.num_heads, "out")(hidden))
+        return lengths[:, None, None] * jnp.moveaxis(share, -1, 1)
 
 
 class RNNDecoder(nn.Module):
@@ -425,7 +417,7 @@ class RNNDecoder(nn.Module):
         else:
             self.cross_attention = MultiHeadAttention(part.num_heads, part.mechanism, **kinds)
         if isinstance(part, Luong) and isinstance(part.window, LocalP):
-            self.centre = Centre(c.param_dtype)
+            self.centre = Centre(part.num_heads, c.param_dtype)
 
     def start(self, memory: Array, lengths: Array, carries: tuple) -> State:
         """memory [B, S, M], of it `lengths` [B] real, carries of the layers -> state before t = 0.
@@ -471,7 +463,8 @@ class RNNDecoder(nn.Module):
         carry, (states, read) = scan(self, (state["carries"], state.get("fed")), x, steps)
         if read is not None:
             context = read
-            self._join_weights()
+            # The scan sowed [T, B, H, 1, S].
+            self._rewrite_weights(lambda weights: jnp.moveaxis(weights[..., 0, :], 0, 2))
         elif context is None:
             context = self._read(state, states, steps)
         state = state | {"step": state["step"] + length, "carries": carry[0]}
@@ -510,25 +503,28 @@ class RNNDecoder(nn.Module):
 
     def _read(self, state, query, steps):
         """query [B, T, M] at steps [B, T] -> context [B, T, M]."""
-        memory, lengths = state["memory"], state["lengths"]
-        window = getattr(self.config.attention, "window", None)
-        data = {}
-        if window is not None:
-            predicted = isinstance(window, LocalP)
-            centre = self.centre(query, lengths) if predicted else steps
-            offset = jnp.arange(memory.key.shape[1]) - centre[..., None]
-            data["mask"] = (jnp.abs(offset) <= window.width)[:, None]
-            if predicted:
-                data["gain"] = jnp.exp(-2 * jnp.square(offset / window.width))
-        return self.cross_attention(query, memory, query_positions=steps, **data)
+        memory, window = state["memory"], getattr(self.config.attention, "window", None)
+        if window is None:
+            return self.cross_attention(query, memory, query_positions=steps)
+        predicted = isinstance(window, LocalP)
+        centre = self.centre(query, state["lengths"]) if predicted else steps[:, None]
+        offset = jnp.arange(memory.key.shape[1]) - centre[..., None]  # [B, H or 1, T, S]
+        if predicted:  # of a weight times a gain times a value it may as well be the value's
+            gain = jnp.exp(-2 * jnp.square(offset / window.width))
+            of_value = jnp.moveaxis(gain[:, :, 0], 1, 2)[..., None].astype(memory.value.dtype)
+            memory = memory._replace(value=memory.value * of_value)
+        mask = jnp.abs(offset) <= window.width
+        context = self.cross_attention(query, memory, query_positions=steps, mask=mask)
+        if predicted:
+            self._rewrite_weights(lambda weights: weights * gain)
+        return context
 
-    def _join_weights(self):
-        """What the scan sowed, [T, B, H, 1, S], to [B, H, T, S]."""
+    def _rewrite_weights(self, change):
+        """Replaces the weights that were sown last, if they were."""
         module = self.cross_attention
         if module.is_mutable_collection("intermediates"):
-            (weights,) = module.get_variable("intermediates", "weights")
-            weights = jnp.moveaxis(weights[..., 0, :], 0, 2)
-            module.put_variable("intermediates", "weights", (weights,))
+            *before, weights = module.get_variable("intermediates", "weights")
+            module.put_variable("intermediates", "weights", (*before, change(weights)))
 
 
 class RNNEncoderDecoder(nn.Module):
