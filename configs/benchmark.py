@@ -1,63 +1,105 @@
-"""What attention kernels cost, against each other and against peers.
+"""What attention and models cost to compile and to run, against each other and against peers.
 
     python -m experiments.benchmark --config=configs/benchmark.py:kernels --workdir=runs/kernels
 
-`:quick` (the default) takes under a minute on two CPU cores and needs no peer; `:kernels` takes
-about ten and wants torch (extra `peers`); `:profiles` tells where the time of ours goes; `:choices`
-is what the choices of `attend` rest on: block sizes against the first ones, and from what T on the
-tiled kernel is the faster. Each comparison is timed in one process, the contenders alternating; the
-first is ours, `at_most` is the ratio of times that we want. `--config.only='additive, T = 1024'`
-takes only those of a suite whose title holds that.
+| suite | what it asks | needs |
+|---|---|---|
+| `:quick` (the default) | one of each, to see that all is well; under a minute on two CPU cores | |
+| `:kernels` | attention kernels against jax.nn, torch and our own plain one; ten minutes | torch |
+| `:compile` | depth, heads, T, seeds; scanned and unrolled; forward and backward | |
+| `:decode` | one token more, by length of what was before; grouped heads | |
+| `:models` | train steps of whole models against Flax's stock layers and torch's | torch |
+| `:peers` | every peer there is, on the same attention | extra `peers` |
+| `:accelerator` | T from 1k to 64k in bfloat16; cuDNN, FlexAttention, FlashAttention | a GPU |
+| `:profiles` | where the time of our kernels goes | torch |
+| `:choices` | what the choices of `attend` rest on; `--tune` measures and writes them | |
+
+The first contender of a comparison is ours, `at_most` is the ratio of its time to the second's that
+we want. `--config.only='additive, T = 1024'` takes only those of a suite whose title holds that,
+`--config.measure='("time", "accuracy")'` measures that (of `compare.MEASURES`) and no more.
 """
 
 from ml_collections import ConfigDict
 
 CAUSAL = {"mask": "causal"}
+GRADIENT = {"derivative": "gradient"}
+TORCH, NN = {"library": "torch"}, {"library": "jax.nn"}
+TILED, DENSE = {"implementation": "tiled"}, {"implementation": "dense"}
 
 
 def get_config(arg="quick"):
-    suites = {"quick": quick, "kernels": kernels, "profiles": profiles, "choices": choices}
+    suites = {
+        "quick": quick,
+        "kernels": kernels,
+        "compile": compile,
+        "decode": decode,
+        "models": models,
+        "peers": peers,
+        "accelerator": accelerator,
+        "profiles": profiles,
+        "choices": choices,
+    }
     arg = arg or "quick"
     if arg not in suites:
         raise ValueError(f"the suites are {', '.join(suites)}; got {arg!r}")
-    comparisons = tuple(suites[arg]())
-    return ConfigDict(
-        {"suite": arg, "only": "", "seconds": 15.0, "rounds": 30, "comparisons": comparisons}
+    config = ConfigDict(
+        {
+            "suite": arg,
+            "comparisons": tuple(suites[arg]()),
+            "only": "",  # comparisons with this in their title
+            "measure": (),  # instead of what each comparison asks for
+            "function": "",  # package.module:name, instead of a suite
+            "seconds": 15.0,  # of turns, five at least
+            "precision": 0.05,  # enough when medians are known to ± this of themselves
+            "rounds": 30,  # turns at most
+            "isolate": True,  # each comparison in a process of its own, with limits:
+            "time_limit": 600.0,  # seconds a contender may go on without a sign of life
+            "memory_limit": 16.0,  # GiB of the process
+        }
     )
+    if arg == "quick":
+        config.update(seconds=2.0, precision=0.2, rounds=10)
+    return config
 
 
-def versus(title, ours, theirs, at_most=None, **both):
-    """A comparison: two contenders, what they share, and the ratio of times wanted."""
+def versus(title, *contenders, at_most=None, measure=("time",), **shared):
+    """A comparison of contenders that share some settings; `at_most`: see above."""
+    contenders = tuple({**shared, **contender} for contender in contenders)
     return {
         "title": title,
-        "contenders": ({**both, **ours}, {**both, **theirs}),
+        "contenders": contenders,
         "at_most": at_most,
+        "measure": measure,
     }
 
 
 def quick():
-    tiled, dense = {"implementation": "tiled"}, {"implementation": "dense"}
-    for derivative in ("none", "gradient"):
-        yield versus(
-            f"T = 1024, {derivative}", tiled, dense, length=1024, derivative=derivative, **CAUSAL
-        )
-    nn = {"library": "jax.nn"}
-    yield versus(
-        "T = 1024, gradient, jax.nn", tiled, nn, length=1024, derivative="gradient", **CAUSAL
-    )
+    every = ("time", "compile", "accuracy")
+    small = {"length": 256, "heads": 4, "width": 32, **CAUSAL, **GRADIENT}
+    yield versus("T = 256, gradient", TILED, DENSE, NN, measure=every, **small)
+    parts = {"score": "additive(hidden=8)", "position": "alibi", "normalizer": "entmax15"}
+    yield versus("additive, ALiBi, 1.5-entmax, T = 64", {"length": 64, "heads": 2, **parts},
+                 measure=("time", "accuracy"), width=8)  # fmt: skip
+    yield versus("one token more, S = 512", {}, NN, length=1, source_length=512, **DECODE)
+    tiny = {"kind": "model", "num_layers": 2, "model_dim": 32, "context": 32, "batch": 4}
+    yield versus("train step, 2 layers of width 32", {}, {"library": "flax.linen"}, **tiny)
+
+
+DECODE = {"derivative": "decode"}
 
 
 def kernels():
-    torch, nn = {"library": "torch"}, {"library": "jax.nn"}
     forward = {"derivative": "none", **CAUSAL}
-    both = {"derivative": "gradient", **CAUSAL}
-    yield versus("forward, T = 4096, torch", {}, torch, 1.2, length=4096, **forward)
-    yield versus("forward, T = 1024, torch", {}, torch, 1.4, length=1024, **forward)
-    yield versus("forward + backward, T = 4096, torch", {}, torch, 1.1, length=4096, **both)
-    yield versus("forward + backward, T = 1024, torch", {}, torch, 1.3, length=1024, **both)
+    both = {**GRADIENT, **CAUSAL}
+    for length, at_most in ((4096, 1.2), (1024, 1.4)):
+        yield versus(f"forward, T = {length}, torch", {}, TORCH, at_most=at_most, length=length,
+                     **forward)  # fmt: skip
+    for length, at_most in ((4096, 1.1), (1024, 1.3)):
+        title = f"forward + backward, T = {length}, torch"
+        yield versus(title, {}, TORCH, at_most=at_most, length=length, **both)
     for length in (1024, 2048):
         title = f"forward + backward, T = {length}, jax.nn"
-        yield versus(title, {}, nn, 0.4, length=length, **both)
+        yield versus(title, {}, NN, at_most=0.4, length=length, **both)
     variants = {
         "ALiBi": {"position": "alibi"},
         "T5": {"position": "t5(bidirectional=False)"},
@@ -65,76 +107,144 @@ def kernels():
     }
     for name, parts in variants.items():
         title = f"{name}, forward + backward, T = 4096, plain"
-        yield versus(title, parts, {}, 1.3, length=4096, **both)
+        yield versus(title, parts, {}, at_most=1.3, length=4096, **both)
     window = {"mask": "causal & sliding_window(256)"}
-    yield versus("window 256, T = 16384, plain", window, {}, 0.08, length=16384, **both)
+    title = "window 256, T = 16384, plain"
+    yield versus(title, window, {}, at_most=0.08, length=16384, **both)
     packed = {"mask": "causal & segments", "documents": 16}
-    yield versus("16 packed documents, T = 8192, plain", packed, {}, 0.15, length=8192, **both)
-    additive = {"score": "additive(hidden=64)", "length": 2048, **both}
-    dense = {"implementation": "dense"}
+    title = "16 packed documents, T = 8192, plain"
+    yield versus(title, packed, {}, at_most=0.15, length=8192, **both)
+    additive = {"score": "additive(hidden=64)", **both}
     for length in (1024, 2048):  # the dense one wants 26 GB for 2048
         title = f"additive, T = {length}, dense"
-        yield versus(title, {}, dense, 0.6, **{**additive, "length": length})
+        yield versus(title, {}, DENSE, at_most=0.6, length=length, **additive)
     for length in (128, 256):
         for derivative in ("none", "gradient"):
-            for implementation in ("dense", "tiled"):
-                title = f"the choice of attend, T = {length}, {derivative}, {implementation}"
-                other = {"implementation": implementation}
+            for other in (DENSE, TILED):
+                title = f"the choice of attend, T = {length}, {derivative}, {other}"
                 sizes = {"length": length, "derivative": derivative}
-                yield versus(title, {}, other, 1.1, **sizes, **CAUSAL)
-    yield {
-        "title": "temporary memory, forward + backward",
-        "lengths": (4096, 8192, 16384, 32768, 65536),
-        "contender": {**both},
-    }
-    yield {
-        "title": "resident memory, T = 131072, window 1024, one head, forward + backward",
-        "contender": {
-            "length": 131072,
-            "heads": 1,
-            "mask": "causal & sliding_window(1024)",
-            "derivative": "gradient",
-        },
-        "resident": True,
-    }
+                yield versus(title, {}, other, at_most=1.1, **sizes, **CAUSAL)
+    lengths = [{"length": length} for length in (4096, 8192, 16384, 32768, 65536)]
+    yield versus("memory, forward + backward", *lengths, measure=("compile",), **both)
+    yield versus(
+        "memory, T = 131072, window 1024, one head, forward + backward",
+        {"length": 131072, "heads": 1, "mask": "causal & sliding_window(1024)", **GRADIENT},
+        measure=("resident",),
+    )
+
+
+def compile():
+    measure = ("compile",)
+    model = {"kind": "model", "context": 64, "batch": 8, "measure": measure}
+    for scan in (True, False):
+        depths = [{"num_layers": n} for n in (1, 2, 6, 12, 24, 48)]
+        title = f"depth, {'scanned' if scan else 'unrolled'}"
+        yield versus(title, *depths, scan_layers=scan, **model)
+    yield versus("remat", {}, {"remat_layers": True}, scan_layers=True, **model)
+    heads = [{"num_heads": n} for n in (1, 4, 16, 64)]
+    yield versus("heads", *heads, scan_layers=True, **model)
+    for impl in ("vmap", "map"):
+        seeds = [{"seeds": n} for n in (1, 2, 4, 16)]
+        yield versus(f"seeds, {impl}", *seeds, scan_layers=True, seeds_impl=impl, **model)
+    for kernel in (TILED, DENSE, NN):
+        lengths = [{"length": n} for n in (256, 1024, 4096)]
+        title = f"T, {kernel.get('implementation') or kernel['library']}"
+        yield versus(title, *lengths, measure=measure, **kernel, **GRADIENT, **CAUSAL)
+    for batching in ("axes", "vmap", "vmap_heads"):
+        yield versus(f"batching, {batching}", {"batching": batching, "batch": 2, "length": 512},
+                     measure=(*measure, "time"), **GRADIENT, **CAUSAL)  # fmt: skip
+
+
+def decode():
+    for length in (256, 1024, 4096, 16384):
+        yield versus(f"one token more, S = {length}", {}, NN, source_length=length, length=1,
+                     **DECODE)  # fmt: skip
+    heads = [{"kv_heads": n} for n in (None, 2, 1)]
+    yield versus("grouped heads, S = 4096", *heads, source_length=4096, length=1, batch=8, **DECODE)
+    parts = [{}, {"position": "rope"}, {"position": "alibi"}, {"score": "additive(hidden=64)"}]
+    yield versus("parts, S = 1024", *parts, source_length=1024, length=1, batch=8, **DECODE)
+    lengths = [{"context": n} for n in (64, 256, 1024)]
+    yield versus("a token of a whole model", *lengths, kind="model", batch=8, **DECODE)
+
+
+def models():
+    linen = {"library": "flax.linen"}
+    base = {"kind": "model", "num_layers": 4, "model_dim": 128, "context": 256, "batch": 32}
+    measure = ("time", "compile")
+    yield versus("train step", {}, linen, TORCH, at_most=0.71, measure=measure, **base)
+    yield versus("forward", {}, linen, TORCH, derivative="none", **base)
+    pairs = {"kind": "model", "architecture": "encoder_decoder", "context": 64, "batch": 32}
+    yield versus("train step, encoder-decoder", {}, linen, TORCH, **pairs)
+    stacks = [{}, {"scan_layers": True}, {"remat_layers": True}]
+    yield versus("our stacks", *stacks, measure=measure, **base)
+    seeds = [{"seeds_impl": impl, "seeds": 4} for impl in ("map", "vmap")]
+    yield versus("four seeds", *seeds, kind="model", context=64, batch=16, num_layers=2)
+
+
+def peers():
+    libraries = (
+        *("jax.nn", "jax.nn.xla", "jax.nn.cudnn", "flax.linen", "flax.nnx", "tokamax"),
+        *("torch", "torch.flex"),
+    )
+    others = [{"library": library} for library in libraries]
+    measure = ("time", "compile", "accuracy")
+    for length in (512, 1024, 2048):
+        for derivative in ("none", "gradient"):
+            title = f"T = {length}, {derivative}"
+            sizes = {"length": length, "derivative": derivative, **CAUSAL}
+            yield versus(title, {}, *others, measure=measure, **sizes)
+
+
+def accelerator():
+    libraries = ("jax.nn.xla", "jax.nn.cudnn", "tokamax", "torch", "torch.flex")
+    others = [{"library": library} for library in libraries]
+    for derivative in ("none", "gradient"):
+        for length in (1024, 2048, 4096, 8192, 16384, 32768, 65536):
+            title = f"T = {length}, {derivative}"
+            sizes = {"length": length, "derivative": derivative, "dtype": "bfloat16", **CAUSAL}
+            measure = ("time", "accuracy") if length == 1024 else ("time",)
+            yield versus(title, {}, *others, measure=measure, **sizes)
+    variants = [{}, {"position": "alibi"}, {"score": "soft_cap(scaled_dot)"}]
+    shared = {"length": 8192, "dtype": "bfloat16", **CAUSAL, **GRADIENT}
+    yield versus("parts, T = 8192", *variants, **shared)
 
 
 def profiles():
-    both = {"derivative": "gradient"}
+    measure = ("profile", "time")
     works = {
         "forward, T = 4096": {"length": 4096, **CAUSAL},
-        "forward + backward, T = 1024": {"length": 1024, **both, **CAUSAL},
-        "forward + backward, T = 4096": {"length": 4096, **both, **CAUSAL},
+        "forward + backward, T = 1024": {"length": 1024, **GRADIENT, **CAUSAL},
+        "forward + backward, T = 4096": {"length": 4096, **GRADIENT, **CAUSAL},
         "T5, forward + backward, T = 4096": {
             "length": 4096,
             "position": "t5(bidirectional=False)",
-            **both,
+            **GRADIENT,
             **CAUSAL,
         },
         "window 256, forward + backward, T = 16384": {
             "length": 16384,
             "mask": "causal & sliding_window(256)",
-            **both,
+            **GRADIENT,
         },
         "16 packed documents, forward + backward, T = 8192": {
             "length": 8192,
             "mask": "causal & segments",
             "documents": 16,
-            **both,
+            **GRADIENT,
         },
     }
     for title, work in works.items():
-        yield {"title": title, "profiled": work}
+        yield versus(title, work, measure=measure)
+    yield versus("train step", {"kind": "model"}, measure=measure)
 
 
 def choices():
-    gradient = {"derivative": "gradient", "mask": "causal"}
+    gradient = {**GRADIENT, **CAUSAL}
     first, *others = ((512, 512), (256, 512), (256, 256))
     for sizes in others:
-        blocks = [{"implementation": "tiled", "block_sizes": x} for x in (sizes, first)]
+        blocks = [{**TILED, "block_sizes": x} for x in (sizes, first)]
         yield versus(f"blocks of {sizes}, T = 4096", *blocks, length=4096, **gradient)
-    tiled, dense = ({"implementation": name} for name in ("tiled", "dense"))
     for batch, lengths in {1: (256, 512, 724, 1024), 8: (128, 256, 512)}.items():
         for length in lengths:
             title = f"tiled, T = {length}, batch {batch}, dense"
-            yield versus(title, tiled, dense, length=length, batch=batch, **gradient)
+            yield versus(title, TILED, DENSE, length=length, batch=batch, **gradient)

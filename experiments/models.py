@@ -31,7 +31,7 @@ def transformer(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
     sizes = (
         *("model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "norm"),
         *("dropout_rate", "attention_dropout_rate", "use_bias", "tie_embeddings", "init_stddev"),
-        *("scan_layers", "implementation"),
+        *("scan_layers", "remat_layers", "implementation"),
     )
     found = TransformerConfig(
         vocab_size=task.vocab_size,
@@ -54,7 +54,7 @@ def rnn(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
     for name in ("num_kv_heads", "head_dim", "mlp_dim", "implementation"):
         if m[name] is not None:
             raise ValueError(f"model.{name}={m[name]!r} is about a Transformer: leave it out")
-    for name in ("attention_dropout_rate", "use_bias"):
+    for name in ("attention_dropout_rate", "use_bias", "remat_layers"):
         if m[name]:
             raise ValueError(f"model.{name}={m[name]!r} is about a Transformer: leave it out")
     own, heads = m.rnn, m.num_heads

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 INK = "#1b1e23"
 COLORS = {"better": "#1b7fc4", "worse": "#d1580f", "": "#858b95"}
 # Okabe and Ito's eight, told apart by colour-blind readers, evened out for light and dark pages.
-_LINES = ["#0f7fc1", "#e29a08", "#0c9c73", "#d6589f", "#55b1e3", "#d1580f", "#8d6cc9", "#a49a1a"]
+LINES = ["#0f7fc1", "#e29a08", "#0c9c73", "#d6589f", "#55b1e3", "#d1580f", "#8d6cc9", "#a49a1a"]
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
 _STYLE = {
     "font.size": 9,
@@ -53,8 +53,8 @@ def learning_curves(experiment: results.Experiment, base: str) -> "Figure":
     """
     axes = experiment.axes(base) or [""]
     metric, lower, curves = _curves(experiment.group(base))
-    with _style():
-        figure = _figure(10, 0.5 + 2.5 * len(axes))
+    with paper_style():
+        figure = new_figure(10, 0.5 + 2.5 * len(axes))
         panels = figure.subplots(len(axes), 1, sharex=True, squeeze=False)[:, 0]
         for panel, axis in zip(panels, axes, strict=True):
             lines: list[Any] = []
@@ -69,9 +69,9 @@ def learning_curves(experiment: results.Experiment, base: str) -> "Figure":
                     style: dict[str, Any] = {"color": INK, "linewidth": 2.2, "zorder": 3}
                 else:
                     names.append(str(cell.value))
-                    turn, i = divmod(variants.index(cell.id), len(_LINES))
+                    turn, i = divmod(variants.index(cell.id), len(LINES))
                     dash = _DASHES[turn % len(_DASHES)]
-                    style = {"color": _LINES[i], "linewidth": 1.5, "linestyle": dash}
+                    style = {"color": LINES[i], "linewidth": 1.5, "linestyle": dash}
                 mean = values.mean(axis=1)
                 lines += panel.plot(steps, mean, **style)
                 if values.shape[1] > 1:
@@ -97,8 +97,8 @@ def axis_plot(experiment: results.Experiment, base: str, axis: str) -> "Figure":
     group = experiment.group(base, axis)
     rows = [row for row in results.summarize(experiment) if row.cell in group]
     title = next((results.metric_title(rows).split(",")[0] for row in rows if row.primary), "")
-    with _style():
-        figure = _figure(6.2, 0.85 + 0.3 * len(rows))
+    with paper_style():
+        figure = new_figure(6.2, 0.85 + 0.3 * len(rows))
         panel = figure.subplots()
         for y, row in enumerate(rows):
             estimate = row.primary
@@ -195,7 +195,7 @@ def _figures(experiment: results.Experiment) -> Iterator[tuple[str, "Figure | No
 
 def render(figure: "Figure") -> dict[str, bytes]:
     """The files 'png' and 'svg' of a figure."""
-    with _style(), warnings.catch_warnings():
+    with paper_style(), warnings.catch_warnings():
         # A token in a script that the font lacks is drawn as a box; the SVG has the letter.
         warnings.filterwarnings("ignore", "Glyph")
         figure.draw_without_rendering()
@@ -208,13 +208,15 @@ def render(figure: "Figure") -> dict[str, bytes]:
     return {"png": png.getvalue(), "svg": drawing[drawing.index("<svg") :].encode()}
 
 
-def _style() -> contextlib.AbstractContextManager[None]:
+def paper_style() -> contextlib.AbstractContextManager[None]:
+    """What all figures are drawn with: `with paper_style(): ...`."""
     import matplotlib
 
     return matplotlib.rc_context(_STYLE)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """A figure of inches that makes room for what is around its panels."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -234,8 +236,8 @@ def heat_maps(
     step = math.ceil(longest / 128)
     extent = (-0.5, len(key) - 0.5, len(query) - 0.5, -0.5)
     style = {"vmin": 0, "vmax": 1, "interpolation": "none", "aspect": "auto", "extent": extent}
-    with _style():
-        figure = _figure(max(3.6, 1.7 + size * columns), 0.9 + height * len(rows))
+    with paper_style():
+        figure = new_figure(max(3.6, 1.7 + size * columns), 0.9 + height * len(rows))
         panels = figure.subplots(len(rows), columns, squeeze=False)
         for i, (row, name) in enumerate(zip(rows, names, strict=True)):
             for panel in panels[i, len(row) :]:

@@ -36,6 +36,7 @@ def config(task: str, **task_settings) -> ConfigDict:
                 "tie_embeddings": True,
                 "init_stddev": 0.02,
                 "scan_layers": False,  # True: compile time flat in depth, but slow steps on a CPU
+                "remat_layers": False,  # less memory, one forward pass more
                 "dtype": "float32",  # of the computation; parameters are float32
                 "implementation": placeholder(str),  # the kernel; chosen by `attend`
                 "rnn": {

@@ -190,6 +190,28 @@ def test_compiled_size_of_a_scanned_model_does_not_grow_with_depth():
     assert size(12, False) > 3 * size(2, False)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_remat_keeps_less_and_computes_the_same(scan):
+    text, kept, found = tokens(2, 32), [], []
+    for remat in (False, True):
+        config = dataclasses.replace(SMALL, num_layers=4, scan_layers=scan, remat_layers=remat)
+        model = LanguageModel(dataclasses.replace(config, dropout_rate=0.1))
+        variables = model.init(KEY, text)
+
+        def loss(variables, model=model):
+            logits = model.apply(variables, text, deterministic=False, rngs={"dropout": KEY})
+            return jnp.sum(jnp.sin(logits))
+
+        compiled = jax.jit(jax.grad(loss)).lower(variables).compile()
+        kept.append(compiled.memory_analysis().temp_size_in_bytes)
+        found.append(compiled(variables))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *found)
+    if scan:  # what is not scanned XLA's CPU compiler merges again
+        assert kept[1] < 0.75 * kept[0]
+    else:
+        assert "remat" in str(jax.make_jaxpr(jax.grad(loss))(variables))
+
+
 def test_a_language_model_does_not_look_ahead_and_counts_order():
     model = LanguageModel(SMALL)
     text = tokens(1, 8)

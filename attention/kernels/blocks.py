@@ -13,20 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention.kernels import dense
+from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism, params_shape
 from attention.parts import EMPTY, FAR, FULL, PARTIAL, Array, Extent, Mask, Range, Tile
 
 _GRAIN = 64  # blocks of columns start at multiples of it, or of a divisor that theirs shares
-
-# Queries and keys of a tile, and the time of a pair of them relative to the first; measured for
-# float32, 8 heads of 64, forward and backward, on a CPU (again by `experiments.benchmark` with
-# configs/benchmark.py:choices); those for accelerators are a guess.
-_SIZES = {
-    "cpu": {(512, 512): 1.0, (256, 512): 1.06, (256, 256): 1.35},
-    "accelerator": {(1024, 1024): 1.0, (512, 512): 1.1, (256, 256): 1.4},
-}
-# Numbers in a tile of a score that holds several per pair, as additive ones do.
-_WIDE_TILE = {"cpu": 2**19, "accelerator": 2**22}
 
 
 class Visits(NamedTuple):
@@ -130,19 +121,19 @@ def _ends(x, size):
 
 def sizes(mechanism: Mechanism, tile: Tile, head_dim: int, whole_rows: bool) -> tuple[int, int]:
     """Queries and keys of a block: those with the least to do, counting what the mask leaves."""
-    backend = "cpu" if jax.default_backend() == "cpu" else "accelerator"
+    measured = tuned()
     rows, columns = len(tile.query_index), len(tile.key_index)
     held = numbers_per_pair(mechanism, tile.num_heads, head_dim)
     if whole_rows:
-        return max(16, min(512, _WIDE_TILE[backend] // (columns * held))), 512
+        return max(16, min(512, measured.wide_tile // (columns * held))), 512
     if held > 4:
-        return max(16, min(512, _WIDE_TILE[backend] // (128 * held))), 128
+        return max(16, min(512, measured.wide_tile // (128 * held))), 128
 
     def cost(block):
         t, s = (min(b, n) for b, n in zip(block, (rows, columns), strict=True))
-        return len(cover(mechanism.mask, tile, (t, s))[0]) * t * s * _SIZES[backend][block]
+        return len(cover(mechanism.mask, tile, (t, s))[0]) * t * s * measured.tiles[block]
 
-    return min(_SIZES[backend], key=cost)
+    return min(measured.tiles, key=cost)
 
 
 @functools.cache

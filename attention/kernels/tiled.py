@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention.kernels import blocks, dense
+from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
 from attention.normalizers import Softmax
 from attention.parts import EMPTY, Array, OnlineNormalizer, Params, Tile
@@ -44,17 +45,13 @@ def faster_than_dense(mechanism: Mechanism, query: Array, key: Array) -> tuple[b
     """Whether this kernel is the faster one for such arrays, and why."""
     *batch, T, H, D = query.shape
     size = math.prod(batch) * H * T * key.shape[-3]
-    if size > _FASTER_ABOVE / 1024:  # else no score is wide enough
+    above = tuned().tiled_above
+    if size > above / 1024:  # else no score is wide enough
         size *= blocks.numbers_per_pair(mechanism, H, D)
-    return size > _FASTER_ABOVE, (
+    return size > above, (
         f"scores and what makes them are {size:,} numbers at once; tiled is faster above "
-        f"{_FASTER_ABOVE:,}"
+        f"{above:,}"
     )
-
-
-# Where forward and backward of the two took the same time: two CPU cores, 8 heads of 64; again by
-# `experiments.benchmark` with configs/benchmark.py:choices.
-_FASTER_ABOVE = 2**22
 
 
 def one_example_at_a_time(mechanism: Mechanism) -> bool:

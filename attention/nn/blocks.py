@@ -38,6 +38,9 @@ class TransformerConfig:
         1/√(number of branches) of it (Radford et al. 2019).
       scan_layers: run the blocks by `nn.scan`: compile time is flat in depth and the parameters
         have a leading L axis. False: one after another, parameters by layer.
+      remat_layers: of a block keep its input only and compute the rest once more in the backward
+        pass: memory for the activations of one block instead of all (Chen et al. 2016). On a CPU
+        with scan_layers only: else XLA finds that it computes the same twice, and does not.
       dtype, param_dtype: of the computation and of the parameters.
       implementation: the attention kernel; see `attention.attend`.
     """
@@ -59,6 +62,7 @@ class TransformerConfig:
     tie_embeddings: bool = True
     init_stddev: float = 0.02
     scan_layers: bool = True
+    remat_layers: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     implementation: str | None = None
@@ -324,6 +328,8 @@ class Stack(nn.Module):
 
     def _layers(self, blocks, layer, x, state, axis):
         """layer(block, x, state of the layer) -> x, state, one after another."""
+        if self.config.remat_layers:
+            layer = nn.remat(layer, prevent_cse=not self.config.scan_layers)
         if self.config.scan_layers:
             scan = nn.scan(
                 layer,

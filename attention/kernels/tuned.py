@@ -1,0 +1,52 @@
+"""What was measured of the tiled kernel on each kind of device, read from block_sizes.json.
+
+`python -m experiments.benchmark --tune` measures it on the device at hand and writes that file, or
+another one with --table, which the environment variable ATTENTION_BLOCK_SIZES then has to name.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+PATH = Path(__file__).with_name("block_sizes.json")
+
+
+class Tuned(NamedTuple):
+    """Of a kind of device.
+
+    Attributes:
+      tiles: queries and keys of a tile -> time of a pair of them, relative to the best tile.
+      wide_tile: numbers in a tile of a score that holds several per pair, as additive ones do.
+      tiled_above: T·S numbers, times examples and heads, from which on tiled is faster than dense.
+    """
+
+    tiles: dict[tuple[int, int], float]
+    wide_tile: int
+    tiled_above: int
+
+
+def tuned() -> Tuned:
+    """Of this device: the entry of its kind, or else that of 'cpu' or 'accelerator'.
+
+    Raises ValueError where the file that ATTENTION_BLOCK_SIZES names is not such a table.
+    """
+    path = os.environ.get("ATTENTION_BLOCK_SIZES") or str(PATH)
+    return _read(path, jax.devices()[0].device_kind, jax.default_backend())
+
+
+@functools.cache
+def _read(path, kind, backend):
+    try:
+        known = json.loads(PATH.read_text("utf-8")) | json.loads(Path(path).read_text("utf-8"))
+        found = known.get(kind) or known["cpu" if backend == "cpu" else "accelerator"]
+        tiles = {(int(t), int(s)): float(cost) for t, s, cost in found["tiles"]}
+        return Tuned(tiles, int(found["wide_tile"]), int(found["tiled_above"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"ATTENTION_BLOCK_SIZES={path} is no table of block sizes ({error!r}): write one by "
+            "`python -m experiments.benchmark --tune --table=FILE`, or unset it"
+        ) from None

@@ -1,0 +1,142 @@
+"""Figures of a benchmark: what grows how with what, phases of compiling, the roofline."""
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from experiments import plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# What a series may grow with, and how the axis is called.
+AXES = {
+    "length": "T",
+    "source_length": "S",
+    "num_layers": "layers",
+    "num_heads": "heads",
+    "seeds": "seeds",
+    "context": "T",
+}
+_MEASURED = {
+    "milliseconds": "milliseconds a run",
+    "temporary_bytes": "temporary memory, MiB",
+    "compile_seconds": "trace + lower + compile, s",
+}
+
+
+def figures(found: dict[str, Any]) -> Iterator[tuple[str, "Figure"]]:
+    """Name and figure of all that the results have the numbers for."""
+    rows = [row for comparison in found["comparisons"] for row in comparison["rows"]]
+    for axis in AXES:
+        for measured in _MEASURED:
+            if lines := series(rows, axis, measured):
+                yield f"{measured}-{axis}", growth(lines, axis, measured)
+    compiled = [row for row in rows if "trace_seconds" in row]
+    if compiled:
+        yield "compiling", phases(found)
+    if any("gflops" in row and "io_bytes" in row for row in rows):
+        yield "roofline", roofline(found, rows)
+
+
+def series(rows: list[dict], axis: str, measured: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Works that differ in `axis` alone, three at least: name -> its values, what was measured."""
+    groups: dict[str, dict[float, float]] = {}
+    for row in rows:
+        work = dict(row["work"])
+        x, y = work.pop(axis, None), _value(row, measured)
+        if x is not None and y is not None:
+            groups.setdefault(json.dumps(work, sort_keys=True), {})[x] = y
+    kept = {key: points for key, points in groups.items() if len(points) > 2}
+    keys = {k for group in kept for k in json.loads(group)}
+    shared = {k for k in keys if len({repr(json.loads(g).get(k)) for g in kept}) == 1}
+    found = {}
+    for key, points in kept.items():
+        own = {k: v for k, v in json.loads(key).items() if k not in shared}
+        name = ", ".join(str(v) if k == "library" else f"{k}={v}" for k, v in own.items())
+        x = np.array(sorted(points), float)
+        found[name or "attention"] = (x, np.array([points[i] for i in x]))
+    return found
+
+
+def _value(row, measured):
+    if measured == "compile_seconds" and "trace_seconds" in row:
+        return sum(row[f"{phase}_seconds"] for phase in ("trace", "lower", "compile"))
+    if measured == "temporary_bytes" and measured in row:
+        return max(row[measured], 1) / 2**20
+    if measured == "milliseconds" and measured in row:
+        return row[measured][0]
+    return None
+
+
+def exponent(x: np.ndarray, y: np.ndarray) -> float:
+    """b of the least-squares fit log y = a + b log x: 1 is linear, 2 quadratic growth."""
+    return float(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+def growth(lines: dict[str, tuple[np.ndarray, np.ndarray]], axis: str, measured: str) -> "Figure":
+    """Log-log, a line each, with the fitted exponent in the legend."""
+    with plots.paper_style():
+        figure = plots.new_figure(7.5, 3.6)
+        panel = figure.subplots()
+        for i, (name, (x, y)) in enumerate(sorted(lines.items())):
+            label = f"{name}: {AXES[axis]}^{exponent(x, y):.2f}"
+            panel.loglog(x, y, "o-", color=plots.LINES[i % len(plots.LINES)], label=label)
+        ticks = sorted({v for x, _ in lines.values() for v in x})
+        panel.set_xticks(ticks, [f"{v:g}" for v in ticks])
+        panel.minorticks_off()
+        panel.set(xlabel=AXES[axis], ylabel=_MEASURED[measured])
+        panel.grid(color=plots.INK, alpha=0.12, linewidth=0.6)
+        panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1.03))
+    return figure
+
+
+def phases(found: dict[str, Any]) -> "Figure":
+    """Stacked bars: trace, lower, compile of each contender; beside it a bar from a warm cache."""
+    bars = [
+        (f"{comparison['title']}: {row['name']}", row)
+        for comparison in found["comparisons"]
+        for row in comparison["rows"]
+        if "trace_seconds" in row
+    ]
+    with plots.paper_style():
+        figure = plots.new_figure(9, 0.9 + 0.34 * len(bars))
+        panel = figure.subplots()
+        places = np.arange(len(bars))[::-1]
+        left = np.zeros(len(bars))
+        for phase, color in zip(("trace", "lower", "compile"), plots.LINES, strict=False):
+            width = np.array([row[f"{phase}_seconds"] for _, row in bars])
+            panel.barh(places + 0.16, width, 0.42, left=left, color=color, label=phase)
+            left += width
+        warm = [row["warm_seconds"] for _, row in bars]
+        panel.barh(places - 0.22, warm, 0.26, color=plots.LINES[3], label="all, warm cache")
+        panel.set_yticks(places, [name for name, _ in bars])
+        panel.set_xlabel("seconds")
+        panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1.03))
+    return figure
+
+
+def roofline(found: dict[str, Any], rows: list[dict]) -> "Figure":
+    """FLOP/s against FLOPs a byte of inputs and results; the roof is measured in the same run."""
+    peaks = found["peaks"]
+    points: dict[str, list] = {}
+    for row in rows:
+        if "gflops" in row and row.get("io_bytes"):
+            name = row["work"].get("library", "attention")
+            points.setdefault(name, []).append((row["flops"] / row["io_bytes"], row["gflops"]))
+    with plots.paper_style():
+        figure = plots.new_figure(7.5, 3.6)
+        panel = figure.subplots()
+        for i, (name, own) in enumerate(sorted(points.items())):
+            x, y = np.array(own).T
+            panel.loglog(x, y, "o", color=plots.LINES[i % len(plots.LINES)], label=name)
+        every = np.array([x for own in points.values() for x, _ in own])
+        x = np.geomspace(every.min() / 2, every.max() * 2, 50)
+        roof = np.minimum(peaks["product_flops"], x * peaks["copy_bytes"]) / 1e9
+        panel.loglog(x, roof, color=plots.INK, linewidth=1, label="products, copies")
+        panel.set(xlabel="FLOPs of the definition a byte of inputs and results", ylabel="GFLOP/s")
+        panel.grid(color=plots.INK, alpha=0.12, linewidth=0.6)
+        panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1.03))
+    return figure

@@ -1,0 +1,81 @@
+"""Runs a function in a process of its own, under limits of time and memory."""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("spawn")
+
+
+class Stopped(Exception):
+    """The process was stopped or died; `at` is what it noted last, None: nothing."""
+
+    def __init__(self, at: Any, reason: str):
+        super().__init__(reason)
+        self.at = at
+
+
+def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), without limits.  What it raises is raised here."""
+    with _CONTEXT.Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def call(
+    function: Callable[..., Any], *args: Any, seconds: float, bytes: float, poll: float = 0.05
+) -> Any:
+    """function(*args, note) in a new process.
+
+    `note(x)` tells that work on x begins. More than `seconds` without a note, or more than `bytes`
+    of resident memory, and the process is killed.
+
+    Raises:
+      Stopped: for either, or where it died by itself. What it raises is raised here.
+    """
+    import psutil
+
+    receiver, sender = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_run, args=(function, args, sender), daemon=True)
+    process.start()
+    sender.close()
+    watched = psutil.Process(process.pid)
+    at, since = None, time.monotonic()
+    try:
+        while True:
+            if receiver.poll(poll):
+                try:
+                    kind, value = receiver.recv()
+                except EOFError:
+                    process.join()
+                    raise Stopped(at, f"its process died ({_exit(process.exitcode)})") from None
+                if kind == "note":
+                    at, since = value, time.monotonic()
+                elif kind == "done":
+                    return value
+                else:
+                    raise value
+            if time.monotonic() - since > seconds:
+                raise Stopped(at, f"took more than {seconds:g} s (time_limit)")
+            try:
+                held = watched.memory_info().rss
+            except psutil.NoSuchProcess:
+                continue
+            if held > bytes:
+                limit = f"{bytes / 2**30:.3g} GiB (memory_limit)"
+                raise Stopped(at, f"needed more than {limit}")
+    finally:
+        process.kill()
+        process.join()
+
+
+def _run(function, args, sender):
+    try:
+        found = ("done", function(*args, lambda x: sender.send(("note", x))))
+    except Exception as error:
+        found = ("raised", error)
+    sender.send(found)
+
+
+def _exit(code):
+    return f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"

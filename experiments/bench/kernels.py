@@ -1,0 +1,418 @@
+"""Attention kernels: ours, and those of others on the same work."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import attention
+from attention import decoding
+from attention.parts import Tile
+from experiments.bench.work import Foreign, Program, Unavailable, Work, torch, torch_device
+
+PARTS = ("score", "position", "mask", "normalizer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel(Work):
+    """One attention to compute, and who does it.
+
+    Attributes:
+      library: 'attention' or one of `PEERS`.
+      implementation, block_sizes: of `attention.attend`, None: its choice.
+      score, position, mask, normalizer: as `attention.parse` reads them.
+      length, source_length, heads, kv_heads, width, value_width, batch: T, S (T unless given), H, K
+        (H), D, V (D), B.
+      documents: packed into each example, for masks of segments; 0: none.
+      derivative: 'none', 'gradient' (forward and backward, to all inputs and learned arrays), 'jvp'
+        (with a tangent of every input) or 'decode': T new tokens are appended to a cache with room
+        for S, T of them still free, and attend to all of it.
+      batching: of examples and heads: 'axes' of the arrays, a 'vmap' over examples, or one over
+        examples and heads ('vmap_heads').
+      dtype: of the computation.
+      inputs: the dtype that inputs are rounded to beforehand, `dtype` unless given.
+    """
+
+    library: str = "attention"
+    implementation: str | None = None
+    block_sizes: tuple[int, int] | None = None
+    score: str = "scaled_dot"
+    position: str = "none"
+    mask: str = "none"
+    normalizer: str = "softmax"
+    length: int = 1024
+    source_length: int | None = None
+    heads: int = 8
+    kv_heads: int | None = None
+    width: int = 64
+    value_width: int | None = None
+    batch: int = 1
+    documents: int = 0
+    derivative: str = "none"
+    batching: str = "axes"
+    dtype: str = "float32"
+    inputs: str | None = None
+
+    def __post_init__(self):
+        for name, known in (
+            ("derivative", ("none", "gradient", "jvp", "decode")),
+            ("batching", ("axes", "vmap", "vmap_heads")),
+            ("library", ("attention", *PEERS)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is one of {known}, got {getattr(self, name)!r}")
+        if self.block_sizes is not None:
+            object.__setattr__(self, "block_sizes", tuple(self.block_sizes))
+
+    @property
+    def keys(self) -> int:
+        """S."""
+        return self.length if self.source_length is None else self.source_length
+
+    def build(self) -> Program | Foreign:
+        return PEERS[self.library](self) if self.library in PEERS else ours(self)
+
+    def mechanism(self) -> attention.Mechanism:
+        """The parts that the four texts name."""
+        return attention.Mechanism(**{k: attention.parse(k, getattr(self, k)) for k in PARTS})
+
+    def arrays(self) -> list[np.ndarray]:
+        """Query, key, value and the output's cotangent; [B, T, H, D], [B, S, K, D] ..."""
+        rng = np.random.default_rng(0)
+        kv, values = self.kv_heads or self.heads, self.value_width or self.width
+        shapes = (
+            (self.length, self.heads, self.width),
+            (self.keys, kv, self.width),
+            (self.keys, kv, values),
+            (self.length, self.heads, values),
+        )
+        rounded = jnp.dtype(self.inputs or self.dtype)
+        arrays = (rng.normal(size=(self.batch, *shape)) for shape in shapes)
+        return [x.astype(rounded).astype(np.float64) for x in arrays]
+
+    def data(self) -> dict[str, np.ndarray]:
+        """What `attend` needs to know of the tokens."""
+        if not self.documents:
+            return {}
+        count, keys = self.documents, self.keys
+        found = {"query_segments": np.arange(self.length) * count // self.length}
+        return found if keys == self.length else found | {
+            "key_segments": np.arange(keys) * count // keys
+        }  # fmt: skip
+
+    def pairs(self) -> float:
+        """How many (i, j) the mask lets be seen, of one head of one example."""
+        if self.derivative == "decode":
+            return self.length * self.keys
+        data, columns = self.data(), np.arange(self.keys)
+        segments = data.get("query_segments")
+        key_segments = data.get("key_segments", segments)
+        mask, total = self.mechanism().mask, 0.0
+        for start in range(0, self.length, 1024):
+            rows = np.arange(start, min(start + 1024, self.length))
+            tile = Tile(
+                query_index=rows,
+                key_index=columns,
+                query_positions=rows,
+                key_positions=columns,
+                head=np.int32(0),
+                num_heads=self.heads,
+                query_segments=None if segments is None else segments[rows],
+                key_segments=key_segments,
+            )
+            seen = np.broadcast_to(mask.tile(tile), (len(rows), len(columns)))
+            total += float(np.count_nonzero(seen))
+        return total
+
+    def flops(self) -> float | None:
+        """2 (D + V) a pair; five such products instead of two with the gradient (Dao 2022)."""
+        widths = self.width + (self.value_width or self.width)
+        times = {"none": 1.0, "decode": 1.0, "gradient": 3.5, "jvp": 3.0}[self.derivative]
+        return 2 * widths * self.pairs() * self.heads * self.batch * times
+
+    def different(self) -> "Kernel | None":
+        if self.library != "attention":
+            return None
+        other = "softmax" if self.normalizer != "softmax" else "softmax_off_by_one"
+        return dataclasses.replace(self, normalizer=other)
+
+    def oracle(self) -> "tuple[Kernel, Kernel] | None":
+        if self.derivative == "decode":
+            return None
+        longest = max(self.length, self.keys)
+        small = dataclasses.replace(
+            self,
+            length=max(1, self.length * min(longest, 512) // longest),
+            source_length=self.source_length and max(1, self.keys * min(longest, 512) // longest),
+            heads=self.heads if longest <= 512 else max(1, self.heads // (self.kv_heads or 1)),
+            kv_heads=self.kv_heads if longest <= 512 else 1,
+            batch=1,
+        )
+        exact = dataclasses.replace(
+            small,
+            library="attention",
+            implementation="dense",
+            block_sizes=None,
+            batching="axes",
+            dtype="float64",
+            inputs=self.dtype,
+        )
+        return small, exact
+
+
+def ours(work: Kernel) -> Program:
+    """By `attention.attend`, or `attention.decoding` where a cache is appended to."""
+    mechanism = work.mechanism()
+    with jax.enable_x64(False):  # the same numbers for the oracle
+        params = mechanism.init(jax.random.key(0), num_heads=work.heads, head_dim=work.width)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(x.dtype, work.dtype)), params)
+    return _program(work, (work, mechanism), _attend, params)
+
+
+def _attend(static, params, query, key, value):
+    work, mechanism = static
+    options = {"implementation": work.implementation, "block_sizes": work.block_sizes}
+    attend = functools.partial(attention.attend, mechanism, **options, **work.data())
+    if work.batching == "axes":
+        return attend(params, query, key, value)
+    if work.batching == "vmap":
+        return jax.vmap(attend, (None, 0, 0, 0))(params, query, key, value)
+    if work.kv_heads not in (None, work.heads):
+        raise ValueError("batching='vmap_heads' is for as many key heads as query heads")
+    if work.position not in ("none", "rope"):
+        raise ValueError(f"with batching='vmap_heads' {work.position} cannot tell heads apart")
+
+    def one_head(params, *arrays):
+        params = jax.tree.map(lambda x: x[None], params)
+        return attend(params, *(x[:, None] for x in arrays))[:, 0]
+
+    over_heads = jax.vmap(one_head, (0, 1, 1, 1), 1)
+    return jax.vmap(over_heads, (None, 0, 0, 0))(params, query, key, value)
+
+
+def _program(work, static, attend, params=None):
+    """`attend(static, params, query, key, value)` lifted to the derivative that is asked for."""
+    query, key, value, cotangent = (jnp.asarray(x, work.dtype) for x in work.arrays())
+    if work.derivative == "decode":
+        return _decode_program(work, static, params, query, key, value)
+    names = ("query", "key", "value")
+    lifted = {"none": _forward, "gradient": _gradient, "jvp": _tangent}[work.derivative]
+
+    def read(found):
+        out, derived = found
+        named = {"out": out}
+        if work.derivative == "gradient":
+            learned, *inputs = derived
+            named |= dict(zip(names, inputs, strict=True))
+            for path, leaf in jax.tree_util.tree_leaves_with_path(learned):
+                named[f"params{jax.tree_util.keystr(path)}"] = leaf
+        elif work.derivative == "jvp":
+            named["tangent"] = derived
+        return {name: np.asarray(x, np.float64) for name, x in named.items()}
+
+    arguments = (cotangent, params, query, key, value)
+    return Program(lifted, (attend, static), arguments, read)
+
+
+def _forward(static, cotangent, params, *arrays):
+    attend, own = static
+    return attend(own, params, *arrays), None
+
+
+def _gradient(static, cotangent, params, *arrays):
+    attend, own = static
+    out, pull = jax.vjp(functools.partial(attend, own), params, *arrays)
+    return out, pull(cotangent)
+
+
+def _tangent(static, cotangent, params, *arrays):
+    attend, own = static
+    # Any tangents will do that are not the arrays themselves.
+    tangents = jax.tree.map(jnp.cos, (params, *arrays))
+    return jax.jvp(functools.partial(attend, own), (params, *arrays), tangents)
+
+
+def _decode_program(work, static, params, query, key, value):
+    """A step: T = `length` tokens are appended to a cache of S slots, T of them still free."""
+    T, S = work.length, work.keys
+    if T >= S:
+        raise ValueError(f"derivative='decode' appends T to S > T slots; got T={T}, S={S}")
+    filled = jnp.full((work.batch,), S - T, jnp.int32)
+    cache = decoding.Cache(key, value, filled)
+    new = (query, key[:, :T], value[:, :T])
+    return Program(_decode, static, (params, cache, *new), carry=None)
+
+
+def _decode(static, params, cache, query, key, value):
+    work, mechanism = static
+    if work.library == "attention":
+        cache = decoding.append(cache, key, value)
+        options = {"implementation": work.implementation, "block_sizes": work.block_sizes}
+        return decoding.attend(mechanism, params, cache, query, **options), cache
+    # What one writes with jax.nn: all examples have the same length.
+    at = (0, cache.length[0], 0, 0)
+    keys = jax.lax.dynamic_update_slice(cache.key, key, at)
+    values = jax.lax.dynamic_update_slice(cache.value, value, at)
+    length = cache.length + query.shape[1]
+    own = mechanism  # the implementation
+    out = jax.nn.dot_product_attention(
+        query, keys, values, key_value_seq_lengths=length, implementation=own
+    )
+    return out, decoding.Cache(keys, values, length)
+
+
+# Others, on the same work.
+
+
+def is_causal(work: Kernel) -> bool:
+    """For peers that compute softmax(QKᵀ/√D) V, causal or not; `Unavailable` for anything else."""
+    plain = {"score": "scaled_dot", "position": "none", "normalizer": "softmax"}
+    for name, known in plain.items():
+        if getattr(work, name) != known:
+            raise Unavailable(f"{work.library} has no {name} {getattr(work, name)!r}")
+    if work.mask not in ("none", "causal") or work.documents:
+        raise Unavailable(f"{work.library} has no mask {work.mask!r}")
+    if work.implementation or work.block_sizes or work.batching != "axes":
+        raise Unavailable(f"{work.library} knows no implementation, block_sizes or batching")
+    return work.mask == "causal"
+
+
+def _jax_nn(implementation: str | None) -> Callable[[Kernel], Program]:
+    def build(work):
+        causal = is_causal(work)
+        if implementation == "cudnn" and jax.default_backend() != "gpu":
+            raise Unavailable("cuDNN needs a GPU")
+        if work.derivative == "decode":
+            return _program(work, (work, implementation), _jax_nn_attend)
+        return _program(work, (causal, implementation), _jax_nn_attend)
+
+    return build
+
+
+def _jax_nn_attend(static, params, query, key, value):
+    causal, implementation = static
+    return jax.nn.dot_product_attention(
+        query, key, value, is_causal=causal, implementation=implementation
+    )
+
+
+def _linen(work: Kernel) -> Program:
+    try:
+        from flax import linen
+    except ImportError:
+        raise Unavailable("flax is not installed: pip install '.[nn]'") from None
+    return _program(work, (is_causal(work), linen.dot_product_attention), _flax_attend)
+
+
+def _nnx(work: Kernel) -> Program:
+    try:
+        from flax import nnx
+    except ImportError:
+        raise Unavailable("flax is not installed: pip install '.[nn]'") from None
+    return _program(work, (is_causal(work), nnx.dot_product_attention), _flax_attend)
+
+
+def _flax_attend(static, params, query, key, value):
+    causal, function = static
+    heads = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, heads, axis=2) if heads > 1 else x for x in (key, value))
+    mask = jnp.tri(query.shape[1], key.shape[1], dtype=bool)[None, None] if causal else None
+    return function(query, key, value, mask=mask)
+
+
+def _tokamax(work: Kernel) -> Program:
+    try:
+        import tokamax
+    except ImportError:
+        raise Unavailable("tokamax is not installed: pip install '.[peers]'") from None
+    return _program(work, (is_causal(work), tokamax.dot_product_attention), _tokamax_attend)
+
+
+def _tokamax_attend(static, params, query, key, value):
+    causal, function = static
+    return function(query, key, value, is_causal=causal)
+
+
+def _torch_arrays(work):
+    """[B, H, T, D], contiguous: as its kernels like it best."""
+    lib = torch()
+    kinds = {"dtype": getattr(lib, work.dtype), "device": torch_device()}
+    return [lib.tensor(x, **kinds).transpose(1, 2).contiguous() for x in work.arrays()]
+
+
+def _torch_run(work, attend):
+    if work.derivative not in ("none", "gradient"):
+        raise Unavailable(f"{work.library} is compared forward and backward only")
+    lib = torch()
+    query, key, value, cotangent = _torch_arrays(work)
+
+    def run():
+        gradients = None
+        if work.derivative == "none":
+            with lib.no_grad():
+                out = attend(query, key, value)
+        else:
+            leaves = [x.detach().requires_grad_() for x in (query, key, value)]
+            out = attend(*leaves)
+            out.backward(cotangent)
+            gradients = [x.grad for x in leaves]
+        if torch_device() == "cuda":
+            lib.cuda.synchronize()
+        return out, gradients
+
+    def read(found):
+        out, gradients = found
+        named = dict(zip(("query", "key", "value"), gradients or (), strict=False))
+        named["out"] = out
+        return {
+            name: x.detach().transpose(1, 2).double().cpu().numpy() for name, x in named.items()
+        }
+
+    return Foreign(run, read)
+
+
+def _torch_sdpa(work: Kernel) -> Foreign:
+    causal, lib = is_causal(work), torch()
+    attend = functools.partial(
+        lib.nn.functional.scaled_dot_product_attention,
+        is_causal=causal,
+        enable_gqa=work.kv_heads not in (None, work.heads),
+    )
+    return _torch_run(work, attend)
+
+
+def _torch_flex(work: Kernel) -> Foreign:
+    lib = torch()
+    try:
+        from torch.nn.attention import flex_attention as flex
+    except ImportError:
+        raise Unavailable(f"torch {lib.__version__} has no FlexAttention") from None
+    if work.derivative == "gradient" and torch_device() == "cpu":
+        raise Unavailable("FlexAttention has no backward pass on a CPU")
+    mask = None
+    if is_causal(work):
+        mask = flex.create_block_mask(
+            lambda b, h, i, j: i >= j, None, None, work.length, work.keys, device=torch_device()
+        )
+    attend = functools.partial(
+        lib.compile(flex.flex_attention),
+        block_mask=mask,
+        enable_gqa=work.kv_heads not in (None, work.heads),
+    )
+    return _torch_run(work, attend)
+
+
+PEERS: dict[str, Callable[[Kernel], Any]] = {
+    "jax.nn": _jax_nn(None),
+    "jax.nn.xla": _jax_nn("xla"),
+    "jax.nn.cudnn": _jax_nn("cudnn"),
+    "flax.linen": _linen,
+    "flax.nnx": _nnx,
+    "tokamax": _tokamax,
+    "torch": _torch_sdpa,
+    "torch.flex": _torch_flex,
+}

@@ -1,0 +1,75 @@
+"""What numbers were taken on: versions, flags, and how fast the machine is at what counts."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.bench.work import cores
+
+
+def describe() -> dict[str, Any]:
+    """The machine, versions, flags and the commit of this code."""
+    versions = {}
+    for name in ("jax", "jaxlib", "flax", "numpy", "optax", "torch", "tokamax"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    flags = {k: v for k, v in os.environ.items() if k.startswith(("XLA_", "JAX_", "OMP_", "GLIBC"))}
+    return {
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "machine": f"{platform.system()} {platform.machine()}, {_cpu()}, {cores()} cores",
+        "python": platform.python_version(),
+        "versions": versions,
+        "flags": flags,
+        "commit": _commit(),
+    }
+
+
+def peaks(dtype: str = "float32") -> dict[str, float]:
+    """The best of ten: FLOP/s of a product of 2048 × 2048 matrices, bytes/s of a copy, exp/s."""
+    x = jnp.ones((2048, 2048), dtype)
+    large = jnp.ones((64, 2**20), jnp.float32)  # beyond the caches
+    work = {
+        "product_flops": (jax.jit(lambda x: x @ x), x, 2 * 2048**3),
+        "copy_bytes": (jax.jit(lambda x: x + 1), large, 2 * large.nbytes),
+        "exponentials": (jax.jit(jnp.exp), x, x.size),
+    }
+    found = {}
+    for name, (function, argument, amount) in work.items():
+        seconds = []
+        for _ in range(11):
+            start = time.perf_counter()
+            jax.block_until_ready(function(argument))
+            seconds.append(time.perf_counter() - start)
+        found[name] = amount / min(seconds)
+    return found
+
+
+def _cpu():
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit():
+    """Of the repository this file is in, '+' if it was changed; '' where there is none."""
+    folder = Path(__file__).parent
+    try:
+        found = [
+            subprocess.run(
+                ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return found[0] + ("+" if found[1] else "")

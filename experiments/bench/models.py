@@ -1,0 +1,268 @@
+"""Whole models: a language model's forward pass, train step or decode step, ours and others'."""
+
+import dataclasses
+import functools
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import attention
+from experiments.bench.work import Foreign, Program, Unavailable, Work, torch, torch_device
+
+
+@dataclasses.dataclass(frozen=True)
+class Model(Work):
+    """A Transformer language model (pre-norm, GELU, biases, learned positions, tied embeddings).
+
+    Attributes:
+      library: 'attention', 'flax.linen' (of its stock attention, Dense, LayerNorm, Embed), 'torch'
+        (of `torch.nn.TransformerEncoder` or `torch.nn.Transformer`).
+      architecture: 'decoder', or 'encoder_decoder' with as many layers each, which reads a source
+        as long as its target.
+      derivative: 'none', the logits; 'train', a step of AdamW; 'decode', one token more for texts
+        that are `context` − 1 tokens long.
+      num_layers, model_dim, num_heads, num_kv_heads, vocab_size: as of
+        `attention.nn.TransformerConfig`; the MLP is 4 times as wide as the model.
+      context, batch: T and B.
+      score, position, normalizer, implementation: of our attention.
+      scan_layers, remat_layers: of our stack.
+      seeds, seeds_impl: that many models at once, by 'vmap' or one after another by 'map'.
+      dtype: of the computation.
+    """
+
+    library: str = "attention"
+    architecture: str = "decoder"
+    derivative: str = "train"
+    num_layers: int = 4
+    model_dim: int = 128
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    vocab_size: int = 256
+    context: int = 256
+    batch: int = 32
+    score: str = "scaled_dot"
+    position: str = "learned"
+    normalizer: str = "softmax"
+    implementation: str | None = None
+    scan_layers: bool = False
+    remat_layers: bool = False
+    seeds: int = 1
+    seeds_impl: str = "map"
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name, known in (
+            ("library", ("attention", "flax.linen", "torch")),
+            ("architecture", ("decoder", "encoder_decoder")),
+            ("derivative", ("none", "train", "decode")),
+            ("seeds_impl", ("map", "vmap")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is one of {known}, got {getattr(self, name)!r}")
+
+    def build(self) -> Program | Foreign:
+        if self.library != "attention":
+            _plain(self)
+        if self.library == "torch":
+            return _torch(self)
+        module = self.module()
+        tokens = self.tokens()
+        inputs = (tokens, tokens) if self.architecture == "encoder_decoder" else (tokens,)
+        seeds = jnp.arange(self.seeds)
+        init = jax.jit(jax.vmap(lambda seed: module.init(jax.random.key(seed), *inputs)))
+        params = init(seeds)
+        if self.derivative == "none":
+            return Program(_logits, (module, self.seeds_impl), (params, inputs))
+        if self.derivative == "decode":
+            if self.library != "attention":
+                raise Unavailable(f"{self.library}'s stock blocks do not decode step by step here")
+            state = _start(module, self, params, inputs)
+            return Program(_decode, (module, self.seeds_impl), (params, state, tokens[:, :1]))
+        import optax
+
+        optimizer = jax.jit(jax.vmap(optax.adamw(1e-3).init))(params)
+        return Program(_train, (module, self.seeds_impl), ((params, optimizer), inputs), carry=0)
+
+    def module(self) -> Any:
+        """The Linen module."""
+        if self.library == "flax.linen":
+            from experiments.bench import linen_stock
+
+            return linen_stock.build(self)
+        try:
+            from attention.models import EncoderDecoder, LanguageModel
+            from attention.nn import TransformerConfig
+        except ImportError:
+            raise Unavailable("flax is not installed: pip install '.[nn]'") from None
+        kinds = ("score", "position", "normalizer")
+        parts = {kind: attention.parse(kind, getattr(self, kind)) for kind in kinds}
+        mechanism = functools.partial(attention.Mechanism, **parts)
+        sizes = (
+            *("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads"),
+            *("scan_layers", "remat_layers", "implementation"),
+        )
+        config = TransformerConfig(
+            decoder=mechanism(mask=attention.masks.Causal()),
+            encoder=mechanism(mask=attention.masks.Padding()),
+            cross=attention.Mechanism(
+                parts["score"], mask=attention.masks.Padding(), normalizer=parts["normalizer"]
+            ),
+            use_bias=True,
+            dtype=jnp.dtype(self.dtype),
+            **{name: getattr(self, name) for name in sizes},
+        )
+        return {"decoder": LanguageModel, "encoder_decoder": EncoderDecoder}[self.architecture](
+            config
+        )
+
+    def tokens(self) -> np.ndarray:
+        """[B, T] int32."""
+        shape = (self.batch, self.context)
+        return np.random.default_rng(0).integers(self.vocab_size, size=shape, dtype=np.int32)
+
+    def flops(self) -> float | None:
+        """Of all matrix products; three times as many with the gradient."""
+        if self.derivative == "decode" or self.architecture != "decoder":
+            return None
+        M, T = self.model_dim, self.context
+        heads = (self.num_kv_heads or self.num_heads) / self.num_heads
+        per_token = 2 * M * M * (2 + 2 * heads + 8) + 4 * M * (T + 1) / 2
+        per_token = self.num_layers * per_token + 2 * M * self.vocab_size
+        times = 3 if self.derivative == "train" else 1
+        return per_token * T * self.batch * self.seeds * times
+
+    def different(self) -> "Model | None":
+        if self.library != "attention":
+            return None
+        other = "softmax" if self.normalizer != "softmax" else "softmax_off_by_one"
+        return dataclasses.replace(self, normalizer=other)
+
+    def oracle(self) -> None:
+        return None
+
+
+def _plain(work):
+    """Raises `Unavailable` where a peer's stock blocks have no such option."""
+    options = ("score", "position", "normalizer", "implementation", "scan_layers", "remat_layers")
+    for field in dataclasses.fields(work):
+        value = getattr(work, field.name)
+        if field.name in (*options, "num_kv_heads") and value != field.default:
+            raise Unavailable(f"{work.library} has no {field.name} {value!r} here")
+
+
+def _over_seeds(seeds_impl, function, *trees):
+    if jax.tree.leaves(trees[0])[0].shape[0] == 1:
+        found = function(*(jax.tree.map(lambda x: x[0], tree) for tree in trees))
+        return jax.tree.map(lambda x: x[None], found)
+    if seeds_impl == "vmap":
+        return jax.vmap(function)(*trees)
+    return jax.lax.map(lambda own: function(*own), trees)
+
+
+def _logits(static, params, inputs):
+    module, seeds_impl = static
+    return _over_seeds(seeds_impl, lambda own: module.apply(own, *inputs), params)
+
+
+def _train(static, state, inputs):
+    import optax
+
+    module, seeds_impl = static
+
+    def step(params, optimizer):
+        def loss(params):
+            logits = module.apply(params, *inputs)
+            targets = jnp.roll(inputs[-1], -1, axis=1)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, optimizer = optax.adamw(1e-3).update(gradients, optimizer, params)
+        return (optax.apply_updates(params, updates), optimizer), value
+
+    return _over_seeds(seeds_impl, step, *state)
+
+
+def _start(module, work, params, inputs):
+    """The state after `context` − 1 tokens."""
+
+    def start(params):
+        if work.architecture == "encoder_decoder":
+            state = module.apply(params, inputs[0], None, work.context, method="start")
+        else:
+            state = module.apply(params, work.batch, work.context, method="start")
+        return module.apply(params, state, inputs[-1][:, 1:], method="step")[1]
+
+    return jax.jit(jax.vmap(start))(params)
+
+
+def _decode(static, params, state, tokens):
+    module, seeds_impl = static
+
+    def step(params, state):
+        return module.apply(params, state, tokens, method="step")
+
+    return _over_seeds(seeds_impl, step, params, state)
+
+
+def _torch(work):
+    if work.derivative == "decode" or work.seeds != 1:
+        raise Unavailable("torch's own layers neither decode step by step nor train several seeds")
+    lib = torch()
+    lib.manual_seed(0)
+    nn, device = lib.nn, torch_device()
+    sizes = (work.model_dim, work.num_heads)
+    options = {
+        "dim_feedforward": 4 * work.model_dim,
+        "dropout": 0.0,
+        "activation": "gelu",
+        "batch_first": True,
+        "norm_first": True,
+    }
+
+    class TorchModel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(work.vocab_size, work.model_dim)
+            self.place = nn.Parameter(lib.randn(work.context, work.model_dim) * 0.02)
+            depth = {"num_encoder_layers": work.num_layers, "num_decoder_layers": work.num_layers}
+            if work.architecture == "encoder_decoder":
+                with warnings.catch_warnings(action="ignore"):  # norm_first: nothing is nested
+                    self.stack = nn.Transformer(*sizes, **depth, **options)
+            else:
+                layer = nn.TransformerEncoderLayer(*sizes, **options)
+                norm = nn.LayerNorm(work.model_dim)
+                self.stack = nn.TransformerEncoder(
+                    layer, work.num_layers, norm, enable_nested_tensor=False
+                )
+            self.mask = nn.Transformer.generate_square_subsequent_mask(work.context, device=device)
+
+        def forward(self, tokens):
+            x = self.embedding(tokens) + self.place
+            if work.architecture == "encoder_decoder":
+                x = self.stack(x, x, tgt_mask=self.mask, tgt_is_causal=True)
+            else:
+                x = self.stack(x, mask=self.mask, is_causal=True)
+            return x @ self.embedding.weight.T
+
+    model = TorchModel().to(device=device, dtype=getattr(lib, work.dtype))
+    tokens = lib.tensor(work.tokens(), dtype=lib.long, device=device)
+    targets = tokens.roll(-1, 1)
+    optimizer = lib.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
+
+    def run():
+        if work.derivative == "none":
+            with lib.no_grad():
+                found = model(tokens)
+        else:
+            optimizer.zero_grad()
+            found = nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+            found.backward()
+            optimizer.step()
+        if device == "cuda":
+            lib.cuda.synchronize()
+        return found.detach()
+
+    return Foreign(run)

@@ -1,0 +1,42 @@
+"""report.html, report.md and plots/ of a benchmark."""
+
+from pathlib import Path
+from typing import Any
+
+from experiments import plots, results
+from experiments.bench import drawings, tables
+
+
+def write(found: dict[str, Any], workdir: Path) -> Path:
+    """Writes them into `workdir`; -> the path of report.html, one self-contained file."""
+    import jinja2
+    import markupsafe
+
+    folder = workdir / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    inline = {}
+    for name, figure in drawings.figures(found):
+        for kind, content in plots.render(figure).items():
+            results.replace(folder / f"{name}.{kind}", content)
+            if kind == "svg":
+                inline[name] = markupsafe.Markup(content.decode())
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(plots.__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    header, *lines = tables.rows(found, found["comparisons"])
+    faults = [
+        (comparison["title"], row["name"], row["fault"])
+        for comparison in found["comparisons"]
+        for row in comparison["rows"]
+        if row.get("fault")
+    ]
+    page = environment.get_template("benchmark.html").render(
+        found=found, header=header, lines=lines, figures=inline, faults=faults
+    )
+    results.replace(workdir / "report.md", tables.markdown(found))
+    results.replace(workdir / "report.html", page)
+    return workdir / "report.html"

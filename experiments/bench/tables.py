@@ -1,0 +1,180 @@
+"""The terminal's table, Markdown, and what changed between two results."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Column(NamedTuple):
+    """A column: its title and how a row (of a comparison, of results) fills it; '' for nothing."""
+
+    title: str
+    cell: Any
+
+
+def _ms(row):
+    if "milliseconds" not in row:
+        return row.get("unavailable", "")
+    return "{:.4g} ({:.3g} to {:.3g})".format(*row["milliseconds"])
+
+
+def _ratio(row):
+    return "{:.2f} ({:.2f} to {:.2f})".format(*row["ratio"]) if "ratio" in row else ""
+
+
+def _rate(row, peaks):
+    if "gflops" not in row:
+        return ""
+    return f"{row['gflops']:.0f} ({row['gflops'] * 1e9 / peaks['product_flops']:.0%})"
+
+
+def _mib(row, key):
+    return f"{row[key] / 2**20:.1f}" if key in row else ""
+
+
+def _compile(row):
+    if "trace_seconds" not in row:
+        return ""
+    phases = " + ".join(f"{row[f'{p}_seconds']:.2f}" for p in ("trace", "lower", "compile"))
+    return f"{phases}; {row['warm_seconds']:.2f}"
+
+
+def _program(row):
+    if "instructions" not in row:
+        return ""
+    size = f"{row['executable_bytes'] / 1e3:.0f}" if "executable_bytes" in row else "?"
+    return f"{row['stablehlo_bytes'] / 1e3:.0f}, {row['instructions']}, {row['fusions']}, {size}"
+
+
+def _errors(row):
+    if not row.get("errors"):
+        return ""
+    name, worst = max(row["errors"].items(), key=lambda item: item[1])
+    return f"{worst:.1e} ({name})"
+
+
+def _traced(row):
+    if "traced" not in row:
+        return ""
+    counts = "/".join(f"{n}" for n in row["compiled"].values())
+    return f"{counts} {row['fault']}".strip()
+
+
+def _profile(row):
+    spent = row.get("profile") or {}
+    return ", ".join(f"{kind} {x:.1f}" for kind, x in spent.items())
+
+
+def columns(found: dict[str, Any]) -> list[Column]:
+    """All there are, for results of this machine."""
+    return [
+        Column("ms (95% interval of the median)", _ms),
+        Column("first / this", _ratio),
+        Column("GFLOP/s (of a product's)", lambda row: _rate(row, found["peaks"])),
+        Column("temporary MiB", lambda row: _mib(row, "temporary_bytes")),
+        Column("resident MiB", lambda row: _mib(row, "resident_bytes")),
+        Column("trace + lower + compile s; warm", _compile),
+        Column("StableHLO kB, instructions, fusions, executable kB", _program),
+        Column("compiled: first/equal/new/different", _traced),
+        Column("worst error", _errors),
+        Column("ms by kind", _profile),
+    ]
+
+
+def rows(found: dict[str, Any], comparisons: Sequence[dict]) -> list[list[str]]:
+    """A header and a line for each contender; columns that no one fills are left out."""
+    known = columns(found)
+    table = []
+    for comparison in comparisons:
+        for i, row in enumerate(comparison["rows"]):
+            wanted = comparison.get("at_most") if i == 1 else None
+            cells = [column.cell(row) for column in known]
+            if wanted and cells[1]:
+                cells[1] += f", wanted {wanted}"
+            table.append([comparison["title"] if i == 0 else "", row["name"], *cells])
+    titles = ["comparison", "contender", *(column.title for column in known)]
+    keep = [j for j in range(len(titles)) if j < 2 or any(line[j] for line in table)]
+    return [[line[j] for j in keep] for line in (titles, *table)]
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """What `rows` says of all comparisons, as a Markdown table."""
+    header, *lines = rows(found, found["comparisons"])
+    table = [header, ["---"] * len(header), *lines]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n"
+                   for row in table)  # fmt: skip
+
+
+def show(found: dict[str, Any], comparisons: Sequence[dict], header: bool = True) -> None:
+    """Prints comparisons, a table each."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if header:
+        peaks = found["peaks"]
+        print(
+            f"{found['machine']}, {found['device']}, jax {found['versions']['jax']}: products "
+            f"{peaks['product_flops'] / 1e9:.0f} GFLOP/s, copies {peaks['copy_bytes'] / 1e9:.1f} "
+            f"GB/s, {peaks['exponentials'] / 1e9:.2f} G exponentials/s"
+        )
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=240)
+    for comparison in comparisons:
+        titles, *lines = rows(found, [comparison])
+        grid = Table(
+            title=Text(comparison["title"], style="bold"),
+            title_justify="left",
+            box=box.SIMPLE,
+            show_edge=False,
+            padding=(0, 1),
+        )
+        for title in titles[1:]:
+            grid.add_column(title, justify="left" if title == "contender" else "right")
+        for line in lines:
+            grid.add_row(*map(Text, line[1:]))
+        console.print(grid)
+        console.print()
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """Contenders that both have: 'ratio' of new to old medians, 'beyond_noise' or not.
+
+    Beyond noise means that the two 95% intervals do not touch.
+    """
+    before = {key: row for key, row in _by_key(old)}
+    found = []
+    for key, row in _by_key(new):
+        was = before.get(key)
+        if was is None or "milliseconds" not in was or "milliseconds" not in row:
+            continue
+        (middle, low, high), (old_middle, old_low, old_high) = (
+            x["milliseconds"] for x in (row, was)
+        )
+        apart = low > old_high or high < old_low
+        found.append({"key": key, "ratio": middle / old_middle, "beyond_noise": apart})
+    return found
+
+
+def _by_key(found):
+    for comparison in found["comparisons"]:
+        for row in comparison["rows"]:
+            yield f"{comparison['title']}: {row['name']}", row
+
+
+def show_changes(old: dict[str, Any], new: dict[str, Any], threshold: float) -> list[str]:
+    """Prints what got slower or faster beyond noise; -> what is slower by more than threshold."""
+    for name in ("machine", "device", "versions", "flags"):
+        if old.get(name) != new.get(name):
+            print(f"{name} is not the same: {old.get(name)} then, {new.get(name)} now")
+    both = changes(old, new)
+    slower = []
+    for change in sorted(both, key=lambda change: -change["ratio"]):
+        if not change["beyond_noise"]:
+            continue
+        bad = change["ratio"] > threshold
+        slower += [change["key"]] * bad
+        word = "slower" if change["ratio"] > 1 else "faster"
+        print(f"{word}, {change['ratio']:.2f} of before{' (!)' * bad}: {change['key']}")
+    print(f"{len(both)} contenders compared, {len(slower)} slower than {threshold} of before")
+    return slower

@@ -1,0 +1,86 @@
+"""Measures what `attention.attend` chooses by, on the device at hand."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from attention.kernels import blocks, tuned
+from attention.parts import Tile
+from experiments import results
+from experiments.bench import machine, timing
+from experiments.bench.compare import prepare
+from experiments.bench.kernels import Kernel
+
+TABLE = tuned.PATH
+_SIZES = (128, 256, 512, 1024)
+
+
+def tune(path: Path, say: Callable[[str], None], length: int = 4096, seconds: float = 60.0) -> str:
+    """Writes the entry of this device into the table at `path`; -> a line on what it says.
+
+    Tiles are compared on a causal gradient pass over `length` tokens, 8 heads of 64, `seconds` in
+    all; those that cost more than half again as much a pair as the best are left out. Then dense
+    and tiled are compared on shorter and shorter texts, to find where they take the same time.
+    """
+    base = Kernel(length=length, mask="causal", derivative="gradient", implementation="tiled")
+    if jax.default_backend() != "cpu":
+        base = dataclasses.replace(base, dtype="bfloat16")
+    pairs = [(t, s) for t in _SIZES for s in _SIZES if max(t, s) <= length]
+    works = {size: dataclasses.replace(base, block_sizes=size) for size in pairs}
+    runs = {}
+    for size, work in works.items():
+        try:
+            runs[size] = prepare(work)[0]
+        except Exception as error:  # a tile too large for the device's memory, say
+            say(f"{size}: {str(error).splitlines()[0]}")
+    times = timing.take_turns(runs, seconds, precision=0.0, rounds=1000)
+    cost = {size: np.median(x) / visited(works[size], size) for size, x in times.items()}
+    best = min(cost.values())
+    cost = {size: float(x / best) for size, x in sorted(cost.items(), key=lambda item: item[1])}
+    for size, x in cost.items():
+        say(f"{size}: {x:.2f} a pair")
+    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    kind = jax.devices()[0].device_kind
+    entry = {
+        "tiles": [[*size, round(x, 3)] for size, x in cost.items() if x <= 1.5],
+        "wide_tile": tuned.tuned().wide_tile,
+        "tiled_above": crossing(base, say, seconds),
+        "measured": f"{machine.describe()['machine']}, {kind}, 8 heads of 64, {base.dtype}",
+    }
+    results.replace(path, json.dumps({**known, kind: entry}, indent=1) + "\n")
+    return f"{path}: tiles {entry['tiles']}, tiled above {entry['tiled_above']:,} numbers"
+
+
+def visited(work: Kernel, size: tuple[int, int]) -> int:
+    """How many pairs the tiles of that size hold that the mask does not rule out."""
+    index = np.arange(work.length)
+    tile = Tile(index, index, index, index, np.int32(0), work.heads, consecutive=True)
+    return len(blocks.cover(work.mechanism().mask, tile, size)[0]) * size[0] * size[1]
+
+
+def crossing(base: Kernel, say: Callable[[str], None], seconds: float) -> int:
+    """H·T² from which on tiled is faster than dense: between the lengths where the sign changes."""
+    sizes, ratios = [], []
+    for length in (2048, 1024, 512, 256, 128):
+        if length > base.length:
+            continue
+        tiled = dataclasses.replace(base, length=length)
+        dense = dataclasses.replace(tiled, implementation="dense")
+        runs = {name: prepare(work)[0] for name, work in (("tiled", tiled), ("dense", dense))}
+        times = timing.take_turns(runs, seconds / 5, precision=0.05, rounds=50)
+        ratio = np.median(np.divide(times["tiled"], times["dense"]))
+        say(f"T = {length}: tiled takes {ratio:.2f} of dense")
+        sizes.append(base.heads * length**2)
+        ratios.append(math.log(ratio))
+        if ratio > 1:
+            break
+    if ratios[-1] <= 0 or len(ratios) == 1:  # never, or always, the faster one
+        return int(sizes[-1])
+    # Between the last two, on a log scale.
+    share = ratios[-1] / (ratios[-1] - ratios[-2])
+    return int(math.exp(math.log(sizes[-1]) + share * math.log(sizes[-2] / sizes[-1])))
