@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import functools
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,25 +64,36 @@ class Program(NamedTuple):
       init: seeds [R] -> state.
       step: state, batch [R, b, ...], learning rate [] -> state, metrics, each [R].
       evaluate: by split, params, batches [n, b, ...] -> sums of loss, hits, weights [n, R] each.
-      seconds: what tracing and compiling took.
+      translate: by split and `Decoding`, params, source batches [n, b, ...] -> tokens [n, R, b, T].
+      better: best, params, score [R] -> best, for each seed that of the higher score.
+      weights: params, example -> attention weights [L, H, T, S] of the first seed.
     """
 
     state: Any
     init: Any
     step: Any
     evaluate: dict[str, Any]
-    seconds: float
+    translate: dict[tuple[str, "Decoding"], Any]
+    better: Any
+    weights: Any
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 def compile_program(
-    model, recipe: Recipe, seeds_impl: str, batches: tuple, splits: tuple, keep_best: bool = False
+    model,
+    recipe: Recipe,
+    seeds_impl: str,
+    batches: tuple,
+    splits: tuple,
+    example: tuple,
+    searches: tuple = (),
 ) -> Program:
-    """Compiles a run; equal arguments (shapes in place of arrays) never compile twice.
+    """Compiles all that a run calls; equal arguments (shapes, not arrays) never compile twice.
 
-    `batches` are the `shapes` of all training batches, `splits` pairs of a name and `shapes`.
+    `batches` are the `shapes` of all training batches, `splits` pairs of a name and `shapes`,
+    `example` the `shapes` of one, `searches` pairs of a split and how to translate it. The best of
+    a run are kept where there are searches.
     """
-    started = time.perf_counter()
     optimizer = recipe.transformation()
     over_seeds = seed_map(seeds_impl)
 
@@ -117,7 +127,7 @@ def compile_program(
         }
         if recipe.ema_decay:
             state["average"] = params
-        if keep_best:
+        if searches:
             state["best"] = {"params": params, "score": jnp.full((), -jnp.inf)}
         return state
 
@@ -141,9 +151,15 @@ def compile_program(
     def evaluate(params, batches):
         return jax.lax.map(lambda b: over_seeds(lambda p: losses(p, b))(params), batches)
 
+    def weights(params, example):
+        first = jax.tree.map(lambda x: x[0], params)
+        _, sown = model.apply(first, *model_inputs(example), mutable=["intermediates"])
+        name = "cross_attention" if "source" in example else "self_attention"
+        return sown_weights(sown["intermediates"]["decoder"], name).astype(jnp.float32)
+
     batch_shapes = [_structs(batch) for batch in batches]
     seeds = jax.ShapeDtypeStruct(batch_shapes[0]["inputs"].shape[:1], jnp.int32)
-    row = {name: jnp.zeros((1, *x.shape[2:]), x.dtype) for name, x in batch_shapes[0].items()}
+    row = {name: np.zeros((1, *x.shape[2:]), x.dtype) for name, x in batch_shapes[0].items()}
     jitted_init = jax.jit(lambda seeds: over_seeds(lambda seed: init(seed, row))(seeds))
     state = jax.eval_shape(jitted_init, seeds)
     jitted_step = jax.jit(
@@ -151,23 +167,40 @@ def compile_program(
         donate_argnums=0,
     )
     jitted_evaluate = jax.jit(evaluate)
-    rate = jax.ShapeDtypeStruct((), jnp.float32)
-    eval_shapes = list({shape for _, shape in splits})
-    lowered = [
-        jitted_init.lower(seeds),
-        *(jitted_step.lower(state, batch, rate) for batch in batch_shapes),
-        *(jitted_evaluate.lower(state["params"], _structs(shape)) for shape in eval_shapes),
-    ]
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # XLA compiles outside Python's lock
-        init, *rest = pool.map(lambda program: program.compile(), lowered)
-    steps = dict(zip(batches, rest[: len(batches)], strict=True))
-    by_shape = dict(zip(eval_shapes, rest[len(batches) :], strict=True))
+    rate, params = jax.ShapeDtypeStruct((), jnp.float32), state["params"]
+    shape_of = dict(splits)
+    found: dict[Any, concurrent.futures.Future] = {}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+
+        def begin(key, function, *arguments):
+            # XLA compiles outside Python's lock, so the next one is traced meanwhile.
+            if key not in found:
+                found[key] = pool.submit(function.lower(*arguments).compile)
+
+        for batch in batches:
+            begin(("step", batch), jitted_step, state, _structs(batch), rate)
+        begin("init", jitted_init, seeds)
+        for shape in shape_of.values():
+            begin(("evaluate", shape), jitted_evaluate, params, _structs(shape))
+        for split, decoding in searches:
+            source = sources(_structs(shape_of[split]))
+            translate = translator(model, decoding, seeds_impl)
+            begin((decoding, shape_of[split]), translate, params, source)
+        if searches:
+            score = jax.ShapeDtypeStruct(seeds.shape, jnp.float32)
+            begin("better", jax.jit(better), state["best"], params, score)
+        begin("weights", jax.jit(weights), params, _structs(example))
+    compiled = {key: future.result() for key, future in found.items()}
     return Program(
         state=state,
-        init=init,
-        step=lambda state, batch, rate: steps[shapes(batch)](state, batch, rate),
-        evaluate={name: by_shape[shape] for name, shape in splits},
-        seconds=time.perf_counter() - started,
+        init=compiled["init"],
+        step=lambda state, batch, rate: compiled["step", shapes(batch)](state, batch, rate),
+        evaluate={split: compiled["evaluate", shape] for split, shape in splits},
+        translate={
+            (split, decoding): compiled[decoding, shape_of[split]] for split, decoding in searches
+        },
+        better=compiled.get("better"),
+        weights=compiled["weights"],
     )
 
 
@@ -180,6 +213,22 @@ def evaluate(program: Program, params: Any, splits: dict) -> dict[str, np.ndarra
         for metric in ("loss", "accuracy"):
             metrics[f"{name}/{metric}"] = sums[metric] / sums["weights"]
     return metrics
+
+
+def better(best: Any, params: Any, score: jax.Array) -> Any:
+    """For each seed the parameters of the higher score, `best` where they are equal.
+
+    `best` has 'params' and 'score' [R], `params` leaves [R, ...].
+    """
+    higher = score > best["score"]
+
+    def choose(new, old):
+        return jnp.where(higher.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    return {
+        "params": jax.tree.map(choose, params, best["params"]),
+        "score": jnp.where(higher, score, best["score"]),
+    }
 
 
 class Decoding(NamedTuple):
@@ -231,6 +280,20 @@ def model_inputs(batch):
     if "source" in batch:
         return batch["source"], batch["inputs"], batch["source_lengths"]
     return (batch["inputs"],)
+
+
+def sources(batch):
+    """What a translation is made from."""
+    return {name: batch[name] for name in ("source", "source_lengths")}
+
+
+def sown_weights(decoder: dict, name: str) -> jax.Array:
+    """The weights [L, H, T, S] of the first example that a decoder's layers have sown."""
+    if name in decoder:
+        return decoder[name]["weights"][0][:1]
+    if "layers" in decoder:
+        return decoder["layers"][name]["weights"][0][:, 0]
+    return jnp.stack([decoder[f"layer_{i}"][name]["weights"][0][0] for i in range(len(decoder))])
 
 
 def seed_map(seeds_impl: str) -> Callable:

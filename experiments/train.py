@@ -12,12 +12,10 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -25,11 +23,12 @@ from experiments import checkpoints, cli, data, results, settings, tasks
 from experiments.models import build
 from experiments.program import (
     Decoding,
+    Program,
     Recipe,
     compile_program,
     evaluate,
     model_inputs,
-    translator,
+    sources,
 )
 from experiments.progress import Cell, Progress, Stopped
 
@@ -42,7 +41,7 @@ def check(config: ConfigDict) -> None:
     task, model = build(config)
     longest = max(task.eval_splits().values(), key=lambda split: split["inputs"].shape[1])
     row = {name: x[:1] for name, x in longest.items()}
-    jax.eval_shape(lambda key: model.init(key, *model_inputs(row)), jax.random.key(0))
+    jax.eval_shape(lambda: model.init(jax.random.key(0), *model_inputs(row)))
     c = config.train
     if c.seeds_impl not in ("vmap", "map"):
         raise ValueError(f"train.seeds_impl is 'vmap' or 'map', got {c.seeds_impl!r}")
@@ -55,15 +54,55 @@ def check(config: ConfigDict) -> None:
 
 def learning_rates(config: ConfigDict) -> np.ndarray:
     """Linear warm-up to learning_rate, then a cosine to final_learning_rate: [steps]."""
-    c, steps = config.optimizer, config.train.steps
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=c.learning_rate / (c.warmup_steps + 1),
-        peak_value=c.learning_rate,
-        warmup_steps=c.warmup_steps,
-        decay_steps=max(steps, c.warmup_steps + 1),
-        end_value=c.final_learning_rate,
+    c, steps = config.optimizer, np.arange(config.train.steps)
+    warm = c.learning_rate * (steps + 1) / (c.warmup_steps + 1)
+    past = np.clip((steps - c.warmup_steps) / max(len(steps) - c.warmup_steps, 1), 0, 1)
+    span = c.learning_rate - c.final_learning_rate
+    decayed = c.final_learning_rate + span * (1 + np.cos(np.pi * past)) / 2
+    return np.where(steps < c.warmup_steps, warm, decayed).astype(np.float32)
+
+
+class Run(NamedTuple):
+    """What a config trains.
+
+    Attributes:
+      task, source, splits: the task, its training batches and its evaluation batches by split.
+      greedy, beam: how a task that translates is judged on the way and in the end, else None.
+      program: the arguments of `compile_program`; runs of equal ones share a program.
+    """
+
+    task: tasks.Task
+    source: data.TrainSource
+    splits: dict[str, dict[str, np.ndarray]]
+    greedy: Decoding | None
+    beam: Decoding | None
+    program: tuple
+
+
+def prepare(config: ConfigDict) -> Run:
+    """Reads the data of a config; compiles nothing."""
+    task, model = build(config)
+    c = config.train
+    source = data.TrainSource(task, tuple(range(c.seeds)), c.batch_size, c.steps)
+    splits = {
+        name: data.eval_batches(split, c.eval_batch_size)
+        for name, split in task.eval_splits().items()
+    }
+    greedy = beam = None
+    searches = ()
+    if isinstance(task, tasks.Translates):
+        greedy, beam = decoding(config, task, beam=False), decoding(config, task, beam=True)
+        searches = (("validation", greedy), *((name, beam) for name in splits))
+    program = (
+        model,
+        Recipe(*(config.optimizer[name] for name in Recipe._fields)),
+        c.seeds_impl,
+        source.shapes,
+        tuple((name, data.shapes(split)) for name, split in splits.items()),
+        data.shapes(task.example()),
+        searches,
     )
-    return np.asarray(schedule(np.arange(steps)), np.float32)
+    return Run(task, source, splits, greedy, beam, program)
 
 
 def train(
@@ -76,33 +115,22 @@ def train(
 
     Raises FloatingPointError when a loss is no longer finite.
     """
-    task, model = build(config)
     c = config.train
-    source = data.TrainSource(task, tuple(range(c.seeds)), c.batch_size, c.steps)
-    splits = {
-        name: data.eval_batches(split, c.eval_batch_size)
-        for name, split in task.eval_splits().items()
-    }
+    task, source, splits, greedy, beam, arguments = prepare(config)
+    began = time.perf_counter()
+    program = compile_program(*arguments)
+    compile_seconds = time.perf_counter() - began
     validation = {"validation": splits["validation"]}
-    translates = isinstance(task, tasks.Translates)
-    recipe = Recipe(*(config.optimizer[name] for name in Recipe._fields))
-    program = compile_program(
-        model,
-        recipe,
-        c.seeds_impl,
-        source.shapes,
-        tuple((name, data.shapes(split)) for name, split in splits.items()),
-        keep_best=translates,
-    )
 
     def judge(state):
         """Metrics on the validation split, and the state with the best parameters so far."""
         params = state.get("average", state["params"])
         metrics = evaluate(program, params, validation)
-        if translates:
-            texts = translations(config, params, validation)
+        if greedy:
+            texts = translations(program, task, greedy, params, validation)
             metrics |= _scores(task, texts)
-            state["best"] = _better(state["best"], params, metrics[task.primary])
+            score = np.asarray(metrics[task.primary], np.float32)
+            state["best"] = program.better(state["best"], params, score)
         return metrics, state
 
     rates = learning_rates(config)
@@ -134,7 +162,7 @@ def train(
                 _check_finite(train_metrics["train/loss"], step)
                 progress.step(step, float(train_metrics["train/loss"].mean()))
             last = step == c.steps
-            if step % c.eval_every == 0 and not last or last and translates:
+            if step % c.eval_every == 0 and not last or last and greedy:
                 seconds += _lap(state, began)
                 judged, state = judge(state)
                 log.write(step, judged)
@@ -146,8 +174,8 @@ def train(
                 began = time.perf_counter()
         params, more = final_params(state), {}
         final = evaluate(program, params, splits)
-        if translates:
-            texts = translations(config, params, splits, beam=True)
+        if beam:
+            texts = translations(program, task, beam, params, splits)
             final |= _scores(task, texts)
             more["bleu_by_length"] = {
                 split: _by_length(task, split, of_seeds) for split, of_seeds in texts.items()
@@ -156,15 +184,16 @@ def train(
                 lines = "".join(f"{text}\n" for text in of_seeds[0])
                 results.replace(directory / f"translations_{split}.txt", lines)
         log.write(c.steps, final)
-    params = jax.tree.map(lambda x: x[0], params)
-    save_attention(directory / "attention.npz", task, model, params)
+    example = task.example()
+    weights = np.asarray(program.weights(params, example))
+    save_attention(directory / "attention.npz", task, example, weights)
     return {
         "status": "done",
         "metrics": {name: values.tolist() for name, values in final.items()},
         "primary": task.primary,
         "lower_is_better": task.lower_is_better,
-        "num_params": sum(x.size for x in jax.tree.leaves(params)),
-        "compile_seconds": round(program.seconds, 2),
+        "num_params": sum(x.size for x in jax.tree.leaves(params)) // c.seeds,
+        "compile_seconds": round(compile_seconds, 2),
         "steps_per_second": round(c.steps / seconds, 2),
         "train_seconds": round(seconds, 2),
         "steps": c.steps,
@@ -180,15 +209,12 @@ def final_params(state: dict) -> Any:
 
 
 def translations(
-    config: ConfigDict, params: Any, splits: dict, beam: bool = False
+    program: Program, task: Any, search: Decoding, params: Any, splits: dict
 ) -> dict[str, list[list[str]]]:
-    """By split, for each seed the text of every example; by beam search as the config has it."""
-    task, model = build(config)
+    """By split, for each seed the text of every example."""
     found = {}
     for name, batches in splits.items():
-        sources = {key: batches[key] for key in ("source", "source_lengths")}
-        translate = translator(model, decoding(config, task, beam), config.train.seeds_impl)
-        tokens = np.asarray(translate(params, sources))  # [n, R, b, T]
+        tokens = np.asarray(program.translate[name, search](params, sources(batches)))
         count = int((batches["weights"].sum(-1) > 0).sum())
         found[name] = [
             [task.detokenize(row) for row in of_seed.reshape(-1, tokens.shape[-1])[:count]]
@@ -219,48 +245,19 @@ def _by_length(task, split, of_seeds):
     return {name: [x[name] for x in scores] for name in scores[0]}
 
 
-@jax.jit
-def _better(best, params, score):
-    """For each seed the parameters of the higher score."""
-    higher = score > best["score"]
-
-    def choose(new, old):
-        return jnp.where(higher.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-    return {
-        "params": jax.tree.map(choose, params, best["params"]),
-        "score": jnp.where(higher, score, best["score"]).astype(best["score"].dtype),
-    }
-
-
-def save_attention(path: Path, task: tasks.Task, model: Any, params: Any) -> None:
-    """Writes the weights [L, H, T, S] on `task.example()` and the tokens they are about.
+def save_attention(path: Path, task: tasks.Task, example: dict, weights: np.ndarray) -> None:
+    """Writes the weights [L, H, T, S] on `example` and the tokens they are about.
 
     Those of the self-attention of a decoder, of the cross-attention of an encoder-decoder.
     """
-    example = task.example()
-    _, sown = jax.jit(lambda p, e: model.apply(p, *model_inputs(e), mutable=["intermediates"]))(
-        params, example
-    )
-    name = "cross_attention" if "source" in example else "self_attention"
-    weights = sown_weights(sown["intermediates"]["decoder"], name)
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer,
-        weights=np.asarray(weights, np.float32),
+        weights=weights,
         query_tokens=task.tokens(example["inputs"][0]),
         key_tokens=task.tokens(example.get("source", example["inputs"])[0]),
     )
     results.replace(path, buffer.getvalue())
-
-
-def sown_weights(decoder: dict, name: str) -> jax.Array:
-    """The weights [L, H, T, S] of the first example that a decoder's layers have sown."""
-    if name in decoder:
-        return decoder[name]["weights"][0][:1]
-    if "layers" in decoder:
-        return decoder["layers"][name]["weights"][0][:, 0]
-    return jnp.stack([decoder[f"layer_{i}"][name]["weights"][0][0] for i in range(len(decoder))])
 
 
 class MetricsLog:
@@ -367,4 +364,5 @@ if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file in configs/.")
     _WORKDIR = flags.DEFINE_string("workdir", None, "Where to write to.", required=True)
     _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Write TensorBoard events as well.")
+    cli.keep_compiled()
     cli.run(main)

@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import checkpoints, cli, plots, results, settings, tasks, train
-from experiments.program import translator
+from experiments.program import sown_weights, translator
 
 
 class Translator(NamedTuple):
@@ -76,7 +76,7 @@ class Translator(NamedTuple):
         read = (source["source"], inputs, source["source_lengths"])
         apply = jax.jit(lambda p, read: self.model.apply(p, *read, mutable=["intermediates"]))
         _, sown = apply(self.params, read)
-        weights = train.sown_weights(sown["intermediates"]["decoder"], "cross_attention")
+        weights = sown_weights(sown["intermediates"]["decoder"], "cross_attention")
         names = self.task.tokens(targets), self.task.tokens(source["source"][0, :count])
         return np.asarray(weights, np.float32)[..., :count], *names
 
@@ -167,4 +167,5 @@ if __name__ == "__main__":
     _LAYER = flags.DEFINE_integer("layer", None, "Draw this layer alone, from 1.")
     _HEAD = flags.DEFINE_integer("head", None, "Draw this head alone, from 1.")
     _MEAN = flags.DEFINE_bool("mean", False, "Draw the mean of layers and heads.")
+    cli.keep_compiled()
     cli.run(main)

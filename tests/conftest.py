@@ -22,3 +22,12 @@ def x64():
     """float64 within the test; elsewhere write `with jax.enable_x64(True):`."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_folder(tmp_path_factory):
+    """Commands that a test runs keep what they compile for each other, not among the user's."""
+    folder = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+        yield folder

@@ -30,17 +30,7 @@ def run(config, directory, stop_at=None):
 
 
 def program(config):
-    task, model = train.build(config)
-    c = config.train
-    source = data.TrainSource(task, tuple(range(c.seeds)), c.batch_size, c.steps)
-    splits = {k: data.eval_batches(v, c.eval_batch_size) for k, v in task.eval_splits().items()}
-    return programs.compile_program(
-        model,
-        programs.Recipe(*(config.optimizer[name] for name in programs.Recipe._fields)),
-        c.seeds_impl,
-        source.shapes,
-        tuple((name, data.shapes(split)) for name, split in splits.items()),
-    )
+    return programs.compile_program(*train.prepare(config).program)
 
 
 def leaves(tree):

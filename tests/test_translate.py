@@ -10,6 +10,7 @@ import pytest
 from helpers import Silent
 
 from experiments import checkpoints, results, settings, train, translate
+from experiments.program import better
 
 
 def config(architecture="transformer", **changes):
@@ -63,7 +64,7 @@ def test_the_best_parameters_of_each_seed_are_kept(trained):
 
 def test_only_the_seeds_that_are_better_replace_their_best():
     best = {"params": {"x": np.zeros((2, 3))}, "score": np.array([1.0, 1.0], np.float32)}
-    found = train._better(best, {"x": np.ones((2, 3))}, np.array([2.0, 0.5]))
+    found = better(best, {"x": np.ones((2, 3))}, np.array([2.0, 0.5]))
     np.testing.assert_array_equal(found["params"]["x"], [[1, 1, 1], [0, 0, 0]])
     np.testing.assert_array_equal(found["score"], [2, 1])
 
