@@ -7,6 +7,7 @@ The same command goes on where a killed sweep stopped, and finds a finished one 
 
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import cli, report, results, sweep, train
+from experiments.ahead import Ahead
 from experiments.progress import Progress, Stopped
 
 
@@ -64,12 +66,18 @@ def environment() -> dict[str, str]:
     }
 
 
-def run_cell(cell: sweep.Cell, directory: Path, progress: Progress, tensorboard: bool) -> None:
-    """Trains a cell and writes its result.json; a failure is a result as well."""
+def run_cell(
+    cell: sweep.Cell, directory: Path, progress: Progress, waited: float, tensorboard: bool
+) -> None:
+    """Trains a cell and writes its result.json; a failure is a result as well.
+
+    `waited` are the seconds that its programs let the sweep wait so far.
+    """
     shown = progress.cell(cell.id)
     train.claim(directory, cell.config)
     try:
         result = train.train(cell.config, directory, shown, tensorboard=tensorboard)
+        result["compile_seconds"] = round(waited + result["compile_seconds"], 2)
         value = results.mean_interval(result["metrics"][result["primary"]])
         line = (
             f"{result['primary']} {results.plus_minus(*value, 3)}, {result['train_seconds']:.0f} s"
@@ -109,9 +117,10 @@ def main(argv):
         return
     print(f"{len(todo)} of {len(cells)} cells to train in {workdir}", flush=True)
     try:
-        with Progress(len(todo)) as progress:
-            for cell in todo:
-                run_cell(cell, directories[cell.id], progress, _TENSORBOARD.value)
+        with Progress(len(todo)) as progress, Ahead() as ahead:
+            for cell, following in itertools.zip_longest(todo, todo[1:]):
+                waited = ahead.turn(cell.config, following and following.config)
+                run_cell(cell, directories[cell.id], progress, waited, _TENSORBOARD.value)
     except Stopped:
         sys.exit("\nstopped; the same command goes on from here")
     report.publish(workdir)
@@ -133,4 +142,5 @@ if __name__ == "__main__":
     _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the cells and stop.")
     _RETRY = flags.DEFINE_bool("retry_failed", False, "Train cells that failed once more.")
     _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Write TensorBoard events as well.")
+    cli.keep_compiled()
     cli.run(main)

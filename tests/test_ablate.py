@@ -46,6 +46,24 @@ def ablate(*flags, module="ablate", **kwargs):
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, **kwargs)
 
 
+def children(process):
+    """The process ids of what a process has started."""
+    return [int(x) for x in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def ended(process, seconds=20):
+    """Whether a process is gone, or waits for a parent to notice it, within some seconds."""
+    status = Path(f"/proc/{process}/status")
+    for _ in range(seconds * 20):
+        try:
+            if "State:\tZ" in status.read_text():
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def read(path):
     return json.loads(path.read_text())
 
@@ -96,8 +114,10 @@ def test_a_killed_sweep_goes_on_and_ends_in_the_same_numbers(config, tmp_path):
     saved = work / "cells/base/checkpoints"
     while victim.poll() is None and not any(p.name.isdigit() for p in saved.glob("*")):
         time.sleep(0.01)
+    (ahead,) = children(victim.pid)
     victim.send_signal(signal.SIGKILL)
     victim.wait()
+    assert ended(ahead)
     assert not (work / "cells/base.position=none/result.json").exists()
     again = ablate(*flags, f"--workdir={work}")
     assert again.returncode == 0, again.stderr
@@ -269,8 +289,10 @@ def test_ctrl_c_stops_in_one_line_and_the_same_command_goes_on(config, tmp_path)
     log = tmp_path / "work/cells/base/metrics.jsonl"
     while run.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.05)
+    (ahead,) = children(run.pid)
     run.send_signal(signal.SIGINT)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 1 and "Traceback" not in errors
     assert errors.strip() == "stopped; the same command goes on from here", errors
+    assert ended(ahead)
     assert not (tmp_path / "work/cells/base/result.json").exists()

@@ -1,0 +1,185 @@
+"""What is compiled when: kept on disk, once a program, ahead of its turn in another process."""
+
+import collections
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import Silent
+from jax.experimental.compilation_cache import compilation_cache
+
+from experiments import ablate, checkpoints, first_step, progress, settings, sweep, train
+from experiments.ahead import Ahead
+from experiments.program import compile_program
+
+ROOT = Path(__file__).parents[1]
+
+
+def tiny(task="recall", **changes):
+    sizes = {
+        "recall": {"vocab_size": 16, "length": 8, "num_pairs": 2, "num_eval": 20},
+        "reverse": {"vocab_size": 8, "length": 6, "num_eval": 20},
+    }
+    config = settings.config(task, **sizes[task])
+    config.model.update(model_dim=8, num_layers=1, num_heads=2)
+    config.train.update(
+        steps=4, batch_size=4, seeds=2, log_every=2, eval_every=2, checkpoint_every=2
+    )
+    return settings.override(config, changes)
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """This process keeps its programs in an empty folder, and has compiled none."""
+    compile_program.cache_clear()
+    before = (
+        jax.config.jax_compilation_cache_dir,
+        jax.config.jax_persistent_cache_min_compile_time_secs,
+    )
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "kept"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
+    yield tmp_path / "kept"
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+    compilation_cache.reset_cache()
+    compile_program.cache_clear()
+
+
+@pytest.fixture
+def events():
+    """How often each of jax's events has happened."""
+    counts = collections.Counter()
+
+    def count(name, *_, **__):
+        counts[name.rpartition("/")[-1]] += 1
+
+    jax.monitoring.register_event_listener(count)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    yield counts
+    jax.monitoring.unregister_event_listener(count)
+    jax.monitoring.unregister_event_duration_listener(count)
+
+
+FOLDER = """
+import jax
+from experiments import cli
+cli.keep_compiled()
+c = jax.config
+print(c.jax_compilation_cache_dir, c.jax_compilation_cache_max_size)
+print(c.jax_persistent_cache_min_compile_time_secs, c.jax_persistent_cache_min_entry_size_bytes)
+"""
+
+
+@pytest.mark.parametrize("variables, expected", [
+    ({"HOME": "/home/ada"}, "/home/ada/.cache/attention-jax 536870912"),
+    ({"XDG_CACHE_HOME": "/scratch"}, "/scratch/attention-jax 536870912"),
+    ({"XDG_CACHE_HOME": "/scratch", "JAX_COMPILATION_CACHE_DIR": "/own"}, "/own -1"),
+])  # fmt: skip
+def test_where_programs_are_kept(variables, expected):
+    names = ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", FOLDER], cwd=ROOT, env={**env, **variables}, capture_output=True
+    )
+    assert done.stdout.decode().splitlines() == [expected, "0.0 -1"], done.stderr
+
+
+def test_a_program_that_was_kept_gives_the_bits_of_one_just_compiled(kept, events, tmp_path):
+    config = tiny(**{"model.dropout_rate": 0.1})
+    metrics, states, hits = [], [], []
+    for name in ("cold", "warm"):
+        compile_program.cache_clear()
+        train.claim(tmp_path / name, config)
+        metrics.append(train.train(config, tmp_path / name, Silent())["metrics"])
+        state = checkpoints.read_state(tmp_path / name / "checkpoints")
+        states.append(jax.tree.leaves((state["params"], state["optimizer"])))
+        hits.append(events["cache_hits"])
+    assert hits == [0, 4], "step, init, evaluate, weights: the second run has loaded them all"
+    assert metrics[0] == metrics[1]
+    for cold, warm in zip(*states, strict=True):
+        np.testing.assert_array_equal(cold, warm)
+
+
+def test_a_sweep_compiles_each_program_once_and_nothing_else(events, tmp_path, monkeypatch):
+    """Learning rates, the length of a run and the lengths of its sources are run-time data."""
+    compile_program.cache_clear()
+    inside = collections.Counter()
+
+    def counted(*arguments):
+        before = events["backend_compile_duration"]
+        program = compile_program(*arguments)
+        inside["compiled"] += events["backend_compile_duration"] - before
+        return program
+
+    monkeypatch.setattr(train, "compile_program", counted)
+    axes = {
+        "rate": [{"optimizer.learning_rate": rate} for rate in (1e-2, 1e-1)],
+        "steps": [{"train.steps": 6, "optimizer.warmup_steps": 2}],
+        "score": [{"model.score": "dot"}],
+    }
+    cells = sweep.expand(tiny("reverse"), {"base": {}}, axes)
+    assert len(cells) == 5
+    train.check(cells[0].config)
+    for cell in cells:
+        train.claim(tmp_path / cell.id, cell.config)
+        train.train(cell.config, tmp_path / cell.id, Silent())
+    assert compile_program.cache_info().misses == 2
+    assert inside["compiled"] == 2 * 4
+    assert events["backend_compile_duration"] == inside["compiled"], "something compiled beside"
+
+
+def test_the_next_program_is_compiled_ahead_once_and_a_killed_child_does_no_harm(kept, events):
+    base, rate = tiny(), tiny(**{"optimizer.learning_rate": 0.1})
+    other, third = tiny(**{"model.score": "dot"}), tiny(**{"model.score": "cosine"})
+    with Ahead() as ahead:
+        ahead.turn(base, rate)
+        assert ahead._child is None, "a learning rate needs no program of its own"
+        ahead.turn(rate, other)
+        child = ahead._child
+        ahead._since -= 600  # however slow the machine is
+        assert ahead.turn(other, base) > 0 and len(list(kept.glob("*-cache"))) == 4
+        assert not events["backend_compile_duration"], "nothing was compiled in this process"
+        compile_program(*train.prepare(other).program)
+        assert (events["cache_hits"], events["cache_misses"]) == (4, 0)
+        ahead.turn(base, third)
+        child.kill()
+        ahead._since -= 600
+        assert ahead.turn(third, tiny(**{"model.num_heads": 1})) < 5
+        assert ahead.turn(base, tiny(**{"model.num_heads": 4})) < 5
+    assert child.poll() is not None
+
+
+def test_none_is_started_beside_a_gpu_or_where_nothing_is_kept(monkeypatch, kept):
+    with Ahead() as ahead:
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        ahead.turn(tiny(), tiny(**{"model.score": "dot"}))
+        monkeypatch.undo()
+        jax.config.update("jax_compilation_cache_dir", None)
+        ahead.turn(tiny(), tiny(**{"model.score": "cosine"}))
+        assert ahead._child is None
+
+
+def test_a_mistake_in_the_next_cell_is_left_to_its_turn(kept):
+    with Ahead() as ahead:
+        ahead.turn(tiny(), tiny(**{"model.num_heads": 3}))
+
+
+def test_a_cell_tells_how_long_its_programs_let_it_wait(tmp_path, monkeypatch):
+    result = {"primary": "x", "metrics": {"x": [1.0]}, "train_seconds": 1.0, "compile_seconds": 2.0}
+    monkeypatch.setattr(train, "train", lambda *_, **__: result)
+    cell = sweep.Cell("base", "base", None, None, {}, tiny())
+    ablate.run_cell(cell, tmp_path, progress.Progress(1), waited=3.0, tensorboard=False)
+    assert json.loads((tmp_path / "result.json").read_text())["compile_seconds"] == 5.0
+
+
+def test_the_first_step_is_timed_with_and_without_programs_kept():
+    seconds = first_step.measure(tiny(), repeats=1)
+    (cold,), (warm,) = seconds["cold"], seconds["warm"]
+    assert cold[0] > cold[1] > 0 and warm[0] > warm[1] > 0
+    assert warm[1] < cold[1]
