@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,19 @@ _MOVES = {
 _CONTAINERS = {"call", "conditional", "while"}
 
 
-def milliseconds_by_kind(compiled: Any, arguments: tuple, runs: int = 3) -> dict[str, float]:
+def milliseconds_by_kind(compiled: Any, run: Callable[[], Any], runs: int = 3) -> dict[str, float]:
     """Milliseconds of a run by what the operations do, one of `KINDS` each; threads are added up.
 
     'products' are matrix products, 'exponentials' hold an exp or tanh, 'moves' only copy, cut or
-    fill, 'rest' is all other arithmetic. `compiled` is a `jax.stages.Compiled`.
+    fill, 'rest' is all other arithmetic. `compiled` is a `jax.stages.Compiled`, which `run` runs
+    once.
     """
     kinds = kinds_of_operations(compiled.as_text())
-    jax.block_until_ready(compiled(*arguments))
+    jax.block_until_ready(run())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(runs):
-                jax.block_until_ready(compiled(*arguments))
+                jax.block_until_ready(run())
         (trace,) = Path(folder).rglob("*.trace.json.gz")
         events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     found: dict[str, float] = collections.Counter()

@@ -108,7 +108,7 @@ def measure(
                 run, told, compiled = prepare(work)
                 row |= told
                 if "profile" in what and compiled is not None:
-                    row["profile"] = profiling.milliseconds_by_kind(*compiled)
+                    row["profile"] = profiling.milliseconds_by_kind(compiled, run)
                 if "time" in what:
                     run()  # what is only done once
                     runs[i] = run
@@ -138,7 +138,7 @@ def measure(
 
 
 def prepare(work: Work) -> tuple[Callable[[], Any], dict[str, float], Any]:
-    """-> what does the work once and waits, what compiling told, (compiled, arguments) or None."""
+    """-> what does the work once and waits, what compiling told, the `jax.stages.Compiled`."""
     program = work.build()
     if isinstance(program, Foreign):
         return program.run, {}, None
@@ -151,7 +151,7 @@ def prepare(work: Work) -> tuple[Callable[[], Any], dict[str, float], Any]:
             arguments[program.carry] = found[0]
         return found
 
-    return run, told, None if program.carry is not None else (compiled, program.arguments)
+    return run, told, compiled
 
 
 def errors(work: Work) -> dict[str, float]:

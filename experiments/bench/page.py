@@ -35,7 +35,12 @@ def write(found: dict[str, Any], workdir: Path) -> Path:
         if row.get("fault")
     ]
     page = environment.get_template("benchmark.html").render(
-        found=found, header=header, lines=lines, figures=inline, faults=faults
+        found=found,
+        header=header,
+        lines=lines,
+        legend=tables.LEGEND,
+        figures=inline,
+        faults=faults,
     )
     results.replace(workdir / "report.md", tables.markdown(found))
     results.replace(workdir / "report.html", page)

@@ -64,18 +64,32 @@ def _profile(row):
     return ", ".join(f"{kind} {x:.1f}" for kind, x in spent.items())
 
 
+# What the titles of the columns do not say.
+LEGEND = (
+    "Contenders of a comparison take turns in one process. ms: median and its 95% interval. first "
+    "/ this: the first contender's time to this one's, turn by turn; below one the first is "
+    "faster. GFLOP/s: of the products that the definition asks for, and their share of what a "
+    "large matrix product reaches. trace + lower + compile: without a cache; warm: all three with "
+    "the program in the persistent cache. program: kB of StableHLO, and of the optimised program "
+    "instructions, fusions, kB. compiled: programs at the first call, at one with an equal spec, "
+    "with a new but equal one, with a different one. error: the largest of any result or gradient "
+    "against float64, relative to the largest number of it. ms by kind: where a run's time goes, "
+    "threads added up."
+)
+
+
 def columns(found: dict[str, Any]) -> list[Column]:
     """All there are, for results of this machine."""
     return [
-        Column("ms (95% interval of the median)", _ms),
+        Column("ms", _ms),
         Column("first / this", _ratio),
-        Column("GFLOP/s (of a product's)", lambda row: _rate(row, found["peaks"])),
+        Column("GFLOP/s", lambda row: _rate(row, found["peaks"])),
         Column("temporary MiB", lambda row: _mib(row, "temporary_bytes")),
         Column("resident MiB", lambda row: _mib(row, "resident_bytes")),
-        Column("trace + lower + compile s; warm", _compile),
-        Column("StableHLO kB, instructions, fusions, executable kB", _program),
-        Column("compiled: first/equal/new/different", _traced),
-        Column("worst error", _errors),
+        Column("trace + lower + compile; warm, s", _compile),
+        Column("program", _program),
+        Column("compiled", _traced),
+        Column("error", _errors),
         Column("ms by kind", _profile),
     ]
 
@@ -97,11 +111,11 @@ def rows(found: dict[str, Any], comparisons: Sequence[dict]) -> list[list[str]]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """What `rows` says of all comparisons, as a Markdown table."""
+    """What `rows` says of all comparisons, as a Markdown table, and `LEGEND`."""
     header, *lines = rows(found, found["comparisons"])
-    table = [header, ["---"] * len(header), *lines]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n"
-                   for row in table)  # fmt: skip
+    escaped = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    table = [header, ["---"] * len(header), *escaped]
+    return f"{LEGEND}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in table)
 
 
 def show(found: dict[str, Any], comparisons: Sequence[dict], header: bool = True) -> None:
