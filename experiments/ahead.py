@@ -1,8 +1,7 @@
 """Compiles the programs of a sweep's next cell in another process, while this one trains.
 
 They come back through the folder of `cli.keep_compiled`: what is left to do here is to trace, lower
-and load them. A thread would not do: tracing holds Python's lock, and XLA would take the core that
-the training needs, where a process of the lowest priority takes only what is left over.
+and load them. A thread would not do: tracing holds Python's lock, and the training waits.
 """
 
 import contextlib
@@ -49,18 +48,20 @@ class Ahead:
     def turn(self, config: ConfigDict, following: ConfigDict | None) -> float:
         """Waits for the programs of `config` if they are under way, then begins `following`'s.
 
-        Returns the seconds waited. A program that an earlier cell had is not compiled again.
+        Programs that nobody has begun are compiled here. Returns the seconds that it took.
         """
         began = time.perf_counter()
         with contextlib.suppress(Exception):  # a cell's mistakes are told at its own turn
             program = train.prepare(config).program
-            self._known.add(program)
             if self._compiling:
                 # A child that needs more than twice the time it has had finds no free core.
                 patience = began - self._since if self._compiling == program else 0
                 if select.select([self._child.stdout], [], [], patience)[0]:
                     self._child.stdout.readline()  # nothing if it is dead, which ends it as well
                     self._compiling = None
+            if program not in self._known:  # before a child asks for a core as well
+                self._known.add(program)
+                compile_program(*program)
             if following and not self._compiling:
                 self._begin(following, train.prepare(following).program)
         return time.perf_counter() - began
@@ -94,7 +95,7 @@ def _start():
 
 def main() -> None:
     """Compiles each config that comes as a line of JSON, and writes a line when it is done."""
-    os.nice(19)
+    os.nice(5)  # the training goes first; at 19 it leaves too little on two cores
     cli.keep_compiled()
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no reply

@@ -172,14 +172,17 @@ def compile_program(
     found: dict[Any, concurrent.futures.Future] = {}
     with concurrent.futures.ThreadPoolExecutor() as pool:
 
-        def begin(key, function, *arguments):
+        def begin(key, function, *arguments, **options):
             # XLA compiles outside Python's lock, so the next one is traced meanwhile.
             if key not in found:
-                found[key] = pool.submit(function.lower(*arguments).compile)
+                found[key] = pool.submit(function.lower(*arguments).compile, **options)
+
+        # What runs once is not worth XLA's effort.
+        once = {"compiler_options": {"xla_backend_optimization_level": 0}}
 
         for batch in batches:
             begin(("step", batch), jitted_step, state, _structs(batch), rate)
-        begin("init", jitted_init, seeds)
+        begin("init", jitted_init, seeds, **once)
         for shape in shape_of.values():
             begin(("evaluate", shape), jitted_evaluate, params, _structs(shape))
         for split, decoding in searches:
@@ -189,7 +192,7 @@ def compile_program(
         if searches:
             score = jax.ShapeDtypeStruct(seeds.shape, jnp.float32)
             begin("better", jax.jit(better), state["best"], params, score)
-        begin("weights", jax.jit(weights), params, _structs(example))
+        begin("weights", jax.jit(weights), params, _structs(example), **once)
     compiled = {key: future.result() for key, future in found.items()}
     return Program(
         state=state,
