@@ -118,14 +118,7 @@ def measure(
             runs.pop(i, None)
             row["unavailable"] = reason_of(error)
 
-    def noted(i):
-        def run():
-            note(i)
-            return runs[i]()
-
-        return run
-
-    times = timing.take_turns({i: noted(i) for i in runs}, *budget)
+    times = timing.take_turns(runs, *budget, note)
     for i, own in times.items():
         row = rows[i]
         row["milliseconds"] = [1e3 * x for x in timing.interval(own)]

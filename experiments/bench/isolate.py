@@ -1,5 +1,6 @@
 """Runs a function in a process of its own, under limits of time and memory."""
 
+import contextlib
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ def call(
     """function(*args, note) in a new process.
 
     `note(x)` tells that work on x begins. More than `seconds` without a note, or more than `bytes`
-    of resident memory, and the process is killed.
+    of resident memory, and the process is killed, with those it has started.
 
     Raises:
       Stopped: for either, or where it died by itself. What it raises is raised here.
@@ -36,10 +37,23 @@ def call(
     import psutil
 
     receiver, sender = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_run, args=(function, args, sender), daemon=True)
+    process = _CONTEXT.Process(target=_run, args=(function, args, sender))
     process.start()
     sender.close()
     watched = psutil.Process(process.pid)
+
+    def family():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [watched, *watched.children(recursive=True)]
+        return []
+
+    def held():
+        total = 0
+        for member in family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += member.memory_info().rss
+        return total
+
     at, since = None, time.monotonic()
     try:
         while True:
@@ -57,15 +71,13 @@ def call(
                     raise value
             if time.monotonic() - since > seconds:
                 raise Stopped(at, f"took more than {seconds:g} s (time_limit)")
-            try:
-                held = watched.memory_info().rss
-            except psutil.NoSuchProcess:
-                continue
-            if held > bytes:
+            if held() > bytes:
                 limit = f"{bytes / 2**30:.3g} GiB (memory_limit)"
                 raise Stopped(at, f"needed more than {limit}")
     finally:
-        process.kill()
+        for member in family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
         process.join()
 
 

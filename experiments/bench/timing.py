@@ -8,14 +8,18 @@ import numpy as np
 
 
 def take_turns(
-    runs: Mapping[Any, Callable[[], Any]], seconds: float, precision: float, rounds: int
+    runs: Mapping[Any, Callable[[], Any]],
+    seconds: float,
+    precision: float,
+    rounds: int,
+    note: Callable[[Any], None] = lambda name: None,
 ) -> dict[Any, list[float]]:
     """Seconds of each run, one a turn.
 
     Turns end when every median is known to ± `precision` of itself (see `interval`), the `seconds`
     are up (but not before five turns), or there were `rounds`. Before each timed run there is a
     pause, since threads of another library that wait for more work in a loop take cores away, and
-    a run or more that wake up those of this one.
+    a run or more that wake up those of this one. `note` is told, before that, whose turn it is.
     """
     times: dict[Any, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + seconds
@@ -25,6 +29,7 @@ def take_turns(
         if turn >= 5 and all(width(x) <= precision for x in times.values()):
             break
         for name, run in runs.items():
+            note(name)
             settle(run)
             start = time.perf_counter()
             run()
