@@ -55,7 +55,7 @@ class Ahead:
             program = train.prepare(config).program
             if self._compiling:
                 # A child that needs more than twice the time it has had finds no free core.
-                patience = began - self._since if self._compiling == program else 0
+                patience = min(began - self._since, 60) if self._compiling == program else 0
                 if select.select([self._child.stdout], [], [], patience)[0]:
                     self._child.stdout.readline()  # nothing if it is dead, which ends it as well
                     self._compiling = None

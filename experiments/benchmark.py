@@ -7,11 +7,12 @@
 Contenders of a comparison take turns in one process, which is not this one: what needs more memory
 or time than the limits of the config is a row that says so. Writes results.json, report.html and
 plots into the work directory. With --compare it prints what got slower or faster than in another
-results.json, and exits with status 1 if something got slower than --threshold.
+results.json, and exits with status 1 if something got worse: by more than --threshold, or failed.
 """
 
-import itertools
 import json
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,16 +27,19 @@ from experiments.bench import compare, isolate, machine, tables, tuning
 
 def run(config: Any, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Every comparison of a config; `save` is given what was found so far after each."""
+    suite = cases(config)
+    dtypes = dict.fromkeys(x.get("dtype", "float32") for case in suite for x in case["contenders"])
+    # In another process, since this one must not hold an accelerator that the others need.
+    apart = isolate.in_new_process if config.isolate else lambda function, *args: function(*args)
     found: dict[str, Any] = {
         "suite": config.suite,
-        "command": " ".join(["python", "-m", "experiments.benchmark", *sys.argv[1:]]),
-        **machine.describe(),
+        "command": shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]]),
+        **apart(machine.describe),
+        "peaks": apart(machine.peaks, list(dtypes)),
         "comparisons": [],
     }
-    found["peaks"] = machine.peaks()
-    for case in cases(config):
-        rows = contend(case, config)
-        found["comparisons"].append({**case, "rows": rows})
+    for case in suite:
+        found["comparisons"].append({**case, "rows": contend(case, config)})
         save(found)
     return found
 
@@ -53,8 +57,10 @@ def cases(config: Any) -> list[dict[str, Any]]:
     for case in suite:
         case["contenders"] = [dict(contender) for contender in case["contenders"]]
         case["measure"] = list(measures or case.get("measure", ("time", "compile")))
+        # What makes no sense should not fail after an hour.
+        compare.check_measures(case["measure"])
         for contender in case["contenders"]:
-            compare.read(contender)  # what cannot be read should not fail after an hour
+            compare.read(contender)
     return suite
 
 
@@ -66,12 +72,19 @@ def contend(case: dict[str, Any], config: Any) -> list[dict[str, Any]]:
         return compare.measure(works, case["measure"], budget)
     skip: dict[int, str] = {}
     limits = {"seconds": config.time_limit, "bytes": config.memory_limit * 2**30}
-    for _ in itertools.repeat(None, len(works) + 1):
+    for _ in works:
         try:
             return isolate.call(_contend, works, case["measure"], budget, dict(skip), **limits)
         except isolate.Stopped as stopped:
-            skip[0 if stopped.at is None else stopped.at] = str(stopped)
-    raise AssertionError("every contender was left out, and still something broke a limit")
+            reason = str(stopped)
+            if stopped.at is None:  # before any of them
+                break
+            skip[stopped.at] = reason
+        except RuntimeError as error:
+            reason = str(error)
+            break
+    skip = dict.fromkeys(range(len(works)), reason) | skip
+    return compare.measure(works, case["measure"], budget, skip=skip)
 
 
 def _contend(works, measure, budget, skip, note):
@@ -81,12 +94,13 @@ def _contend(works, measure, budget, skip, note):
 def main(_):
     """Runs the suite of --config and writes what it found into --workdir."""
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
-    if _TUNE.value:
-        print(tuning.tune(Path(_TABLE.value), print))
-        return
+    # Each process takes what it needs of a GPU's memory: torch needs some, too.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with cli.user_errors():
+        if _TUNE.value:
+            return print(tuning.tune(Path(_TABLE.value), lambda line: print(line, flush=True)))
         cases(config)
-        old = json.loads(Path(_COMPARE.value).read_text("utf-8")) if _COMPARE.value else None
+        old = tables.read(Path(_COMPARE.value)) if _COMPARE.value else None
         workdir.mkdir(parents=True, exist_ok=True)
 
     def save(found):
@@ -97,9 +111,11 @@ def main(_):
     from experiments.bench import page
 
     print(f"\n{page.write(found, workdir)}")
+    rows = [row for comparison in found["comparisons"] for row in comparison["rows"]]
+    if all("unavailable" in row for row in rows):
+        sys.exit("error: no contender could run")
     if old is not None:
-        slower = tables.show_changes(old, found, _THRESHOLD.value)
-        sys.exit(1 if slower else 0)
+        sys.exit(1 if tables.show_changes(old, found, _THRESHOLD.value) else 0)
 
 
 if __name__ == "__main__":

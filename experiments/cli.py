@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -41,8 +42,22 @@ def keep_compiled() -> None:
         caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(Path(caches, "attention-jax")))
         jax.config.update("jax_compilation_cache_max_size", 2**29)
+        _drop_halves(Path(caches, "attention-jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _drop_halves(folder):
+    """Removes programs that a killed process has not written to the end.
+
+    jax writes the time of the last use after the program, and could not add any other program to a
+    folder that holds one without.
+    """
+    for path in folder.glob("*-cache"):
+        used = path.with_name(path.name.removesuffix("-cache") + "-atime")
+        with contextlib.suppress(OSError):
+            if not used.exists() and time.time() - path.stat().st_mtime > 60:
+                path.unlink()
 
 
 def _parse(argv):

@@ -26,5 +26,10 @@ def die(note):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Unpicklable(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} {two}")
+
+
 def fail(note):
-    raise ValueError("a reason")
+    raise Unpicklable("a", "reason")

@@ -1,6 +1,9 @@
 """Measures the contenders of one comparison."""
 
+import contextlib
 import dataclasses
+import functools
+import math
 import platform
 import re
 import resource
@@ -20,7 +23,7 @@ from experiments.bench.models import Model
 from experiments.bench.work import Foreign, Program, Unavailable, Work
 
 WORKS: dict[str, Any] = {"kernel": Kernel, "model": Model, "function": Function}
-MEASURES = ("time", "compile", "accuracy", "resident", "profile")
+MEASURES = ("time", "compile", "memory", "accuracy", "resident", "profile")
 
 
 class Budget(NamedTuple):
@@ -40,7 +43,10 @@ def read(contender: dict[str, Any]) -> Work:
     kind = fields.pop("kind", "kernel")
     if kind not in WORKS:
         raise ValueError(f"a contender's kind is one of {', '.join(WORKS)}; got {kind!r}")
-    return WORKS[kind](**fields)
+    try:
+        return WORKS[kind](**fields)
+    except TypeError as error:
+        raise ValueError(f"a {kind} cannot be made of {fields}: {error}") from None
 
 
 def describe(work: Work) -> dict[str, Any]:
@@ -62,9 +68,10 @@ def names(works: Sequence[Work]) -> list[str]:
     for own, work in zip(described, works, strict=True):
         default = {f.name: f.default for f in dataclasses.fields(work)}  # type: ignore[arg-type]
         parts = [f"{k}={own[k]}" for k in varied if k in own and own[k] != default[k]]
-        if len(works) > 1 and "library" in varied and len(varied) == 1:
+        if varied == ["library"]:
             parts = [own["library"]]
-        found.append(", ".join(parts) or "ours")
+        alone = own["name"] if isinstance(work, Function) else "ours"
+        found.append(", ".join(parts) or alone)
     return found
 
 
@@ -83,42 +90,52 @@ def measure(
     'ratio', the first one's time to this one's (median of the turns and its interval): below one,
     the first is faster. With 'compile': `compiling.phases`. With 'accuracy': 'errors', see
     `errors`. With 'resident': 'resident_bytes', what a new process holds at most while it does the
-    work, beyond what it held before. With 'profile': 'profile', see `profiling`.
+    work, beyond what it held before; on an accelerator the device's peak. With 'profile':
+    'profile', see `profiling`.
 
     `note` is told the number of the contender at work; contenders in `skip` are not tried, for
     the reason given.
     """
-    if unknown := set(what) - set(MEASURES):
-        raise ValueError(f"measures are of {', '.join(MEASURES)}; got {', '.join(unknown)}")
+    check_measures(what)
     rows: list[dict[str, Any]] = []
     runs: dict[int, Callable[[], Any]] = {}
     for i, (work, name) in enumerate(zip(works, names(works), strict=True)):
-        row: dict[str, Any] = {"name": name, "work": describe(work), "flops": work.flops()}
+        row: dict[str, Any] = {"name": name, "work": describe(work), "flops": None}
         rows.append(row)
         if reason := (skip or {}).get(i):
             row["unavailable"] = reason
             continue
-        note(i)
-        try:
-            if "accuracy" in what and (found := errors(work)):
-                row["errors"] = found
-            if "compile" in what:
-                row |= compiling.phases(work)
-            if "time" in what or "profile" in what:
-                run, told, compiled = prepare(work)
-                row |= told
-                if "profile" in what and compiled is not None:
-                    row["profile"] = profiling.milliseconds_by_kind(compiled, run)
-                if "time" in what:
-                    run()  # what is only done once
-                    runs[i] = run
-            if "resident" in what:
-                row["resident_bytes"] = isolate.in_new_process(_resident, work)
-        except Exception as error:
-            runs.pop(i, None)
-            row["unavailable"] = reason_of(error)
 
-    times = timing.take_turns(runs, *budget, note)
+        def accuracy(work=work):
+            return {"errors": found} if (found := errors(work)) else {}
+
+        def run_often(work=work, i=i):
+            run, told, compiled = prepare(work)
+            if "profile" in what and compiled is not None:
+                told["profile"] = profiling.milliseconds_by_kind(compiled, run)
+            if "time" in what:
+                run()  # what is only done once
+                runs[i] = run
+            return told
+
+        def resident(work=work):
+            return {"resident_bytes": isolate.in_new_process(_resident, work)}
+
+        for wanted, take in (
+            ({"time", "profile", "memory"}, run_often),
+            ({"compile"}, lambda work=work: compiling.phases(work)),
+            ({"accuracy"}, accuracy),
+            ({"resident"}, resident),
+            (set(what), lambda work=work: {"flops": work.flops()}),
+        ):
+            if wanted & set(what) and "unavailable" not in row:
+                note(i)
+                try:
+                    row |= take()
+                except Exception as error:
+                    row["unavailable"] = reason_of(error)
+
+    times = _in_turns(runs, rows, budget, note)
     for i, own in times.items():
         row = rows[i]
         row["milliseconds"] = [1e3 * x for x in timing.interval(own)]
@@ -128,6 +145,34 @@ def measure(
         if i and 0 in times:
             row["ratio"] = timing.interval([a / b for a, b in zip(times[0], own, strict=True)])
     return rows
+
+
+def check_measures(what: Sequence[str]) -> None:
+    """Raises ValueError for what is none of `MEASURES`."""
+    if unknown := set(what) - set(MEASURES):
+        raise ValueError(f"measures are of {', '.join(MEASURES)}; got {', '.join(unknown)}")
+
+
+class _Failed(Exception):
+    pass
+
+
+def _in_turns(runs, rows, budget, note):
+    """`timing.take_turns` of those that do not fail meanwhile."""
+
+    def guarded(i, run):
+        try:
+            return run()
+        except Exception as error:
+            rows[i]["unavailable"] = reason_of(error)
+            raise _Failed(i) from error
+
+    while True:
+        try:
+            own = {i: functools.partial(guarded, i, run) for i, run in runs.items()}
+            return timing.take_turns(own, *budget, note)
+        except _Failed as failed:
+            del runs[failed.args[0]]
 
 
 def prepare(work: Work) -> tuple[Callable[[], Any], dict[str, float], Any]:
@@ -147,11 +192,12 @@ def prepare(work: Work) -> tuple[Callable[[], Any], dict[str, float], Any]:
     return run, told, compiled
 
 
-def errors(work: Work) -> dict[str, float]:
+def errors(work: Work) -> dict[str, float | None]:
     """The largest error of each result against the dense kernel in float64.
 
-    Relative to the largest number of that result. Long texts are cut to 512 for it, so that the
-    oracle's memory does not explode.
+    Relative to the largest number of that result; None where it is not finite. For the oracle's
+    memory one example and one key head are judged, of no more than 1024 tokens, by the kernel that
+    is timed.
     """
     pair = work.oracle()
     if pair is None:
@@ -163,7 +209,8 @@ def errors(work: Work) -> dict[str, float]:
     found = {}
     for name, x in got.items():
         scale = np.max(np.abs(want[name])) or 1.0
-        found[name] = float(np.max(np.abs(x - want[name])) / scale)
+        error = float(np.max(np.abs(x - want[name])) / scale)
+        found[name] = error if math.isfinite(error) else None
     return found
 
 
@@ -185,10 +232,15 @@ def reason_of(error: Exception) -> str:
 
 
 def _resident(work):
+    import psutil
+
     run, _, _ = prepare(work)
-    before = peak_bytes()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = psutil.Process().memory_info().rss
     run()
-    return peak_bytes() - before
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use", peak_bytes() - before)
 
 
 def peak_bytes() -> int:

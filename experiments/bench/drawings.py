@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments import plots
+from experiments.bench import compare
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +47,8 @@ def series(rows: list[dict], axis: str, measured: str) -> dict[str, tuple[np.nda
     groups: dict[str, dict[float, float]] = {}
     for row in rows:
         work = dict(row["work"])
-        x, y = work.pop(axis, None), _value(row, measured)
+        x, y = getattr(compare.read(work), axis, None), _value(row, measured)
+        work.pop(axis, None)
         if x is not None and y is not None:
             groups.setdefault(json.dumps(work, sort_keys=True), {})[x] = y
     kept = {key: points for key, points in groups.items() if len(points) > 2}
@@ -119,7 +121,10 @@ def phases(found: dict[str, Any]) -> "Figure":
 
 
 def roofline(found: dict[str, Any], rows: list[dict]) -> "Figure":
-    """FLOP/s against FLOPs a byte of inputs and results; the roof is measured in the same run."""
+    """FLOP/s against FLOPs a byte of inputs and results, of programs of JAX.
+
+    The roof is measured in the same run, for the dtype of the first.
+    """
     peaks = found["peaks"]
     points: dict[str, list] = {}
     for row in rows:
@@ -134,7 +139,8 @@ def roofline(found: dict[str, Any], rows: list[dict]) -> "Figure":
             panel.loglog(x, y, "o", color=plots.LINES[i % len(plots.LINES)], label=name)
         every = np.array([x for own in points.values() for x, _ in own])
         x = np.geomspace(every.min() / 2, every.max() * 2, 50)
-        roof = np.minimum(peaks["product_flops"], x * peaks["copy_bytes"]) / 1e9
+        flops = next(peaks[name] for name in peaks if name.endswith("_flops"))
+        roof = np.minimum(flops, x * peaks["copy_bytes"]) / 1e9
         panel.loglog(x, roof, color=plots.INK, linewidth=1, label="products, copies")
         panel.set(xlabel="FLOPs of the definition a byte of inputs and results", ylabel="GFLOP/s")
         panel.grid(color=plots.INK, alpha=0.12, linewidth=0.6)

@@ -1,5 +1,6 @@
 """Runs a function in a process of its own, under limits of time and memory."""
 
+import concurrent.futures
 import contextlib
 import multiprocessing
 import time
@@ -19,12 +20,12 @@ class Stopped(Exception):
 
 def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args), without limits.  What it raises is raised here."""
-    with _CONTEXT.Pool(1) as pool:
-        return pool.apply(function, args)
+    with concurrent.futures.ProcessPoolExecutor(1, _CONTEXT) as pool:
+        return pool.submit(function, *args).result()
 
 
 def call(
-    function: Callable[..., Any], *args: Any, seconds: float, bytes: float, poll: float = 0.05
+    function: Callable[..., Any], *args: Any, seconds: float, bytes: float, poll: float = 0.2
 ) -> Any:
     """function(*args, note) in a new process.
 
@@ -32,7 +33,8 @@ def call(
     of resident memory, and the process is killed, with those it has started.
 
     Raises:
-      Stopped: for either, or where it died by itself. What it raises is raised here.
+      Stopped: for either, or where it died by itself.
+      RuntimeError: with the type and text of what it raised.
     """
     import psutil
 
@@ -68,7 +70,7 @@ def call(
                 elif kind == "done":
                     return value
                 else:
-                    raise value
+                    raise RuntimeError(value)
             if time.monotonic() - since > seconds:
                 raise Stopped(at, f"took more than {seconds:g} s (time_limit)")
             if held() > bytes:
@@ -84,8 +86,8 @@ def call(
 def _run(function, args, sender):
     try:
         found = ("done", function(*args, lambda x: sender.send(("note", x))))
-    except Exception as error:
-        found = ("raised", error)
+    except Exception as error:  # as text: not every exception survives a pipe
+        found = ("raised", f"{type(error).__name__}: {error}")
     sender.send(found)
 
 

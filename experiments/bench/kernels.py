@@ -11,6 +11,7 @@ import numpy as np
 
 import attention
 from attention import decoding
+from attention.kernels import blocks, tiled
 from attention.parts import Tile
 from experiments.bench.work import Foreign, Program, Unavailable, Work, torch, torch_device
 
@@ -67,6 +68,15 @@ class Kernel(Work):
                 raise ValueError(f"{name} is one of {known}, got {getattr(self, name)!r}")
         if self.block_sizes is not None:
             object.__setattr__(self, "block_sizes", tuple(self.block_sizes))
+        if self.derivative == "decode":
+            if self.length >= self.keys:
+                raise ValueError(
+                    f"derivative='decode' appends T to S > T slots; got T={self.length}, "
+                    f"S={self.keys}"
+                )
+            if self.documents or self.batching != "axes":
+                raise ValueError("derivative='decode' goes without documents and batching")
+        self.mechanism()  # what cannot be parsed should be told at once
 
     @property
     def keys(self) -> int:
@@ -106,32 +116,19 @@ class Kernel(Work):
 
     def pairs(self) -> float:
         """How many (i, j) the mask lets be seen, of one head of one example."""
-        if self.derivative == "decode":
-            return self.length * self.keys
-        data, columns = self.data(), np.arange(self.keys)
-        segments = data.get("query_segments")
-        key_segments = data.get("key_segments", segments)
-        mask, total = self.mechanism().mask, 0.0
-        for start in range(0, self.length, 1024):
-            rows = np.arange(start, min(start + 1024, self.length))
-            tile = Tile(
-                query_index=rows,
-                key_index=columns,
-                query_positions=rows,
-                key_positions=columns,
-                head=np.int32(0),
-                num_heads=self.heads,
-                query_segments=None if segments is None else segments[rows],
-                key_segments=key_segments,
-            )
-            seen = np.broadcast_to(mask.tile(tile), (len(rows), len(columns)))
-            total += float(np.count_nonzero(seen))
-        return total
+        first = self.keys - self.length if self.derivative == "decode" else 0
+        return _pairs(self.mechanism().mask, self.length, self.keys, first, self.documents)
 
     def flops(self) -> float | None:
-        """2 (D + V) a pair; five such products instead of two with the gradient (Dao 2022)."""
+        """2 (D + V) a pair, three times as many with a gradient or tangents.
+
+        What the definition asks for: not what a kernel computes twice. None for scores that are no
+        product of a query and a key.
+        """
+        if blocks.numbers_per_pair(self.mechanism(), self.heads, self.width) > 4:
+            return None
         widths = self.width + (self.value_width or self.width)
-        times = {"none": 1.0, "decode": 1.0, "gradient": 3.5, "jvp": 3.0}[self.derivative]
+        times = 3.0 if self.derivative in ("gradient", "jvp") else 1.0
         return 2 * widths * self.pairs() * self.heads * self.batch * times
 
     def different(self) -> "Kernel | None":
@@ -143,14 +140,14 @@ class Kernel(Work):
     def oracle(self) -> "tuple[Kernel, Kernel] | None":
         if self.derivative == "decode":
             return None
-        longest = max(self.length, self.keys)
         small = dataclasses.replace(
             self,
-            length=max(1, self.length * min(longest, 512) // longest),
-            source_length=self.source_length and max(1, self.keys * min(longest, 512) // longest),
-            heads=self.heads if longest <= 512 else max(1, self.heads // (self.kv_heads or 1)),
-            kv_heads=self.kv_heads if longest <= 512 else 1,
+            length=min(self.length, _JUDGED),
+            source_length=None if self.source_length is None else min(self.keys, _JUDGED),
+            heads=self.heads // (self.kv_heads or self.heads),
+            kv_heads=1,
             batch=1,
+            implementation=self.implementation or self._chosen(),
         )
         exact = dataclasses.replace(
             small,
@@ -159,9 +156,44 @@ class Kernel(Work):
             block_sizes=None,
             batching="axes",
             dtype="float64",
-            inputs=self.dtype,
+            inputs=self.inputs or self.dtype,
         )
         return small, exact
+
+    def _chosen(self):
+        """The kernel that `attend` takes at the size that is timed."""
+        if self.library != "attention":
+            return None
+        dtype = jnp.dtype(self.dtype)
+        query, key = (
+            jax.ShapeDtypeStruct((self.batch, length, heads, self.width), dtype)
+            for length, heads in ((self.length, self.heads), (self.keys, self.heads))
+        )
+        faster, _ = tiled.faster_than_dense(self.mechanism(), query, key)
+        return "tiled" if faster else "dense"
+
+
+_JUDGED = 1024  # so long that several tiles are summed, so short that float64 fits
+
+
+@functools.cache
+def _pairs(mask, length, keys, first, documents):
+    columns, total = np.arange(keys), 0.0
+    for start in range(0, length, 1024):
+        rows = np.arange(start, min(start + 1024, length))
+        tile = Tile(
+            query_index=rows,
+            key_index=columns,
+            query_positions=first + rows,
+            key_positions=columns,
+            head=np.int32(0),
+            num_heads=1,
+            query_segments=rows * documents // length if documents else None,
+            key_segments=columns * documents // keys if documents else None,
+        )
+        seen = np.broadcast_to(mask.tile(tile), (len(rows), len(columns)))
+        total += float(np.count_nonzero(seen))
+    return total
 
 
 def ours(work: Kernel) -> Program:
@@ -196,6 +228,8 @@ def _attend(static, params, query, key, value):
 
 def _program(work, static, attend, params=None):
     """`attend(static, params, query, key, value)` lifted to the derivative that is asked for."""
+    if work.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError("dtype='float64' needs JAX_ENABLE_X64=1 in the environment")
     query, key, value, cotangent = (jnp.asarray(x, work.dtype) for x in work.arrays())
     if work.derivative == "decode":
         return _decode_program(work, static, params, query, key, value)
@@ -231,20 +265,21 @@ def _gradient(static, cotangent, params, *arrays):
 
 def _tangent(static, cotangent, params, *arrays):
     attend, own = static
-    # Any tangents will do that are not the arrays themselves.
-    tangents = jax.tree.map(jnp.cos, (params, *arrays))
+    # Any tangents will do; these are the same in every dtype.
+    tangents = jax.tree.map(lambda x: jnp.roll(x, 1), (params, *arrays))
     return jax.jvp(functools.partial(attend, own), (params, *arrays), tangents)
 
 
 def _decode_program(work, static, params, query, key, value):
-    """A step: T = `length` tokens are appended to a cache of S slots, T of them still free."""
+    """A step: T = `length` tokens are appended to a cache of S slots, T of them still free.
+
+    The cache is the first result, with those T free again, and donated, as in a loop of steps.
+    """
     T, S = work.length, work.keys
-    if T >= S:
-        raise ValueError(f"derivative='decode' appends T to S > T slots; got T={T}, S={S}")
     filled = jnp.full((work.batch,), S - T, jnp.int32)
     cache = decoding.Cache(key, value, filled)
     new = (query, key[:, :T], value[:, :T])
-    return Program(_decode, static, (params, cache, *new), carry=None)
+    return Program(_decode, static, (params, cache, *new), carry=1)
 
 
 def _decode(static, params, cache, query, key, value):
@@ -252,7 +287,8 @@ def _decode(static, params, cache, query, key, value):
     if work.library == "attention":
         cache = decoding.append(cache, key, value)
         options = {"implementation": work.implementation, "block_sizes": work.block_sizes}
-        return decoding.attend(mechanism, params, cache, query, **options), cache
+        out = decoding.attend(mechanism, params, cache, query, **options)
+        return cache._replace(length=cache.length - query.shape[1]), out
     # What one writes with jax.nn: all examples have the same length.
     at = (0, cache.length[0], 0, 0)
     keys = jax.lax.dynamic_update_slice(cache.key, key, at)
@@ -262,7 +298,7 @@ def _decode(static, params, cache, query, key, value):
     out = jax.nn.dot_product_attention(
         query, keys, values, key_value_seq_lengths=length, implementation=own
     )
-    return out, decoding.Cache(keys, values, length)
+    return decoding.Cache(keys, values, cache.length), out
 
 
 # Others, on the same work.
@@ -278,6 +314,8 @@ def is_causal(work: Kernel) -> bool:
         raise Unavailable(f"{work.library} has no mask {work.mask!r}")
     if work.implementation or work.block_sizes or work.batching != "axes":
         raise Unavailable(f"{work.library} knows no implementation, block_sizes or batching")
+    if work.derivative == "decode" and (work.library != "jax.nn" or work.length > 1):
+        raise Unavailable(f"{work.library} is not compared at decoding {work.length} tokens a step")
     return work.mask == "causal"
 
 
@@ -408,7 +446,6 @@ def _torch_flex(work: Kernel) -> Foreign:
 
 PEERS: dict[str, Callable[[Kernel], Any]] = {
     "jax.nn": _jax_nn(None),
-    "jax.nn.xla": _jax_nn("xla"),
     "jax.nn.cudnn": _jax_nn("cudnn"),
     "flax.linen": _linen,
     "flax.nnx": _nnx,

@@ -62,6 +62,8 @@ class Model(Work):
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {known}, got {getattr(self, name)!r}")
+        for kind in ("score", "position", "normalizer"):
+            attention.parse(kind, getattr(self, kind))  # what cannot be is told at once
 
     def build(self) -> Program | Foreign:
         if self.library != "attention":
@@ -80,7 +82,8 @@ class Model(Work):
             if self.library != "attention":
                 raise Unavailable(f"{self.library}'s stock blocks do not decode step by step here")
             state = _start(module, self, params, inputs)
-            return Program(_decode, (module, self.seeds_impl), (params, state, tokens[:, :1]))
+            static = (module, self.seeds_impl)
+            return Program(_decode, static, (params, state, tokens[:, :1]), carry=1)
         import optax
 
         optimizer = jax.jit(jax.vmap(optax.adamw(1e-3).init))(params)
@@ -202,7 +205,10 @@ def _decode(static, params, state, tokens):
     module, seeds_impl = static
 
     def step(params, state):
-        return module.apply(params, state, tokens, method="step")
+        logits, new = module.apply(params, state, tokens, method="step")
+        cache = new.self_attention  # the token's slot is free again, so that runs are alike
+        new = new._replace(self_attention=cache._replace(length=state.self_attention.length))
+        return new, logits
 
     return _over_seeds(seeds_impl, step, params, state)
 
@@ -247,18 +253,22 @@ def _torch(work):
                 x = self.stack(x, mask=self.mask, is_causal=True)
             return x @ self.embedding.weight.T
 
-    model = TorchModel().to(device=device, dtype=getattr(lib, work.dtype))
+    model = TorchModel().to(device).train(work.derivative == "train")
     tokens = lib.tensor(work.tokens(), dtype=lib.long, device=device)
     targets = tokens.roll(-1, 1)
     optimizer = lib.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
 
+    narrow = {"dtype": getattr(lib, work.dtype), "enabled": work.dtype != "float32"}
+
     def run():
         if work.derivative == "none":
-            with lib.no_grad():
+            with lib.no_grad(), lib.autocast(device, **narrow):
                 found = model(tokens)
         else:
             optimizer.zero_grad()
-            found = nn.functional.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+            with lib.autocast(device, **narrow):
+                logits = model(tokens).float()
+            found = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
             found.backward()
             optimizer.step()
         if device == "cuda":

@@ -39,6 +39,7 @@ def write(found: dict[str, Any], workdir: Path) -> Path:
         header=header,
         lines=lines,
         legend=tables.LEGEND,
+        speeds=tables.speeds(found["peaks"]),
         figures=inline,
         faults=faults,
     )

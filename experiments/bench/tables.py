@@ -1,6 +1,9 @@
 """The terminal's table, Markdown, and what changed between two results."""
 
+import json
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -24,7 +27,8 @@ def _ratio(row):
 def _rate(row, peaks):
     if "gflops" not in row:
         return ""
-    return f"{row['gflops']:.0f} ({row['gflops'] * 1e9 / peaks['product_flops']:.0%})"
+    peak = peaks[f"{row['work'].get('dtype', 'float32')}_flops"]
+    return f"{row['gflops']:.0f} ({row['gflops'] * 1e9 / peak:.0%})"
 
 
 def _mib(row, key):
@@ -35,7 +39,8 @@ def _compile(row):
     if "trace_seconds" not in row:
         return ""
     phases = " + ".join(f"{row[f'{p}_seconds']:.2f}" for p in ("trace", "lower", "compile"))
-    return f"{phases}; {row['warm_seconds']:.2f}"
+    warm = f"{row['warm_seconds']:.2f}" if "warm_seconds" in row else "not cached"
+    return f"{phases}; {warm}"
 
 
 def _program(row):
@@ -48,8 +53,19 @@ def _program(row):
 def _errors(row):
     if not row.get("errors"):
         return ""
-    name, worst = max(row["errors"].items(), key=lambda item: item[1])
-    return f"{worst:.1e} ({name})"
+    name, worst = max(row["errors"].items(), key=lambda item: _largest(item[1]))
+    return f"{'not finite' if worst is None else f'{worst:.1e}'} ({name})"
+
+
+def _largest(error):
+    return math.inf if error is None else error
+
+
+def _counts(row):
+    if "xla_flops" not in row:
+        return ""
+    own = f"{row['flops'] / 1e9:.3g}" if row.get("flops") else "?"
+    return f"{own}, {row['xla_flops'] / 1e9:.3g}, {row.get('xla_bytes', 0) / 1e9:.3g}"
 
 
 def _traced(row):
@@ -69,7 +85,8 @@ LEGEND = (
     "Contenders of a comparison take turns in one process. ms: median and its 95% interval. first "
     "/ this: the first contender's time to this one's, turn by turn; below one the first is "
     "faster. GFLOP/s: of the products that the definition asks for, and their share of what a "
-    "large matrix product reaches. trace + lower + compile: without a cache; warm: all three with "
+    "large matrix product reaches. GFLOP, XLA's, GB: of the definition, and what XLA's cost model "
+    "counts (a loop's body once). trace + lower + compile: without a cache; warm: all three with "
     "the program in the persistent cache. program: kB of StableHLO, and of the optimised program "
     "instructions, fusions, kB. compiled: programs at the first call, at one with an equal spec, "
     "with a new but equal one, with a different one. error: the largest of any result or gradient "
@@ -84,6 +101,7 @@ def columns(found: dict[str, Any]) -> list[Column]:
         Column("ms", _ms),
         Column("first / this", _ratio),
         Column("GFLOP/s", lambda row: _rate(row, found["peaks"])),
+        Column("GFLOP, XLA's, GB", _counts),
         Column("temporary MiB", lambda row: _mib(row, "temporary_bytes")),
         Column("resident MiB", lambda row: _mib(row, "resident_bytes")),
         Column("trace + lower + compile; warm, s", _compile),
@@ -126,11 +144,9 @@ def show(found: dict[str, Any], comparisons: Sequence[dict], header: bool = True
     from rich.text import Text
 
     if header:
-        peaks = found["peaks"]
         print(
-            f"{found['machine']}, {found['device']}, jax {found['versions']['jax']}: products "
-            f"{peaks['product_flops'] / 1e9:.0f} GFLOP/s, copies {peaks['copy_bytes'] / 1e9:.1f} "
-            f"GB/s, {peaks['exponentials'] / 1e9:.2f} G exponentials/s"
+            f"{found['machine']}, {found['device']}, jax {found['versions']['jax']}: "
+            f"{speeds(found['peaks'])}"
         )
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=240)
@@ -151,44 +167,86 @@ def show(found: dict[str, Any], comparisons: Sequence[dict], header: bool = True
         console.print()
 
 
-def changes(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """Contenders that both have: 'ratio' of new to old medians, 'beyond_noise' or not.
+def speeds(peaks: dict[str, float]) -> str:
+    """What `machine.peaks` found, in a line."""
+    named = {k.removesuffix("_flops"): x for k, x in peaks.items() if k.endswith("_flops")}
+    products = ", ".join(f"{dtype} products {x / 1e9:.0f} GFLOP/s" for dtype, x in named.items())
+    return (
+        f"{products}, copies {peaks['copy_bytes'] / 1e9:.1f} GB/s, "
+        f"{peaks['exponentials'] / 1e9:.2f} · 10⁹ exponentials/s"
+    )
 
-    Beyond noise means that the two 95% intervals do not touch.
-    """
-    before = {key: row for key, row in _by_key(old)}
-    found = []
-    for key, row in _by_key(new):
-        was = before.get(key)
-        if was is None or "milliseconds" not in was or "milliseconds" not in row:
-            continue
-        (middle, low, high), (old_middle, old_low, old_high) = (
-            x["milliseconds"] for x in (row, was)
-        )
-        apart = low > old_high or high < old_low
-        found.append({"key": key, "ratio": middle / old_middle, "beyond_noise": apart})
+
+def read(path: Path) -> dict[str, Any]:
+    """A results.json.  ValueError for anything else."""
+    found = json.loads(path.read_text("utf-8"))
+    if not (isinstance(found, dict) and "comparisons" in found):
+        raise ValueError(f"{path} holds no results of a benchmark")
     return found
 
 
-def _by_key(found):
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """What became of the contenders of `old` that `new` has tried, too: the same work by the same.
+
+    A dict for each quantity that both have: 'key', 'what', 'ratio' of new to old and whether that
+    is 'beyond_noise': of times, that the two 95% intervals do not touch; of memory, always. Where
+    it cannot run any more, retraces or is less accurate, 'fault' says so.
+    """
+    before = dict(_by_work(old))
+    found = []
+    for work, (key, row) in _by_work(new):
+        if work not in before:
+            continue
+        was = before[work][1]
+        if "milliseconds" in was and "milliseconds" in row:
+            (middle, low, high), (old_middle, old_low, old_high) = (
+                x["milliseconds"] for x in (row, was)
+            )
+            apart = low > old_high or high < old_low
+            ratio = middle / old_middle
+            found.append({"key": key, "what": "time", "ratio": ratio, "beyond_noise": apart})
+        if was.get("temporary_bytes") and "temporary_bytes" in row:
+            ratio = row["temporary_bytes"] / was["temporary_bytes"]
+            found.append({"key": key, "what": "memory", "ratio": ratio, "beyond_noise": True})
+        if "unavailable" in row and "unavailable" not in was:
+            found.append({"key": key, "fault": row["unavailable"]})
+        if row.get("fault") and not was.get("fault"):
+            found.append({"key": key, "fault": row["fault"]})
+        for name, error in row.get("errors", {}).items():
+            least = was.get("errors", {}).get(name)
+            if least is not None and _largest(error) > 10 * least:
+                found.append({"key": key, "fault": f"the error of {name} is {error}, was {least}"})
+    return found
+
+
+def _by_work(found):
     for comparison in found["comparisons"]:
         for row in comparison["rows"]:
-            yield f"{comparison['title']}: {row['name']}", row
+            work = json.dumps(row["work"], sort_keys=True)
+            yield (comparison["title"], work), (f"{comparison['title']}: {row['name']}", row)
 
 
 def show_changes(old: dict[str, Any], new: dict[str, Any], threshold: float) -> list[str]:
-    """Prints what got slower or faster beyond noise; -> what is slower by more than threshold."""
+    """Prints `changes`; -> the contenders that are worse: by more than threshold, or by a fault."""
     for name in ("machine", "device", "versions", "flags"):
         if old.get(name) != new.get(name):
             print(f"{name} is not the same: {old.get(name)} then, {new.get(name)} now")
     both = changes(old, new)
-    slower = []
-    for change in sorted(both, key=lambda change: -change["ratio"]):
-        if not change["beyond_noise"]:
+    if not both:
+        print("(!) nothing in the two is the same work")
+        return ["nothing to compare"]
+    worse = [change["key"] for change in both if "fault" in change]
+    for change in both:
+        if "fault" in change:
+            print(f"(!) {change['key']}: {change['fault']}")
+    ratios = [change for change in both if "ratio" in change]
+    for change in sorted(ratios, key=lambda change: -change["ratio"]):
+        if not change["beyond_noise"] or change["ratio"] == 1:
             continue
         bad = change["ratio"] > threshold
-        slower += [change["key"]] * bad
-        word = "slower" if change["ratio"] > 1 else "faster"
+        worse += [change["key"]] * bad
+        more = {"time": "slower", "memory": "larger"}, {"time": "faster", "memory": "smaller"}
+        word = more[change["ratio"] < 1][change["what"]]
         print(f"{word}, {change['ratio']:.2f} of before{' (!)' * bad}: {change['key']}")
-    print(f"{len(both)} contenders compared, {len(slower)} slower than {threshold} of before")
-    return slower
+    print(f"{len(both)} numbers compared, {len(worse)} worse than {threshold} of before")
+    return worse

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,11 @@ def tune(path: Path, say: Callable[[str], None], length: int = 4096, seconds: fl
     all; those that cost more than half again as much a pair as the best are left out. Then dense
     and tiled are compared on shorter and shorter texts, to find where they take the same time.
     """
+    # Measured from scratch: a table that is yet to be written must not be asked for.
+    os.environ.pop("ATTENTION_BLOCK_SIZES", None)
+    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if not os.access(path.parent, os.W_OK):  # rather now than after minutes
+        raise ValueError(f"cannot write {path}: give another --table")
     base = Kernel(length=length, mask="causal", derivative="gradient", implementation="tiled")
     if jax.default_backend() != "cpu":
         base = dataclasses.replace(base, dtype="bfloat16")
@@ -44,7 +50,6 @@ def tune(path: Path, say: Callable[[str], None], length: int = 4096, seconds: fl
     cost = {size: float(x / best) for size, x in sorted(cost.items(), key=lambda item: item[1])}
     for size, x in cost.items():
         say(f"{size}: {x:.2f} a pair")
-    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
     kind = jax.devices()[0].device_kind
     entry = {
         "tiles": [[*size, round(x, 3)] for size, x in cost.items() if x <= 1.5],
