@@ -49,8 +49,7 @@ def faster_than_dense(mechanism: Mechanism, query: Array, key: Array) -> tuple[b
     if size > above / 1024:  # else no score is wide enough
         size *= blocks.numbers_per_pair(mechanism, H, D)
     return size > above, (
-        f"scores and what makes them are {size:,} numbers at once; tiled is faster above "
-        f"{above:,}"
+        f"scores and what makes them are {size:,} numbers at once; tiled is faster above {above:,}"
     )
 
 
