@@ -246,8 +246,11 @@ def _attend(
             extra["row_weights"] = found["weights"]
         return out, extra
 
-    loop = implementation == "tiled" and tiled.one_example_at_a_time(mechanism)
-    out, extra = _lift(one_head, arrays, (B, K, G), loop)
+    at_once = B
+    if implementation == "tiled":
+        shapes = (jax.ShapeDtypeStruct((B, *x.shape[-3:]), x.dtype) for x in (query, key))
+        at_once = tiled.examples_at_once(mechanism, *shapes)
+    out, extra = _lift(one_head, arrays, (B, K, G), at_once)
     out = jnp.swapaxes(out.reshape(B, H, T, -1), 1, 2).reshape(*batch, T, H, -1)
     for name, x in extra.items():
         x = x.reshape(B, H, *x.shape[3:])
@@ -265,10 +268,10 @@ def _flatten_batch(x, batch, rest):
     return x.reshape(-1, *tail)
 
 
-def _lift(function, arrays, sizes, loop):
+def _lift(function, arrays, sizes, at_once):
     """vmaps over the leading axes, one for each of `sizes`; an array may have 1 instead of it.
 
-    `loop`: goes through the first axis one after another.
+    Of the first axis over `at_once` at a time.
     """
     if not sizes:
         return function(arrays)
@@ -278,11 +281,11 @@ def _lift(function, arrays, sizes, loop):
     leaves = [x[0] if same else x for x, same in zip(leaves, shared, strict=True)]
 
     def inner(leaves):
-        return _lift(function, jax.tree.unflatten(structure, leaves), rest, False)
+        return _lift(function, jax.tree.unflatten(structure, leaves), rest, rest and rest[0])
 
     if size == 1:
         return jax.tree.map(lambda x: x[None], inner(leaves))
-    if not loop:
+    if at_once == size:
         axes = [None if same else 0 for same in shared]
         return jax.vmap(inner, in_axes=(axes,), axis_size=size)(leaves)
 
@@ -290,4 +293,5 @@ def _lift(function, arrays, sizes, loop):
         own = iter(own)
         return inner([x if same else next(own) for x, same in zip(leaves, shared, strict=True)])
 
-    return jax.lax.map(one, [x for x, same in zip(leaves, shared, strict=True) if not same])
+    own = [x for x, same in zip(leaves, shared, strict=True) if not same]
+    return jax.lax.map(one, own, batch_size=at_once if at_once > 1 else None)

@@ -163,7 +163,7 @@ def decode():
     yield versus("grouped heads, S = 4096", *heads, source_length=4096, length=1, batch=8, **DECODE)
     parts = [{}, {"position": "rope"}, {"position": "alibi"}, {"score": "additive(hidden=64)"}]
     yield versus("parts, S = 1024", *parts, source_length=1024, length=1, batch=8, **DECODE)
-    lengths = [{"context": n} for n in (64, 256, 1024)]
+    lengths = [{"context": n} for n in (64, 128, 256, 512)]
     yield versus("a token of a whole model", *lengths, kind="model", batch=8, **DECODE)
 
 
