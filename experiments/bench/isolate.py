@@ -68,6 +68,7 @@ def call(
                 if kind == "note":
                     at, since = value, time.monotonic()
                 elif kind == "done":
+                    process.join(10)  # it cleans up behind itself, if it can
                     return value
                 else:
                     raise RuntimeError(value)

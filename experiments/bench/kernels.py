@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -367,6 +368,10 @@ def _tokamax(work: Kernel) -> Program:
         import tokamax
     except ImportError:
         raise Unavailable("tokamax is not installed: pip install '.[peers]'") from None
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # else tokamax reads the command line, which is another's
+        flags.FLAGS(sys.argv[:1])
     return _program(work, (is_causal(work), tokamax.dot_product_attention), _tokamax_attend)
 
 
