@@ -72,8 +72,8 @@ def examples_at_once(mechanism: Mechanism, query: Array, key: Array) -> int:
     return max(n for n in range(1, most + 1) if B % n == 0)
 
 
-# Numbers of a tile of all heads: a train step with 4 heads of 32 on 256 tokens is faster with four
-# examples at once than with one or eight, on two CPU cores.
+# Numbers of a tile of all heads, chosen by the train step of configs/benchmark.py:models on two CPU
+# cores.
 _CACHED = 2**20
 
 

@@ -112,7 +112,7 @@ def phases(found: dict[str, Any]) -> "Figure":
             width = np.array([row[f"{phase}_seconds"] for _, row in bars])
             panel.barh(places + 0.16, width, 0.42, left=left, color=color, label=phase)
             left += width
-        warm = [row["warm_seconds"] for _, row in bars]
+        warm = [row.get("warm_seconds", 0) for _, row in bars]  # not every program can be cached
         panel.barh(places - 0.22, warm, 0.26, color=plots.LINES[3], label="all, warm cache")
         panel.set_yticks(places, [name for name, _ in bars])
         panel.set_xlabel("seconds")

@@ -14,7 +14,15 @@ import attention
 from attention import decoding
 from attention.kernels import blocks, tiled
 from attention.parts import Tile
-from experiments.bench.work import Foreign, Program, Unavailable, Work, torch, torch_device
+from experiments.bench.work import (
+    Foreign,
+    Program,
+    Unavailable,
+    Work,
+    check_choices,
+    torch,
+    torch_device,
+)
 
 PARTS = ("score", "position", "mask", "normalizer")
 
@@ -60,13 +68,12 @@ class Kernel(Work):
     inputs: str | None = None
 
     def __post_init__(self):
-        for name, known in (
-            ("derivative", ("none", "gradient", "jvp", "decode")),
-            ("batching", ("axes", "vmap", "vmap_heads")),
-            ("library", ("attention", *PEERS)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is one of {known}, got {getattr(self, name)!r}")
+        check_choices(
+            self,
+            library=("attention", *PEERS),
+            derivative=("none", "gradient", "jvp", "decode"),
+            batching=("axes", "vmap", "vmap_heads"),
+        )
         if self.block_sizes is not None:
             object.__setattr__(self, "block_sizes", tuple(self.block_sizes))
         if self.derivative == "decode":
@@ -284,18 +291,17 @@ def _decode_program(work, static, params, query, key, value):
 
 
 def _decode(static, params, cache, query, key, value):
-    work, mechanism = static
+    work, own = static  # the mechanism, or jax.nn's implementation
     if work.library == "attention":
         cache = decoding.append(cache, key, value)
         options = {"implementation": work.implementation, "block_sizes": work.block_sizes}
-        out = decoding.attend(mechanism, params, cache, query, **options)
+        out = decoding.attend(own, params, cache, query, **options)
         return cache._replace(length=cache.length - query.shape[1]), out
     # What one writes with jax.nn: all examples have the same length.
     at = (0, cache.length[0], 0, 0)
     keys = jax.lax.dynamic_update_slice(cache.key, key, at)
     values = jax.lax.dynamic_update_slice(cache.value, value, at)
     length = cache.length + query.shape[1]
-    own = mechanism  # the implementation
     out = jax.nn.dot_product_attention(
         query, keys, values, key_value_seq_lengths=length, implementation=own
     )

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import attention
-from experiments.bench.work import Foreign, Program, Unavailable, Work, torch, torch_device
+from experiments.bench.work import (
+    Foreign,
+    Program,
+    Unavailable,
+    Work,
+    check_choices,
+    torch,
+    torch_device,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +62,13 @@ class Model(Work):
     dtype: str = "float32"
 
     def __post_init__(self):
-        for name, known in (
-            ("library", ("attention", "flax.linen", "torch")),
-            ("architecture", ("decoder", "encoder_decoder")),
-            ("derivative", ("none", "train", "decode")),
-            ("seeds_impl", ("map", "vmap")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is one of {known}, got {getattr(self, name)!r}")
+        check_choices(
+            self,
+            library=("attention", "flax.linen", "torch"),
+            architecture=("decoder", "encoder_decoder"),
+            derivative=("none", "train", "decode"),
+            seeds_impl=("map", "vmap"),
+        )
         for kind in ("score", "position", "normalizer"):
             attention.parse(kind, getattr(self, kind))  # what cannot be is told at once
 

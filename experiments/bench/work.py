@@ -54,6 +54,13 @@ class Work(Protocol):
         """This work and what judges it in float64, both small enough for that."""
 
 
+def check_choices(work: Work, **known: tuple[str, ...]) -> None:
+    """Raises ValueError for a field that is none of those known."""
+    for name, choices in known.items():
+        if (value := getattr(work, name)) not in choices:
+            raise ValueError(f"{name} is one of {choices}, got {value!r}")
+
+
 def cores() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
