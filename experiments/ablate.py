@@ -2,136 +2,178 @@
 
     python -m experiments.ablate --config=configs/quickstart.py --workdir=runs/quickstart
 
-The same command goes on where a killed sweep stopped, and finds a finished one done.
+The same command goes on where a killed sweep stopped, and finds a finished one done. Started twice,
+on one machine or on several that share the work directory, it does no cell twice. The cells are
+trained by this machine's devices, by a Ray cluster or by SLURM: see `experiments.executors`.
 """
 
 import datetime
 import importlib.metadata
-import itertools
 import json
+import math
 import os
 import platform
 import shlex
 import sys
-import traceback
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import filelock
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import cli, report, results, sweep, train
-from experiments.ahead import Ahead
-from experiments.progress import Progress, Stopped
+from experiments import cells, cli, executors, halving, leases, report, results, sweep, train
+from experiments.progress import Progress
+from experiments.stopping import Stop, Stopped
 
 
-def open_workdir(workdir: Path, cells: Sequence[sweep.Cell]) -> None:
+def open_workdir(workdir: Path, swept: Sequence[sweep.Cell]) -> None:
     """Writes sweep.json and each cell's config.json, or adds cells to those already there.
 
     Raises ValueError, before anything is written, where a cell there has other settings.
     """
     path = workdir / "sweep.json"
-    known = json.loads(path.read_text("utf-8"))["cells"] if path.exists() else []
-    if not path.exists() and workdir.exists() and any(workdir.iterdir()):
+    if not path.exists() and workdir.exists() and any(workdir.glob("[!.]*")):
         raise ValueError(f"{workdir} is not empty and holds no sweep; choose another --workdir")
-    for cell in cells:
-        train.check_directory(workdir / "cells" / cell.id, cell.config)
-    ids = {cell["id"] for cell in known}
-    fields = ("id", "base", "axis", "value", "overrides")
-    added = [{name: getattr(c, name) for name in fields} for c in cells if c.id not in ids]
-    if not added:
-        return
+    for cell in swept:
+        train.check_directory(cells.folder(workdir, cell.id), cell.config)
     workdir.mkdir(parents=True, exist_ok=True)
-    content = {
-        "command": shlex.join(["python", "-m", "experiments.ablate", *sys.argv[1:]]),
-        "created": datetime.datetime.now().isoformat(timespec="seconds"),
-        "seeds": list(range(cells[0].config.train.seeds)),
-        "environment": environment(),
-        "cells": known + added,
-    }
-    results.replace(path, json.dumps(content, indent=2))
+    with filelock.FileLock(workdir / ".lock"):  # another launcher may add cells of its own
+        known = json.loads(path.read_text("utf-8"))["cells"] if path.exists() else []
+        ids = {cell["id"] for cell in known}
+        fields = ("id", "base", "axis", "value", "overrides")
+        added = [cell for cell in swept if cell.id not in ids]
+        if not added:
+            return
+        for cell in added:
+            train.claim(cells.folder(workdir, cell.id), cell.config)
+        content = {
+            "command": shlex.join(["python", "-m", "experiments.ablate", *sys.argv[1:]]),
+            "created": datetime.datetime.now().isoformat(timespec="seconds"),
+            "seeds": list(range(swept[0].config.train.seeds)),
+            "environment": environment(),
+            "cells": known + [{name: getattr(cell, name) for name in fields} for cell in added],
+        }
+        results.replace(path, json.dumps(content, indent=2))
 
 
 def environment() -> dict[str, str]:
-    """Versions and machine."""
-    import jax
-
-    device = jax.devices()[0]
+    """Versions and machine of the launcher."""
     names = ("jax", "flax", "optax", "numpy", "orbax-checkpoint", "grain")
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in names},
-        "device": f"{jax.device_count()} × {device.device_kind}",
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
 
-def run_cell(
-    cell: sweep.Cell, directory: Path, progress: Progress, waited: float, tensorboard: bool
-) -> None:
-    """Trains a cell and writes its result.json; a failure is a result as well.
+def pursue(workdir: Path, jobs: Sequence[cells.Job], executor, stop: Stop) -> None:
+    """Runs jobs until each has its outcome, here or by another launcher.
 
-    `waited` are the seconds that its programs let the sweep wait so far.
+    Raises what the executor raises.
     """
-    shown = progress.cell(cell.id)
-    train.claim(directory, cell.config)
-    try:
-        result = train.train(cell.config, directory, shown, tensorboard=tensorboard)
-        result["compile_seconds"] = round(waited + result["compile_seconds"], 2)
-        value = results.mean_interval(result["metrics"][result["primary"]])
-        line = (
-            f"{result['primary']} {results.plus_minus(*value, 3)}, {result['train_seconds']:.0f} s"
-        )
-    except Exception as error:
-        results.replace(directory / "traceback.txt", traceback.format_exc())
-        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        result = {"status": "failed", "error": line}
-        line = f"failed: {line}"
-    results.replace(directory / "result.json", json.dumps(result, indent=2))
-    shown.finish(line)
+    said = False
+    while left := [job for job in jobs if not _outcome(workdir, job)]:
+        held = {job.id: leases.holder(cells.folder(workdir, job.id)) for job in left}
+        if free := [job for job in left if not held[job.id]]:
+            with Progress(len(free)) as progress:
+                executor.run(free, progress, stop)
+            continue
+        if not said:
+            said = True
+            print(f"waiting for {left[0].id}, which {held[left[0].id]} trains", flush=True)
+        time.sleep(0.5)
+        if stop.signal:
+            raise Stopped
+
+
+def halve(workdir: Path, swept: Sequence[sweep.Cell], executor, stop, eta, options) -> None:
+    """Runs the rungs of successive halving but the last; who drops out has that as its result."""
+    steps = swept[0].config.train.steps
+    bases = [cell.id for cell in swept if cell.axis is None]
+    ids = [cell.id for cell in swept]
+    for rung in halving.rungs(len(ids), steps, eta):
+        jobs = [cells.Job(id, until=rung, **options) for id in ids]
+        pursue(workdir, jobs, executor, stop)
+        kept = []
+        for base in dict.fromkeys(cell.base for cell in swept):
+            own = [cell.id for cell in swept if cell.base == base and cell.id in ids]
+            scores = {id: cells.score(cells.folder(workdir, id), rung) for id in own}
+            kept += halving.survivors(scores, bases, eta)
+            for place, id in enumerate(sorted(own, key=lambda id: _rank(scores[id])), 1):
+                if id not in kept:
+                    text = f"number {place} of {len(own)} at step {rung}"
+                    cells.drop(cells.folder(workdir, id), text)
+        ids = [id for id in ids if id in kept]
+
+
+def _rank(score):
+    return math.isnan(score), score
+
+
+def _outcome(workdir, job):
+    return cells.outcome(cells.folder(workdir, job.id), job.until)
 
 
 def main(argv):
     del argv
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     with cli.user_errors():
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # the devices are for those who train
         flag = flags.FLAGS["config"]
         path, _, _ = config_flags.get_config_filename(flag).partition(":")
         bases, axes = sweep.load(path, _SWEEP.value)
         given = config_flags.get_override_values(flag)
         given = {name.removeprefix("config."): value for name, value in given.items()}
-        cells = sweep.expand(config, bases, axes, product=_PRODUCT.value, given=given)
-        for cell in cells:
-            train.check(cell.config)
+        swept = sweep.expand(config, bases, axes, product=_PRODUCT.value, given=given)
+        if _HALVING.value:
+            halving.rungs(len(swept), config.train.steps, _HALVING.value)
+        executor = executors.create(_EXECUTOR.value, workdir, _WORKERS.value, _RESOURCES.value)
+    stop = Stop()
+    stop.unsaved = True  # those who train are asked to save; nothing is thrown here
+    try:
+        with stop:
+            _launch(workdir, swept, executor, stop)
+    except Stopped:
+        cli.leave(stop)
+    except executors.Failed as error:
+        cli.fail(error)
+
+
+def _launch(workdir, swept, executor, stop):
+    with cli.user_errors():
         if _DRY_RUN.value:
-            for cell in cells:
+            for cell in swept:
+                train.check(cell.config)
                 print(cell.id, *(f"{k}={v}" for k, v in cell.overrides.items()))
-            print(f"{len(cells)} cells of {config.train.seeds} seeds; nothing was run")
+            print(f"{len(swept)} cells of {swept[0].config.train.seeds} seeds; nothing was run")
             return
-        open_workdir(workdir, cells)
-    directories = {cell.id: workdir / "cells" / cell.id for cell in cells}
-    todo = [cell for cell in cells if not finished(directories[cell.id], _RETRY.value)]
+        for cell in swept:
+            train.check_directory(cells.folder(workdir, cell.id), cell.config)
+        if _RETRY.value:
+            for cell in swept:
+                cells.forget_failure(cells.folder(workdir, cell.id))
+    options = {"max_minutes": _MINUTES.value, "tensorboard": _TENSORBOARD.value}
+    jobs = [cells.Job(cell.id, **options) for cell in swept]
+    todo = [job for job in jobs if not _outcome(workdir, job)]
     if not todo and (workdir / "report.html").exists():
         results.show(results.summarize(results.load(workdir)))
-        print(f"all {len(cells)} cells were done already: {workdir / 'report.html'}")
+        print(f"all {len(swept)} cells were done already: {workdir / 'report.html'}")
         return
-    print(f"{len(todo)} of {len(cells)} cells to train in {workdir}", flush=True)
-    try:
-        with Progress(len(todo)) as progress, Ahead() as ahead:
-            for cell, following in itertools.zip_longest(todo, todo[1:]):
-                waited = ahead.turn(cell.config, following and following.config)
-                run_cell(cell, directories[cell.id], progress, waited, _TENSORBOARD.value)
-    except Stopped:
-        sys.exit("\nstopped; the same command goes on from here")
+    if todo:
+        with executor:
+            with cli.user_errors():
+                for cell in swept:
+                    train.check(cell.config)
+                open_workdir(workdir, swept)
+            print(f"{len(todo)} of {len(swept)} cells to train in {workdir}", flush=True)
+            if _HALVING.value:
+                halve(workdir, swept, executor, stop, _HALVING.value, options)
+            pursue(workdir, jobs, executor, stop)
     report.publish(workdir)
-
-
-def finished(directory: Path, retry_failed: bool) -> bool:
-    """Whether a cell needs no more work: done, or failed and not to be tried again."""
-    path = directory / "result.json"
-    if not path.exists():
-        return False
-    return not (retry_failed and json.loads(path.read_text("utf-8"))["status"] == "failed")
 
 
 if __name__ == "__main__":
@@ -141,6 +183,16 @@ if __name__ == "__main__":
     _PRODUCT = flags.DEFINE_bool("product", False, "The grid of all axes, not one at a time.")
     _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the cells and stop.")
     _RETRY = flags.DEFINE_bool("retry_failed", False, "Train cells that failed once more.")
+    _MINUTES = flags.DEFINE_float("max_minutes", 0, "A cell fails that trains longer; 0: no limit.")
+    _HALVING = flags.DEFINE_integer(
+        "halving", 0, "Train all cells a little and only the best of so many further; 0: all."
+    )
+    _EXECUTOR = flags.DEFINE_enum("executor", "local", executors.NAMES, "Who trains the cells.")
+    _WORKERS = flags.DEFINE_integer(
+        "workers", 0, "Cells at a time; 0: as many as there are GPUs here, nodes' worth elsewhere."
+    )
+    _RESOURCES = flags.DEFINE_string(
+        "resources", "", "Of each cell, for Ray (num_gpus=1) or submitit (timeout_min=60)."
+    )
     _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Write TensorBoard events as well.")
-    cli.keep_compiled()
     cli.run(main)

@@ -1,5 +1,6 @@
 """Orbax checkpoints of a run: state, data position and what else must go on where it stopped."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,11 @@ import orbax.checkpoint as ocp
 
 
 def open(directory: Path, keep: int = 2) -> ocp.CheckpointManager:
-    """A manager of the `keep` latest checkpoints; leaving its context waits for the last save."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    """A manager of the `keep` latest checkpoints; leaving its context waits for the last save.
+
+    A checkpoint has its name only when it is whole; what a dead process left half is removed here.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
@@ -29,28 +33,38 @@ def restore(
 ) -> tuple[int, Any, dict] | None:
     """(step, state, position) of the latest checkpoint, and sets the iterator; None without one.
 
-    `shapes` are the `jax.ShapeDtypeStruct`s of the state.
+    `shapes` are the `jax.ShapeDtypeStruct`s of the state. A checkpoint that cannot be read, of a
+    disk that lost what was written last, is removed where there is an older one that can.
     """
-    step = manager.latest_step()
-    if step is None:
-        return None
-    items = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(shapes),
-            data=ocp.args.JsonRestore(),
-            position=ocp.args.JsonRestore(),
-        ),
-    )
-    iterator.set_state(items["data"])
-    return step, items["state"], items["position"]
+    steps = sorted(manager.all_steps(), reverse=True)
+    for step, older in itertools.zip_longest(steps, steps[1:]):
+        try:
+            items = manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(shapes),
+                    data=ocp.args.JsonRestore(),
+                    position=ocp.args.JsonRestore(),
+                ),
+            )
+        except Exception as error:
+            if older is None:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            print(f"checkpoint {step} cannot be read, going on from {older}: {reason}", flush=True)
+            manager.delete(step)
+            continue
+        iterator.set_state(items["data"])
+        return step, items["state"], items["position"]
+    return None
 
 
 def read_state(directory: Path) -> Any:
     """The state of the latest checkpoint, as NumPy arrays.  ValueError without one."""
     if not directory.is_dir():
         raise ValueError(f"there is no checkpoint in {directory}: train the model first")
-    with open(directory) as manager:
+    options = ocp.CheckpointManagerOptions(create=False)  # a run may be writing there
+    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
         step = manager.latest_step()
         if step is None:
             raise ValueError(f"there is no checkpoint in {directory}: train the model further")

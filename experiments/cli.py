@@ -7,8 +7,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
+
+from experiments.stopping import Stop
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -26,7 +29,14 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, AttributeError, OSError, ImportError) as error:
-        _fail(error)
+        fail(error)
+
+
+def leave(stop: Stop) -> NoReturn:
+    """Ends the program as the signal of `stop` asked, without waiting for threads that compile."""
+    print(f"\n{stop.line()}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(stop.status)
 
 
 def keep_compiled() -> None:
@@ -69,10 +79,11 @@ def _parse(argv):
             logging.set_verbosity(logging.WARNING)
         return rest
     except Exception as error:
-        _fail(error)
+        fail(error)
 
 
-def _fail(error):
+def fail(error: BaseException) -> NoReturn:
+    """Ends the program with an error of one line."""
     if "\n" in str(error):
         while cause := error.__cause__ or error.__context__:
             error = cause

@@ -57,19 +57,20 @@ def once() -> None:
     import grain  # noqa: F401  (a run imports it when it reads its data)
 
     from experiments import progress, train
+    from experiments.stopping import Stopped
 
     class FirstStep(progress.Cell):
         """Stops the run when the loss of the first step has arrived."""
 
         def step(self, step, loss=None):
             if loss is not None:
-                raise progress.Stopped
+                raise Stopped
 
     imported = time.time()
     cli.keep_compiled()
     described = json.load(sys.stdin)
     config = settings.override(settings.read(described), {"train.log_every": 1})
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(progress.Stopped):
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Stopped):
         train.check(config)
         train.claim(Path(folder), config)
         train.train(config, Path(folder), FirstStep(progress.Progress(1), "cell"))

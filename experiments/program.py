@@ -170,7 +170,8 @@ def compile_program(
     rate, params = jax.ShapeDtypeStruct((), jnp.float32), state["params"]
     shape_of = dict(splits)
     found: dict[Any, concurrent.futures.Future] = {}
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    pool = concurrent.futures.ThreadPoolExecutor()
+    try:
 
         def begin(key, function, *arguments, **options):
             # XLA compiles outside Python's lock, so the next one is traced meanwhile.
@@ -193,7 +194,9 @@ def compile_program(
             score = jax.ShapeDtypeStruct(seeds.shape, jnp.float32)
             begin("better", jax.jit(better), state["best"], params, score)
         begin("weights", jax.jit(weights), params, _structs(example), **once)
-    compiled = {key: future.result() for key, future in found.items()}
+        compiled = {key: future.result() for key, future in found.items()}
+    finally:  # whoever is asked to stop does not wait for XLA
+        pool.shutdown(wait=False, cancel_futures=True)
     return Program(
         state=state,
         init=compiled["init"],

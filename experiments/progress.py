@@ -1,15 +1,10 @@
 """How far a sweep has come: a live bar for each cell on a terminal, plain lines otherwise."""
 
-import signal
 import sys
 import time
 from typing import Any
 
 _PLAIN_SECONDS = 20.0
-
-
-class Stopped(BaseException):
-    """Raised in a cell at its next step after the user has asked to stop."""
 
 
 class Progress:
@@ -21,18 +16,15 @@ class Progress:
             cell.step(10, loss=2.3)
             cell.finish("validation/loss 2.1")
 
-    `cells` is how many are to be run. Within the context Ctrl-C ends the cell at its next step by
-    `Stopped`, between two saves; a second one interrupts at once.
+    `cells` is how many are to be run; several may be under way at once.
     """
 
     def __init__(self, cells: int):
         self._cells, self._done = cells, 0
         self._begin = time.monotonic()
         self._bar: Any = None
-        self._stop = False
 
     def __enter__(self) -> "Progress":
-        self._interrupt = signal.signal(signal.SIGINT, self._ask_to_stop)
         if sys.stdout.isatty():
             from rich import progress
 
@@ -48,13 +40,8 @@ class Progress:
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self._interrupt)
         if self._bar:
             self._bar.stop()
-
-    def _ask_to_stop(self, *_):
-        self._stop = True
-        signal.signal(signal.SIGINT, self._interrupt)
 
     def cell(self, name: str) -> "Cell":
         """The progress of one cell."""
@@ -85,9 +72,7 @@ class Cell:
             self._task = bar.add_task(label, total=steps, completed=at, loss="", left="")
 
     def step(self, step: int, loss: float | None = None) -> None:
-        """`step` steps are done; `loss` where it is known.  Raises `Stopped` after a Ctrl-C."""
-        if self._sweep._stop:
-            raise Stopped
+        """`step` steps are done; `loss` where it is known."""
         left = self._sweep.left(step / self._steps)
         if bar := self._sweep._bar:
             shown = {} if loss is None else {"loss": f"loss {loss:.3f}"}
@@ -98,13 +83,17 @@ class Cell:
 
     def finish(self, line: str) -> None:
         """The cell has ended; `line` is what to say of it."""
-        sweep = self._sweep
-        sweep._done += 1
-        line = f"[{sweep._done}/{sweep._cells}] {self._name}: {line}"
-        if sweep._bar:
+        self._sweep._done += 1
+        self.note(line, f"[{self._sweep._done}/{self._sweep._cells}]")
+
+    def note(self, line: str, number: str = " ") -> None:
+        """Says something of the cell; its bar goes until it starts again."""
+        line = f"{number} {self._name}: {line}"
+        if bar := self._sweep._bar:
             if self._task is not None:
-                sweep._bar.remove_task(self._task)
-            sweep._bar.console.print(_escape(line), highlight=False)
+                bar.remove_task(self._task)
+                self._task = None
+            bar.console.print(_escape(line), highlight=False)
         else:
             print(line, flush=True)
 

@@ -41,7 +41,7 @@ class Cell:
 
     @property
     def status(self) -> str:
-        """'done', 'failed', 'partial' (has begun, no result yet) or 'not run'."""
+        """'done', 'failed', 'dropped' (by `halving`), 'partial' (has begun) or 'not run'."""
         if self.result:
             return self.result["status"]
         return "partial" if (self.path / "metrics.jsonl").exists() else "not run"
@@ -121,7 +121,12 @@ def load(workdir: str | os.PathLike[str]) -> Experiment:
                 )
         names = ("id", "base", "axis", "value", "overrides")
         cells.append(Cell(*(spec[name] for name in names), path, config, result))
-    return Experiment(workdir, *(sweep[name] for name in header), cells)
+    found = Experiment(workdir, *(sweep[name] for name in header), cells)
+    devices = dict.fromkeys(cell.result["device"] for cell in cells if "device" in cell.result)
+    if not devices:
+        return found
+    environment = {**found.environment, "device": ", ".join(devices)}
+    return dataclasses.replace(found, environment=environment)
 
 
 def read_curves(cell: Cell) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -238,8 +243,8 @@ class Row:
 
     @property
     def error(self) -> str:
-        """Why the cell failed; '' if it did not."""
-        return self.cell.result.get("error", "") if self.cell.status == "failed" else ""
+        """Why the cell failed or was dropped; '' if neither."""
+        return "" if self.cell.status == "done" else self.cell.result.get("error", "")
 
 
 def summarize(experiment: Experiment) -> list[Row]:
@@ -359,7 +364,7 @@ def table(rows: Sequence[Row]) -> list[Any]:
         group = [row for row in rows if row.cell.base == base]
         digits = decimals(group)
         title = Text(f"{base}: {metric_title(group)}", style="bold")
-        errors = [f"{row.cell.label} failed: {row.error}" for row in group if row.error]
+        errors = [f"{row.cell.label} {row.cell.status}: {row.error}" for row in group if row.error]
         grid = Table(
             title=title,
             title_justify="left",

@@ -69,6 +69,8 @@ def config(task: str, **task_settings) -> ConfigDict:
                 "log_every": 50,
                 "eval_every": 100,
                 "checkpoint_every": 1000,
+                "explosion": 10.0,  # a loss so many times the first is a failure; 0: NaN only
+                "patience": 0,  # evaluations without a better one that end a run; 0: never
             },
         }
     )
@@ -130,6 +132,17 @@ def read(described: Mapping[str, Any]) -> ConfigDict:
     found.unlock()
     found.update({**described, "task": own})
     return found.lock()
+
+
+def complete(described: Mapping[str, Any]) -> dict[str, Any]:
+    """With the defaults of the settings that it lacks, because they are newer."""
+
+    def fill(defaults, own):
+        if not (isinstance(defaults, Mapping) and isinstance(own, Mapping)):
+            return own
+        return {**defaults, **{key: fill(defaults.get(key), x) for key, x in own.items()}}
+
+    return fill(json.loads(json.dumps(config(described["task"]["name"]).to_dict())), described)
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:

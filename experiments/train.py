@@ -3,13 +3,15 @@
     python -m experiments.train --config=configs/recall.py --workdir=runs/recall
 
 writes config.json, metrics.jsonl, checkpoints/, attention.npz and result.json into the work
-directory. Killed and started again with the same command it goes on from the last checkpoint.
+directory. Killed and started again with the same command it goes on from the last checkpoint;
+Ctrl-C and SIGTERM save one before they end it.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
-import sys
+import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import checkpoints, cli, data, results, settings, tasks
+from experiments import checkpoints, cli, data, leases, results, settings, tasks
 from experiments.models import build
 from experiments.program import (
     Decoding,
@@ -30,7 +32,8 @@ from experiments.program import (
     model_inputs,
     sources,
 )
-from experiments.progress import Cell, Progress, Stopped
+from experiments.progress import Cell, Progress
+from experiments.stopping import Stop, Stopped
 
 
 def check(config: ConfigDict) -> None:
@@ -45,11 +48,11 @@ def check(config: ConfigDict) -> None:
     c = config.train
     if c.seeds_impl not in ("vmap", "map"):
         raise ValueError(f"train.seeds_impl is 'vmap' or 'map', got {c.seeds_impl!r}")
-    if c.checkpoint_every % c.log_every:  # else a resumed run would log other means
-        raise ValueError(
-            "train.checkpoint_every must be a multiple of train.log_every: got "
-            f"{c.checkpoint_every} and {c.log_every}"
-        )
+    for name in ("log_every", "eval_every", "checkpoint_every"):
+        if c[name] < 1:
+            raise ValueError(f"train.{name} is a number of steps, 1 or more: got {c[name]}")
+    if c.explosion and c.explosion <= 1:
+        raise ValueError(f"train.explosion is a factor above 1, or 0 for none: got {c.explosion}")
 
 
 def learning_rates(config: ConfigDict) -> np.ndarray:
@@ -106,16 +109,30 @@ def prepare(config: ConfigDict) -> Run:
 
 
 def train(
-    config: ConfigDict, directory: Path, progress: Cell, *, tensorboard: bool = False
+    config: ConfigDict,
+    directory: Path,
+    progress: Cell,
+    stop: Stop | None = None,
+    *,
+    until: int | None = None,
+    max_minutes: float = 0.0,
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Trains all seeds of a config, from where `directory` left off; returns its result.
 
     A task that translates is judged by greedy translations on the way, and in the end by beam
     search with the parameters of each seed that were best on the way.
 
-    Raises FloatingPointError when a loss is no longer finite.
+    With `until` it trains to that step only; the result is then {'status': 'paused', 'score': the
+    primary metric's mean on the validation split}, and a later call goes on.
+
+    Raises:
+      FloatingPointError: a loss is no longer finite, or has exploded (`train.explosion`).
+      TimeoutError: it has trained for `max_minutes` (0: no limit).
+      Stopped: `stop` asks for it.
+    After the last two a checkpoint is there to go on from.
     """
-    c = config.train
+    c, stop = config.train, stop or Stop()
     task, source, splits, greedy, beam, arguments = prepare(config)
     began = time.perf_counter()
     program = compile_program(*arguments)
@@ -140,38 +157,65 @@ def train(
         restored = checkpoints.restore(manager, program.state, iterator)
         if restored is None:
             state = program.init(np.asarray(source.seeds, np.int32))
-            start, position = 0, {"seconds": 0.0, "log_bytes": 0}
+            start, position = 0, Position()
         else:
-            start, state, position = restored
-        seconds = position["seconds"]
-        log = stack.enter_context(MetricsLog(directory, position["log_bytes"], tensorboard))
+            start, state, described = restored
+            position = Position(**described)
+        log = stack.enter_context(MetricsLog(directory, position.log_bytes, tensorboard, start))
         progress.start(c.steps, start)
 
-        pending, began = [], time.perf_counter()
-        for step in range(start + 1, c.steps + 1):
+        pending = [
+            {name: np.array(x, np.float32) for name, x in metrics.items()}
+            for metrics in position.pending
+        ]
+        end = c.steps if until is None else min(until, c.steps)
+        step, began, ended = start, time.perf_counter(), position.ended or start >= end
+        while not ended:
+            step += 1
             state, metrics = program.step(state, next(iterator), rates[step - 1])
+            stop.unsaved = True
             pending.append(metrics)
             progress.step(step)
-            if step % c.log_every == 0 or step == c.steps:
+            last = step == c.steps
+            if step % c.log_every == 0 or last:
                 train_metrics = {
                     f"train/{name}": np.mean([m[name] for m in pending], axis=0)
                     for name in pending[0]
                 }
                 pending = []
                 log.write(step, train_metrics | {"learning_rate": rates[step - 1]})
-                _check_finite(train_metrics["train/loss"], step)
-                progress.step(step, float(train_metrics["train/loss"].mean()))
-            last = step == c.steps
+                losses = train_metrics["train/loss"]
+                position.first_loss = position.first_loss or losses.tolist()
+                _check_losses(losses, position.first_loss, c.explosion, step)
+                progress.step(step, float(losses.mean()))
             if step % c.eval_every == 0 and not last or last and greedy:
-                seconds += _lap(state, began)
+                position.seconds += _lap(state, began)
                 judged, state = judge(state)
                 log.write(step, judged)
+                position.ended = position.judge(_score(task, judged), c.patience)
                 began = time.perf_counter()
-            if step % c.checkpoint_every == 0 or last:
-                seconds += _lap(state, began)
-                position = {"seconds": seconds, "log_bytes": log.bytes}
-                checkpoints.save(manager, step, state, iterator, position)
+            late = 0 < max_minutes * 60 < position.seconds + time.perf_counter() - began
+            ended = last or step == end or position.ended
+            if step % c.checkpoint_every == 0 or ended or late or stop.signal:
+                position.seconds += _lap(state, began)
+                position.log_bytes = log.bytes
+                position.pending = [
+                    {name: np.asarray(x).tolist() for name, x in m.items()} for m in pending
+                ]
+                checkpoints.save(manager, step, state, iterator, dataclasses.asdict(position))
+                if stop.signal and not ended:
+                    manager.wait_until_finished()
+                    raise Stopped
+                if late and not ended:
+                    manager.wait_until_finished()
+                    raise TimeoutError(f"at step {step} it had trained for {max_minutes:g} minutes")
                 began = time.perf_counter()
+        manager.wait_until_finished()
+        stop.unsaved = False
+        if stop.signal:
+            raise Stopped
+        if until is not None and step < c.steps and not position.ended:
+            return {"status": "paused", "score": _score(task, judge(state)[0]), "step": step}
         params, more = final_params(state), {}
         final = evaluate(program, params, splits)
         if beam:
@@ -183,7 +227,7 @@ def train(
             for split, of_seeds in texts.items():
                 lines = "".join(f"{text}\n" for text in of_seeds[0])
                 results.replace(directory / f"translations_{split}.txt", lines)
-        log.write(c.steps, final)
+        log.write(step, final)
     example = task.example()
     weights = np.asarray(program.weights(params, example))
     save_attention(directory / "attention.npz", task, example, weights)
@@ -194,11 +238,49 @@ def train(
         "lower_is_better": task.lower_is_better,
         "num_params": sum(x.size for x in jax.tree.leaves(params)) // c.seeds,
         "compile_seconds": round(compile_seconds, 2),
-        "steps_per_second": round(c.steps / seconds, 2),
-        "train_seconds": round(seconds, 2),
-        "steps": c.steps,
+        "steps_per_second": round(step / position.seconds, 2),
+        "train_seconds": round(position.seconds, 2),
+        "steps": step,
+        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         **more,
     }
+
+
+@dataclasses.dataclass
+class Position:
+    """What a checkpoint knows of a run beside its state and its data.
+
+    Attributes:
+      seconds: spent in training steps.
+      log_bytes: how much of metrics.jsonl is of steps up to here.
+      pending: metrics of the steps since the last line there.
+      first_loss: of each seed the first loss there.
+      best, since: the best score on validation, and how many were not better after it.
+      ended: whether that ended the run.
+    """
+
+    seconds: float = 0.0
+    log_bytes: int = 0
+    pending: list[dict[str, list[float]]] = dataclasses.field(default_factory=list)
+    first_loss: list[float] | None = None
+    best: float | None = None
+    since: int = 0
+    ended: bool = False
+
+    def judge(self, score: float, patience: int) -> bool:
+        """Whether `patience` (0: endless) ends with this score; lower is better."""
+        if self.best is None or score < self.best:
+            self.best, self.since = score, 0
+        else:
+            self.since += 1
+        return 0 < patience <= self.since
+
+
+def _score(task, metrics):
+    """The mean over seeds of what a task is judged by on validation; lower is better."""
+    split, _, name = task.primary.partition("/")
+    values = metrics[task.primary] if split == "validation" else metrics[f"validation/{name}"]
+    return float(np.mean(values)) * (1 if task.lower_is_better else -1)
 
 
 def final_params(state: dict) -> Any:
@@ -267,17 +349,18 @@ class MetricsLog:
     cut off when the run goes on.
     """
 
-    def __init__(self, directory: Path, keep_bytes: int, tensorboard: bool):
+    def __init__(self, directory: Path, keep_bytes: int, tensorboard: bool, step: int = 0):
         self._file = open(directory / "metrics.jsonl", "ab")
         self._file.truncate(keep_bytes)
         self._events = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(directory))
+            self._events = SummaryWriter(str(directory), purge_step=step + 1)
 
     @property
     def bytes(self) -> int:
+        os.fsync(self._file.fileno())  # a checkpoint must not outlive them
         return self._file.tell()
 
     def write(self, step: int, metrics: dict[str, np.ndarray]) -> None:
@@ -301,7 +384,7 @@ def check_directory(directory: Path, config: ConfigDict) -> None:
     """Raises ValueError where `directory` holds a run of another config."""
     path = directory / "config.json"
     if path.exists():
-        there = json.loads(path.read_text("utf-8"))
+        there = settings.complete(json.loads(path.read_text("utf-8")))
         if differences := settings.differences(there, settings.describe(config)):
             raise ValueError(
                 f"{directory} holds another experiment: {differences[0]}; choose another "
@@ -321,11 +404,13 @@ def _lap(state, began):
     return time.perf_counter() - began
 
 
-def _check_finite(losses, step):
-    if not np.isfinite(losses).all():
+def _check_losses(losses, first, explosion, step):
+    exploded = explosion and (losses > explosion * np.array(first)).any()
+    if exploded or not np.isfinite(losses).all():
+        before = f", {explosion:g} times what it was at first," if exploded else ""
         raise FloatingPointError(
-            f"the loss of the seeds is {losses.tolist()} at step {step}: lower the learning rate "
-            "or clip the gradient more"
+            f"the loss of the seeds is {losses.tolist()}{before} at step {step}: lower the "
+            "learning rate or clip the gradient more"
         )
 
 
@@ -341,14 +426,17 @@ def main(argv):
             print(task.summary())
     path = directory / "result.json"
     if not path.exists():
-        with Progress(cells=1) as progress:
-            cell = progress.cell(str(directory))
-            try:
-                result = train(_CONFIG.value, directory, cell, tensorboard=_TENSORBOARD.value)
-            except Stopped:
-                sys.exit("\nstopped; the same command goes on from here")
-            results.replace(path, json.dumps(result, indent=2))
-            cell.finish(f"trained in {result['train_seconds']} s")
+        stop = Stop()
+        try:
+            with leases.Lease(directory), stop, Progress(cells=1) as progress:
+                cell = progress.cell(str(directory))
+                result = train(_CONFIG.value, directory, cell, stop, tensorboard=_TENSORBOARD.value)
+                results.replace(path, json.dumps(result, indent=2))
+                cell.finish(f"trained in {result['train_seconds']} s")
+        except leases.Taken as taken:
+            cli.fail(taken)
+        except Stopped:
+            cli.leave(stop)
     result = json.loads(path.read_text("utf-8"))
     for name, values in result["metrics"].items():
         mean, interval = results.mean_interval(values)

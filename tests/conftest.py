@@ -2,6 +2,7 @@
 
 import hypothesis
 import jax
+import launching
 import pytest
 
 # The same examples on every run and machine; no deadline, since the first example compiles.
@@ -31,3 +32,11 @@ def compiled_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
         yield folder
+
+
+@pytest.fixture
+def config(tmp_path):
+    """The file of a small sweep."""
+    path = tmp_path / "config.py"
+    path.write_text(launching.CONFIG)
+    return path

@@ -1,71 +1,14 @@
 """The launcher, as its user runs it: sweeps, resuming, failures, mistakes."""
 
 import csv
-import json
-import os
 import runpy
-import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from launching import ROOT, ablate
 
 from experiments import progress, settings, sweep, train
-
-ROOT = Path(__file__).parents[1]
-CONFIG = """
-from experiments import settings
-
-def get_config(arg=""):
-    config = settings.config("recall", vocab_size=16, length=8, num_pairs=2, num_eval=20)
-    config.model.update(model_dim=8, num_layers=1, num_heads=2)
-    config.train.update(steps=20, batch_size=4, seeds=2, eval_every=10, log_every=5)
-    config.train.checkpoint_every = 5
-    return config
-
-def sweep_position():
-    yield {"model.position": "none"}
-
-def sweep_rate():
-    yield {"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0}
-"""
-
-
-@pytest.fixture
-def config(tmp_path):
-    path = tmp_path / "config.py"
-    path.write_text(CONFIG)
-    return path
-
-
-def ablate(*flags, module="ablate", **kwargs):
-    command = [sys.executable, "-m", f"experiments.{module}", *map(str, flags)]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, **kwargs)
-
-
-def children(process):
-    """The process ids of what a process has started."""
-    return [int(x) for x in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
-
-
-def ended(process, seconds=20):
-    """Whether a process is gone, or waits for a parent to notice it, within some seconds."""
-    status = Path(f"/proc/{process}/status")
-    for _ in range(seconds * 20):
-        try:
-            if "State:\tZ" in status.read_text():
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.05)
-    return False
-
-
-def read(path):
-    return json.loads(path.read_text())
 
 
 def test_a_sweep_from_start_to_report(config, tmp_path):
@@ -99,38 +42,6 @@ def test_a_sweep_from_start_to_report(config, tmp_path):
 
     retried = ablate(f"--config={config}", f"--workdir={work}", "--retry_failed")
     assert "1 of 3 cells to train" in retried.stdout
-
-
-def test_a_killed_sweep_goes_on_and_ends_in_the_same_numbers(config, tmp_path):
-    flags = [f"--config={config}", "--sweep=position", "--config.train.steps=400"]
-    flags += ["--config.train.checkpoint_every=100", "--config.train.eval_every=100"]
-    whole = ablate(*flags, f"--workdir={tmp_path / 'whole'}")
-    assert whole.returncode == 0, whole.stderr
-    work = tmp_path / "cut"
-    command = [sys.executable, "-m", "experiments.ablate", *flags, f"--workdir={work}"]
-    victim = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL
-    )
-    saved = work / "cells/base/checkpoints"
-    while victim.poll() is None and not any(p.name.isdigit() for p in saved.glob("*")):
-        time.sleep(0.01)
-    (ahead,) = children(victim.pid)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    assert ended(ahead)
-    assert not (work / "cells/base.position=none/result.json").exists()
-    again = ablate(*flags, f"--workdir={work}")
-    assert again.returncode == 0, again.stderr
-    for cell in ("base", "base.position=none"):
-        results = [
-            read(tmp_path / name / "cells" / cell / "result.json") for name in ("whole", "cut")
-        ]
-        assert results[0]["metrics"] == results[1]["metrics"]
-        logs = [
-            (tmp_path / name / "cells" / cell / "metrics.jsonl").read_text()
-            for name in ("whole", "cut")
-        ]
-        assert logs[0] == logs[1]
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -278,21 +189,3 @@ def test_progress_is_plain_lines_in_a_pipe_and_a_bar_on_a_terminal(capsys, monke
     show()
     shown = capsys.readouterr().out
     assert "1.250" in shown and "left" in shown and "done [3 seeds]" in shown
-
-
-def test_ctrl_c_stops_in_one_line_and_the_same_command_goes_on(config, tmp_path):
-    flags = [f"--config={config}", "--sweep=position", f"--workdir={tmp_path / 'work'}"]
-    flags += ["--config.train.steps=100000"]
-    command = [sys.executable, "-m", "experiments.ablate", *flags]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    run = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
-    log = tmp_path / "work/cells/base/metrics.jsonl"
-    while run.poll() is None and not (log.exists() and log.stat().st_size):
-        time.sleep(0.05)
-    (ahead,) = children(run.pid)
-    run.send_signal(signal.SIGINT)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 1 and "Traceback" not in errors
-    assert errors.strip() == "stopped; the same command goes on from here", errors
-    assert ended(ahead)
-    assert not (tmp_path / "work/cells/base/result.json").exists()

@@ -1,7 +1,6 @@
 """What is compiled when: kept on disk, once a program, ahead of its turn in another process."""
 
 import collections
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 from helpers import Silent
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import ablate, ahead, checkpoints, first_step, progress, settings, sweep, train
+from experiments import ahead, cells, checkpoints, first_step, settings, sweep, train
 from experiments.ahead import Ahead
 from experiments.program import compile_program
 
@@ -123,10 +122,10 @@ def test_a_sweep_compiles_each_program_once_and_nothing_else(events, tmp_path, m
         "steps": [{"train.steps": 6, "optimizer.warmup_steps": 2}],
         "score": [{"model.score": "dot"}],
     }
-    cells = sweep.expand(tiny("reverse"), {"base": {}}, axes)
-    assert len(cells) == 5
-    train.check(cells[0].config)
-    for cell in cells:
+    swept = sweep.expand(tiny("reverse"), {"base": {}}, axes)
+    assert len(swept) == 5
+    train.check(swept[0].config)
+    for cell in swept:
         train.claim(tmp_path / cell.id, cell.config)
         train.train(cell.config, tmp_path / cell.id, Silent())
     assert compile_program.cache_info().misses == 2
@@ -176,11 +175,17 @@ def test_mistakes_are_left_to_the_turn_of_their_cell(monkeypatch, kept):
 
 
 def test_a_cell_tells_how_long_its_programs_let_it_wait(tmp_path, monkeypatch):
-    result = {"primary": "x", "metrics": {"x": [1.0]}, "train_seconds": 1.0, "compile_seconds": 2.0}
+    result = {
+        "status": "done",
+        "primary": "x",
+        "metrics": {"x": [1.0]},
+        "train_seconds": 1.0,
+        "compile_seconds": 2.0,
+    }
     monkeypatch.setattr(train, "train", lambda *_, **__: result)
-    cell = sweep.Cell("base", "base", None, None, {}, tiny())
-    ablate.run_cell(cell, tmp_path, progress.Progress(1), waited=3.0, tensorboard=False)
-    assert json.loads((tmp_path / "result.json").read_text())["compile_seconds"] == 5.0
+    train.claim(cells.folder(tmp_path, "base"), tiny())
+    cells.run_cell(tmp_path, cells.Job("base"), Silent(), compiled=lambda: 3.0)
+    assert cells.outcome(cells.folder(tmp_path, "base"))["compile_seconds"] == 5.0
 
 
 def test_the_first_step_is_timed_with_and_without_programs_kept():

@@ -1,13 +1,14 @@
 """Training: resuming to the bit, seeds, shared programs, what is written."""
 
 import json
+import signal
 
 import jax
 import numpy as np
 import pytest
 from helpers import Silent
 
-from experiments import checkpoints, data, settings, tasks, train
+from experiments import checkpoints, data, settings, stopping, tasks, train
 from experiments import program as programs
 
 
@@ -50,6 +51,87 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, stop_at):
     params = [leaves(restored_params(config, tmp_path / name)) for name in ("whole", "cut")]
     for a, b in zip(*params, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+class Signal(Silent):
+    """SIGTERM comes at a step."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.stop, self._at = stopping.Stop(), at
+
+    def step(self, step, loss=None):
+        if step == self._at:
+            self.stop.signal = signal.SIGTERM
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 6])
+def test_a_run_that_was_asked_to_stop_ends_in_the_same_bits(tmp_path, at):
+    config = tiny(**{"train.log_every": 4, "train.checkpoint_every": 100})
+    whole = run(config, tmp_path / "whole")
+    shown = Signal(at)
+    train.claim(tmp_path / "cut", config)
+    with pytest.raises(stopping.Stopped):
+        train.train(config, tmp_path / "cut", shown, shown.stop)
+    assert not shown.stop.unsaved or at < 6
+    resumed = run(config, tmp_path / "cut")
+    assert whole["metrics"] == resumed["metrics"]
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+
+
+def test_a_run_in_parts_is_the_whole_one(tmp_path):
+    config = tiny()
+    whole = run(config, tmp_path / "whole")
+    train.claim(tmp_path / "parts", config)
+    paused = train.train(config, tmp_path / "parts", Silent(), until=3)
+    assert paused["status"] == "paused" and paused["step"] == 3
+    log = (tmp_path / "parts/metrics.jsonl").read_text().splitlines()
+    (judged,) = (json.loads(line) for line in log if "validation" in line)
+    assert paused["score"] == pytest.approx(-np.mean(judged["validation/accuracy"]))
+    assert train.train(config, tmp_path / "parts", Silent(), until=3) == paused
+    assert run(config, tmp_path / "parts")["metrics"] == whole["metrics"]
+    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+
+
+def test_patience_ends_a_run_that_gets_no_better(tmp_path):
+    changes = {"train.steps": 40, "train.eval_every": 2, "optimizer.learning_rate": 0.0}
+    changes |= {"optimizer.final_learning_rate": 0.0, "train.patience": 3}
+    config = tiny(**changes)
+    found = run(config, tmp_path)
+    assert found["status"] == "done" and found["steps"] == 8  # the first, and three no better
+    assert run(config, tmp_path)["metrics"] == found["metrics"], "ended is ended"
+
+
+def test_a_loss_that_explodes_ends_the_run(tmp_path):
+    changes = {"optimizer.learning_rate": 30.0, "optimizer.warmup_steps": 0, "train.steps": 60}
+    changes |= {"train.explosion": 2.0, "train.checkpoint_every": 100}
+    with pytest.raises(FloatingPointError, match="2 times what it was at first, at step"):
+        run(tiny(**changes), tmp_path)
+
+
+def test_a_run_that_takes_too_long_can_go_on(tmp_path):
+    config = tiny(**{"train.checkpoint_every": 100})
+    train.claim(tmp_path, config)
+    with pytest.raises(TimeoutError, match="at step 1 it had trained for 1e-09 minutes"):
+        train.train(config, tmp_path, Silent(), max_minutes=1e-9)
+    whole = run(config, tmp_path / "whole")
+    assert run(config, tmp_path)["metrics"] == whole["metrics"]
+
+
+def test_a_checkpoint_that_the_disk_has_lost_is_passed_over(tmp_path, capsys):
+    config = tiny()
+    whole = run(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "cut", stop_at=5)
+    newest = tmp_path / "cut/checkpoints/4"
+    for path in newest.rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(b"")
+    resumed = run(config, tmp_path / "cut")
+    assert "checkpoint 4 cannot be read, going on from 2" in capsys.readouterr().out
+    assert resumed["metrics"] == whole["metrics"]
 
 
 def restored_params(config, directory):
@@ -200,7 +282,8 @@ def test_training_solves_a_task_it_can(tmp_path):
     ({"model.num_heads": 8, "model.position": "rope"}, "even"),
     ({"model.position": "learned(length=4)"}, "no vector for position"),
     ({"train.seeds_impl": "pmap"}, "seeds_impl"),
-    ({"train.checkpoint_every": 3}, "multiple of train.log_every: got 3 and 2"),
+    ({"train.checkpoint_every": 0}, "train.checkpoint_every is a number of steps, 1 or more"),
+    ({"train.explosion": 0.5}, "train.explosion is a factor above 1, or 0"),
     ({"model.implementation": "flash"}, "implementation must be"),
     ({"task.num_pairs": 5}, "cannot hold num_pairs=5"),
 ])  # fmt: skip

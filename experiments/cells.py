@@ -1,0 +1,175 @@
+"""One cell of a sweep: who trains it, and what becomes of it.
+
+Every executor runs `run_cell`, in a process on whatever machine; all that a cell needs and leaves
+is in its folder.
+"""
+
+import dataclasses
+import errno
+import json
+import math
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from experiments import leases, results, settings, train
+from experiments.progress import Cell
+from experiments.stopping import Stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A cell to train.
+
+    Attributes:
+      id: its folder in cells/ of the work directory.
+      until: train to this step only (see `halving`), None for all.
+      max_minutes: of training, after which the cell has failed; 0: no limit.
+      tensorboard: write TensorBoard events as well.
+    """
+
+    id: str
+    until: int | None = None
+    max_minutes: float = 0.0
+    tensorboard: bool = False
+
+
+class DiskFull(Exception):
+    """Nothing more can be written; what was trained since the last checkpoint is lost."""
+
+
+def folder(workdir: Path, id: str) -> Path:
+    """Where a cell is."""
+    return workdir / "cells" / id
+
+
+def outcome(directory: Path, until: int | None = None) -> dict[str, Any] | None:
+    """The result of a cell, or what it had at the step `until`; None while it has more to do."""
+    if (path := directory / "result.json").exists():
+        return json.loads(path.read_text("utf-8"))
+    if until is not None and (path := directory / "rungs.json").exists():
+        return json.loads(path.read_text("utf-8")).get(str(until))
+    return None
+
+
+def run_cell(
+    workdir: Path,
+    job: Job,
+    shown: Cell,
+    stop: Stop | None = None,
+    compiled: Callable[[], float] = lambda: 0.0,
+) -> dict[str, Any]:
+    """Trains a cell and writes its result.json, or with `until` its rungs.json; -> what it wrote.
+
+    What goes wrong is a result as well: {'status': 'failed', 'error': ...}, and traceback.txt.
+    `compiled` waits until its programs are compiled and returns the seconds that took.
+
+    Raises:
+      leases.Taken: another process trains the cell.
+      Stopped: `stop` asks for it; the same call goes on.
+      DiskFull: nothing was written.
+    """
+    directory = folder(workdir, job.id)
+    try:
+        with leases.Lease(directory):
+            if found := outcome(directory, job.until):
+                shown.finish("done by another process")
+                return found
+            waited = compiled()
+            found = _train(directory, job, shown, stop)
+            if found["status"] == "done":
+                found["compile_seconds"] = round(waited + found["compile_seconds"], 2)
+            write(directory, found)
+    except Exception as error:
+        if _disk_full(error):
+            raise DiskFull(
+                f"the disk of {workdir} is full: free some space; the same command goes on from "
+                "the last checkpoint"
+            ) from error
+        raise
+    shown.finish(line(found))
+    return found
+
+
+def _train(directory, job, shown, stop):
+    try:
+        config = settings.read(json.loads((directory / "config.json").read_text("utf-8")))
+        train.check_directory(directory, config)
+        return train.train(
+            config,
+            directory,
+            shown,
+            stop,
+            until=job.until,
+            max_minutes=job.max_minutes,
+            tensorboard=job.tensorboard,
+        )
+    except Exception as error:
+        if _disk_full(error):
+            raise
+        trace = traceback.format_exc()
+        results.replace(directory / "traceback.txt", trace)
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+            text = f"out of memory: {text}"
+        return {"status": "failed", "error": f"{type(error).__name__}: {text}"}
+
+
+def write(directory: Path, found: dict[str, Any]) -> None:
+    """Writes a result, or adds what a paused cell has to its rungs.json."""
+    if found["status"] != "paused":
+        results.replace(directory / "result.json", json.dumps(found, indent=2))
+        return
+    path = directory / "rungs.json"
+    rungs = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    results.replace(path, json.dumps({**rungs, str(found["step"]): found}, indent=2))
+
+
+def score(directory: Path, step: int) -> float:
+    """What a cell had at a rung, lower being better; that of its result where it ended before it.
+
+    nan for a failure.
+    """
+    path = directory / "rungs.json"
+    rungs = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if str(step) in rungs:
+        return rungs[str(step)]["score"]
+    found = outcome(directory)
+    if not found or found["status"] != "done":
+        return math.nan
+    mean, _ = results.mean_interval(found["metrics"][found["primary"]])
+    return mean if found["lower_is_better"] else -mean
+
+
+def drop(directory: Path, reason: str) -> None:
+    """Ends a cell that was not among the better ones; what has a result keeps it."""
+    if not outcome(directory):
+        write(directory, {"status": "dropped", "error": reason})
+
+
+def forget_failure(directory: Path) -> None:
+    """Lets a cell that failed be trained again, from its last checkpoint."""
+    if (outcome(directory) or {}).get("status") == "failed":
+        (directory / "result.json").unlink()
+
+
+def line(found: dict[str, Any]) -> str:
+    """A result in a line."""
+    if found["status"] == "failed":
+        return f"failed: {found['error']}"
+    if found["status"] == "paused":
+        return f"at step {found['step']}"
+    value = results.mean_interval(found["metrics"][found["primary"]])
+    return f"{found['primary']} {results.plus_minus(*value, 3)}, {found['train_seconds']:.0f} s"
+
+
+def _disk_full(error):
+    """Whether that is at the root of an error; Orbax and TensorStore wrap it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

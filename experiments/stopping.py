@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM, which a scheduler sends before it takes a machine away."""
+
+import signal
+from types import FrameType
+
+
+class Stopped(BaseException):
+    """The user or the scheduler has asked to stop; what was trained is saved."""
+
+
+class Stop:
+    """Turns both signals into a request that training looks at between two steps.
+
+        with Stop() as stop:
+            train(..., stop=stop)
+
+    While `unsaved` is False nothing would be lost, and the request raises `Stopped` where it finds
+    the program: in a compilation, say. A second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self):
+        self.signal: int | None = None  # the signal that came
+        self.unsaved = False
+
+    def __enter__(self) -> "Stop":
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        self._before = {kind: signal.signal(kind, self._ask) for kind in kinds}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for kind, handler in self._before.items():
+            signal.signal(kind, handler)
+
+    def _ask(self, kind: int, frame: FrameType | None) -> None:
+        del frame
+        self.signal = kind
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not self.unsaved:
+            raise Stopped
+
+    @property
+    def status(self) -> int:
+        """The exit status of a process that ends by the signal, as shells count: 130, 143."""
+        return 128 + (self.signal or signal.SIGINT)
+
+    def line(self) -> str:
+        """What to say."""
+        name = signal.Signals(self.signal or signal.SIGINT).name
+        return f"stopped by {name}; the same command goes on from here"

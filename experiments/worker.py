@@ -1,0 +1,100 @@
+"""A process that trains the cells it is told to, one at a time, and says how far it is.
+
+Started by `executors.Local`: a job comes as a line of JSON on standard input, what happens goes out
+as lines on standard output. It ends with the process that started it.
+"""
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from pathlib import Path
+
+from absl import logging
+
+from experiments import cells, cli, leases, settings
+from experiments.ahead import Ahead
+from experiments.progress import Cell, Progress
+from experiments.stopping import Stop, Stopped
+
+
+class Reported(Cell):
+    """A cell whose progress another process shows."""
+
+    def __init__(self, say):
+        super().__init__(Progress(1), "")
+        self._say, self._last = say, 0.0
+
+    def start(self, steps, at=0):
+        self._say("start", steps=steps, at=at)
+
+    def step(self, step, loss=None):
+        if loss is not None or time.monotonic() - self._last > 0.2:
+            self._last = time.monotonic()
+            self._say("step", step=step, loss=loss)
+
+    def finish(self, line):
+        self._say("finish", line=line)
+
+
+def main() -> None:
+    """Works until standard input ends."""
+    logging.set_verbosity(logging.FATAL)  # an error of a library comes as an exception as well
+    cli.keep_compiled()
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no reply
+
+    def say(kind, **what):
+        print(json.dumps({"kind": kind, **what}), file=replies, flush=True)
+
+    lines: queue.Queue = queue.Queue()
+    threading.Thread(target=_listen, args=(lines,), daemon=True).start()
+    stop = Stop()
+    try:
+        with stop, Ahead() as ahead:
+            while True:
+                _work(json.loads(lines.get()), say, stop, ahead)
+    except Stopped:
+        say("stopped", signal=stop.signal)
+        os._exit(0)  # threads that compile are not waited for
+    except cells.DiskFull as error:
+        say("error", line=str(error))
+        os._exit(0)
+
+
+def _listen(lines):
+    for text in sys.stdin:
+        lines.put(text)
+    os._exit(0)  # the launcher is gone; what is saved is saved
+
+
+def _work(order, say, stop, ahead):
+    workdir, job = Path(order["workdir"]), cells.Job(**order["job"])
+
+    def compiled():
+        if not order["ahead"]:  # other workers have the other cores
+            return 0.0
+        return ahead.turn(_config(workdir, job.id), _config(workdir, order["following"]))
+
+    try:
+        found = cells.run_cell(workdir, job, Reported(say), stop, compiled)
+        say("end", status=found["status"])
+    except leases.Taken as taken:
+        say("taken", line=str(taken))
+
+
+def _config(workdir, id):
+    """A cell's config, None where it cannot be read: that is told at its own turn."""
+    if id is None:
+        return None
+    path = cells.folder(workdir, id) / "config.json"
+    try:
+        return settings.read(json.loads(path.read_text("utf-8")))
+    except Exception:
+        return None
+
+
+if __name__ == "__main__":
+    main()
