@@ -8,6 +8,7 @@ An executor trains jobs (`cells.Job`) until each has an outcome or is held by an
 
 import collections
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments import cells, leases
 from experiments.progress import Progress
@@ -196,11 +198,32 @@ class _Worker:
         return code
 
 
-def create(name: str, workdir: Path, workers: int, resources: str) -> Local:
-    """The executor of a name.  ValueError for resources that it has no use for."""
-    if resources:
-        raise ValueError(f"--resources={resources} are for --executor=ray and slurm")
-    return Local(workdir, workers)
+def create(name: str, workdir: Path, workers: int, resources: str) -> Any:
+    """The executor of a name: 'local', or 'ray' and 'slurm' of `experiments.clusters`.
+
+    `resources` are those of a cell, 'num_gpus=1,TPU=4'.  ValueError where they are not understood
+    or mean nothing, ImportError where a package is missing.
+    """
+    if name == "local":
+        if resources:
+            raise ValueError(f"--resources={resources} is for --executor=ray and slurm")
+        return Local(workdir, workers)
+    from experiments import clusters
+
+    package = {"ray": "ray", "slurm": "submitit"}[name]
+    if not importlib.util.find_spec(package):
+        raise ImportError(f"--executor={name} needs {package}: pip install 'attention[cluster]'")
+    found: dict[str, Any] = {}
+    for part in filter(None, resources.split(",")):
+        key, _, value = part.partition("=")
+        if not value:
+            raise ValueError(f"--resources is name=value,name=value: got {part!r}")
+        try:
+            found[key] = float(value) if "." in value else int(value)
+        except ValueError:
+            found[key] = value
+    kinds = {"ray": clusters.Ray, "slurm": clusters.Slurm}
+    return kinds[name](workdir, workers, found)
 
 
 def _died(code):

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 _PLAIN_SECONDS = 20.0
@@ -96,6 +97,25 @@ class Cell:
             bar.console.print(_escape(line), highlight=False)
         else:
             print(line, flush=True)
+
+
+class Reported(Cell):
+    """A cell whose progress is told to `say(kind, **what)`, which shows it elsewhere."""
+
+    def __init__(self, say: Callable[..., None]):
+        super().__init__(Progress(1), "")
+        self._say, self._last = say, 0.0
+
+    def start(self, steps, at=0):
+        self._say("start", steps=steps, at=at)
+
+    def step(self, step, loss=None):
+        if loss is not None or time.monotonic() - self._last > 0.2:
+            self._last = time.monotonic()
+            self._say("step", step=step, loss=loss)
+
+    def finish(self, line):
+        self._say("finish", line=line)
 
 
 def _escape(text):

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM, which a scheduler sends before it takes a machine away."""
 
 import signal
+from collections.abc import Sequence
 from types import FrameType
 
 
@@ -9,7 +10,7 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Turns both signals into a request that training looks at between two steps.
+    """Turns these signals into a request that training looks at between two steps.
 
         with Stop() as stop:
             train(..., stop=stop)
@@ -18,13 +19,13 @@ class Stop:
     the program: in a compilation, say. A second Ctrl-C interrupts at once.
     """
 
-    def __init__(self):
+    def __init__(self, signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM)):
+        self._signals = signals
         self.signal: int | None = None  # the signal that came
         self.unsaved = False
 
     def __enter__(self) -> "Stop":
-        kinds = (signal.SIGINT, signal.SIGTERM)
-        self._before = {kind: signal.signal(kind, self._ask) for kind in kinds}
+        self._before = {kind: signal.signal(kind, self._ask) for kind in self._signals}
         return self
 
     def __exit__(self, *_) -> None:

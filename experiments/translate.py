@@ -7,29 +7,21 @@ draws the weights of the decoder's attention to the source: rows are the transla
 columns the source's; of all layers and heads, or of `--layer`, `--head` (from 1), or their mean.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
-from experiments import checkpoints, cli, plots, results, settings, tasks, train
+from experiments import cli, plots, results, tasks, train, trained
 from experiments.program import sown_weights, translator
 
 
-class Translator(NamedTuple):
-    """A trained model: its config, task, Linen model and parameters (those of one seed)."""
-
-    config: ConfigDict
-    task: Any
-    model: Any
-    params: Any
+class Translator(trained.Trained):
+    """A trained model that translates."""
 
     def encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """'source' [n, S] and 'source_lengths' [n], S a multiple of 16.
@@ -84,28 +76,12 @@ class Translator(NamedTuple):
 def load(workdir: str | Path, seed: int = 0) -> Translator:
     """The model of a work directory of `experiments.train`, or of a cell of `experiments.ablate`.
 
-    Raises ValueError where there is none, or its vocabulary is no longer that of the data.
+    ValueError as `trained.load`, and where the model does not translate.
     """
-    workdir = Path(workdir)
-    path = workdir / "config.json"
-    if not path.exists():
-        raise ValueError(f"{workdir} holds no config.json: train a model there first")
-    described = json.loads(path.read_text("utf-8"))
-    config = settings.read(described)
-    task, model = train.build(config)
-    if not isinstance(task, tasks.Translates):
-        raise ValueError(f"{workdir} holds a model for the task {config.task.name!r}")
-    fingerprint = described["task"].get("fingerprint")
-    if fingerprint != task.fingerprint:
-        raise ValueError(
-            f"the vocabulary or text of {workdir} has changed since it was trained (fingerprint "
-            f"{fingerprint} there, {task.fingerprint} here): give it the data of its training"
-        )
-    if not 0 <= seed < config.train.seeds:
-        raise ValueError(f"seed {seed} of {config.train.seeds}: the first is 0")
-    state = checkpoints.read_state(workdir / "checkpoints")
-    params = jax.tree.map(lambda x: jnp.asarray(x[seed]), train.final_params(state))
-    return Translator(config, task, model, params)
+    found = trained.load(workdir, seed)
+    if not isinstance(found.task, tasks.Translates):
+        raise ValueError(f"{workdir} holds a model for the task {found.config.task.name!r}")
+    return Translator(*found)
 
 
 def _has_table(config):

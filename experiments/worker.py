@@ -9,34 +9,14 @@ import os
 import queue
 import sys
 import threading
-import time
 from pathlib import Path
 
 from absl import logging
 
 from experiments import cells, cli, leases, settings
 from experiments.ahead import Ahead
-from experiments.progress import Cell, Progress
+from experiments.progress import Reported
 from experiments.stopping import Stop, Stopped
-
-
-class Reported(Cell):
-    """A cell whose progress another process shows."""
-
-    def __init__(self, say):
-        super().__init__(Progress(1), "")
-        self._say, self._last = say, 0.0
-
-    def start(self, steps, at=0):
-        self._say("start", steps=steps, at=at)
-
-    def step(self, step, loss=None):
-        if loss is not None or time.monotonic() - self._last > 0.2:
-            self._last = time.monotonic()
-            self._say("step", step=step, loss=loss)
-
-    def finish(self, line):
-        self._say("finish", line=line)
 
 
 def main() -> None:

@@ -6,9 +6,10 @@ import signal
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from helpers import Silent
 
-from experiments import checkpoints, data, settings, stopping, tasks, train
+from experiments import checkpoints, data, settings, stopping, tasks, train, trained
 from experiments import program as programs
 
 
@@ -142,6 +143,29 @@ def restored_params(config, directory):
         step, state, _ = checkpoints.restore(manager, built.state, data.train_iterator(source))
     assert step == config.train.steps
     return state["params"]
+
+
+def test_parameters_load_in_one_line_and_go_to_other_code(tmp_path):
+    config = tiny()
+    run(config, tmp_path)
+    params = trained.load(tmp_path, seed=1).params
+    expected = jax.tree.map(lambda x: x[1], restored_params(config, tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    found = trained.load(tmp_path)
+    inputs = found.task.eval_splits()["validation"]["inputs"]
+    assert np.isfinite(jax.jit(found.model.apply)(found.params, inputs)).all()
+
+    path = tmp_path / "model.safetensors"
+    trained.save_safetensors(found, path)
+    arrays = safetensors.numpy.load_file(path)
+    np.testing.assert_array_equal(
+        arrays["decoder.layer_1.mlp.in.kernel"],
+        found.params["params"]["decoder"]["layer_1"]["mlp"]["in"]["kernel"],
+    )
+    assert sum(x.size for x in arrays.values()) == sum(x.size for x in leaves(found.params))
+    with safetensors.safe_open(path, "numpy") as file:
+        described = json.loads(file.metadata()["config"])
+    assert settings.read(described) == config
 
 
 def test_what_a_run_writes(tmp_path):

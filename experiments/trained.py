@@ -1,0 +1,90 @@
+"""What was trained, for use in other code: the model and its parameters.
+
+    from experiments import trained
+    params = trained.load("runs/recall").params
+
+and, for code that has no JAX (extra `safetensors`),
+
+    python -m experiments.trained --workdir=runs/recall --output=model.safetensors
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+
+from experiments import checkpoints, cli, settings, train
+
+
+class Trained(NamedTuple):
+    """A trained model: its config, task, Linen model and parameters (those of one seed).
+
+    `model.apply(params, tokens)` gives logits.
+    """
+
+    config: ConfigDict
+    task: Any
+    model: Any
+    params: Any
+
+
+def load(workdir: str | Path, seed: int = 0) -> Trained:
+    """What `experiments.train` has trained there, or a cell of `experiments.ablate`.
+
+    The parameters are those that the results are about: the best or the averaged ones where the
+    config asks for them. Of a run that goes on they are those of its last checkpoint.
+
+    Raises ValueError where there is none, or its vocabulary is no longer that of the data.
+    """
+    workdir = Path(workdir)
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"{workdir} holds no config.json: train a model there first")
+    described = json.loads(path.read_text("utf-8"))
+    config = settings.read(described)
+    task, model = train.build(config)
+    there, here = described["task"].get("fingerprint"), getattr(task, "fingerprint", None)
+    if there != here:
+        raise ValueError(
+            f"the vocabulary or text of {workdir} has changed since it was trained (fingerprint "
+            f"{there} there, {here} here): give it the data of its training"
+        )
+    if not 0 <= seed < config.train.seeds:
+        raise ValueError(f"seed {seed} of {config.train.seeds}: the first is 0")
+    state = checkpoints.read_state(workdir / "checkpoints")
+    params = jax.tree.map(lambda x: jnp.asarray(x[seed]), train.final_params(state))
+    return Trained(config, task, model, params)
+
+
+def save_safetensors(found: Trained, path: str | Path) -> None:
+    """Writes the parameters under names such as 'decoder.layer_0.mlp.in.kernel'.
+
+    The settings are in the file's metadata, as JSON under 'config'.
+    """
+    from safetensors.numpy import save_file
+
+    flat = flax.traverse_util.flatten_dict(found.params["params"], sep=".")
+    arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
+    save_file(arrays, path, metadata={"config": json.dumps(settings.describe(found.config))})
+
+
+def main(_):
+    """Writes what the flags say."""
+    with cli.user_errors():
+        found = load(_WORKDIR.value, _SEED.value)
+        save_safetensors(found, _OUTPUT.value)
+    count = sum(x.size for x in jax.tree.leaves(found.params))
+    print(f"{_OUTPUT.value}: {count:,} parameters of seed {_SEED.value}")
+
+
+if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Of a trained model.", required=True)
+    _OUTPUT = flags.DEFINE_string("output", None, "The file to write.", required=True)
+    _SEED = flags.DEFINE_integer("seed", 0, "Which of the trained seeds, from 0.")
+    cli.run(main)
