@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 
@@ -29,11 +30,14 @@ def restore(
 ) -> tuple[int, Any, dict] | None:
     """(step, state, position) of the latest checkpoint, and sets the iterator; None without one.
 
-    `shapes` are the `jax.ShapeDtypeStruct`s of the state.
+    `shapes` are the `jax.ShapeDtypeStruct`s of the state, which may lie on other devices than those
+    it was saved from; without a sharding on this process's first.
     """
     step = manager.latest_step()
     if step is None:
         return None
+    here = _here()
+    shapes = jax.tree.map(lambda x: x.update(sharding=x.sharding or here), shapes)
     items = manager.restore(
         step,
         args=ocp.args.Composite(
@@ -54,5 +58,10 @@ def read_state(directory: Path) -> Any:
         step = manager.latest_step()
         if step is None:
             raise ValueError(f"there is no checkpoint in {directory}: train the model further")
-        items = ocp.args.Composite(state=ocp.args.StandardRestore())
+        # Where it lay may be devices that are not here.
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(fallback_sharding=_here()))
         return manager.restore(step, args=items)["state"]
+
+
+def _here():
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

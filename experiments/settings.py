@@ -17,6 +17,8 @@ def config(task: str, **task_settings) -> ConfigDict:
     return ConfigDict(
         {
             "task": task_config(task, **task_settings),
+            "mesh": "",  # of devices, as 'data:4,model:2': batch over data, heads over model
+            "fully_sharded": False,  # parameters over data as well
             "model": {
                 "architecture": "transformer",  # or 'rnn'
                 "score": "scaled_dot",  # these four are read by `attention.parse`
@@ -130,6 +132,19 @@ def read(described: Mapping[str, Any]) -> ConfigDict:
     found.unlock()
     found.update({**described, "task": own})
     return found.lock()
+
+
+def complete(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What `describe` described, with the default of each setting that was not known then."""
+
+    def filled(default, value):
+        if not (isinstance(default, Mapping) and isinstance(value, Mapping)):
+            return value
+        own = {key: filled(default.get(key), x) for key, x in value.items()}
+        return {**default, **own}
+
+    defaults = json.loads(json.dumps(config(described["task"]["name"]).to_dict()))
+    return filled(defaults, described)
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -9,6 +9,7 @@ directory. Killed and started again with the same command it goes on from the la
 import contextlib
 import io
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import checkpoints, cli, data, results, settings, tasks
+from experiments import checkpoints, cli, data, devices, results, settings, tasks
 from experiments.models import build
 from experiments.program import (
     Decoding,
@@ -42,6 +43,7 @@ def check(config: ConfigDict) -> None:
     longest = max(task.eval_splits().values(), key=lambda split: split["inputs"].shape[1])
     row = {name: x[:1] for name, x in longest.items()}
     jax.eval_shape(lambda: model.init(jax.random.key(0), *model_inputs(row)))
+    devices.check(config, model, model_inputs(row))
     c = config.train
     if c.seeds_impl not in ("vmap", "map"):
         raise ValueError(f"train.seeds_impl is 'vmap' or 'map', got {c.seeds_impl!r}")
@@ -83,9 +85,10 @@ def prepare(config: ConfigDict) -> Run:
     """Reads the data of a config; compiles nothing."""
     task, model = build(config)
     c = config.train
+    mesh = devices.mesh(config)
     source = data.TrainSource(task, tuple(range(c.seeds)), c.batch_size, c.steps)
     splits = {
-        name: data.eval_batches(split, c.eval_batch_size)
+        name: data.eval_batches(split, c.eval_batch_size, mesh.shape["data"] if mesh else 1)
         for name, split in task.eval_splits().items()
     }
     greedy = beam = None
@@ -101,6 +104,8 @@ def prepare(config: ConfigDict) -> Run:
         tuple((name, data.shapes(split)) for name, split in splits.items()),
         data.shapes(task.example()),
         searches,
+        mesh,
+        config.fully_sharded,
     )
     return Run(task, source, splits, greedy, beam, program)
 
@@ -182,7 +187,7 @@ def train(
             }
             for split, of_seeds in texts.items():
                 lines = "".join(f"{text}\n" for text in of_seeds[0])
-                results.replace(directory / f"translations_{split}.txt", lines)
+                write(directory / f"translations_{split}.txt", lines)
         log.write(c.steps, final)
     example = task.example()
     weights = np.asarray(program.weights(params, example))
@@ -257,21 +262,22 @@ def save_attention(path: Path, task: tasks.Task, example: dict, weights: np.ndar
         query_tokens=task.tokens(example["inputs"][0]),
         key_tokens=task.tokens(example.get("source", example["inputs"])[0]),
     )
-    results.replace(path, buffer.getvalue())
+    write(path, buffer.getvalue())
 
 
 class MetricsLog:
     """metrics.jsonl, one object a line, and TensorBoard's event file on request.
 
     `bytes` is how much of the file a checkpoint vouches for: what a killed run wrote after it is
-    cut off when the run goes on.
+    cut off when the run goes on. The first of a run's processes writes, the others only count.
     """
 
     def __init__(self, directory: Path, keep_bytes: int, tensorboard: bool):
-        self._file = open(directory / "metrics.jsonl", "ab")
+        first = jax.process_index() == 0
+        self._file = open(directory / "metrics.jsonl", "ab") if first else io.BytesIO()
         self._file.truncate(keep_bytes)
         self._events = None
-        if tensorboard:
+        if tensorboard and first:
             from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(str(directory))
@@ -297,12 +303,23 @@ class MetricsLog:
             self._events.close()
 
 
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a file of the run directory, which the first of a run's processes does."""
+    if jax.process_index() == 0:
+        results.replace(path, content)
+
+
 def check_directory(directory: Path, config: ConfigDict) -> None:
-    """Raises ValueError where `directory` holds a run of another config."""
+    """Raises ValueError where `directory` holds a run of another config.
+
+    On which devices it runs may change.
+    """
     path = directory / "config.json"
     if path.exists():
-        there = json.loads(path.read_text("utf-8"))
-        if differences := settings.differences(there, settings.describe(config)):
+        there = settings.complete(json.loads(path.read_text("utf-8")))
+        here = settings.describe(config)
+        there |= {name: here[name] for name in ("mesh", "fully_sharded")}
+        if differences := settings.differences(there, here):
             raise ValueError(
                 f"{directory} holds another experiment: {differences[0]}; choose another "
                 "--workdir, or delete that one"
@@ -313,7 +330,7 @@ def claim(directory: Path, config: ConfigDict) -> None:
     """Makes `directory` the place of this config's run: writes config.json."""
     directory.mkdir(parents=True, exist_ok=True)
     description = json.dumps(settings.describe(config), indent=2)
-    results.replace(directory / "config.json", description)
+    write(directory / "config.json", description)
 
 
 def _lap(state, began):
@@ -332,6 +349,10 @@ def _check_finite(losses, step):
 def main(argv):
     del argv
     with cli.user_errors():
+        if _DISTRIBUTED.value or _COORDINATOR.value:
+            devices.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        if jax.process_index():
+            sys.stdout = open(os.devnull, "w")
         directory = Path(_WORKDIR.value)
         check(_CONFIG.value)
         check_directory(directory, _CONFIG.value)
@@ -347,8 +368,10 @@ def main(argv):
                 result = train(_CONFIG.value, directory, cell, tensorboard=_TENSORBOARD.value)
             except Stopped:
                 sys.exit("\nstopped; the same command goes on from here")
-            results.replace(path, json.dumps(result, indent=2))
+            write(path, json.dumps(result, indent=2))
             cell.finish(f"trained in {result['train_seconds']} s")
+    if jax.process_index():
+        return
     result = json.loads(path.read_text("utf-8"))
     for name, values in result["metrics"].items():
         mean, interval = results.mean_interval(values)
@@ -364,5 +387,11 @@ if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file in configs/.")
     _WORKDIR = flags.DEFINE_string("workdir", None, "Where to write to.", required=True)
     _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Write TensorBoard events as well.")
+    _DISTRIBUTED = flags.DEFINE_bool(
+        "distributed", False, "One of several processes, on a TPU pod slice or under SLURM."
+    )
+    _COORDINATOR = flags.DEFINE_string("coordinator", None, "Elsewhere: host:port of process 0,")
+    _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many there are,")
+    _PROCESS_ID = flags.DEFINE_integer("process_id", None, "and which this is, from 0.")
     cli.keep_compiled()
     cli.run(main)
