@@ -54,6 +54,8 @@ def check(config: ConfigDict, model, inputs: tuple) -> None:
         heads = m.num_heads if m.num_kv_heads is None else m.num_kv_heads
         split["model.num_kv_heads"] = heads, "model"
         split["model.mlp_dim"] = m.mlp_dim or 4 * m.model_dim, "model"
+    if config.fully_sharded:
+        split["model.model_dim"] = m.model_dim, "data"
     for name, (size, axis) in split.items():
         if size % found.shape[axis]:
             raise ValueError(
@@ -66,7 +68,7 @@ def check(config: ConfigDict, model, inputs: tuple) -> None:
 
 
 def place(arrays: dict[str, np.ndarray], mesh: Mesh, spec: PartitionSpec) -> dict[str, jax.Array]:
-    """The same arrays on the devices of a mesh; every process has all of them, and keeps its own."""
+    """The arrays on the devices of a mesh; every process has all of them, and keeps its own."""
     sharding = NamedSharding(mesh, spec)
     return {
         name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
