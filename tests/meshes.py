@@ -92,11 +92,35 @@ def flops(mesh, fully_sharded):
     return lowered.compile().cost_analysis()["flops"]
 
 
+def gathers(mesh):
+    """How often devices collect arrays for the tiled kernel's loop over padded examples."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from attention import Mechanism, attend, masks
+    from attention.nn import partition
+
+    def loss(x):
+        lengths = jnp.arange(1, 9)
+        out = attend(mechanism, params, x, x, x, key_lengths=lengths, implementation="tiled")
+        return jnp.sum(out**2)
+
+    mechanism = Mechanism(mask=masks.Padding())
+    params = mechanism.init(jax.random.key(0), num_heads=2, head_dim=4)
+    mesh = partition.make_mesh(mesh)
+    place = NamedSharding(mesh, PartitionSpec("data", None, "model"))
+    x = jax.ShapeDtypeStruct((8, 16, 2, 4), jnp.float32, sharding=place)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(jax.grad(loss), out_shardings=place).lower(x)
+    return lowered.compile().as_text().count(" all-gather(")
+
+
 def main():
     """Answers the jobs on standard input: {name: [function, arguments]} -> {name: answer}."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    functions = {"train": train, "check": check, "flops": flops}
+    functions = {"train": train, "check": check, "flops": flops, "gathers": gathers}
     jobs = json.load(sys.stdin)
     found = {name: functions[kind](*arguments) for name, (kind, *arguments) in jobs.items()}
     json.dump(found, answers)

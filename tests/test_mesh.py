@@ -80,6 +80,7 @@ def answers(folder):
         (FULL["mesh"], True),
     ):
         jobs[f"flops {mesh} {full}"] = ["flops", mesh, full]
+    jobs["gathers"] = ["gathers", FULL["mesh"]]
     return found | on_eight_devices(jobs)
 
 
@@ -164,6 +165,7 @@ def test_devices_share_the_work(answers):
     one = answers["flops data:1 False"]
     for name in ("data:8 False", "data:8 True", f"{FULL['mesh']} True"):
         assert answers[f"flops {name}"] < one / 8 * 1.15, name
+    assert answers["gathers"] == 0, "the tiled kernel's loop is over all examples on every device"
 
 
 REFUSED = [
@@ -358,6 +360,8 @@ def test_two_processes_train_one_model_and_one_goes_on(answers, folder):
     log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((workdir / "result.json").read_text())
     assert_same({"log": log, "metrics": result["metrics"]}, answers["one"])
+    params = checkpoints.read_state(workdir / "checkpoints")["params"]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
     assert_same(meshes.train(RECALL, workdir), answers["one"])
 
 
