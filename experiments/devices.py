@@ -20,7 +20,13 @@ def initialize(
     """
     # Else jax would take SIGTERM for itself, and the process live on.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except ValueError as error:
+        raise ValueError(
+            f"jax does not find the processes of this run ({str(error).rstrip('.')}): pass "
+            "--coordinator=host:port, --num_processes and --process_id"
+        ) from None
 
 
 def mesh(config: ConfigDict) -> Mesh | None:
