@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec
 
 from attention.checks import check, check_arrays, check_aux, check_block_sizes, check_dropout
 from attention.kernels import dense, tiled
@@ -41,6 +42,9 @@ def attend(
     weight_rows: Array | None = None,
 ) -> Any:
     """Attention of every head of every example: o_i = Σ_j w_ij v_j.
+
+    Under `jax.set_mesh` with an axis 'data' each of its devices goes over examples of its own where
+    a kernel goes over them one by one.
 
     Args:
       mechanism: what to compute; see `Mechanism`.
@@ -246,11 +250,15 @@ def _attend(
             extra["row_weights"] = found["weights"]
         return out, extra
 
-    at_once = B
-    if implementation == "tiled":
+    def at_once(B):
+        if implementation != "tiled":
+            return B
         shapes = (jax.ShapeDtypeStruct((B, *x.shape[-3:]), x.dtype) for x in (query, key))
-        at_once = tiled.examples_at_once(mechanism, *shapes)
-    out, extra = _lift(one_head, arrays, (B, K, G), at_once)
+        return tiled.examples_at_once(mechanism, *shapes)
+
+    parts = _splits(B) if at_once(B) < B else 1
+    lift = functools.partial(_lift, one_head, sizes=(B // parts, K, G), at_once=at_once(B // parts))
+    out, extra = _on_each_part(lift, arrays) if parts > 1 else lift(arrays)
     out = jnp.swapaxes(out.reshape(B, H, T, -1), 1, 2).reshape(*batch, T, H, -1)
     for name, x in extra.items():
         x = x.reshape(B, H, *x.shape[3:])
@@ -266,6 +274,26 @@ def _flatten_batch(x, batch, rest):
     if math.prod(lead) > 1:
         x = jnp.broadcast_to(x, (*batch, *tail))
     return x.reshape(-1, *tail)
+
+
+def _splits(size):
+    """Into how many parts the mesh of `jax.set_mesh` splits a batch, by an axis 'data'."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get("data") is not AxisType.Auto:
+        return 1
+    return mesh.shape["data"] if size % mesh.shape["data"] == 0 else 1
+
+
+def _on_each_part(function, arrays):
+    """function(arrays), each device for its own examples: a loop XLA would not split."""
+    specs = jax.tree.map(lambda x: PartitionSpec(*["data"][: x.shape[0] > 1]), arrays)
+    return jax.shard_map(
+        function,
+        in_specs=(specs,),
+        out_specs=PartitionSpec("data"),
+        axis_names={"data"},
+        check_vma=False,
+    )(arrays)
 
 
 def _lift(function, arrays, sizes, at_once):

@@ -20,9 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import filelock
+import jax
 from absl import flags
 from ml_collections import config_flags
 
+from attention.nn.partition import mesh_sizes
 from experiments import cells, cli, executors, halving, leases, report, results, sweep, train
 from experiments.progress import Progress
 from experiments.stopping import Stop, Stopped
@@ -120,9 +122,6 @@ def main(argv):
     del argv
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     with cli.user_errors():
-        import jax
-
-        jax.config.update("jax_platforms", "cpu")  # the devices are for those who train
         flag = flags.FLAGS["config"]
         path, _, _ = config_flags.get_config_filename(flag).partition(":")
         bases, axes = sweep.load(path, _SWEEP.value)
@@ -131,7 +130,14 @@ def main(argv):
         swept = sweep.expand(config, bases, axes, product=_PRODUCT.value, given=given)
         if _HALVING.value:
             halving.rungs(len(swept), config.train.steps, _HALVING.value)
-        executor = executors.create(_EXECUTOR.value, workdir, _WORKERS.value, _RESOURCES.value)
+        size = max(math.prod(mesh_sizes(cell.config.mesh).values()) for cell in swept)
+        # The devices are for those who train; checking needs as many, of whatever kind.
+        jax.config.update("jax_platforms", "cpu")
+        if size > 1 and "xla_force_host_platform" not in os.environ.get("XLA_FLAGS", ""):
+            jax.config.update("jax_num_cpu_devices", size)
+        executor = executors.create(
+            _EXECUTOR.value, workdir, _WORKERS.value, size, _RESOURCES.value
+        )
     stop = Stop()
     stop.unsaved = True  # those who train are asked to save; nothing is thrown here
     try:

@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 
@@ -33,9 +34,12 @@ def restore(
 ) -> tuple[int, Any, dict] | None:
     """(step, state, position) of the latest checkpoint, and sets the iterator; None without one.
 
-    `shapes` are the `jax.ShapeDtypeStruct`s of the state. A checkpoint that cannot be read, of a
-    disk that lost what was written last, is removed where there is an older one that can.
+    `shapes` are the `jax.ShapeDtypeStruct`s of the state, which may lie on other devices than those
+    it was saved from; without a sharding on this process's first. A checkpoint that cannot be read,
+    of a disk that lost what was written last, is removed where there is an older one that can.
     """
+    here = _here()
+    shapes = jax.tree.map(lambda x: x.update(sharding=x.sharding or here), shapes)
     steps = sorted(manager.all_steps(), reverse=True)
     for step, older in itertools.zip_longest(steps, steps[1:]):
         try:
@@ -68,5 +72,10 @@ def read_state(directory: Path) -> Any:
         step = manager.latest_step()
         if step is None:
             raise ValueError(f"there is no checkpoint in {directory}: train the model further")
-        items = ocp.args.Composite(state=ocp.args.StandardRestore())
+        # Where it lay may be devices that are not here.
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(fallback_sharding=_here()))
         return manager.restore(step, args=items)["state"]
+
+
+def _here():
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -59,14 +59,26 @@ def train_iterator(source: TrainSource) -> Any:
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
-def eval_batches(split: dict[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
-    """A split [n, ...] cut into [batches, batch_size, ...].
+def eval_batches(
+    split: dict[str, np.ndarray], batch_size: int, multiple: int = 1
+) -> dict[str, np.ndarray]:
+    """A split [n, ...] cut into [batches, batch_size, ...], fewer rows where n is less.
 
-    What fills the last is its last row again, of weight 0: no longer to decode than a real one.
+    `multiple`, a divisor of batch_size, divides the number of rows.
     """
     count = len(split["weights"])
-    batch_size = min(batch_size, count)
-    rows = np.minimum(np.arange(count + -count % batch_size), count - 1)
-    filled = {name: x[rows] for name, x in split.items()}
-    filled["weights"][count:] = 0
+    batch_size = min(batch_size, count + -count % multiple)
+    filled = fill(split, batch_size)
     return {name: x.reshape(-1, batch_size, *x.shape[1:]) for name, x in filled.items()}
+
+
+def fill(batch: dict[str, np.ndarray], multiple: int, axis: int = 0) -> dict[str, np.ndarray]:
+    """A batch with the next multiple of rows.
+
+    What fills it is its last row again, of weight 0: no longer to decode than a real one.
+    """
+    count = batch["weights"].shape[axis]
+    rows = np.minimum(np.arange(count + -count % multiple), count - 1)
+    filled = {name: np.take(x, rows, axis) for name, x in batch.items()}
+    np.moveaxis(filled["weights"], axis, 0)[count:] = 0
+    return filled

@@ -198,16 +198,17 @@ class _Worker:
         return code
 
 
-def create(name: str, workdir: Path, workers: int, resources: str) -> Any:
+def create(name: str, workdir: Path, workers: int, devices: int, resources: str) -> Any:
     """The executor of a name: 'local', or 'ray' and 'slurm' of `experiments.clusters`.
 
+    `workers` and `devices` (of a cell) are as of `Local`; a cluster gives what the resources say.
     `resources` are those of a cell, 'num_gpus=1,TPU=4'.  ValueError where they are not understood
     or mean nothing, ImportError where a package is missing.
     """
     if name == "local":
         if resources:
             raise ValueError(f"--resources={resources} is for --executor=ray and slurm")
-        return Local(workdir, workers)
+        return Local(workdir, workers, devices)
     from experiments import clusters
 
     package = {"ray": "ray", "slurm": "submitit"}[name]

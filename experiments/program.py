@@ -1,6 +1,7 @@
 """The compiled functions of a run: initialise, step, evaluate, translate; all seeds in each."""
 
 import concurrent.futures
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,9 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attention import search
-from experiments.data import shapes
+from attention.nn import partition
+from experiments import devices
+from experiments.data import fill, shapes
 
 
 class Recipe(NamedTuple):
@@ -59,8 +64,9 @@ class Program(NamedTuple):
     """The compiled functions of a run; R seeds lead every array of a state.
 
     Attributes:
-      state: shapes of a state: params, optimizer, dropout key, step; 'average' where the recipe
-        has one; 'best', parameters and score [R], where the best of a run are kept.
+      state: shapes of a state, with shardings on a mesh: params, optimizer, dropout key, step;
+        'average' where the recipe has one; 'best', parameters and score [R], where the best of a
+        run are kept.
       init: seeds [R] -> state.
       step: state, batch [R, b, ...], learning rate [] -> state, metrics, each [R].
       evaluate: by split, params, batches [n, b, ...] -> sums of loss, hits, weights [n, R] each.
@@ -87,12 +93,18 @@ def compile_program(
     splits: tuple,
     example: tuple,
     searches: tuple = (),
+    mesh: Mesh | None = None,
+    fully_sharded: bool = False,
 ) -> Program:
     """Compiles all that a run calls; equal arguments (shapes, not arrays) never compile twice.
 
     `batches` are the `shapes` of all training batches, `splits` pairs of a name and `shapes`,
     `example` the `shapes` of one, `searches` pairs of a split and how to translate it. The best of
     a run are kept where there are searches.
+
+    On a `mesh` the state lies as `attention.nn.partition` says, and the b examples of a batch are
+    split over 'data'; training batches of another number are filled up. The functions still take
+    NumPy batches, all of them in every process, and metrics, tokens and weights are everywhere.
     """
     optimizer = recipe.transformation()
     over_seeds = seed_map(seeds_impl)
@@ -160,13 +172,29 @@ def compile_program(
     batch_shapes = [_structs(batch) for batch in batches]
     seeds = jax.ShapeDtypeStruct(batch_shapes[0]["inputs"].shape[:1], jnp.int32)
     row = {name: np.zeros((1, *x.shape[2:]), x.dtype) for name, x in batch_shapes[0].items()}
-    jitted_init = jax.jit(lambda seeds: over_seeds(lambda seed: init(seed, row))(seeds))
-    state = jax.eval_shape(jitted_init, seeds)
-    jitted_step = jax.jit(
+
+    def init_all(seeds):
+        return over_seeds(lambda seed: init(seed, row))(seeds)
+
+    state = jax.eval_shape(jax.jit(init_all), seeds)
+    everywhere = places = by_example = None
+    if mesh:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        by_example = NamedSharding(mesh, devices.DATA)
+        names = partition.logical_axes(model, *model_inputs(row))
+        places = state_shardings(state, optimizer, names, mesh, fully_sharded)
+        state = jax.tree.map(lambda x, place: x.update(sharding=place), state, places)
+
+    def jit(function, out=everywhere, **options):
+        return jax.jit(function, **options, **({"out_shardings": out} if mesh else {}))
+
+    jitted_init = jit(init_all, places)
+    jitted_step = jit(
         lambda state, batch, rate: over_seeds(lambda s, b: step(s, b, rate))(state, batch),
+        (places, everywhere),
         donate_argnums=0,
     )
-    jitted_evaluate = jax.jit(evaluate)
+    jitted_evaluate = jit(evaluate)
     rate, params = jax.ShapeDtypeStruct((), jnp.float32), state["params"]
     shape_of = dict(splits)
     found: dict[Any, concurrent.futures.Future] = {}
@@ -181,29 +209,47 @@ def compile_program(
         # What runs once is not worth XLA's effort.
         once = {"compiler_options": {"xla_backend_optimization_level": 0}}
 
-        for batch in batches:
-            begin(("step", batch), jitted_step, state, _structs(batch), rate)
+        with _keeping_batches_apart(mesh):
+            for batch in batches:
+                structs = _structs(batch, by_example)
+                begin(("step", batch), jitted_step, state, structs, rate)
         begin("init", jitted_init, seeds, **once)
-        for shape in shape_of.values():
-            begin(("evaluate", shape), jitted_evaluate, params, _structs(shape))
-        for split, decoding in searches:
-            source = sources(_structs(shape_of[split]))
-            translate = translator(model, decoding, seeds_impl)
-            begin((decoding, shape_of[split]), translate, params, source)
+        with _keeping_batches_apart(mesh):
+            for shape in shape_of.values():
+                begin(("evaluate", shape), jitted_evaluate, params, _structs(shape, by_example))
+            for split, decoding in searches:
+                source = sources(_structs(shape_of[split], by_example))
+                translate = translator(model, decoding, seeds_impl)
+                translate = jit(translate) if mesh else translate
+                begin((decoding, shape_of[split]), translate, params, source)
         if searches:
             score = jax.ShapeDtypeStruct(seeds.shape, jnp.float32)
-            begin("better", jax.jit(better), state["best"], params, score)
-        begin("weights", jax.jit(weights), params, _structs(example), **once)
+            best = places and places["best"]
+            begin("better", jit(better, best), state["best"], params, score)
+        begin("weights", jit(weights), params, _structs(example), **once)
         compiled = {key: future.result() for key, future in found.items()}
     finally:  # whoever is asked to stop does not wait for XLA
         pool.shutdown(wait=False, cancel_futures=True)
+
+    def run_step(state, batch, rate):
+        run = compiled["step", shapes(batch)]
+        if mesh:
+            batch = devices.place(fill(batch, mesh.shape["data"], axis=1), mesh, devices.DATA)
+        return run(state, batch, rate)
+
+    def on_batches(run):
+        if mesh is None:
+            return run
+        return lambda params, batches: run(params, devices.place(batches, mesh, devices.DATA))
+
     return Program(
         state=state,
         init=compiled["init"],
-        step=lambda state, batch, rate: compiled["step", shapes(batch)](state, batch, rate),
-        evaluate={split: compiled["evaluate", shape] for split, shape in splits},
+        step=run_step,
+        evaluate={split: on_batches(compiled["evaluate", shape]) for split, shape in splits},
         translate={
-            (split, decoding): compiled[decoding, shape_of[split]] for split, decoding in searches
+            (split, decoding): on_batches(compiled[decoding, shape_of[split]])
+            for split, decoding in searches
         },
         better=compiled.get("better"),
         weights=compiled["weights"],
@@ -311,5 +357,49 @@ def _map(function):
     return lambda *trees: jax.lax.map(lambda args: function(*args), trees)
 
 
-def _structs(shapes):
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in shapes}
+def state_shardings(
+    state: Any, optimizer: optax.GradientTransformation, names: Any, mesh: Mesh, fully_sharded: bool
+) -> Any:
+    """Where the leaves [R, ...] of a state lie: what is like the parameters as they do.
+
+    `names` are of the parameters; the rest is on every device. Raises as `partition.shardings`.
+    """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    of_seeds = jax.tree.map(lambda axes: PartitionSpec(None, *axes), names)
+    params = partition.shardings(state["params"], of_seeds, mesh, fully_sharded)
+    found = {name: jax.tree.map(lambda _: everywhere, part) for name, part in state.items()}
+    found["params"] = params
+    found["optimizer"] = optax.tree_map_params(
+        optimizer,
+        lambda _, place: place,
+        state["optimizer"],
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    if "average" in state:
+        found["average"] = params
+    if "best" in state:
+        found["best"]["params"] = params
+    return found
+
+
+@contextlib.contextmanager
+def _keeping_batches_apart(mesh):
+    """What is traced within splits its activations over 'data'; see `partition.by_batch`."""
+    if mesh is None:
+        yield
+    else:
+        with jax.set_mesh(mesh), nn.logical_axis_rules(partition.rules(False)):
+            yield
+
+
+def _structs(shapes, sharding=None):
+    """The batch of some shapes; of a sharding as it is when filled up."""
+    multiple = sharding.mesh.shape["data"] if sharding else 1
+
+    def struct(shape, dtype):
+        if sharding:
+            shape = (shape[0], shape[1] + -shape[1] % multiple, *shape[2:])
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    return {name: struct(*kind) for name, kind in shapes}

@@ -17,6 +17,8 @@ def config(task: str, **task_settings) -> ConfigDict:
     return ConfigDict(
         {
             "task": task_config(task, **task_settings),
+            "mesh": "",  # of devices, as 'data:4,model:2': batch over data, heads over model
+            "fully_sharded": False,  # parameters over data as well
             "model": {
                 "architecture": "transformer",  # or 'rnn'
                 "score": "scaled_dot",  # these four are read by `attention.parse`
@@ -135,14 +137,16 @@ def read(described: Mapping[str, Any]) -> ConfigDict:
 
 
 def complete(described: Mapping[str, Any]) -> dict[str, Any]:
-    """With the defaults of the settings that it lacks, because they are newer."""
+    """What `describe` described, with the default of each setting that was not known then."""
 
-    def fill(defaults, own):
-        if not (isinstance(defaults, Mapping) and isinstance(own, Mapping)):
-            return own
-        return {**defaults, **{key: fill(defaults.get(key), x) for key, x in own.items()}}
+    def filled(default, value):
+        if not (isinstance(default, Mapping) and isinstance(value, Mapping)):
+            return value
+        own = {key: filled(default.get(key), x) for key, x in value.items()}
+        return {**default, **own}
 
-    return fill(json.loads(json.dumps(config(described["task"]["name"]).to_dict())), described)
+    defaults = json.loads(json.dumps(config(described["task"]["name"]).to_dict()))
+    return filled(defaults, described)
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -12,6 +12,7 @@ import dataclasses
 import io
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import checkpoints, cli, data, leases, results, settings, tasks
+from experiments import checkpoints, cli, data, devices, leases, results, settings, tasks
 from experiments.models import build
 from experiments.program import (
     Decoding,
@@ -45,6 +46,7 @@ def check(config: ConfigDict) -> None:
     longest = max(task.eval_splits().values(), key=lambda split: split["inputs"].shape[1])
     row = {name: x[:1] for name, x in longest.items()}
     jax.eval_shape(lambda: model.init(jax.random.key(0), *model_inputs(row)))
+    devices.check(config, model, model_inputs(row))
     c = config.train
     if c.seeds_impl not in ("vmap", "map"):
         raise ValueError(f"train.seeds_impl is 'vmap' or 'map', got {c.seeds_impl!r}")
@@ -86,9 +88,10 @@ def prepare(config: ConfigDict) -> Run:
     """Reads the data of a config; compiles nothing."""
     task, model = build(config)
     c = config.train
+    mesh = devices.mesh(config)
     source = data.TrainSource(task, tuple(range(c.seeds)), c.batch_size, c.steps)
     splits = {
-        name: data.eval_batches(split, c.eval_batch_size)
+        name: data.eval_batches(split, c.eval_batch_size, mesh.shape["data"] if mesh else 1)
         for name, split in task.eval_splits().items()
     }
     greedy = beam = None
@@ -104,6 +107,8 @@ def prepare(config: ConfigDict) -> Run:
         tuple((name, data.shapes(split)) for name, split in splits.items()),
         data.shapes(task.example()),
         searches,
+        mesh,
+        config.fully_sharded,
     )
     return Run(task, source, splits, greedy, beam, program)
 
@@ -195,15 +200,17 @@ def train(
                 position.ended = position.judge(_score(task, judged), c.patience)
                 began = time.perf_counter()
             late = 0 < max_minutes * 60 < position.seconds + time.perf_counter() - began
+            asked, late = devices.agree(stop.signal or 0, late, step % c.log_every == 0 or last)
             ended = last or step == end or position.ended
-            if step % c.checkpoint_every == 0 or ended or late or stop.signal:
+            if step % c.checkpoint_every == 0 or ended or late or asked:
                 position.seconds += _lap(state, began)
                 position.log_bytes = log.bytes
                 position.pending = [
                     {name: np.asarray(x).tolist() for name, x in m.items()} for m in pending
                 ]
                 checkpoints.save(manager, step, state, iterator, dataclasses.asdict(position))
-                if stop.signal and not ended:
+                if asked and not ended:
+                    stop.signal = int(asked)
                     manager.wait_until_finished()
                     raise Stopped
                 if late and not ended:
@@ -226,7 +233,7 @@ def train(
             }
             for split, of_seeds in texts.items():
                 lines = "".join(f"{text}\n" for text in of_seeds[0])
-                results.replace(directory / f"translations_{split}.txt", lines)
+                write(directory / f"translations_{split}.txt", lines)
         log.write(step, final)
     example = task.example()
     weights = np.asarray(program.weights(params, example))
@@ -339,28 +346,30 @@ def save_attention(path: Path, task: tasks.Task, example: dict, weights: np.ndar
         query_tokens=task.tokens(example["inputs"][0]),
         key_tokens=task.tokens(example.get("source", example["inputs"])[0]),
     )
-    results.replace(path, buffer.getvalue())
+    write(path, buffer.getvalue())
 
 
 class MetricsLog:
     """metrics.jsonl, one object a line, and TensorBoard's event file on request.
 
     `bytes` is how much of the file a checkpoint vouches for: what a killed run wrote after it is
-    cut off when the run goes on.
+    cut off when the run goes on. The first of a run's processes writes, the others only count.
     """
 
     def __init__(self, directory: Path, keep_bytes: int, tensorboard: bool, step: int = 0):
-        self._file = open(directory / "metrics.jsonl", "ab")
+        first = jax.process_index() == 0
+        self._file = open(directory / "metrics.jsonl", "ab") if first else io.BytesIO()
         self._file.truncate(keep_bytes)
         self._events = None
-        if tensorboard:
+        if tensorboard and first:
             from tensorboardX import SummaryWriter
 
             self._events = SummaryWriter(str(directory), purge_step=step + 1)
 
     @property
     def bytes(self) -> int:
-        os.fsync(self._file.fileno())  # a checkpoint must not outlive them
+        if jax.process_index() == 0:
+            os.fsync(self._file.fileno())  # a checkpoint must not outlive them
         return self._file.tell()
 
     def write(self, step: int, metrics: dict[str, np.ndarray]) -> None:
@@ -380,12 +389,23 @@ class MetricsLog:
             self._events.close()
 
 
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a file of the run directory, which the first of a run's processes does."""
+    if jax.process_index() == 0:
+        results.replace(path, content)
+
+
 def check_directory(directory: Path, config: ConfigDict) -> None:
-    """Raises ValueError where `directory` holds a run of another config."""
+    """Raises ValueError where `directory` holds a run of another config.
+
+    On which devices it runs may change.
+    """
     path = directory / "config.json"
     if path.exists():
         there = settings.complete(json.loads(path.read_text("utf-8")))
-        if differences := settings.differences(there, settings.describe(config)):
+        here = settings.describe(config)
+        there |= {name: here[name] for name in ("mesh", "fully_sharded")}
+        if differences := settings.differences(there, here):
             raise ValueError(
                 f"{directory} holds another experiment: {differences[0]}; choose another "
                 "--workdir, or delete that one"
@@ -396,7 +416,7 @@ def claim(directory: Path, config: ConfigDict) -> None:
     """Makes `directory` the place of this config's run: writes config.json."""
     directory.mkdir(parents=True, exist_ok=True)
     description = json.dumps(settings.describe(config), indent=2)
-    results.replace(directory / "config.json", description)
+    write(directory / "config.json", description)
 
 
 def _lap(state, began):
@@ -417,6 +437,10 @@ def _check_losses(losses, first, explosion, step):
 def main(argv):
     del argv
     with cli.user_errors():
+        if _DISTRIBUTED.value or _COORDINATOR.value:
+            devices.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        if jax.process_index():
+            sys.stdout = open(os.devnull, "w")
         directory = Path(_WORKDIR.value)
         check(_CONFIG.value)
         check_directory(directory, _CONFIG.value)
@@ -427,16 +451,20 @@ def main(argv):
     path = directory / "result.json"
     if not path.exists():
         stop = Stop()
+        first = jax.process_index() == 0
+        lease = leases.Lease(directory) if first else contextlib.nullcontext()
         try:
-            with leases.Lease(directory), stop, Progress(cells=1) as progress:
+            with lease, stop, Progress(cells=1) as progress:
                 cell = progress.cell(str(directory))
                 result = train(_CONFIG.value, directory, cell, stop, tensorboard=_TENSORBOARD.value)
-                results.replace(path, json.dumps(result, indent=2))
+                write(path, json.dumps(result, indent=2))
                 cell.finish(f"trained in {result['train_seconds']} s")
         except leases.Taken as taken:
             cli.fail(taken)
         except Stopped:
             cli.leave(stop)
+    if jax.process_index():
+        return
     result = json.loads(path.read_text("utf-8"))
     for name, values in result["metrics"].items():
         mean, interval = results.mean_interval(values)
@@ -452,5 +480,11 @@ if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file in configs/.")
     _WORKDIR = flags.DEFINE_string("workdir", None, "Where to write to.", required=True)
     _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Write TensorBoard events as well.")
+    _DISTRIBUTED = flags.DEFINE_bool(
+        "distributed", False, "One of several processes, on a TPU pod slice or under SLURM."
+    )
+    _COORDINATOR = flags.DEFINE_string("coordinator", None, "Elsewhere: host:port of process 0,")
+    _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many there are,")
+    _PROCESS_ID = flags.DEFINE_integer("process_id", None, "and which this is, from 0.")
     cli.keep_compiled()
     cli.run(main)

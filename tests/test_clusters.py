@@ -126,13 +126,13 @@ def test_a_signal_to_the_launcher_saves_on_the_cluster(sweep, tmp_path, executor
 def test_resources_that_mean_nothing_are_refused(tmp_path, monkeypatch, name, resources, message):
     monkeypatch.setattr(executors.importlib.util, "find_spec", lambda _: True)
     with pytest.raises(ValueError, match=message):
-        executors.create(name, tmp_path, 0, resources)
+        executors.create(name, tmp_path, 0, 1, resources)
 
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(executors.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match=r"needs submitit: pip install 'attention\[cluster\]'"):
-        executors.create("slurm", tmp_path, 0, "")
+        executors.create("slurm", tmp_path, 0, 1, "")
 
 
 def test_each_worker_has_gpus_of_its_own_or_a_share_of_the_cores(monkeypatch):

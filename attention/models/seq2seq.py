@@ -26,6 +26,7 @@ from attention.decoding import Cache
 from attention.mechanism import Mechanism
 from attention.nn.blocks import Embedding
 from attention.nn.multi_head import Dense, MultiHeadAttention, param_if_any
+from attention.nn.partition import by_batch, named
 from attention.parts import Array, Score, accumulator
 
 State = dict[str, Any]
@@ -186,9 +187,16 @@ class RNNConfig:
 
 
 def _cell(config: RNNConfig, features: int, name: str | None = None) -> nn.RNNCellBase:
+    # Every step needs the whole state, so nothing in a cell is split over 'model'.
     cells = {"gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell}
     return cells[config.cell](
-        features, dtype=config.dtype, param_dtype=config.param_dtype, name=name
+        features,
+        kernel_init=named(nn.initializers.lecun_normal(), "embed"),
+        recurrent_kernel_init=named(nn.initializers.orthogonal(), "embed"),
+        bias_init=named(nn.initializers.zeros_init(), "embed"),
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        name=name,
     )
 
 
@@ -232,7 +240,7 @@ class RNNEncoder(nn.Module):
             carry, x = self._layer(f"layers_{layer}", x, lengths)
             some = lengths[:, None] > 0  # of a text without tokens, a carry would be of padding
             carries.append(jax.tree.map(lambda y, some=some: jnp.where(some, y, 0), carry))
-            x = x.astype(c.dtype)
+            x = by_batch(x.astype(c.dtype))
         return x, tuple(carries)
 
     def _layer(self, name, x, lengths):
@@ -331,7 +339,7 @@ class SingleHead(nn.Module):
             params = self.mechanism.init(rng, num_heads=1, head_dim=self.model_dim)
             return jax.tree.map(lambda x: x.astype(self.param_dtype), params)
 
-        self.learned = param_if_any(self, "mechanism", init)
+        self.learned = param_if_any(self, "mechanism", init, "heads")
 
     def keep(self, context: Array, lengths: Array) -> Cache:
         """context [B, S, M], of it `lengths` [B] real -> what calls need of it.
@@ -381,17 +389,18 @@ class Centre(nn.Module):
     def __call__(self, states: Array, lengths: Array) -> Array:
         """states [B, T, M], lengths [B] -> [B, H, T], float32 as places are told apart by it."""
 
-        def dense(width, name):
+        def dense(width, name, *axes):
             return Dense(
                 width,
                 use_bias=False,
                 dtype=accumulator(states.dtype),
                 param_dtype=self.param_dtype,
+                kernel_init=named(nn.initializers.lecun_normal(), *axes),
                 name=name,
             )
 
-        hidden = jnp.tanh(dense(states.shape[-1], "hidden")(states))
-        share = nn.sigmoid(dense(self.num_heads, "out")(hidden))
+        hidden = jnp.tanh(dense(states.shape[-1], "hidden", "embed")(states))
+        share = nn.sigmoid(dense(self.num_heads, "out", "embed", "heads")(hidden))
         return lengths[:, None, None] * jnp.moveaxis(share, -1, 1)
 
 
@@ -409,7 +418,8 @@ class RNNDecoder(nn.Module):
         kinds = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         self.layers = [_cell(c, c.model_dim) for _ in range(c.num_layers)]
         self.dropout = nn.Dropout(c.dropout_rate)
-        self.combine = Dense(c.model_dim, use_bias=False, **kinds)
+        combine_init = named(nn.initializers.lecun_normal(), "embed")
+        self.combine = Dense(c.model_dim, use_bias=False, kernel_init=combine_init, **kinds)
         if isinstance(part, LastState):
             self.cross_attention = ReadLast()
         elif part.num_heads == 1:

@@ -14,6 +14,7 @@ from attention import decoding, masks
 from attention.decoding import Cache
 from attention.mechanism import Mechanism
 from attention.nn.multi_head import Dense, MultiHeadAttention, param_if_any
+from attention.nn.partition import by_batch, named
 from attention.parts import Array, Position
 
 
@@ -101,7 +102,7 @@ class Embedding(nn.Module):
     param_dtype: Any = jnp.float32
 
     def setup(self):
-        init = nn.initializers.normal(self.stddev)
+        init = named(nn.initializers.normal(self.stddev), "vocab", "embed")
         shape = (self.vocab_size, self.model_dim)
         self.table = self.param("table", init, shape, self.param_dtype)
         self.head = self.table if self.tie else self.param("head", init, shape, self.param_dtype)
@@ -114,7 +115,7 @@ class Embedding(nn.Module):
         # NumPy's, not traced: so `embed` can refuse a text that is too long for it.
         places = np.arange(tokens.shape[-1]) if positions is None else positions
         x = jnp.take(self.table, tokens, axis=0).astype(self.dtype)
-        return self.position.embed(self.place, x, places)
+        return by_batch(self.position.embed(self.place, x, places))
 
     def logits(self, x: Array) -> Array:
         """[..., T, M] -> [..., T, vocab_size] in float32."""
@@ -136,18 +137,19 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        def dense(width, init, name):
+        def dense(width, init, name, axes):
             return Dense(
                 width,
                 use_bias=self.use_bias,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
-                kernel_init=init,
+                kernel_init=named(init, *axes),
+                bias_init=named(nn.initializers.zeros_init(), axes[-1]),
                 name=name,
             )
 
-        hidden = nn.gelu(dense(self.hidden, self.kernel_init, "in")(x))
-        return dense(x.shape[-1], self.out_kernel_init, "out")(hidden)
+        hidden = nn.gelu(dense(self.hidden, self.kernel_init, "in", ("embed", "mlp"))(x))
+        return dense(x.shape[-1], self.out_kernel_init, "out", ("mlp", "embed"))(hidden)
 
 
 class DecoderState(NamedTuple):
@@ -210,7 +212,7 @@ class Block(nn.Module):
             norm, dropout = parts[f"{name}_norm"], parts[f"{name}_dropout"]
             y = branch(norm(x) if c.norm == "pre" else x)
             y = x + dropout(y, deterministic=deterministic)
-            return y if c.norm == "pre" else norm(y)
+            return by_batch(y if c.norm == "pre" else norm(y))
 
         def attend_self(y):
             nonlocal state
@@ -270,7 +272,12 @@ class Block(nn.Module):
 def layer_norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
     """The layer norm of the config."""
     return nn.LayerNorm(
-        use_bias=config.use_bias, dtype=config.dtype, param_dtype=config.param_dtype, name=name
+        use_bias=config.use_bias,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        scale_init=named(nn.initializers.ones_init(), "embed"),
+        bias_init=named(nn.initializers.zeros_init(), "embed"),
+        name=name,
     )
 
 
@@ -338,6 +345,7 @@ class Stack(nn.Module):
                 length=self.config.num_layers,
                 in_axes=axis,
                 out_axes=axis,
+                metadata_params={nn.PARTITION_NAME: "layers"},
             )
             return scan(blocks, x, state)
         states = []

@@ -11,6 +11,7 @@ from attention import decoding
 from attention.attend import attend
 from attention.decoding import Cache
 from attention.mechanism import Mechanism
+from attention.nn.partition import named
 from attention.parts import Array
 
 
@@ -164,8 +165,8 @@ class MultiHeadAttention(nn.Module):
         head_dim = model_dim // H if self.head_dim is None else self.head_dim
         value_dim = head_dim if self.value_dim is None else self.value_dim
 
-        def projection(name, heads, width):
-            dense = self._dense(heads * width, self.kernel_init, name)
+        def projection(name, heads, width, axis="kv_heads"):
+            dense = self._dense(heads * width, self.kernel_init, name, ("embed", axis))
 
             def project(inputs):
                 y = dense(inputs)
@@ -174,20 +175,21 @@ class MultiHeadAttention(nn.Module):
             return project
 
         return _Parts(
-            query=projection("query", H, head_dim),
+            query=projection("query", H, head_dim, "heads"),
             key=projection("key", K, head_dim),
             value=projection("value", K, value_dim),
-            out=self._dense(model_dim, self.out_kernel_init, "out"),
+            out=self._dense(model_dim, self.out_kernel_init, "out", ("heads", "embed")),
             mechanism=self._mechanism_params(head_dim, value_dim),
         )
 
-    def _dense(self, width, kernel_init, name):
+    def _dense(self, width, kernel_init, name, axes):
         return Dense(
             width,
             use_bias=self.use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            kernel_init=kernel_init,
+            kernel_init=named(kernel_init, *axes),
+            bias_init=named(nn.initializers.zeros_init(), axes[-1]),
             name=name,
         )
 
@@ -198,10 +200,13 @@ class MultiHeadAttention(nn.Module):
             )
             return jax.tree.map(lambda x: x.astype(self.param_dtype), params)
 
-        return param_if_any(self, "mechanism", init)
+        return param_if_any(self, "mechanism", init, "heads")
 
 
-def param_if_any(module: nn.Module, name: str, init: Callable) -> Any:
-    """module.param(name, init), but no entry among the parameters where `init` returns no array."""
+def param_if_any(module: nn.Module, name: str, init: Callable, *axes: str | None) -> Any:
+    """module.param(name, init), but no entry among the parameters where `init` returns no array.
+
+    `axes` are the names of the leading axes of each array; see `partition.named`.
+    """
     shapes = jax.eval_shape(init, jax.random.key(0))
-    return module.param(name, init) if jax.tree.leaves(shapes) else shapes
+    return module.param(name, named(init, *axes)) if jax.tree.leaves(shapes) else shapes
