@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from experiments import leases
 from experiments.stopping import Stop
 
 
@@ -33,9 +34,13 @@ def user_errors() -> Iterator[None]:
 
 
 def leave(stop: Stop) -> NoReturn:
-    """Ends the program as the signal of `stop` asked, without waiting for threads that compile."""
-    print(f"\n{stop.line()}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    """Ends the program as the signal of `stop` asked, without waiting for threads that compile.
+
+    May be called where the signal finds the program.
+    """
+    leases.give_back()
+    show_cursor = "\x1b[?25h" if sys.stdout.isatty() else ""  # a progress bar hides it
+    os.write(2, f"{show_cursor}\n{stop.line()}\n".encode())
     os._exit(stop.status)
 
 

@@ -25,6 +25,9 @@ BEAT = 10.0  # seconds between two touches
 LAPSE = 60.0  # seconds without one until another machine may take it
 
 
+_held: list["Lease"] = []
+
+
 class Taken(Exception):
     """Another process holds the lease; the message says which."""
 
@@ -53,6 +56,7 @@ class Lease:
                     f"{holder['host']}"
                 )
             results.replace(self._path, json.dumps(self._own))
+        _held.append(self)
         self._beat = threading.Thread(target=self._keep, daemon=True)
         self._beat.start()
         return self
@@ -60,10 +64,10 @@ class Lease:
     def __exit__(self, *_) -> None:
         self._ended.set()
         self._beat.join()
-        self.release()
+        _held.remove(self)
+        self._release()
 
-    def release(self) -> None:
-        """Gives it back; without the guard, so that a signal handler may do it as well."""
+    def _release(self):
         if (_read(self._path) or {}).get("token") == self._own["token"]:
             self._path.unlink(missing_ok=True)
 
@@ -76,6 +80,12 @@ class Lease:
                 os.utime(self._path)
             except OSError:  # a file system that is away for a moment
                 continue
+
+
+def give_back() -> None:
+    """Gives back what this process holds, before it ends without leaving the contexts."""
+    for lease in _held:
+        lease._release()
 
 
 def holder(folder: Path) -> str | None:

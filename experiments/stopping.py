@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM, which a scheduler sends before it takes a machine away."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 
@@ -15,12 +15,18 @@ class Stop:
         with Stop() as stop:
             train(..., stop=stop)
 
-    While `unsaved` is False nothing would be lost, and the request raises `Stopped` where it finds
-    the program: in a compilation, say. A second Ctrl-C interrupts at once.
+    While `unsaved` is False nothing would be lost, and `leave` is called where the signal finds the
+    program: in a compilation, say. It ends the process; without one `Stopped` is raised, which a
+    callback of a library may swallow, and then the request is met at the first step.
+    A second Ctrl-C interrupts at once.
     """
 
-    def __init__(self, signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM)):
-        self._signals = signals
+    def __init__(
+        self,
+        signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM),
+        leave: Callable[["Stop"], None] | None = None,
+    ):
+        self._signals, self._leave = signals, leave
         self.signal: int | None = None  # the signal that came
         self.unsaved = False
 
@@ -37,6 +43,8 @@ class Stop:
         self.signal = kind
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if not self.unsaved:
+            if self._leave:
+                self._leave(self)
             raise Stopped
 
     @property

@@ -450,7 +450,7 @@ def main(argv):
             print(task.summary())
     path = directory / "result.json"
     if not path.exists():
-        stop = Stop()
+        stop = Stop(leave=cli.leave)
         first = jax.process_index() == 0
         lease = leases.Lease(directory) if first else contextlib.nullcontext()
         try:

@@ -23,22 +23,26 @@ def main() -> None:
     """Works until standard input ends."""
     logging.set_verbosity(logging.FATAL)  # an error of a library comes as an exception as well
     cli.keep_compiled()
-    replies = os.fdopen(os.dup(1), "w")
+    replies = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints is no reply
 
     def say(kind, **what):
-        print(json.dumps({"kind": kind, **what}), file=replies, flush=True)
+        os.write(replies, f"{json.dumps({'kind': kind, **what})}\n".encode())
+
+    def leave(stop):
+        leases.give_back()
+        say("stopped", signal=stop.signal)
+        os._exit(0)  # threads that compile are not waited for
 
     lines: queue.Queue = queue.Queue()
     threading.Thread(target=_listen, args=(lines,), daemon=True).start()
-    stop = Stop()
+    stop = Stop(leave=leave)
     try:
         with stop, Ahead() as ahead:
             while True:
                 _work(json.loads(lines.get()), say, stop, ahead)
     except Stopped:
-        say("stopped", signal=stop.signal)
-        os._exit(0)  # threads that compile are not waited for
+        leave(stop)
     except cells.DiskFull as error:
         say("error", line=str(error))
         os._exit(0)

@@ -47,7 +47,8 @@ def test_a_signal_while_it_compiles_ends_it_at_once(config, tmp_path):
 
 def test_two_launchers_share_a_sweep_and_do_no_cell_twice(config, tmp_path):
     work = tmp_path / "work"
-    flags = [f"--config={config}", "--config.train.steps=300", f"--workdir={work}"]
+    flags = [f"--config={config}", "--config.train.steps=300"]
+    flags += ["--config.train.checkpoint_every=100", f"--workdir={work}"]
     runs = [start(*flags) for _ in range(2)]
     outputs = [run.communicate(timeout=200) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
@@ -62,6 +63,10 @@ def test_two_launchers_share_a_sweep_and_do_no_cell_twice(config, tmp_path):
         steps = [json.loads(line)["step"] for line in log if "train/loss" in line]
         assert steps == sorted(set(steps))
     assert all(output.count("(base)") == 1 for output, _ in outputs), "both end in the table"
+
+    work.rename(tmp_path / "moved")
+    moved = ablate(*flags[:-1], f"--workdir={tmp_path / 'moved'}", "--retry_failed")
+    assert "1 of 3 cells to train" in moved.stdout and not work.exists(), moved.stderr
 
 
 def test_a_cell_whose_process_dies_is_tried_once_more_and_then_a_failure(config, tmp_path):
@@ -98,28 +103,30 @@ def test_successive_halving_drops_the_worse_and_keeps_the_base(tmp_path):
         CONFIG.partition("def sweep_position")[0]
         + """
 def sweep_rate():
-    for rate in (1e-5, 1e-2, 3e-3, 1e30):
+    for rate in (1e-5, 1e-2, 1e30):
         yield {"optimizer.learning_rate": rate}
 """
     )
     work = tmp_path / "work"
-    flags = [f"--config={path}", "--halving=2", "--config.train.steps=200"]
+    flags = [
+        f"--config={path}",
+        "--halving=2",
+        "--config.train.checkpoint_every=50",
+        "--config.train.steps=200",
+        "--config.optimizer.warmup_steps=5",
+    ]
     done = ablate(*flags, f"--workdir={work}")
     assert done.returncode == 0, done.stderr
     found = {p.parent.name: read(p) for p in work.glob("cells/*/result.json")}
     status = {id: x["status"] for id, x in found.items()}
     assert status["base"] == "done" and status["base.rate=1e+30"] == "failed"
-    assert sorted(status.values()) == ["done", "done", "dropped", "dropped", "failed"]
+    assert sorted(status.values()) == ["done", "done", "dropped", "failed"]
     assert status["base.rate=1e-05"] == "dropped", found
     rungs = {p.parent.name: list(read(p)) for p in work.glob("cells/*/rungs.json")}
     assert rungs["base"] == ["50", "100"]
     assert "dropped: number" in done.stdout
     report = (work / "report.html").read_text()
     assert "at step 50" in report or "at step 100" in report
-
-    whole = ablate(*flags, f"--workdir={tmp_path / 'whole'}", "--halving=0")
-    assert whole.returncode == 0
-    assert read(tmp_path / "whole/cells/base/result.json")["metrics"] == found["base"]["metrics"]
 
 
 def test_a_full_disk_stops_the_sweep_and_it_goes_on_with_space(config, tmp_path):
@@ -133,7 +140,7 @@ def test_a_full_disk_stops_the_sweep_and_it_goes_on_with_space(config, tmp_path)
         pytest.skip("only root may mount a small disk")
     try:
         flags = [f"--config={config}", "--sweep=", f"--workdir={disk / 'work'}"]
-        flags += ["--config.train.steps=1000", "--config.train.log_every=1"]
+        flags += ["--config.train.steps=200", "--config.train.checkpoint_every=20"]
         full = ablate(*flags)
         assert full.returncode == 1, full.stdout
         assert "is full: free some space; the same command goes on" in full.stderr
@@ -143,42 +150,3 @@ def test_a_full_disk_stops_the_sweep_and_it_goes_on_with_space(config, tmp_path)
         assert again.returncode == 0, again.stderr
     finally:
         subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_directory_that_was_moved_goes_on(config, tmp_path):
-    first = ablate(f"--config={config}", "--sweep=position", f"--workdir={tmp_path / 'a'}")
-    assert first.returncode == 0, first.stderr
-    (tmp_path / "a").rename(tmp_path / "b")
-    moved = ablate(f"--config={config}", f"--workdir={tmp_path / 'b'}")
-    assert "1 of 3 cells to train" in moved.stdout, moved.stderr
-    assert not (tmp_path / "a").exists()
-
-
-def test_a_killed_sweep_goes_on_and_ends_in_the_same_numbers(config, tmp_path):
-    flags = [f"--config={config}", "--sweep=position", "--config.train.steps=400"]
-    flags += ["--config.train.checkpoint_every=100", "--config.train.eval_every=100"]
-    whole = ablate(*flags, f"--workdir={tmp_path / 'whole'}")
-    assert whole.returncode == 0, whole.stderr
-    work = tmp_path / "cut"
-    victim = start(*flags, f"--workdir={work}")
-    saved = work / "cells/base/checkpoints"
-    while victim.poll() is None and not any(p.name.isdigit() for p in saved.glob("*")):
-        time.sleep(0.01)
-    (worker,) = children(victim.pid)
-    (ahead,) = children(worker)
-    victim.send_signal(signal.SIGKILL)
-    victim.communicate()
-    assert ended(worker) and ended(ahead)
-    assert not (work / "cells/base.position=none/result.json").exists()
-    again = ablate(*flags, f"--workdir={work}")
-    assert again.returncode == 0, again.stderr
-    for cell in ("base", "base.position=none"):
-        results = [
-            read(tmp_path / name / "cells" / cell / "result.json") for name in ("whole", "cut")
-        ]
-        assert results[0]["metrics"] == results[1]["metrics"]
-        logs = [
-            (tmp_path / name / "cells" / cell / "metrics.jsonl").read_text()
-            for name in ("whole", "cut")
-        ]
-        assert logs[0] == logs[1]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -42,12 +43,15 @@ def on_eight_devices(jobs):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("mesh")
+    """One for all of pytest's processes."""
+    base = tmp_path_factory.getbasetemp()
+    found = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "mesh"
+    found.mkdir(exist_ok=True)
+    return found
 
 
 RECALL = {"model.dropout_rate": 0.1, "model.position": "t5 + learned"}
 REVERSE = {
-    "task": "reverse",
     "model.position": "none",
     "model.dropout_rate": 0.1,
     "model.scan_layers": True,
@@ -57,28 +61,27 @@ REVERSE = {
 
 @pytest.fixture(scope="module")
 def answers(folder):
-    """Every run there is of 8 devices, and those of one that they are compared with."""
+    """Runs of 8 devices, and that of one that they are compared with; made once."""
+    path = folder / "answers.json"
+    with filelock.FileLock(folder / ".lock"):
+        if not path.exists():
+            path.write_text(json.dumps(_answers(folder)))
+    return json.loads(path.read_text())
+
+
+def _answers(folder):
     found = {"one": meshes.train(RECALL, folder / "one")}
     assert meshes.train(RECALL, folder / "one, then eight", stop_at=3) is None
-    by_data = {"mesh": "data:8", "train.seeds_impl": "vmap"}
     jobs = {
         name: ["train", changes, str(folder / name), *stop_at]
         for name, changes, *stop_at in (
             ("both", RECALL | FULL),
             ("eight, then one", RECALL | FULL, 3),
             ("one, then eight", RECALL | FULL),
-            ("data", RECALL | by_data),
-            ("reverse one", REVERSE),
-            ("reverse both", REVERSE | FULL),
         )
     }
     jobs |= {f"refused {i}": ["check", changes] for i, (changes, _) in enumerate(REFUSED)}
-    for mesh, full in (
-        ("data:1", False),
-        ("data:8", False),
-        ("data:8", True),
-        (FULL["mesh"], True),
-    ):
+    for mesh, full in (("data:1", False), ("data:8", True)):
         jobs[f"flops {mesh} {full}"] = ["flops", mesh, full]
     jobs["gathers"] = ["gathers", FULL["mesh"]]
     return found | on_eight_devices(jobs)
@@ -100,6 +103,8 @@ RNN = {"model.architecture": "rnn", "model.mlp_dim": None}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task, changes", [
+    ("recall", {**RECALL, "mesh": "data:8", "train.seeds_impl": "vmap"}),
+    ("reverse", {**REVERSE, **FULL}),
     ("recall", {"mesh": "model:2", "model.num_kv_heads": 2, "model.num_heads": 4}),
     ("recall", {**FULL, "model.implementation": "tiled", "optimizer.ema_decay": 0.9}),
     ("reverse", {**FULL, "model.implementation": "tiled"}),
@@ -114,13 +119,16 @@ def test_other_runs_on_a_mesh(tmp_path, task, changes):
     }
     one, several = on_eight_devices(jobs).values()
     assert_same(several, one)
+    if changes.get("mesh") == "data:8":
+        assert all(whole == own for whole, own in several["shares"].values())
+    if changes.get("model.scan_layers"):
+        kernel = several["shares"]["params/params/encoder/stack/layers/mlp/out/kernel"]
+        assert kernel == [[2, 2, 32, 16], [2, 2, 16, 4]]
 
 
 @pytest.mark.parametrize("name, reference", [
-    ("data", "one"),
     ("both", "one"),
     ("one, then eight", "one"),
-    ("reverse both", "reverse one"),
 ])  # fmt: skip
 def test_a_run_on_a_mesh_is_that_on_one_device_within_rounding(answers, name, reference):
     assert_same(answers[name], answers[reference])
@@ -154,17 +162,12 @@ def test_a_device_holds_a_share_of_the_state(answers):
         if name.startswith("params/"):
             moments = [x for k, x in shares.items() if k.endswith(f"mu/{name.partition('/')[2]}")]
             assert moments == [share], name
-    scanned = answers["reverse both"]["shares"]
-    kernel = "params/params/encoder/stack/layers/mlp/out/kernel"
-    assert scanned[kernel] == [[2, 2, 32, 16], [2, 2, 16, 4]]
-    assert all(whole == own for whole, own in answers["data"]["shares"].values())
 
 
 def test_devices_share_the_work(answers):
     """Also where each parameter is split over the devices that split the batch."""
     one = answers["flops data:1 False"]
-    for name in ("data:8 False", "data:8 True", f"{FULL['mesh']} True"):
-        assert answers[f"flops {name}"] < one / 8 * 1.15, name
+    assert answers["flops data:8 True"] < one / 8 * 1.15
     assert answers["gathers"] == 0, "the tiled kernel's loop is over all examples on every device"
 
 
