@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import filelock
@@ -330,17 +332,17 @@ def free_port():
         return found.getsockname()[1]
 
 
-def test_two_processes_train_one_model_and_one_goes_on(answers, folder):
-    """Both write the checkpoint, the first everything else; one process restores it."""
-    workdir, config = folder / "two processes", folder / "config.py"
-    config.write_text(CONFIG.format(tests=str(ROOT / "tests"), changes=RECALL))
+def two_processes(folder, workdir, *more, changes=RECALL):
+    """`experiments.train` in two processes of two devices each."""
+    config = folder / "config.py"
+    config.write_text(CONFIG.format(tests=str(ROOT / "tests"), changes=changes))
     flags = meshes.DEVICES["XLA_FLAGS"].replace("device_count=8", "device_count=2")
     coordinator = f"127.0.0.1:{free_port()}"
-    processes = [
+    return [
         subprocess.Popen(
             [
                 *(sys.executable, "-m", "experiments.train", f"--config={config}"),
-                *(f"--workdir={workdir}", "--config.mesh=data:2,model:2"),
+                *(f"--workdir={workdir}", "--config.mesh=data:2,model:2", *more),
                 *("--config.fully_sharded", f"--coordinator={coordinator}"),
                 *("--num_processes=2", f"--process_id={number}"),
             ],
@@ -352,13 +354,22 @@ def test_two_processes_train_one_model_and_one_goes_on(answers, folder):
         )
         for number in range(2)
     ]
+
+
+def finish(processes, status=0):
     try:
         said = [process.communicate(timeout=200) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
-    said = [[line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in said]
+    assert [process.returncode for process in processes] == 2 * [status], said
+    return [[line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in said]
+
+
+def test_two_processes_train_one_model_and_one_goes_on(answers, folder):
+    """Both write the checkpoint, the first everything else; one process restores it."""
+    workdir = folder / "two processes"
+    said = finish(two_processes(folder, workdir))
     assert any("validation/accuracy" in line for line in said[0]) and not said[1]
     log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((workdir / "result.json").read_text())
@@ -366,6 +377,23 @@ def test_two_processes_train_one_model_and_one_goes_on(answers, folder):
     params = checkpoints.read_state(workdir / "checkpoints")["params"]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(params))
     assert_same(meshes.train(RECALL, workdir), answers["one"])
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_saves_and_ends_both(tmp_path):
+    workdir = tmp_path / "run"
+    long = ("--config.train.steps=1000000", "--config.train.checkpoint_every=1000000")
+    processes = two_processes(tmp_path, workdir, *long)
+    log = workdir / "metrics.jsonl"
+    while not (log.exists() and log.stat().st_size):
+        assert all(process.poll() is None for process in processes), finish(processes)
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGTERM)
+    finish(processes, status=143)
+    (saved,) = (int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert saved < 1000000 and not (workdir / "result.json").exists()
+    state = checkpoints.read_state(workdir / "checkpoints")
+    assert (np.asarray(state["step"]) == saved).all()
 
 
 def test_processes_without_a_mesh_are_refused(monkeypatch):

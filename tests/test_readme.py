@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import attention
+from attention import models
 from attention.models import EncoderDecoder
 from attention.nn import TransformerConfig
 from experiments import settings, sweep, train
@@ -54,6 +55,14 @@ def test_the_score_of_ones_own_has_values_gradients_and_second_derivatives():
                      for s in (step, -step))  # fmt: skip
     numeric = (ahead["score"]["gain"] - behind["score"]["gain"]) / (2 * step)
     np.testing.assert_allclose(second["score"]["gain"], numeric, rtol=2e-2, atol=1e-3)
+
+
+def test_parameters_are_made_where_a_mesh_puts_them():
+    model = models.LanguageModel(TransformerConfig(vocab_size=16, model_dim=8, num_layers=1))
+    scope = {"jax": jax, "model": model, "key": jax.random.key(0), "tokens": jnp.zeros((2, 4), int)}
+    exec(block("ann.make_mesh").replace("data:4,model:2", "data:1"), scope)
+    table = scope["params"]["params"]["embedding"]["table"]
+    assert table.shape == (16, 8) and table.sharding.spec[1] == "data"
 
 
 def test_the_score_of_ones_own_runs_tiled():
