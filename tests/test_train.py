@@ -2,6 +2,8 @@
 
 import json
 import signal
+import zipfile
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,6 +13,8 @@ from helpers import Silent
 
 from experiments import checkpoints, data, settings, stopping, tasks, train, trained
 from experiments import program as programs
+
+DATA = Path(__file__).parent / "data"
 
 
 def tiny(task="recall", **changes):
@@ -133,6 +137,22 @@ def test_a_checkpoint_that_the_disk_has_lost_is_passed_over(tmp_path, capsys):
     resumed = run(config, tmp_path / "cut")
     assert "checkpoint 4 cannot be read, going on from 2" in capsys.readouterr().out
     assert resumed["metrics"] == whole["metrics"]
+
+
+@pytest.mark.parametrize("version", ["0.10", "0.12"])
+def test_a_checkpoint_of_another_jax_goes_on(tmp_path, version):
+    """At step 4 of 6, written by `tiny()` under Python 3.11 and 3.12."""
+    with zipfile.ZipFile(DATA / f"checkpoint-jax-{version}.zip") as file:
+        file.extractall(tmp_path / "there")
+    config = tiny()
+    train.check_directory(tmp_path / "there", config)
+    shown = Silent()
+    shown.start = lambda steps, at: started.append(at)
+    started = []
+    found = train.train(config, tmp_path / "there", shown)
+    assert started == [4]
+    for name, values in run(config, tmp_path / "here")["metrics"].items():
+        np.testing.assert_allclose(found["metrics"][name], values, rtol=1e-4, err_msg=name)
 
 
 def restored_params(config, directory):
