@@ -143,7 +143,7 @@ def main(argv):
     try:
         with stop:
             _launch(workdir, swept, executor, stop)
-    except Stopped:
+    except (Stopped, KeyboardInterrupt):
         cli.leave(stop)
     except executors.Failed as error:
         cli.fail(error)

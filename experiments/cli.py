@@ -40,7 +40,8 @@ def leave(stop: Stop) -> NoReturn:
     """
     leases.give_back()
     show_cursor = "\x1b[?25h" if sys.stdout.isatty() else ""  # a progress bar hides it
-    os.write(2, f"{show_cursor}\n{stop.line()}\n".encode())
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, f"{show_cursor}\n{stop.line()}\n".encode())
     os._exit(stop.status)
 
 

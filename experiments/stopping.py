@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, which a scheduler sends before it takes a machine away."""
+"""Ctrl-C, a closed terminal, and SIGTERM, which a scheduler sends before it takes a machine."""
 
 import signal
 from collections.abc import Callable, Sequence
@@ -18,12 +18,12 @@ class Stop:
     While `unsaved` is False nothing would be lost, and `leave` is called where the signal finds the
     program: in a compilation, say. It ends the process; without one `Stopped` is raised, which a
     callback of a library may swallow, and then the request is met at the first step.
-    A second Ctrl-C interrupts at once.
+    A second Ctrl-C interrupts at once. A signal that is ignored stays so.
     """
 
     def __init__(
         self,
-        signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM),
+        signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
         leave: Callable[["Stop"], None] | None = None,
     ):
         self._signals, self._leave = signals, leave
@@ -31,7 +31,9 @@ class Stop:
         self.unsaved = False
 
     def __enter__(self) -> "Stop":
-        self._before = {kind: signal.signal(kind, self._ask) for kind in self._signals}
+        # What is ignored, as under nohup, stays so.
+        heard = [kind for kind in self._signals if signal.getsignal(kind) != signal.SIG_IGN]
+        self._before = {kind: signal.signal(kind, self._ask) for kind in heard}
         return self
 
     def __exit__(self, *_) -> None:

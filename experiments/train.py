@@ -461,7 +461,7 @@ def main(argv):
                 cell.finish(f"trained in {result['train_seconds']} s")
         except leases.Taken as taken:
             cli.fail(taken)
-        except Stopped:
+        except (Stopped, KeyboardInterrupt):
             cli.leave(stop)
     if jax.process_index():
         return
