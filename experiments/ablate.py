@@ -7,6 +7,7 @@ on one machine or on several that share the work directory, it does no cell twic
 trained by this machine's devices, by a Ray cluster or by SLURM: see `experiments.executors`.
 """
 
+import collections
 import datetime
 import importlib.metadata
 import json
@@ -36,28 +37,29 @@ def open_workdir(workdir: Path, swept: Sequence[sweep.Cell]) -> None:
     Raises ValueError, before anything is written, where a cell there has other settings.
     """
     path = workdir / "sweep.json"
-    if not path.exists() and workdir.exists() and any(workdir.glob("[!.]*")):
+    # In this order: a launcher that starts just now writes sweep.json before all else.
+    if list(workdir.glob("[!.]*")) and not path.exists():
         raise ValueError(f"{workdir} is not empty and holds no sweep; choose another --workdir")
-    for cell in swept:
-        train.check_directory(cells.folder(workdir, cell.id), cell.config)
     workdir.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(workdir / ".lock"):  # another launcher may add cells of its own
+        for cell in swept:
+            train.check_directory(cells.folder(workdir, cell.id), cell.config)
         known = json.loads(path.read_text("utf-8"))["cells"] if path.exists() else []
         ids = {cell["id"] for cell in known}
         fields = ("id", "base", "axis", "value", "overrides")
-        added = [cell for cell in swept if cell.id not in ids]
-        if not added:
-            return
-        for cell in added:
-            train.claim(cells.folder(workdir, cell.id), cell.config)
+        added = [{name: getattr(c, name) for name in fields} for c in swept if c.id not in ids]
         content = {
             "command": shlex.join(["python", "-m", "experiments.ablate", *sys.argv[1:]]),
             "created": datetime.datetime.now().isoformat(timespec="seconds"),
             "seeds": list(range(swept[0].config.train.seeds)),
             "environment": environment(),
-            "cells": known + [{name: getattr(cell, name) for name in fields} for cell in added],
+            "cells": known + added,
         }
-        results.replace(path, json.dumps(content, indent=2))
+        if added:
+            results.replace(path, json.dumps(content, indent=2))
+        for cell in swept:  # a mesh may be another than before
+            if not cells.outcome(directory := cells.folder(workdir, cell.id)):
+                train.claim(directory, cell.config)
 
 
 def environment() -> dict[str, str]:
@@ -95,7 +97,8 @@ def halve(workdir: Path, swept: Sequence[sweep.Cell], executor, stop, eta, optio
     steps = swept[0].config.train.steps
     bases = [cell.id for cell in swept if cell.axis is None]
     ids = [cell.id for cell in swept]
-    for rung in halving.rungs(len(ids), steps, eta):
+    largest = max(collections.Counter(cell.base for cell in swept).values())
+    for rung in halving.rungs(largest, steps, eta):
         jobs = [cells.Job(id, until=rung, **options) for id in ids]
         pursue(workdir, jobs, executor, stop)
         kept = []
@@ -129,7 +132,7 @@ def main(argv):
         given = {name.removeprefix("config."): value for name, value in given.items()}
         swept = sweep.expand(config, bases, axes, product=_PRODUCT.value, given=given)
         if _HALVING.value:
-            halving.rungs(len(swept), config.train.steps, _HALVING.value)
+            halving.rungs(len(swept), 1, _HALVING.value)
         size = max(math.prod(mesh_sizes(cell.config.mesh).values()) for cell in swept)
         # The devices are for those who train; checking needs as many, of whatever kind.
         jax.config.update("jax_platforms", "cpu")
@@ -138,8 +141,7 @@ def main(argv):
         executor = executors.create(
             _EXECUTOR.value, workdir, _WORKERS.value, size, _RESOURCES.value
         )
-    stop = Stop()
-    stop.unsaved = True  # those who train are asked to save; nothing is thrown here
+    stop = Stop(leave=cli.leave)
     try:
         with stop:
             _launch(workdir, swept, executor, stop)
@@ -147,6 +149,12 @@ def main(argv):
         cli.leave(stop)
     except executors.Failed as error:
         cli.fail(error)
+    except OSError as error:
+        if not cells.disk_full(error):
+            raise
+        cli.fail(
+            ValueError(f"the disk of {workdir} is full: free some space, and start this again")
+        )
 
 
 def _launch(workdir, swept, executor, stop):
@@ -160,8 +168,9 @@ def _launch(workdir, swept, executor, stop):
         for cell in swept:
             train.check_directory(cells.folder(workdir, cell.id), cell.config)
         if _RETRY.value:
+            statuses = ("failed",) if _HALVING.value else ("failed", "dropped")
             for cell in swept:
-                cells.forget_failure(cells.folder(workdir, cell.id))
+                cells.forget(cells.folder(workdir, cell.id), statuses)
     options = {"max_minutes": _MINUTES.value, "tensorboard": _TENSORBOARD.value}
     jobs = [cells.Job(cell.id, **options) for cell in swept]
     todo = [job for job in jobs if not _outcome(workdir, job)]
@@ -176,9 +185,11 @@ def _launch(workdir, swept, executor, stop):
                     train.check(cell.config)
                 open_workdir(workdir, swept)
             print(f"{len(todo)} of {len(swept)} cells to train in {workdir}", flush=True)
+            stop.unsaved = True  # those who train are asked to save
             if _HALVING.value:
                 halve(workdir, swept, executor, stop, _HALVING.value, options)
             pursue(workdir, jobs, executor, stop)
+            stop.unsaved = False
     report.publish(workdir)
 
 
@@ -188,7 +199,7 @@ if __name__ == "__main__":
     _SWEEP = flags.DEFINE_string("sweep", "all", "Axes, by comma: sweep_<axis> in the config file.")
     _PRODUCT = flags.DEFINE_bool("product", False, "The grid of all axes, not one at a time.")
     _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the cells and stop.")
-    _RETRY = flags.DEFINE_bool("retry_failed", False, "Train cells that failed once more.")
+    _RETRY = flags.DEFINE_bool("retry_failed", False, "Train cells that failed or were dropped.")
     _MINUTES = flags.DEFINE_float("max_minutes", 0, "A cell fails that trains longer; 0: no limit.")
     _HALVING = flags.DEFINE_integer(
         "halving", 0, "Train all cells a little and only the best of so many further; 0: all."

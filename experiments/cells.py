@@ -9,7 +9,7 @@ import errno
 import json
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def run_cell(
                 found["compile_seconds"] = round(waited + found["compile_seconds"], 2)
             write(directory, found)
     except Exception as error:
-        if _disk_full(error):
+        if disk_full(error):
             raise DiskFull(
                 f"the disk of {workdir} is full: free some space; the same command goes on from "
                 "the last checkpoint"
@@ -106,7 +106,7 @@ def _train(directory, job, shown, stop):
             tensorboard=job.tensorboard,
         )
     except Exception as error:
-        if _disk_full(error):
+        if disk_full(error):
             raise
         trace = traceback.format_exc()
         results.replace(directory / "traceback.txt", trace)
@@ -148,23 +148,40 @@ def drop(directory: Path, reason: str) -> None:
         write(directory, {"status": "dropped", "error": reason})
 
 
-def forget_failure(directory: Path) -> None:
-    """Lets a cell that failed be trained again, from its last checkpoint."""
-    if (outcome(directory) or {}).get("status") == "failed":
-        (directory / "result.json").unlink()
+def give_up(directory: Path, job: Job, reason: str) -> dict[str, Any] | None:
+    """Writes that a cell has failed whose process is gone; -> its result, which may be another's.
+
+    None where another process trains it.
+    """
+    try:
+        with leases.Lease(directory):
+            if found := outcome(directory, job.until):
+                return found
+            results.replace(directory / "traceback.txt", f"{reason}\n")
+            write(directory, {"status": "failed", "error": reason})
+    except leases.Taken:
+        return None
+    return outcome(directory)
+
+
+def forget(directory: Path, statuses: Sequence[str]) -> None:
+    """Lets a cell that has such a status be trained again, from its last checkpoint."""
+    if (outcome(directory) or {}).get("status") in statuses:
+        for name in ("result.json", "traceback.txt"):
+            (directory / name).unlink(missing_ok=True)
 
 
 def line(found: dict[str, Any]) -> str:
     """A result in a line."""
-    if found["status"] == "failed":
-        return f"failed: {found['error']}"
+    if "error" in found:
+        return f"{found['status']}: {found['error']}"
     if found["status"] == "paused":
         return f"at step {found['step']}"
     value = results.mean_interval(found["metrics"][found["primary"]])
     return f"{found['primary']} {results.plus_minus(*value, 3)}, {found['train_seconds']:.0f} s"
 
 
-def _disk_full(error):
+def disk_full(error):
     """Whether that is at the root of an error; Orbax and TensorStore wrap it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

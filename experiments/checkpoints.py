@@ -1,6 +1,5 @@
 """Orbax checkpoints of a run: state, data position and what else must go on where it stopped."""
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,8 @@ def restore(
     """
     here = _here()
     shapes = jax.tree.map(lambda x: x.update(sharding=x.sharding or here), shapes)
-    steps = sorted(manager.all_steps(), reverse=True)
-    for step, older in itertools.zip_longest(steps, steps[1:]):
+    lost: dict[int, Exception] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
         try:
             items = manager.restore(
                 step,
@@ -52,14 +51,18 @@ def restore(
                 ),
             )
         except Exception as error:
-            if older is None:
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            reason = " ".join(str(error).split())[:200]
-            print(f"checkpoint {step} cannot be read, going on from {older}: {reason}", flush=True)
-            manager.delete(step)
+            lost[step] = error
             continue
+        for later, error in lost.items():
+            reason = " ".join(str(error).split())[:200]
+            print(f"checkpoint {later} cannot be read, going on from {step}: {reason}", flush=True)
+            manager.delete(later)
         iterator.set_state(items["data"])
         return step, items["state"], items["position"]
+    if lost:
+        raise lost[max(lost)]
     return None
 
 

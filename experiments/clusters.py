@@ -5,6 +5,7 @@ is all that the launcher reads: a task that is lost is started again, goes on fr
 and never repeats a cell that is done.
 """
 
+import collections
 import dataclasses
 import shutil
 import signal
@@ -27,6 +28,8 @@ class _Cluster:
 
     def __init__(self, workdir: Path, workers: int, resources: dict[str, Any]):
         self._workdir, self._workers, self._resources = workdir.absolute(), workers, resources
+        self._tries: collections.Counter[str] = collections.Counter()
+        self._hopeless: dict[str, str] = {}  # why, of the cells that have failed too often
 
     def __enter__(self):
         return self
@@ -42,35 +45,50 @@ class _Cluster:
           Failed: the disk is full.
         """
         waiting = list(jobs)
-        running: dict[str, tuple[cells.Job, Any, int]] = {}  # job, handle, which try
+        running: dict[str, tuple[cells.Job, Any]] = {}
         while waiting or running:
             while waiting and (not self._workers or len(running) < self._workers):
                 job = waiting.pop(0)
-                running[job.id] = job, self._submit(job), 1
+                if job.id in self._hopeless:
+                    self._give_up(job, progress)
+                else:
+                    running[job.id] = job, self._submit(job)
             time.sleep(0.2)
             if stop.signal:
-                self._leave([handle for _, handle, _ in running.values()])
+                self._leave([handle for _, handle in running.values()])
                 raise Stopped
-            for id, (job, handle, tried) in tuple(running.items()):
+            for id, (job, handle) in tuple(running.items()):
                 if not self._ended(handle):
                     continue
                 del running[id]
-                directory = cells.folder(self._workdir, id)
-                found = cells.outcome(directory, job.until)
-                if not found and leases.holder(directory):
-                    continue  # another launcher's; whoever runs this waits for it
-                if not found:
-                    reason = self._problem(handle)
-                    if "DiskFull" in reason:
-                        raise Failed(reason.rpartition("DiskFull: ")[2])
-                    if tried < _TRIES:
-                        progress.cell(id).note(f"{reason}; once more, from the last checkpoint")
-                        running[id] = job, self._submit(job), tried + 1
-                        continue
-                    found = {"status": "failed", "error": f"{reason}, {_TRIES} times"}
-                    with leases.Lease(directory):
-                        cells.write(directory, found)
-                progress.cell(id).finish(cells.line(found))
+                if found := cells.outcome(cells.folder(self._workdir, id), job.until):
+                    progress.cell(id).finish(cells.line(found))
+                    continue
+                said, reason = self._result(handle)
+                if said == "taken":
+                    continue  # by another launcher; whoever runs this waits for it
+                if "DiskFull" in reason:
+                    raise Failed(reason.rpartition("DiskFull: ")[2])
+                self._tries[id] += 1
+                waiting.insert(0, job)
+                if self._tries[id] < _TRIES:
+                    progress.cell(id).note(f"{reason}; once more, from the last checkpoint")
+                else:
+                    self._hopeless[id] = f"{reason}, {_TRIES} times"
+
+    def _give_up(self, job, progress):
+        # None while the lease of a dead task on another machine has not lapsed: at the next run.
+        reason = self._hopeless[job.id]
+        if found := cells.give_up(cells.folder(self._workdir, job.id), job, reason):
+            progress.cell(job.id).finish(cells.line(found))
+
+    def _result(self, handle):
+        """What a task that has ended returned, None if it died, and how it ended."""
+        try:
+            said = self._get(handle)
+        except Exception as error:
+            return None, " ".join(f"its task died: {type(error).__name__}: {error}".split())
+        return said, f"its task ended with {said}"
 
     def _leave(self, handles):
         for handle in handles:
@@ -85,8 +103,8 @@ class _Cluster:
     def _ended(self, handle: Any) -> bool:
         raise NotImplementedError
 
-    def _problem(self, handle: Any) -> str:
-        """Why a task that has ended left no outcome."""
+    def _get(self, handle: Any) -> str:
+        """What a task that has ended returned; raises what it raised."""
         raise NotImplementedError
 
     def _cancel(self, handle: Any) -> None:
@@ -123,11 +141,8 @@ class Ray(_Cluster):
     def _ended(self, handle):
         return bool(self._ray.wait([handle], timeout=0)[0])
 
-    def _problem(self, handle):
-        try:
-            return f"its task ended: {self._ray.get(handle)}"
-        except Exception as error:
-            return " ".join(f"its task ended: {type(error).__name__}: {error}".split())
+    def _get(self, handle):
+        return self._ray.get(handle)
 
     def _cancel(self, handle):
         self._ray.cancel(handle, force=False)  # an interrupt, which `Stop` takes for Ctrl-C
@@ -167,10 +182,8 @@ class Slurm(_Cluster):
     def _ended(self, handle):
         return handle.done()
 
-    def _problem(self, handle):
-        error = handle.exception()
-        said = str(error).strip().splitlines()[-1] if error else handle.result()
-        return f"job {handle.job_id} ended ({handle.state}): {said}"
+    def _get(self, handle):
+        return handle.result()
 
     def _cancel(self, handle):
         handle.cancel()
@@ -200,18 +213,20 @@ class _SlurmCell:
 
 
 def train_cell(workdir: str, job: dict, signals: tuple = (signal.SIGINT, signal.SIGTERM)) -> str:
-    """Trains a cell here; -> 'done', the signal that ended it, or who else trains it."""
+    """Trains a cell here; -> 'done', 'taken' by another process, or the signal that ended it."""
     cli.keep_compiled()
     shown = Reported(lambda *_, **__: None)
     until = time.monotonic() + _PATIENCE
-    with Stop(signals) as stop:
-        while True:
-            try:
-                cells.run_cell(Path(workdir), cells.Job(**job), shown, stop)
-                return "done"
-            except leases.Taken as taken:  # perhaps by a machine that is no more
-                if time.monotonic() > until:
-                    return str(taken)
-                time.sleep(1)
-            except Stopped:
-                return signal.Signals(stop.signal).name
+    stop = Stop(signals)
+    try:
+        with stop:
+            while True:
+                try:
+                    cells.run_cell(Path(workdir), cells.Job(**job), shown, stop)
+                    return "done"
+                except leases.Taken:  # perhaps by a machine that is no more
+                    if time.monotonic() > until:
+                        return "taken"
+                    time.sleep(1)
+    except Stopped:
+        return signal.Signals(stop.signal).name

@@ -7,6 +7,7 @@ An executor trains jobs (`cells.Job`) until each has an outcome or is held by an
 """
 
 import collections
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import cells, leases
+from experiments import cells
 from experiments.progress import Progress
 from experiments.stopping import Stop, Stopped
 
@@ -79,7 +80,7 @@ class Local:
         asked = False
         while any(thread.is_alive() for thread in threads):
             time.sleep(0.05)
-            if stop.signal and not asked:
+            if (stop.signal or self._problem) and not asked:
                 asked = True
                 todo.clear()
                 for worker in self._workers:
@@ -112,7 +113,8 @@ class Local:
                 "ahead": len(self._workers) == 1,
             }
             step = 0
-            for event in worker.work(order):
+            limit = job.max_minutes * 60 + 60 if job.max_minutes else None
+            for event in worker.work(order, limit):
                 match event:
                     case {"kind": "start", "steps": steps, "at": step}:
                         shown.start(steps, step)
@@ -126,23 +128,27 @@ class Local:
                         stop.signal = stop.signal or kind
                         return
                     case {"kind": "end", "status": status}:
-                        if status == "failed":
-                            worker.restart()  # an error may have spoilt its device
+                        if status == "failed":  # which may have spoilt its device
+                            worker.end()
+                            worker.start()
                         return
                     case {"kind": "taken"}:
                         return
-            code = worker.restart()
-            if stop.signal:
+            code = worker.end(patience=5)  # it is about to die
+            if stop.signal or self._problem:
                 return
+            worker.start()
             reason = f"its process died of {_died(code)} after step {step}"
+            if worker.late:
+                reason = f"TimeoutError: nothing after step {step}, a minute past --max_minutes"
+                break
             if tried < _TRIES:
                 shown.note(f"{reason}; once more, from the last checkpoint")
+        else:
+            reason += f", {_TRIES} times"
         directory = cells.folder(self._workdir, job.id)
-        with leases.Lease(directory):
-            if not cells.outcome(directory, job.until):
-                found = {"status": "failed", "error": f"{reason}, {_TRIES} times"}
-                cells.write(directory, found)
-                shown.finish(cells.line(found))
+        if found := cells.give_up(directory, job, reason):
+            shown.finish(cells.line(found))
 
 
 class _Worker:
@@ -150,9 +156,10 @@ class _Worker:
 
     def __init__(self, place: dict):
         self._place = place
-        self._start()
+        self.start()
 
-    def _start(self):
+    def start(self) -> None:
+        """Starts it, also again after its end."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "experiments.worker"],
             env={**os.environ, **self._place["environment"]},
@@ -164,38 +171,42 @@ class _Worker:
         if cores := self._place["cores"]:
             os.sched_setaffinity(self._process.pid, cores)
 
-    def work(self, order: dict):
-        """Gives it an order and yields its events, until the one that ends it or its death."""
+    def work(self, order: dict, limit: float | None):
+        """Gives it an order and yields its events, until the one that ends it or its death.
+
+        After `limit` seconds it is killed, and `late`.
+        """
+        self.late = False
+        timer = threading.Timer(limit or 0, self._kill)
+        timer.daemon = True
         try:
             print(json.dumps(order), file=self._process.stdin, flush=True)
+            if limit:
+                timer.start()
+            for line in self._process.stdout:
+                yield json.loads(line)
         except BrokenPipeError:
             return
-        for line in self._process.stdout:
-            yield json.loads(line)
+        finally:
+            timer.cancel()
+
+    def _kill(self):
+        self.late = True
+        self._process.kill()
 
     def stop(self) -> None:
         """Asks it to save and end."""
         self._process.send_signal(signal.SIGTERM)
 
-    def end(self) -> int:
-        """Ends it at once; its exit status."""
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.stdin.close()
-        self._process.stdout.close()
+    def end(self, patience: float = 0.0) -> int:
+        """Ends it, at the latest after some seconds; its exit status."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience)
+        self._process.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):  # what it was not there to read
+                pipe.close()
         return self._process.wait()
-
-    def restart(self) -> int:
-        """Another process instead of it; the exit status of the one that was."""
-        code = self._process.poll()
-        if code is None:
-            try:  # it may be about to die
-                code = self._process.wait(1)
-            except subprocess.TimeoutExpired:
-                code = 0
-        self.end()
-        self._start()
-        return code
 
 
 def create(name: str, workdir: Path, workers: int, devices: int, resources: str) -> Any:
@@ -248,9 +259,12 @@ def places(workers: int, devices: int) -> list[dict]:
     if devices > len(found):
         raise ValueError(f"a cell needs {devices} GPUs, there are {len(found)}: {', '.join(found)}")
     count = workers or len(found) // devices
+    # Another launcher may use the same GPUs: nobody takes all memory at once.
+    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    memory = {name: os.environ.get(name, "false")}
     groups = [[found[(i * devices + k) % len(found)] for k in range(devices)] for i in range(count)]
     return [
-        {"environment": {"CUDA_VISIBLE_DEVICES": ",".join(group)}, "cores": set()}
+        {"environment": {"CUDA_VISIBLE_DEVICES": ",".join(group), **memory}, "cores": set()}
         for group in groups
     ]
 
@@ -258,6 +272,8 @@ def places(workers: int, devices: int) -> list[dict]:
 def gpus() -> list[str]:
     """The NVIDIA GPUs that JAX may use on this machine, without starting it."""
     if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
+        return []
+    if not any(importlib.util.find_spec(f"jax_cuda{number}_plugin") for number in (12, 13)):
         return []
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name for name in visible.split(",") if name]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 
 def rungs(count: int, steps: int, eta: int) -> list[int]:
-    """The steps at which `count` cells are compared, before the last.
+    """The steps at which the `count` cells of a base are compared, before the last.
 
     As many as leave one cell: ⌊log_η count⌋.  ValueError for η below 2.
     """

@@ -73,13 +73,11 @@ class Lease:
 
     def _keep(self):
         while not self._ended.wait(BEAT):
-            try:
+            with contextlib.suppress(OSError):  # a file system that is away for a moment
                 if (_read(self._path) or {}).get("token") != self._own["token"]:
                     print(f"{self._path.parent} has another process now", file=sys.stderr)
                     os._exit(1)
                 os.utime(self._path)
-            except OSError:  # a file system that is away for a moment
-                continue
 
 
 def give_back() -> None:
@@ -105,13 +103,23 @@ def _guard(path):
 
 def _process():
     """What tells this process from all others, also from one that gets its number later."""
-    own = psutil.Process()
-    return {
-        "host": socket.gethostname(),
-        "space": _space(),
-        "pid": own.pid,
-        "born": own.create_time(),
-    }
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "space": _space(), "pid": pid, "born": _born(pid)}
+
+
+def _born(pid):
+    """When a process started, None if there is none.
+
+    On Linux in ticks since the machine did: wall clocks are set anew.
+    """
+    try:
+        if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return None
+        if (stat := Path(f"/proc/{pid}/stat")).exists():
+            return int(stat.read_text().rpartition(")")[2].split()[19])
+        return round(psutil.Process(pid).create_time())
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+        return None
 
 
 def _space():
@@ -126,7 +134,7 @@ def _space():
 def _read(path):
     try:
         return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None
 
 
@@ -136,12 +144,7 @@ def _living(path):
     if found is None:
         return None
     if found["space"] == _space():
-        try:
-            process = psutil.Process(found["pid"])
-            same = abs(process.create_time() - found["born"]) < 1
-            return found if same and process.status() != psutil.STATUS_ZOMBIE else None
-        except psutil.NoSuchProcess:
-            return None
+        return found if _born(found["pid"]) == found["born"] else None
     clock = path.with_name(f".clock.{uuid.uuid4().hex}")
     try:
         clock.touch()

@@ -133,11 +133,11 @@ def train(
 
     Raises:
       FloatingPointError: a loss is no longer finite, or has exploded (`train.explosion`).
-      TimeoutError: it has trained for `max_minutes` (0: no limit).
+      TimeoutError: this call has taken `max_minutes` (0: no limit) and is at a step.
       Stopped: `stop` asks for it.
     After the last two a checkpoint is there to go on from.
     """
-    c, stop = config.train, stop or Stop()
+    c, stop, attempt = config.train, stop or Stop(), time.perf_counter()
     task, source, splits, greedy, beam, arguments = prepare(config)
     began = time.perf_counter()
     program = compile_program(*arguments)
@@ -199,7 +199,7 @@ def train(
                 log.write(step, judged)
                 position.ended = position.judge(_score(task, judged), c.patience)
                 began = time.perf_counter()
-            late = 0 < max_minutes * 60 < position.seconds + time.perf_counter() - began
+            late = 0 < max_minutes * 60 < time.perf_counter() - attempt
             asked, late = devices.agree(stop.signal or 0, late, step % c.log_every == 0 or last)
             ended = last or step == end or position.ended
             if step % c.checkpoint_every == 0 or ended or late or asked:
@@ -215,12 +215,13 @@ def train(
                     raise Stopped
                 if late and not ended:
                     manager.wait_until_finished()
-                    raise TimeoutError(f"at step {step} it had trained for {max_minutes:g} minutes")
+                    raise TimeoutError(f"at step {step} after {max_minutes:g} minutes")
                 began = time.perf_counter()
         manager.wait_until_finished()
-        stop.unsaved = False
-        if stop.signal:
+        if asked := devices.agree(stop.signal or 0, False, now=True)[0]:
+            stop.signal = asked
             raise Stopped
+        stop.unsaved = jax.process_count() > 1  # who left alone would let the others wait
         if until is not None and step < c.steps and not position.ended:
             return {"status": "paused", "score": _score(task, judge(state)[0]), "step": step}
         params, more = final_params(state), {}
@@ -360,6 +361,7 @@ class MetricsLog:
         first = jax.process_index() == 0
         self._file = open(directory / "metrics.jsonl", "ab") if first else io.BytesIO()
         self._file.truncate(keep_bytes)
+        self._file.seek(keep_bytes)
         self._events = None
         if tensorboard and first:
             from tensorboardX import SummaryWriter

@@ -27,7 +27,10 @@ def main() -> None:
     os.dup2(2, 1)  # whatever a library prints is no reply
 
     def say(kind, **what):
-        os.write(replies, f"{json.dumps({'kind': kind, **what})}\n".encode())
+        try:
+            os.write(replies, f"{json.dumps({'kind': kind, **what})}\n".encode())
+        except BrokenPipeError:  # the launcher is gone, which is no error of the cell
+            os._exit(0)
 
     def leave(stop):
         leases.give_back()

@@ -11,7 +11,8 @@ import time
 import pytest
 from launching import CONFIG, ablate, read, start, wait_for
 
-from experiments import executors
+from experiments import ablate as ablate_module
+from experiments import cells, clusters, executors, leases, progress, settings, stopping, train
 
 MORE = """
 def sweep_score():
@@ -119,6 +120,49 @@ def test_a_signal_to_the_launcher_saves_on_the_cluster(sweep, tmp_path, executor
     assert not list(work.glob("cells/*/lease.json"))
 
 
+class Dying(clusters._Cluster):
+    """Tasks that die on another machine, whose lease nobody gives back."""
+
+    submitted = 0
+
+    def _submit(self, job):
+        self.submitted += 1
+        lease = {"host": "ada", "space": "ada's", "pid": 1, "born": 0, "token": "x"}
+        path = cells.folder(self._workdir, job.id) / leases.NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(lease))
+
+    def _ended(self, handle):
+        return True
+
+    def _get(self, handle):
+        raise OSError("its node is gone")
+
+
+def test_a_cell_that_always_dies_elsewhere_is_a_failure_in_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "LAPSE", 1.0)
+    executor = Dying(tmp_path, 0, {})
+    ablate_module.pursue(tmp_path, [cells.Job("base")], executor, stopping.Stop())
+    found = cells.outcome(cells.folder(tmp_path, "base"))
+    assert found["status"] == "failed" and "its node is gone, 3 times" in found["error"]
+    assert executor.submitted == 3
+    assert "its node is gone" in (tmp_path / "cells/base/traceback.txt").read_text()
+
+
+def test_a_worker_that_died_before_its_first_cell_is_replaced(tmp_path, capsys):
+    config = settings.config("recall", vocab_size=16, length=8, num_pairs=2, num_eval=20)
+    config.model.update(model_dim=8, num_layers=1, num_heads=2)
+    config.train.update(steps=4, batch_size=4, seeds=1, log_every=2, eval_every=2)
+    train.claim(cells.folder(tmp_path, "base"), config)
+    with executors.Local(tmp_path) as executor, progress.Progress(1) as shown:
+        executor._workers[0]._process.kill()
+        executor._workers[0]._process.wait()
+        executor.run([cells.Job("base")], shown, stopping.Stop())
+    assert cells.outcome(cells.folder(tmp_path, "base"))["status"] == "done"
+    assert "once more" in capsys.readouterr().out
+    assert cells.line({"status": "dropped", "error": "number 2 of 3"}) == "dropped: number 2 of 3"
+
+
 @pytest.mark.parametrize("name, resources, message", [
     ("local", "num_gpus=1", "is for --executor=ray and slurm"),
     ("ray", "num_gpus", "is name=value,name=value: got 'num_gpus'"),
@@ -136,12 +180,16 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
 
 
 def test_each_worker_has_gpus_of_its_own_or_a_share_of_the_cores(monkeypatch):
+    monkeypatch.setattr(executors.importlib.util, "find_spec", lambda _: True)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,5")
-    shown = [place["environment"] for place in executors.places(0, 1)]
-    assert shown == [{"CUDA_VISIBLE_DEVICES": x} for x in ("0", "1", "2", "5")]
-    shown = [place["environment"] for place in executors.places(0, 2)]
-    assert shown == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,5"}]
+
+    def shown(*arguments):
+        places = executors.places(*arguments)
+        return [place["environment"]["CUDA_VISIBLE_DEVICES"] for place in places]
+
+    assert shown(0, 1) == ["0", "1", "2", "5"]
+    assert shown(0, 2) == ["0,1", "2,5"]
     assert len(executors.places(3, 1)) == 3
     with pytest.raises(ValueError, match="a cell needs 8 GPUs, there are 4: 0, 1, 2, 5"):
         executors.places(0, 8)
