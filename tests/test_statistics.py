@@ -237,6 +237,28 @@ def test_axis_effects_of_a_balanced_grid_by_sums_of_squares():
         assert effect.partial_eta_squared == pytest.approx(ss / (ss + residual), rel=1e-9)
 
 
+def test_axis_effects_of_an_unbalanced_grid_are_of_type_two():
+    """SS of a main effect: what it takes off the residual of all terms that do not contain it."""
+    factors, seeds, values = runs(np.random.default_rng(5).normal(size=(2, 3, 4)))
+    keep = [i for i in range(24) if i not in (1, 2, 19)]
+    score = np.array([factors["score"][i] == "s1" for i in keep], float)
+    heads = np.eye(3)[[factors["num heads"][i] for i in keep]]
+    seed = np.eye(4)[[seeds[i] for i in keep]]
+
+    def residual(*columns):
+        design = np.column_stack([np.ones(len(keep)), *columns])
+        fitted = design @ np.linalg.lstsq(design, values[keep])[0]
+        return np.sum((values[keep] - fitted) ** 2)
+
+    full = residual(seed, heads, heads * score[:, None])
+    ss = residual(seed, heads) - residual(seed, heads, score)
+    kept = {name: [column[i] for i in keep] for name, column in factors.items()}
+    effect = statistics.axis_effects(kept, [seeds[i] for i in keep], values[keep])[0]
+    assert effect.residual_df == len(keep) - 1 - 3 - 5
+    assert effect.f == pytest.approx(ss / (full / effect.residual_df), rel=1e-9)
+    assert effect.partial_eta_squared == pytest.approx(ss / (ss + full), rel=1e-9)
+
+
 def test_axis_effects_tell_an_interaction_from_main_effects():
     noise = 0.1 * np.random.default_rng(0).normal(size=(2, 2, 5))
     crossed = noise + np.array([[1.0, -1.0], [-1.0, 1.0]])[..., None]
