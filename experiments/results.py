@@ -24,8 +24,8 @@ import numpy as np
 
 from experiments import statistics
 
-# Of the paired difference, in standard deviations. One that is larger shows in any drawing of the
-# seeds; seeds that cannot tell a smaller one tell what everybody has seen already.
+# Standard deviations of the paired difference: seeds that tell only larger ones from none are too
+# few. At two, 98% of the seeds of a normal distribution are on one side of zero already.
 _TOO_LARGE = 2.0
 _NAN = float("nan")
 _FACTS = ("num_params", "compile_seconds", "steps_per_second")
@@ -365,7 +365,7 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
     if sign * best.primary.comparison.difference < 0:
         sentence = f"{value} did best{where}, {score(best)}, "
         sentence += f"{word} than {name} {size}{certain}" if gap else f"equal to {name}"
-        if sign * gap > 0:
+        if best.verdict == "worse":
             sentence += "; the two splits disagree"
     else:
         sentence = f"no value beat {name}{where}, {score(base)}; "
