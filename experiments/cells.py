@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import leases, results, settings, train
+from experiments import leases, results, settings, statistics, train
 from experiments.progress import Cell
 from experiments.stopping import Stop
 
@@ -138,7 +138,7 @@ def score(directory: Path, step: int) -> float:
     found = outcome(directory)
     if not found or found["status"] != "done":
         return math.nan
-    mean, _ = results.mean_interval(found["metrics"][found["primary"]])
+    mean, _ = statistics.mean_interval(found["metrics"][found["primary"]])
     return mean if found["lower_is_better"] else -mean
 
 
@@ -177,7 +177,7 @@ def line(found: dict[str, Any]) -> str:
         return f"{found['status']}: {found['error']}"
     if found["status"] == "paused":
         return f"at step {found['step']}"
-    value = results.mean_interval(found["metrics"][found["primary"]])
+    value = statistics.mean_interval(found["metrics"][found["primary"]])
     return f"{found['primary']} {results.plus_minus(*value, 3)}, {found['train_seconds']:.0f} s"
 
 

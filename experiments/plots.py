@@ -92,16 +92,16 @@ def axis_plot(experiment: results.Experiment, base: str, axis: str) -> "Figure":
     """Each value of an axis: mean (dot), 95% interval (line) and single seeds (faint dots).
 
     A dashed line marks the mean of the base cell. Blue is better and orange worse than the base
-    where the interval of the paired difference excludes zero, grey is neither.
+    where the paired difference is told from none after Holm's correction, grey is neither.
     """
     group = experiment.group(base, axis)
     rows = [row for row in results.summarize(experiment) if row.cell in group]
-    title = next((results.metric_title(rows).split(",")[0] for row in rows if row.primary), "")
+    title = next((results.metric_title(rows).split(",")[0] for row in rows if row.reported), "")
     with paper_style():
         figure = new_figure(6.2, 0.85 + 0.3 * len(rows))
         panel = figure.subplots()
         for y, row in enumerate(rows):
-            estimate = row.primary
+            estimate = row.reported
             if estimate is None:
                 place = panel.get_yaxis_transform()
                 note = {"transform": place, "va": "center", "style": "italic", "alpha": 0.6}

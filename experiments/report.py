@@ -40,6 +40,7 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         groups=[_group(experiment, rows, base, files) for base in experiment.bases()],
         failed=[row for row in rows if row.error],
         number=results.number,
+        p_value=results.p_value,
     )
     path = experiment.path / "report.html"
     results.replace(path, page)
@@ -56,24 +57,38 @@ def _group(
     rows = [row for row in rows if row.cell.base == base]
     digits = results.decimals(rows)
     axes = experiment.axes(base)
-    done = [row for row in rows if row.primary]
+    done = [row for row in rows if row.reported]
+    metric = done[0].metric if done else "mean"
     primary = done[0].cell.result["primary"] if done else "mean"
     names = dict.fromkeys(name for row in done for name in row.metrics)
-    split = primary.partition("/")[0] + "/"  # what else was measured on the same data
+    split = metric.partition("/")[0] + "/"  # what else was measured on the same data
+    products = [axis for axis in axes if "×" in axis]
     return {
         "name": base,
         "title": results.metric_title(rows),
         "done": sum(row.cell.status == "done" for row in rows),
         "findings": [(axis, results.finding(experiment, rows, axis)) for axis in axes],
         "rows": rows,
+        "warning": results.too_few_seeds(rows),
+        "metric": metric,
         "primary": primary,
-        "others": [name for name in names if name != primary and name.startswith(split)],
+        "others": [
+            name for name in names if name != metric and (name == primary or name.startswith(split))
+        ],
+        "effects": [(axis, results.axis_effects(rows, axis)) for axis in products],
         "format": lambda mean, interval, sign="": results.plus_minus(mean, interval, digits, sign),
+        "bootstrap": lambda ends: _bootstrap(ends, digits),
         "axis_plots": [_inline(files, f"{base}-{axis}") for axis in axes],
         "curves": _inline(files, f"{base}-curves"),
         "maps": _inline(files, f"{base}-attention-maps"),
         "score_maps": _inline(files, f"{base}-score-maps"),
     }
+
+
+def _bootstrap(ends: tuple[float, float], digits: int) -> str:
+    """The tooltip of a mean or difference; '' where the seeds give no interval."""
+    low, high = (results.plus_minus(end, float("nan"), digits) for end in ends)
+    return "" if low == "nan" else f"95% bootstrap interval: {low} to {high}"
 
 
 def _inline(files: Mapping[str, Path], name: str) -> Any:

@@ -3,6 +3,10 @@
 A group is a base cell (`axis` is None) and the cells that change one thing about it. Differences
 are taken within a group only, and seed by seed: the seeds of two cells share their data order and
 their noise, so the paired differences usually vary less than the two means do.
+
+What is chosen is chosen by the primary metric, on validation; what is reported is the same metric
+on the test split, where there is one. A group's differences of the reported metric are one family
+of comparisons: which of them are told from none is corrected for their number (Holm).
 """
 
 import csv
@@ -19,11 +23,18 @@ from typing import Any
 
 import numpy as np
 
+from experiments import statistics
+
+# Standard deviations of the paired difference: seeds that tell only larger ones from none are too
+# few. At two, 98% of the seeds of a normal distribution are on one side of zero already.
+_TOO_LARGE = 2.0
 _NAN = float("nan")
+_FACTS = ("num_params", "compile_seconds", "steps_per_second")
 _COLUMNS = (
     *("cell", "base", "axis", "value", "status", "seeds", "metric", "mean", "interval95"),
-    *("difference", "difference_interval95", "num_params", "compile_seconds", "steps_per_second"),
-    "error",
+    *("difference", "difference_interval95", "bootstrap95_low", "bootstrap95_high"),
+    *("difference_bootstrap95_low", "difference_bootstrap95_high"),
+    *("effect_size", "p", "p_holm", "reported", *_FACTS, "error"),
 )
 
 
@@ -169,77 +180,57 @@ def read_attention(cell: Cell) -> tuple[np.ndarray, list[str], list[str]] | None
         return arrays["weights"], query, key
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Mean and half width of its Student-t interval: t_{n−1} · s / √n, s with n − 1 below.
-
-    One value has no interval (nan); a nan among the values makes both nan.
-    """
-    from scipy import special
-
-    values = np.asarray(values, float)
-    count = values.size
-    # A seed that diverged to inf has a spread of inf − inf: nan is the answer, not a warning.
-    with np.errstate(invalid="ignore", over="ignore"):
-        mean = float(np.mean(values)) if count else _NAN
-        if count < 2:
-            return mean, _NAN
-        quantile = special.stdtrit(count - 1, (1 + confidence) / 2)
-        return mean, float(quantile * np.std(values, ddof=1) / math.sqrt(count))
-
-
-def paired_difference(
-    values: Sequence[float], base_values: Sequence[float], confidence: float = 0.95
-) -> tuple[float, float]:
-    """Mean and half width of the t interval of values − base_values, paired by position.
-
-    Raises:
-      ValueError: not as many values as base values.
-    """
-    values, base_values = np.asarray(values, float), np.asarray(base_values, float)
-    if values.shape != base_values.shape:
-        raise ValueError(
-            f"seeds are paired by position: got {values.size} values and {base_values.size} "
-            "of the base; run both cells with the same seeds"
-        )
-    with np.errstate(invalid="ignore"):
-        return mean_interval(values - base_values, confidence)
-
-
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A metric over seeds, and its difference from the base cell (nan for the base cell)."""
+    """A metric over seeds, and how far it is from the base cell's (all nan for the base cell)."""
 
     values: Sequence[float]
     mean: float
     interval: float
-    difference: float = _NAN
-    difference_interval: float = _NAN
+    comparison: statistics.Paired = statistics.Paired()
 
     @property
-    def significant(self) -> bool:
-        """Whether the interval of the difference excludes zero."""
-        return abs(self.difference) > self.difference_interval
+    def bootstrap(self) -> tuple[float, float]:
+        """Ends of the bootstrap interval of the mean."""
+        return statistics.bootstrap_interval(self.values)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What is known of a cell; `metrics` is empty unless the cell is done."""
+    """What is known of a cell; `metrics` is empty unless the cell is done.
+
+    Attributes:
+      metric: the name of the reported metric.
+      p_holm: the p-value of its difference from the base, corrected for the number of comparisons
+        in the group (`statistics.holm`); nan where there is none.
+    """
 
     cell: Cell
     metrics: Mapping[str, Estimate] = dataclasses.field(default_factory=dict)
+    metric: str = ""
+    p_holm: float = _NAN
 
     @property
     def primary(self) -> Estimate | None:
-        """The metric that the task is judged by."""
+        """The metric that values are chosen by: the task's, on validation."""
         return self.metrics.get(self.cell.result.get("primary"))
 
     @property
+    def reported(self) -> Estimate | None:
+        """The metric that is reported: the same on test, where the group has a test split."""
+        return self.metrics.get(self.metric)
+
+    @property
+    def significant(self) -> bool:
+        """Whether the seeds tell it from the base: a corrected p-value below 0.05."""
+        return self.p_holm < statistics.LEVEL
+
+    @property
     def verdict(self) -> str:
-        """'better' or 'worse' than the base where the interval excludes zero, else ''."""
-        estimate = self.primary
-        if estimate is None or not estimate.significant:
+        """'better' or 'worse' than the base where that is significant, else ''."""
+        if self.reported is None or not self.significant:
             return ""
-        lower = estimate.difference < 0
+        lower = self.reported.comparison.difference < 0
         return "better" if lower == self.cell.result["lower_is_better"] else "worse"
 
     @property
@@ -249,61 +240,138 @@ class Row:
 
 
 def summarize(experiment: Experiment) -> list[Row]:
-    """One row a cell: group by group, the base cell first, then by axis, in sweep order."""
+    """One row a cell: group by group, the base cell first, then by axis, in sweep order.
+
+    A cell is compared by the seeds that both it and the base have. The comparisons of a group that
+    are corrected together are those of all its other cells that have a p-value.
+    """
     rows = []
     for base in experiment.bases():
         group = experiment.group(base)
-        bases = [cell.result.get("metrics", {}) for cell in group if cell.axis is None]
-        reference = bases[0] if bases else {}
+        done = [cell.result for cell in group if cell.status == "done"]
+        tested = all(_on_test(result) in result["metrics"] for result in done)
+        reference: Mapping[str, list[float]] = {}
+        found = []
         for cell in group:
+            values = {
+                name: np.atleast_1d(np.asarray(x, float)).tolist()
+                for name, x in cell.result.get("metrics", {}).items()
+            }
+            if cell.axis is None:
+                reference = values
             metrics = {}
-            for name, values in cell.result.get("metrics", {}).items():
-                values = np.atleast_1d(np.asarray(values, float))
-                difference = _NAN, _NAN
+            for name, own in values.items():
+                comparison = statistics.Paired()
                 if cell.axis is not None and name in reference:
-                    base_values = np.atleast_1d(np.asarray(reference[name], float))
-                    difference = paired_difference(values, base_values)
-                metrics[name] = Estimate(values.tolist(), *mean_interval(values), *difference)
-            rows.append(Row(cell, metrics))
+                    seeds = min(len(own), len(reference[name]))
+                    comparison = statistics.paired(own[:seeds], reference[name][:seeds])
+                metrics[name] = Estimate(own, *statistics.mean_interval(own), comparison)
+            metric = ""
+            if metrics:
+                metric = _on_test(cell.result) if tested else cell.result["primary"]
+            found.append(Row(cell, metrics, metric))
+        p_values = [row.reported.comparison.p if row.reported else _NAN for row in found]
+        corrected = statistics.holm(p_values).tolist()
+        rows += [
+            dataclasses.replace(row, p_holm=p) for row, p in zip(found, corrected, strict=True)
+        ]
     return rows
 
 
+def too_few_seeds(rows: Sequence[Row]) -> str:
+    """A warning where the seeds of the group `rows` are too few to say anything, else ''."""
+    compared = [row.reported.comparison for row in rows if row.reported]
+    compared = [comparison for comparison in compared if comparison.differences]
+    if not compared:
+        return ""
+    seeds = min(len(comparison.differences) for comparison in compared)
+    if seeds == 1:
+        return (
+            "a single seed does not tell a difference from chance: take more seeds "
+            "(--config.train.seeds=10)"
+        )
+    count = sum(not math.isnan(comparison.p) for comparison in compared)
+    smallest = statistics.smallest_effect(seeds, count)
+    if not smallest > _TOO_LARGE:
+        return ""
+    more = max(10, 2 * seeds)
+    return (
+        f"with {seeds} seeds and {count} comparison{'s' if count > 1 else ''} only differences "
+        f"above {smallest:.1f} standard deviations can be told from none: take more seeds "
+        f"({more} seeds: {statistics.smallest_effect(more, count):.1f})"
+    )
+
+
+def axis_effects(rows: Sequence[Row], axis: str) -> list[statistics.Effect] | None:
+    """The analysis of variance of the product 'a×b' of axes in a group, of the reported metric.
+
+    None where `statistics.axis_effects` has none, where a cell is not done, and where not every
+    axis changes one setting, so that a cell's overrides do not tell its place in the grid.
+    """
+    rows = [row for row in rows if row.cell.axis == axis]
+    names = axis.split("×")
+    settings = {tuple(row.cell.overrides) for row in rows}
+    if len(settings) != 1 or len(*settings) != len(names):
+        return None
+    factors: dict[str, list[str]] = {name: [] for name in names}
+    seeds: list[int] = []
+    values: list[float] = []
+    for row in rows:
+        if row.reported is None:
+            return None
+        count = len(row.reported.values)
+        for name, value in zip(names, row.cell.overrides.values(), strict=True):
+            factors[name] += [str(value)] * count
+        seeds += range(count)
+        values += row.reported.values
+    return statistics.axis_effects(factors, seeds, values)
+
+
 def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
-    """One sentence on an axis of the group `rows`: which value did best, and is that certain?"""
+    """One sentence on an axis of the group `rows`: which value did best, and is that certain?
+
+    The value is chosen by the primary metric; the numbers are of the reported one.
+    """
     base = next((row for row in rows if row.cell.axis is None), None)
     rows = [row for row in rows if row.cell.axis == axis]
-    done = [row for row in rows if row.primary and math.isfinite(row.primary.mean)]
+    done = [row for row in rows if _finite(row)]
     left = [f"{row.cell.value} {row.cell.status}" for row in rows if not row.primary]
     left += [f"{row.cell.value} diverged" for row in rows if row.primary and row not in done]
     note = f" ({', '.join(left)})" if left else ""
     if not done:
         return f"no value has a result yet{note}."
-    result = done[0].cell.result
-    sign = 1 if result["lower_is_better"] else -1
+    sign = 1 if done[0].cell.result["lower_is_better"] else -1
     best = min(done, key=lambda row: sign * row.primary.mean)
+    where = "" if best.reported is best.primary else " on validation"
     digits = decimals([*done, base] if base else done)
-    score = f"{result['primary']} {plus_minus(best.primary.mean, best.primary.interval, digits)}"
-    if not base or not base.primary or not math.isfinite(base.primary.mean):
-        return f"{best.cell.value} did best, {score}; there is no base to compare it with{note}."
+
+    def score(row):
+        return f"{row.metric} {plus_minus(row.reported.mean, row.reported.interval, digits)}"
+
+    value = best.cell.value
+    if not base or not _finite(base):
+        return f"{value} did best{where}, {score(best)}; there is no base to compare it with{note}."
 
     name = f"the base ({experiment.base_value(base.cell.base, axis)})"
-    gap, interval = best.primary.difference, best.primary.difference_interval
-    size = f"by {plus_minus(abs(gap), interval, digits)}"
-    if math.isnan(interval):
-        certain = "a single seed gives no interval"
-    elif best.primary.significant:
-        certain = "the interval excludes zero"
+    comparison = best.reported.comparison
+    gap = comparison.difference
+    size = f"by {plus_minus(abs(gap), comparison.interval, digits)}"
+    if math.isnan(best.p_holm):
+        certain = "; a single seed does not tell it from chance"
     else:
-        certain = "the interval includes zero, so the seeds do not tell them apart"
-    value = best.cell.value
-    if sign * gap < 0:
-        word = "lower" if gap < 0 else "higher"
-        sentence = f"{value} did best, {score}, {word} than {name} {size}; {certain}"
+        certain = f", {p_equals(best.p_holm)} after Holm's correction"
+        if not best.significant:
+            certain += ", so the seeds do not tell them apart"
+    word = "lower" if gap < 0 else "higher"
+    if sign * best.primary.comparison.difference < 0:
+        sentence = f"{value} did best{where}, {score(best)}, "
+        sentence += f"{word} than {name} {size}{certain}" if gap else f"equal to {name}"
+        if best.verdict == "worse":
+            sentence += "; the two splits disagree"
     else:
-        own = plus_minus(base.primary.mean, base.primary.interval, digits)
-        sentence = f"no value beat {name}, {result['primary']} {own}; "
+        sentence = f"no value beat {name}{where}, {score(base)}; "
         sentence += (
-            f"{value} comes closest, worse {size}; {certain}" if gap else f"{value} equals it"
+            f"{value} comes closest, {word} {size}{certain}" if gap else f"{value} equals it"
         )
     worse = [str(row.cell.value) for row in done if row.verdict == "worse" and row is not best]
     if worse:
@@ -311,9 +379,19 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
     return f"{sentence}{note}."
 
 
+def _on_test(result: Mapping[str, Any]) -> str:
+    """The name on the test split of the metric that a result's values are chosen by."""
+    return re.sub("^validation/", "test/", result["primary"])
+
+
+def _finite(row):
+    """Whether a cell is done and no seed of it diverged."""
+    return row.primary is not None and math.isfinite(row.primary.mean + row.reported.mean)
+
+
 def decimals(rows: Sequence[Row]) -> int:
-    """How many decimals show a typical primary metric: 0.987, 1.823, 45.67; at most 6."""
-    means = [abs(row.primary.mean) for row in rows if row.primary]
+    """How many decimals show a typical reported metric: 0.987, 1.823, 45.67; at most 6."""
+    means = [abs(row.reported.mean) for row in rows if row.reported]
     means = [mean for mean in means if math.isfinite(mean) and mean > 0]
     typical = float(np.median(means)) if means else 1.0
     exponent = math.floor(math.log10(typical))
@@ -329,22 +407,45 @@ def plus_minus(mean: float, interval: float, digits: int, sign: str = "") -> str
     return text if math.isnan(interval) else f"{text} ± {interval:.{digits}{kind}}"
 
 
+def p_value(p: float) -> str:
+    """'0.012'; '<0.001' below that and '' for nan."""
+    if math.isnan(p):
+        return ""
+    return f"{p:.3f}" if p >= 0.001 else "<0.001"
+
+
+def p_equals(p: float) -> str:
+    """'p = 0.012' or 'p < 0.001'."""
+    text = p_value(p)
+    return f"p < {text[1:]}" if text.startswith("<") else f"p = {text}"
+
+
 def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     """Writes one line a cell and metric, and one without a metric for a cell not done.
 
-    Numbers are in full precision; what is not known is empty. An existing file is replaced whole.
+    The reported metric comes first and has a 1 under `reported`; the others describe and are no
+    part of the family that p_holm is corrected for. Numbers are in full precision; what is not
+    known is empty. An existing file is replaced whole.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
     for row in rows:
         cell, result = row.cell, row.cell.result
-        for metric, e in row.metrics.items() or [("", Estimate((), _NAN, _NAN))]:
-            numbers = (e.mean, e.interval, e.difference, e.difference_interval)
+        names = sorted(row.metrics, key=lambda name: name != row.metric)
+        for metric in names or [""]:
+            e = row.metrics.get(metric, Estimate((), _NAN, _NAN))
+            paired, reported = e.comparison, metric != "" and metric == row.metric
+            numbers = (
+                *(e.mean, e.interval, paired.difference, paired.interval),
+                *(*e.bootstrap, *paired.bootstrap),
+                *(paired.effect_size, paired.p, row.p_holm if reported else _NAN),
+            )
             writer.writerow(
                 [cell.id, cell.base, cell.axis, cell.value, cell.status, len(e.values), metric]
                 + ["" if math.isnan(x) else x for x in numbers]
-                + [result.get(name) for name in _COLUMNS[-4:-1]]
+                + [int(reported) if metric else ""]
+                + [result.get(name) for name in _FACTS]
                 + [row.error]
             )
     replace(path, text.getvalue())
@@ -353,8 +454,9 @@ def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
 def table(rows: Sequence[Row]) -> list[Any]:
     """One rich Table a group; see `show`, which prints them.
 
-    A star marks a difference from the base cell whose 95% interval excludes zero, green where the
-    cell is better and red where it is worse. Below the table stands why its failed cells failed.
+    A star marks a difference from the base cell that is told from none after Holm's correction,
+    green where the cell is better and red where it is worse. Below the table stands whether the
+    seeds are too few, and why its failed cells failed.
     """
     from rich import box
     from rich.table import Table
@@ -365,33 +467,39 @@ def table(rows: Sequence[Row]) -> list[Any]:
         group = [row for row in rows if row.cell.base == base]
         digits = decimals(group)
         title = Text(f"{base}: {metric_title(group)}", style="bold")
-        errors = [f"{row.cell.label} {row.cell.status}: {row.error}" for row in group if row.error]
+        notes = [Text(warning, style="yellow")] if (warning := too_few_seeds(group)) else []
+        notes += [
+            Text(f"{row.cell.label} {row.cell.status}: {row.error}", style="red")
+            for row in group
+            if row.error
+        ]
         grid = Table(
             title=title,
             title_justify="left",
-            caption=Text("\n".join(errors), style="red") if errors else None,
+            caption=Text("\n").join(notes) if notes else None,
             caption_justify="left",
             box=box.SIMPLE,
             show_edge=False,
             padding=0,
         )
         grid.add_column("cell", overflow="fold")
-        for name in ("mean", "difference", "params", "compile\ns", "steps\n/s"):
+        for name in ("mean", "difference", "p\nHolm", "params", "compile\ns", "steps\n/s"):
             grid.add_column(name, justify="right", no_wrap=True)
         grid.add_column("status", no_wrap=True)
         for i, row in enumerate(group):
-            estimate, result = row.primary, row.cell.result
+            estimate, result = row.reported, row.cell.result
             mean = difference = ""
             if estimate:
                 mean = plus_minus(estimate.mean, estimate.interval, digits)
-                difference = plus_minus(
-                    estimate.difference, estimate.difference_interval, digits, sign="+"
-                ) + (" *" if row.verdict else "  ")
+                paired = estimate.comparison
+                difference = plus_minus(paired.difference, paired.interval, digits, sign="+")
+                difference += " *" if row.verdict else "  "
             colour = {"better": "green", "worse": "red", "": ""}[row.verdict]
             grid.add_row(
                 Text(row.cell.label, style="bold" if row.cell.axis is None else ""),
                 mean,
                 Text(difference, style=colour),
+                p_value(row.p_holm),
                 number(result.get("num_params"), ",d"),
                 number(result.get("compile_seconds"), ".1f"),
                 number(result.get("steps_per_second"), ".1f"),
@@ -415,14 +523,18 @@ def show(rows: Sequence[Row], file: Any = None) -> None:
 
 
 def metric_title(rows: Sequence[Row]) -> str:
-    """What the numbers of a group are: 'validation/loss (lower is better), mean ± 95% ...'."""
-    done = [row for row in rows if row.primary]
+    """What the numbers of a group are: 'test/loss (lower is better), mean ± 95% interval over ...'.
+
+    It says so where there is no test split: then values are chosen by the data that is reported.
+    """
+    done = [row for row in rows if row.reported]
     if not done:
         return "no results yet"
-    result, seeds = done[0].cell.result, len(done[0].primary.values)
-    direction = "lower" if result["lower_is_better"] else "higher"
+    metric, seeds = done[0].metric, len(done[0].reported.values)
+    direction = "lower" if done[0].cell.result["lower_is_better"] else "higher"
+    split = "; no test split" if metric.startswith("validation/") else ""
     over = f"mean ± 95% interval over {seeds} seeds" if seeds > 1 else "one seed, no interval"
-    return f"{result['primary']} ({direction} is better), {over}"
+    return f"{metric} ({direction} is better{split}), {over}"
 
 
 def number(value: float | None, spec: str) -> str:

@@ -22,7 +22,17 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments import checkpoints, cli, data, devices, leases, results, settings, tasks
+from experiments import (
+    checkpoints,
+    cli,
+    data,
+    devices,
+    leases,
+    results,
+    settings,
+    statistics,
+    tasks,
+)
 from experiments.models import build
 from experiments.program import (
     Decoding,
@@ -469,7 +479,7 @@ def main(argv):
         return
     result = json.loads(path.read_text("utf-8"))
     for name, values in result["metrics"].items():
-        mean, interval = results.mean_interval(values)
+        mean, interval = statistics.mean_interval(values)
         print(f"{name}: {results.plus_minus(mean, interval, 4)}  {values}")
     for split, by_length in result.get("bleu_by_length", {}).items():
         numbers = ", ".join(f"{tokens}: {np.mean(x):.1f}" for tokens, x in by_length.items())

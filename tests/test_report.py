@@ -8,7 +8,7 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
-from test_results import CELLS, SCRIPT, write_run
+from test_results import CELLS, DISAGREE, SCRIPT, grid, write_run
 
 from experiments import plots, report, results
 
@@ -108,11 +108,44 @@ def test_page_tells_everything(page, experiment):
     assert "0.10.2" in shown and "<two>" in shown
     assert "additive did best, validation/loss 2.000 ± 0.237" in shown
     assert "no value has a result yet (none failed)" in shown
-    assert "−0.100 ± 0.025*" in shown and "123,456" in shown
+    assert "−0.100 ± 0.025* 0.007 −10.0 " in shown and "123,456" in shown
+    assert "<0.001 +∞ " in shown  # heads=2 differs by the same in every seed
+    assert "Too few seeds: with 3 seeds and 3 comparisons only differences above 4.4" in shown
     assert "validation/bits" in shown  # the other metric on the same data ...
     assert "train/x" not in shown  # ... and not those on other data
     assert "text (base): attention weights" in shown
     assert "text: attention weights of the last layer by score" in shown
+
+
+def test_tooltips_have_the_bootstrap_intervals_and_the_uncorrected_p(page, experiment):
+    titles = [value for name, value in page.attributes if name == "title"]
+    row = next(r for r in results.summarize(experiment) if r.cell.id == "text.score=additive")
+    low, high = row.reported.comparison.bootstrap
+    assert f"better than the base; 95% bootstrap interval: {low:.3f} to {high:.3f}" in titles
+    assert "uncorrected: 0.003" in titles
+
+
+def test_the_page_reports_test_and_shows_what_chose(tmp_path):
+    page = Page(report.write_report(write_run(tmp_path, DISAGREE)).read_text("utf-8"))
+    shown = " ".join("".join(page.text).split())
+    assert "cell test/loss difference p (Holm) effect size validation/loss parameters" in shown
+    assert "Values are chosen by validation/loss, never by what is reported" in shown
+    panel = plots.axis_plot(results.load(tmp_path), "text", "score").axes[0]
+    assert panel.get_xlabel() == "test/loss (lower is better)"
+    colors = [bar.lines[0].get_color() for bar in panel.containers]
+    assert colors == [plots.INK, plots.COLORS["worse"], plots.COLORS["better"]]
+
+
+def test_the_page_has_the_effects_of_a_product(tmp_path):
+    page = Page(report.write_report(write_run(tmp_path / "whole", grid())).read_text("utf-8"))
+    shown = " ".join("".join(page.text).split())
+    (effect, *_) = results.axis_effects(
+        results.summarize(results.load(tmp_path / "whole")), "score×heads"
+    )
+    assert page.tags.count("table") == 2
+    assert f"term degrees of freedom F p partial η² score 1, 10 {effect.f:.2f} <0.001" in shown
+    path = report.write_report(write_run(tmp_path / "part", grid()[:-1]))
+    assert "No analysis of variance: it needs every cell" in path.read_text("utf-8")
 
 
 def test_sort_keys_are_numbers(page):
@@ -182,7 +215,7 @@ def test_axis_plot(experiment):
     (panel,) = plots.axis_plot(experiment, "text", "score").axes
     labels = [label.get_text() for label in panel.get_yticklabels()]
     assert labels == ["scaled_dot (base)", "additive", SCRIPT]
-    assert panel.get_xlabel() == "validation/loss (lower is better)"
+    assert panel.get_xlabel() == "validation/loss (lower is better; no test split)"
     (line,) = [line for line in panel.get_lines() if line.get_linestyle() == "--"]
     assert line.get_xdata()[0] == pytest.approx(2.1)
     dots = [dot.get_offsets() for dot in panel.collections if len(dot.get_offsets()) == 3]
@@ -308,7 +341,7 @@ def test_importing_is_light_and_leaves_no_flags_behind():
 import sys
 from absl import flags
 from experiments import plots, report, results
-heavy = {"matplotlib", "scipy", "jinja2", "rich", "jax"} & set(sys.modules)
+heavy = {"matplotlib", "scipy", "statsmodels", "pandas", "jinja2", "rich", "jax"} & set(sys.modules)
 assert not heavy, heavy
 assert "workdir" not in flags.FLAGS
 """

@@ -1,4 +1,4 @@
-"""Statistics of a run directory, against numbers by hand and SciPy's own tests."""
+"""What a run directory says: rows, verdicts, findings, tables, against numbers by hand."""
 
 import csv
 import dataclasses
@@ -9,7 +9,6 @@ import math
 import numpy as np
 import pytest
 from rich.console import Console
-from scipy import stats
 
 from experiments import results
 
@@ -18,8 +17,9 @@ T_95_OF_3 = 4.302652729911275  # Student's t, 2 degrees of freedom, 97.5%: any p
 ERROR = "ValueError: [red]width 30[/red] does not divide into <b>4</b> heads & more"
 SCRIPT = "<script>x"
 NEAREST = {"model.score": "scaled_dot", "model.num_heads": 4, "model.position": "rope"}
-# Base, axis, value, overrides and of each seed the final value; an error or None where there is
-# none. Of the score axis the differences are −0.10, −0.09, −0.11 and +0.5, 0, +0.4.
+# Base, axis, value, overrides and of each seed the final value (by split where there is a test
+# split); an error or None where there is none. Of the score axis the differences are −0.10, −0.09,
+# −0.11 and +0.5, 0, +0.4.
 CELLS = [
     ("text", None, None, {}, [2.0, 2.1, 2.2]),
     ("text", "score", "additive", {"model.score": "additive"}, [1.9, 2.01, 2.09]),
@@ -50,7 +50,9 @@ def write_run(workdir, cells=CELLS, seeds=3, tokens="for $x in y:\n\x07_", layer
             result = {"status": "failed", "error": final}
             (path / "result.json").write_text(json.dumps(result))
             continue
-        final = np.asarray(final[:seeds])
+        splits = final if isinstance(final, dict) else {"validation": final}
+        splits = {split: np.asarray(values[:seeds]) for split, values in splits.items()}
+        final = splits["validation"]
         metric = "loss" if base == "text" else "accuracy"
         with open(path / "metrics.jsonl", "w") as file:
             for step in range(10, 101, 10):
@@ -58,7 +60,8 @@ def write_run(workdir, cells=CELLS, seeds=3, tokens="for $x in y:\n\x07_", layer
                 print(json.dumps({"step": step, f"train/{metric}": values}), file=file)
                 if step % 20 == 0:
                     print(json.dumps({"step": step, f"validation/{metric}": values}), file=file)
-        metrics = {f"validation/{metric}": final, "validation/bits": 2 * final, "train/x": final}
+        metrics = {f"{split}/{metric}": values for split, values in splits.items()}
+        metrics |= {"validation/bits": 2 * final, "train/x": final}
         result = {
             "status": "done",
             "metrics": {key: values.tolist() for key, values in metrics.items()},
@@ -94,50 +97,6 @@ def rows_of(experiment):
     return {row.cell.id: row for row in results.summarize(experiment)}
 
 
-def test_mean_interval_by_hand():
-    mean, interval = results.mean_interval([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert interval == pytest.approx(T_95_OF_3 / math.sqrt(3), rel=1e-9)  # s = 1
-    _, interval = results.mean_interval([1.0, 2.0, 3.0], confidence=0.9)
-    assert interval == pytest.approx(2.919985580353726 / math.sqrt(3), rel=1e-9)
-
-
-@pytest.mark.parametrize("count", [2, 3, 5, 30])
-def test_mean_interval_is_that_of_a_t_test(count):
-    values = np.random.default_rng(count).normal(size=count)
-    mean, interval = results.mean_interval(values)
-    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
-    assert (mean - interval, mean + interval) == pytest.approx((low, high), rel=1e-10)
-
-
-def test_mean_interval_of_odd_values():
-    assert results.mean_interval([0.5, 0.5, 0.5]) == (0.5, 0.0)
-    mean, interval = results.mean_interval([0.7])
-    assert mean == 0.7 and math.isnan(interval)
-    assert all(map(math.isnan, results.mean_interval([1.0, math.nan, 2.0])))
-    mean, interval = results.mean_interval([1.0, math.inf])
-    assert mean == math.inf and math.isnan(interval)
-
-
-@pytest.mark.parametrize("count", [2, 3, 8])
-def test_paired_difference_is_that_of_a_paired_t_test(count):
-    rng = np.random.default_rng(count)
-    base = rng.normal(size=count)
-    values = base + 0.1 + rng.normal(size=count)
-    mean, interval = results.paired_difference(values, base)
-    low, high = stats.ttest_rel(values, base).confidence_interval(0.95)
-    assert (mean - interval, mean + interval) == pytest.approx((low, high), rel=1e-10)
-
-
-def test_paired_difference_of_odd_values():
-    mean, interval = results.paired_difference([1.5], [1.0])
-    assert mean == 0.5 and math.isnan(interval)
-    assert all(map(math.isnan, results.paired_difference([1.0, math.nan], [1.0, 1.0])))
-    assert results.paired_difference([2.0, 3.0], [1.0, 2.0]) == (1.0, 0.0)
-    with pytest.raises(ValueError, match="got 2 values and 3 of the base"):
-        results.paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])
-
-
 def test_rows_come_base_first_then_by_axis_in_sweep_order(experiment):
     ids = [row.cell.id for row in results.summarize(experiment)]
     assert ids == [
@@ -150,11 +109,174 @@ def test_differences_are_from_the_base_of_the_same_group(experiment):
     rows = rows_of(experiment)
     additive = rows["text.score=additive"].primary
     assert additive.mean == pytest.approx(2.0)
-    assert additive.difference == pytest.approx(-0.1)
-    assert additive.difference_interval == pytest.approx(T_95_OF_3 * 0.01 / math.sqrt(3))
-    assert rows["text.score=additive"].metrics["validation/bits"].difference == pytest.approx(-0.2)
-    assert rows["recall.position=none"].primary.difference == pytest.approx(-0.5)
-    assert math.isnan(rows["text"].primary.difference)
+    assert additive.comparison.difference == pytest.approx(-0.1)
+    assert additive.comparison.interval == pytest.approx(T_95_OF_3 * 0.01 / math.sqrt(3))
+    assert additive.comparison.effect_size == pytest.approx(-10)  # −0.1 over 0.01
+    bits = rows["text.score=additive"].metrics["validation/bits"]
+    assert bits.comparison.difference == pytest.approx(-0.2)
+    assert rows["recall.position=none"].primary.comparison.difference == pytest.approx(-0.5)
+    assert math.isnan(rows["text"].primary.comparison.difference)
+
+
+def test_p_values_are_corrected_within_a_group(tmp_path):
+    """t of 2 degrees of freedom has p = 1 − t / √(2 + t²); the smallest of three counts thrice."""
+    cells = [
+        CELLS[0],
+        ("text", "score", "a", {}, [1.9, 2.01, 2.09]),  # −0.10, −0.09, −0.11: t = 10 √3
+        ("text", "score", "b", {}, [2.1, 2.19, 2.32]),  # +0.10, +0.09, +0.12
+        ("text", "heads", 2, {}, [2.5, 2.1, 2.6]),  # +0.5, 0, +0.4
+        ("recall", None, None, {}, [0.9, 0.95, 0.92]),
+        ("recall", "score", "a", {}, [0.8, 0.86, 0.81]),  # −0.10, −0.09, −0.11
+    ]
+    rows = rows_of(results.load(write_run(tmp_path, cells)))
+
+    def p_of(*differences):
+        t = abs(np.mean(differences)) / (np.std(differences, ddof=1) / math.sqrt(3))
+        return 1 - t / math.sqrt(2 + t**2)
+
+    a, b = p_of(-0.1, -0.09, -0.11), p_of(0.1, 0.09, 0.12)
+    assert rows["text.score=a"].reported.comparison.p == pytest.approx(a, rel=1e-6)
+    assert rows["text.score=a"].p_holm == pytest.approx(3 * a, rel=1e-6)
+    assert rows["text.score=b"].p_holm == pytest.approx(2 * b, rel=1e-6)
+    assert rows["text.heads=2"].p_holm == pytest.approx(p_of(0.5, 0.0, 0.4), rel=1e-6)
+    assert rows["recall.score=a"].p_holm == pytest.approx(a, rel=1e-6)  # another family
+    assert math.isnan(rows["text"].p_holm)
+
+
+def test_a_star_is_lost_to_the_number_of_comparisons(tmp_path):
+    """−0.10, −0.08, −0.12 has p = 0.013: alone it is told from none, one of five it is not."""
+    slight = ("text", "score", "slight", {}, [1.9, 2.02, 2.08])
+    others = [("text", "score", f"x{i}", {}, [2.5, 2.1 - i / 10, 1.9]) for i in range(4)]
+    alone = rows_of(results.load(write_run(tmp_path / "a", [CELLS[0], slight])))
+    among = rows_of(results.load(write_run(tmp_path / "b", [CELLS[0], slight, *others])))
+    assert alone["text.score=slight"].verdict == "better"
+    assert among["text.score=slight"].verdict == ""
+    comparison = among["text.score=slight"].reported.comparison
+    assert abs(comparison.difference) > comparison.interval  # which is not corrected
+
+
+def test_a_diverged_cell_is_no_comparison(tmp_path):
+    diverged = ("text", "score", "general", {}, [2.0, math.inf, 2.0])
+    rows = rows_of(results.load(write_run(tmp_path, [*CELLS[:2], diverged])))
+    assert math.isnan(rows["text.score=general"].p_holm)
+    row = rows["text.score=additive"]
+    assert row.p_holm == row.reported.comparison.p
+
+
+def test_cells_of_other_seed_counts_are_compared_by_the_seeds_both_have(tmp_path):
+    longer = ("text", "score", "dot", {}, [1.9, 2.01, 2.09, 7.0, 8.0])
+    rows = rows_of(results.load(write_run(tmp_path, [CELLS[0], longer, *CELLS[1:2]], seeds=5)))
+    row = rows["text.score=dot"]
+    assert row.primary.mean == pytest.approx(np.mean(longer[-1]))
+    assert row.primary.comparison == rows["text.score=additive"].primary.comparison
+
+
+# Validation says a, test says b; the base is between them on both.
+DISAGREE = [
+    ("text", None, None, {}, {"validation": [2.0, 2.1, 2.2], "test": [3.0, 3.1, 3.2]}),
+    (
+        "text",
+        "score",
+        "a",
+        {"model.score": "a"},
+        {"validation": [1.8, 1.91, 2.0], "test": [3.2, 3.31, 3.4]},
+    ),
+    (
+        "text",
+        "score",
+        "b",
+        {"model.score": "b"},
+        {"validation": [2.2, 2.31, 2.4], "test": [2.8, 2.91, 3.0]},
+    ),
+]
+
+
+def test_validation_chooses_and_test_is_reported(tmp_path):
+    experiment = results.load(write_run(tmp_path, DISAGREE))
+    found = results.summarize(experiment)
+    rows = {row.cell.id: row for row in found}
+    assert {row.metric for row in found} == {"test/loss"}
+    a = rows["text.score=a"]
+    assert a.primary is a.metrics["validation/loss"] and a.reported is a.metrics["test/loss"]
+    assert (a.verdict, rows["text.score=b"].verdict) == ("worse", "better")
+    sentence = results.finding(experiment, found, "score")
+    assert sentence.startswith("a did best on validation, test/loss 3.303 ± 0.249, higher than the")
+    assert (
+        "by 0.203 ± 0.014, p < 0.001 after Holm's correction; the two splits disagree" in sentence
+    )
+    assert results.metric_title(found).startswith("test/loss (lower is better), mean ± 95%")
+    assert "+0.203 ± 0.014 *" in text_of(found, 100)
+    results.write_csv(found, tmp_path / "results.csv")
+    with open(tmp_path / "results.csv", newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["metric"] for line in lines if line["reported"] == "1"] == ["test/loss"] * 3
+    assert lines[0]["metric"] == "test/loss"
+
+
+def test_no_value_beats_the_base_on_validation(tmp_path):
+    experiment = results.load(write_run(tmp_path, DISAGREE[::2]))
+    sentence = results.finding(experiment, results.summarize(experiment), "score")
+    assert sentence.startswith("no value beat the base (scaled_dot) on validation, test/loss 3.100")
+    assert "b comes closest, lower by 0.197 ± 0.014, p < 0.001" in sentence
+
+
+def test_a_group_is_reported_on_one_split(tmp_path):
+    """A cell without the test split, of an earlier version say, puts all on validation."""
+    older = (*DISAGREE[2][:4], DISAGREE[2][4]["validation"])
+    rows = results.summarize(results.load(write_run(tmp_path, [*DISAGREE[:2], older])))
+    assert {row.metric for row in rows} == {"validation/loss"}
+    assert "validation/loss (lower is better; no test split)" in results.metric_title(rows)
+
+
+def test_too_few_seeds_are_told(tmp_path, experiment):
+    text = [row for row in results.summarize(experiment) if row.cell.base == "text"]
+    # t of 2 degrees of freedom at 1 − 0.05 / 6 is 7.6488, over √3; of 9 it is 2.9333, over √10
+    assert results.too_few_seeds(text) == (
+        "with 3 seeds and 3 comparisons only differences above 4.4 standard deviations can be "
+        "told from none: take more seeds (10 seeds: 0.9)"
+    )
+    cells = [(*cell[:4], np.arange(8.0) + i**2 * np.eye(8)[i]) for i, cell in enumerate(CELLS[:3])]
+    many = results.summarize(results.load(write_run(tmp_path / "8", cells, seeds=8)))
+    assert results.too_few_seeds(many) == ""
+    one = results.summarize(results.load(write_run(tmp_path / "1", CELLS[:3], seeds=1)))
+    assert results.too_few_seeds(one).startswith("a single seed does not tell")
+    assert results.too_few_seeds(many[:1]) == results.too_few_seeds([]) == ""
+
+
+def product(score, heads, final):
+    overrides = {"model.score": score, "model.num_heads": heads}
+    return "text", "score×heads", f"{score}, {heads}", overrides, final
+
+
+def grid():
+    """Heads make no difference, scores one of 1, the seeds one of 10 each."""
+    noise = np.random.default_rng(0).normal(scale=0.1, size=(2, 3, 3))
+    return [
+        product(score, heads, 10 * np.arange(3) + i + noise[i, j])
+        for i, score in enumerate(("dot", "cosine"))
+        for j, heads in enumerate((1, 2, 4))
+    ]
+
+
+def test_the_effects_of_a_product(tmp_path):
+    rows = results.summarize(results.load(write_run(tmp_path, grid())))
+    effects = {effect.term: effect for effect in results.axis_effects(rows, "score×heads")}
+    assert list(effects) == ["score", "heads", "score×heads", "seed"]
+    assert [effect.df for effect in effects.values()] == [1, 2, 2, 2]
+    assert effects["score"].residual_df == 10
+    assert effects["score"].p < 1e-6 < 0.01 < effects["heads"].p
+    assert effects["score"].partial_eta_squared > 0.9
+
+
+def test_no_effects_of_a_product_that_is_not_whole(tmp_path):
+    whole = grid()
+    failed = [*whole[:-1], (*whole[-1][:4], ERROR)]
+    gone = whole[:-1]
+    diverged = [*whole[:-1], (*whole[-1][:4], [1.0, math.nan, 2.0])]
+    tied = [(*cell[:3], {**cell[3], "model.mlp_dim": 8}, cell[4]) for cell in whole]
+    for name, cells in {"a": failed, "b": gone, "c": diverged, "d": tied}.items():
+        rows = results.summarize(results.load(write_run(tmp_path / name, cells)))
+        assert results.axis_effects(rows, "score×heads") is None, name
 
 
 def test_verdict_follows_the_direction_of_the_metric(experiment):
@@ -185,8 +307,9 @@ def test_status(experiment):
 def test_one_seed_has_no_interval_and_no_verdict(tmp_path):
     rows = rows_of(results.load(write_run(tmp_path, seeds=1)))
     row = rows["text.score=additive"]
-    assert row.primary.difference == pytest.approx(-0.1)
-    assert math.isnan(row.primary.interval) and math.isnan(row.primary.difference_interval)
+    assert row.primary.comparison.difference == pytest.approx(-0.1)
+    assert math.isnan(row.primary.interval) and math.isnan(row.primary.comparison.interval)
+    assert math.isnan(row.p_holm)
     assert not row.verdict
 
 
@@ -196,7 +319,7 @@ def test_without_a_finished_base_there_are_no_differences(tmp_path):
         rows = rows_of(results.load(write_run(workdir, base_cells + CELLS[1:3])))
         row = rows["text.heads=2"]
         assert row.primary.mean == pytest.approx(2.3)
-        assert math.isnan(row.primary.difference)
+        assert math.isnan(row.primary.comparison.difference) and math.isnan(row.p_holm)
 
 
 def test_csv(experiment, tmp_path):
@@ -207,8 +330,10 @@ def test_csv(experiment, tmp_path):
         lines = list(csv.DictReader(file))
     assert list(lines[0]) == [
         *("cell", "base", "axis", "value", "status", "seeds", "metric", "mean", "interval95"),
-        *("difference", "difference_interval95", "num_params", "compile_seconds"),
-        *("steps_per_second", "error"),
+        *("difference", "difference_interval95", "bootstrap95_low", "bootstrap95_high"),
+        *("difference_bootstrap95_low", "difference_bootstrap95_high"),
+        *("effect_size", "p", "p_holm", "reported"),
+        *("num_params", "compile_seconds", "steps_per_second", "error"),
     ]
     assert len(lines) == 7 * 3 + 2  # three metrics of each cell that is done
     line = lines[3]
@@ -216,6 +341,13 @@ def test_csv(experiment, tmp_path):
     assert (line["axis"], line["value"], line["seeds"]) == ("score", "additive", "3")
     assert float(line["mean"]) == np.mean([1.9, 2.01, 2.09])
     assert float(line["difference_interval95"]) == pytest.approx(T_95_OF_3 * 0.01 / math.sqrt(3))
+    assert -0.1101 < float(line["difference_bootstrap95_low"]) < -0.1
+    assert -0.1 < float(line["difference_bootstrap95_high"]) < -0.0899
+    assert 1.899 < float(line["bootstrap95_low"]) < 2.0 < float(line["bootstrap95_high"]) < 2.091
+    assert float(line["effect_size"]) == pytest.approx(-10)
+    assert float(line["p_holm"]) == pytest.approx(2 * float(line["p"]))  # that of heads=2 is 0
+    assert [line["reported"] for line in lines[3:6]] == ["1", "0", "0"]
+    assert lines[4]["p"] != "" and lines[4]["p_holm"] == ""  # no part of the family
     assert (line["num_params"], line["compile_seconds"]) == ("123456", "4.25")
     assert (lines[0]["axis"], lines[0]["difference"]) == ("", "")
     (failed,) = [line for line in lines if line["status"] == "failed"]
@@ -231,7 +363,7 @@ def text_of(rows, width):
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("width", [80, 200])
+@pytest.mark.parametrize("width", [100, 200])
 def test_table(experiment, width):
     text = text_of(results.summarize(experiment), width)
     assert "…" not in text
@@ -244,8 +376,21 @@ def test_table(experiment, width):
     assert "123,456" in lines["heads=2"] and "4.2" in lines["heads=2"]
     assert lines["heads=8"].split() == ["heads=8", "not", "run"]
     assert f"position=none failed: {ERROR}" in " ".join(text.split())
-    assert "validation/loss (lower is better), mean ± 95% interval over 3 seeds" in text
-    assert "validation/accuracy (higher is better)" in text
+    assert lines["score=additive"].split("*")[1].split()[0] == "0.007"
+    shown = " ".join(text.split())
+    assert (
+        "validation/loss (lower is better; no test split), mean ± 95% interval over 3 see" in shown
+    )
+    assert "validation/accuracy (higher is better; no test split)" in shown
+    assert "with 3 seeds and 3 comparisons only differences above 4.4 standard" in shown
+
+
+def test_the_longest_row_of_the_quickstart_fits_into_100_columns(tmp_path):
+    value = "sinusoidal(scale=0.02)"
+    cells = [CELLS[0], ("text", "position", value, {}, [2.5, 2.44, 2.62])]
+    text = text_of(results.summarize(results.load(write_run(tmp_path, cells))), 100)
+    (line,) = [line for line in text.splitlines() if f"position={value} " in line]
+    assert line.rstrip().endswith("done")
 
 
 def test_a_long_name_is_folded_not_cut(tmp_path):
@@ -302,11 +447,11 @@ def test_findings(tmp_path):
     found = findings(tmp_path, text)
     assert found["score"] == (
         "additive did best, validation/loss 2.000 ± 0.237, lower than the base (scaled_dot) "
-        "by 0.100 ± 0.025; the interval excludes zero."
+        "by 0.100 ± 0.025, p = 0.007 after Holm's correction."
     )
     assert found["heads"] == (
-        "no value beat the base (4), validation/loss 2.100 ± 0.248; 2 comes closest, worse "
-        "by 0.200 ± 0.000; the interval excludes zero (8 not run)."
+        "no value beat the base (4), validation/loss 2.100 ± 0.248; 2 comes closest, higher "
+        "by 0.200 ± 0.000, p < 0.001 after Holm's correction (8 not run)."
     )
     assert found["position"] == "no value has a result yet (none failed)."
 
@@ -317,7 +462,7 @@ def test_findings_name_what_is_worse_and_what_is_uncertain(tmp_path):
     diverged = ("text", "score", "general", {}, [2.0, math.nan, 2.0])
     sentence = findings(tmp_path, [CELLS[0], slight, clear, diverged])["score"]
     assert "dot did best" in sentence
-    assert "the interval includes zero, so the seeds do not tell them apart" in sentence
+    assert "p = 0.667 after Holm's correction, so the seeds do not tell them apart" in sentence
     assert sentence.endswith("clearly worse than the base: location (general diverged).")
 
 
@@ -326,7 +471,7 @@ def test_findings_without_base_or_interval(tmp_path):
     assert sentence.endswith("additive did best, validation/loss 2.000 ± 0.237; there is no base "
                              "to compare it with.")  # fmt: skip
     sentence = findings(tmp_path / "b", CELLS[:2], seeds=1)["score"]
-    assert sentence.endswith("by 0.100; a single seed gives no interval.")
+    assert sentence.endswith("by 0.100; a single seed does not tell it from chance.")
     same = ("text", "score", "dot", {}, [2.0, 2.1, 2.2])
     assert "no value beat the base" in (text := findings(tmp_path / "c", [CELLS[0], same])["score"])
     assert "dot equals it" in text

@@ -52,8 +52,8 @@ class Task(typing.Protocol):
     """'decoder' or 'encoder_decoder'."""
 
     primary: ClassVar[str]
-    """The metric that judges a model: '<split>/loss' or '<split>/accuracy', or of a task that
-    `Translates` one of its scores, '<split>/bleu'."""
+    """The metric that models are chosen by: 'validation/loss' or 'validation/accuracy', or of a
+    task that `Translates` one of its scores, 'validation/bleu'. The same on 'test' is reported."""
 
     lower_is_better: ClassVar[bool]
     """Whether a smaller primary metric is better."""

@@ -1,0 +1,303 @@
+"""Statistics over seeds, against formulas by hand, SciPy's tests and simulated sweeps."""
+
+import gc
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import statistics
+
+T_95_OF_3 = 4.302652729911275  # Student's t, 2 degrees of freedom, 97.5%: any printed table
+
+
+def test_mean_interval_by_hand():
+    mean, interval = statistics.mean_interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert interval == pytest.approx(T_95_OF_3 / math.sqrt(3), rel=1e-9)  # s = 1
+    _, interval = statistics.mean_interval([1.0, 2.0, 3.0], confidence=0.9)
+    assert interval == pytest.approx(2.919985580353726 / math.sqrt(3), rel=1e-9)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 30])
+def test_mean_interval_is_that_of_a_t_test(count):
+    values = np.random.default_rng(count).normal(size=count)
+    mean, interval = statistics.mean_interval(values)
+    low, high = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert (mean - interval, mean + interval) == pytest.approx((low, high), rel=1e-10)
+
+
+def test_mean_interval_of_odd_values():
+    assert statistics.mean_interval([0.5, 0.5, 0.5]) == (0.5, 0.0)
+    mean, interval = statistics.mean_interval([0.7])
+    assert mean == 0.7 and math.isnan(interval)
+    assert all(map(math.isnan, statistics.mean_interval([])))
+    assert all(map(math.isnan, statistics.mean_interval([1.0, math.nan, 2.0])))
+    mean, interval = statistics.mean_interval([1.0, math.inf])
+    assert mean == math.inf and math.isnan(interval)
+
+
+def bca(values, draws=100_000):
+    """Efron 1987, eq. 2.3 and 6.6, of the mean, with resamples of its own."""
+    rng, mean = np.random.default_rng(1), np.mean(values)
+    means = np.mean(rng.choice(values, (draws, len(values))), axis=1)
+    bias = stats.norm.ppf(np.mean(means < mean))
+    left_out = np.array([np.mean(np.delete(values, i)) for i in range(len(values))])
+    gaps = left_out.mean() - left_out
+    acceleration = np.sum(gaps**3) / (6 * np.sum(gaps**2) ** 1.5)
+    z = bias + stats.norm.ppf([0.025, 0.975])
+    return np.quantile(means, stats.norm.cdf(bias + z / (1 - acceleration * z)))
+
+
+def test_bootstrap_interval_is_bca_of_the_mean():
+    values = np.random.default_rng(0).gamma(1.0, size=12)
+    low, high = statistics.bootstrap_interval(values)
+    assert (low, high) == pytest.approx(bca(values), abs=0.03)
+    percentile = stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
+    assert high > percentile.high + 0.04, "skewed to the right, and BCa follows"
+    assert statistics.bootstrap_interval(values) == (low, high), "no chance of its own"
+    narrow = statistics.bootstrap_interval(values, confidence=0.5)
+    assert low < narrow[0] < narrow[1] < high
+
+
+def test_bootstrap_interval_of_odd_values():
+    for values in ([], [1.0], [1.0, 2.0], [1.0, math.nan, 2.0], [1.0, math.inf, 2.0]):
+        assert all(map(math.isnan, statistics.bootstrap_interval(values))), values
+    assert statistics.bootstrap_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
+    low, high = statistics.bootstrap_interval([1.0, 2.0, 4.0])
+    assert 1.0 <= low < 7 / 3 < high <= 4.0
+
+
+def test_paired_by_hand():
+    found = statistics.paired([2.1, 2.3, 2.2, 2.6], [2.0, 2.0, 2.0, 2.0])
+    d = np.array([0.1, 0.3, 0.2, 0.6])
+    s = math.sqrt(np.sum((d - 0.3) ** 2) / 3)
+    assert found.differences == pytest.approx(tuple(d))
+    assert found.difference == pytest.approx(0.3)
+    assert found.interval == pytest.approx(3.182446305284263 * s / 2)  # t of 3, 97.5%
+    assert found.effect_size == pytest.approx(0.3 / s)
+    # Of 3 degrees of freedom P(T ≤ t) = ½ + (x / (1 + x²) + arctan x) / π, x = t / √3
+    x = 0.3 / (s / 2) / math.sqrt(3)
+    assert found.p == pytest.approx(1 - 2 / math.pi * (x / (1 + x**2) + math.atan(x)))
+    assert found.bootstrap == statistics.bootstrap_interval(found.differences)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_paired_is_the_paired_t_test(count):
+    rng = np.random.default_rng(count)
+    base = rng.normal(size=count)
+    values = base + 0.1 + rng.normal(size=count)
+    found, expected = statistics.paired(values, base), stats.ttest_rel(values, base)
+    ends = found.difference - found.interval, found.difference + found.interval
+    assert ends == pytest.approx(tuple(expected.confidence_interval(0.95)), rel=1e-10)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.effect_size == pytest.approx(expected.statistic / math.sqrt(count))
+    back = statistics.paired(base, values)
+    assert (back.p, back.effect_size) == pytest.approx((found.p, -found.effect_size))
+
+
+def test_a_difference_common_to_all_seeds_is_seen_through_their_spread():
+    base = np.array([1.0, 20.0, 300.0, 4000.0])
+    values = base + [0.9, 1.1, 1.0, 1.05]
+    assert statistics.paired(values, base).p < 0.001 < 0.9 < stats.ttest_ind(values, base).pvalue
+
+
+def test_paired_where_nothing_varies():
+    same = statistics.paired([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
+    assert (same.difference, same.interval, same.p, same.effect_size) == (0.0, 0.0, 1.0, 0.0)
+    assert same.bootstrap == (0.0, 0.0)
+    # 2.2 − 2.0 and 2.3 − 2.1 are not the same number in floating point, and no warning is raised.
+    above = statistics.paired([2.2, 2.3, 2.4], [2.0, 2.1, 2.2])
+    assert above.difference == pytest.approx(0.2)
+    assert (above.p, above.effect_size) == (0.0, math.inf)
+    below = statistics.paired([2.0, 2.1, 2.2], [2.2, 2.3, 2.4])
+    assert (below.p, below.effect_size) == (0.0, -math.inf)
+    rounded = statistics.paired([0.1 + 0.2, 1.0], [0.3, 1.0])
+    assert (rounded.p, rounded.effect_size) == (1.0, 0.0)
+    tiny = statistics.paired([1.0 + 1e-9, 1.0 + 2e-9, 1.0 + 3e-9], [1.0, 1.0, 1.0])
+    assert tiny.p == pytest.approx(1 - math.sqrt(12) / math.sqrt(14), rel=1e-3)  # t = 2 √3
+
+
+def test_paired_of_odd_values():
+    one = statistics.paired([1.5], [1.0])
+    assert one.difference == 0.5
+    assert all(map(math.isnan, (one.interval, one.p, one.effect_size, *one.bootstrap)))
+    for bad in (math.nan, math.inf):
+        found = statistics.paired([1.0, bad, 1.0], [1.0, 1.0, 2.0])
+        assert not math.isfinite(found.difference)
+        assert all(map(math.isnan, (found.interval, found.p, found.effect_size, *found.bootstrap)))
+    with pytest.raises(ValueError, match="got 2 values and 3 of the base"):
+        statistics.paired([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+def test_holm_by_hand():
+    # Ascending 0.01 · 4, 0.02 · 3, 0.025 · 2 (less than the one before), 0.6 · 1
+    assert statistics.holm([0.02, 0.6, 0.01, 0.025]).tolist() == pytest.approx(
+        [0.06, 0.6, 0.04, 0.06]
+    )
+    assert statistics.holm([0.5, 0.7]).tolist() == [1.0, 1.0]
+    assert statistics.holm([0.03]).tolist() == [0.03]
+
+
+def test_holm_leaves_out_what_is_no_comparison():
+    found = statistics.holm([math.nan, 0.02, math.nan, 0.01])
+    assert found[[1, 3]].tolist() == pytest.approx([0.02, 0.02])
+    assert np.isnan(found[[0, 2]]).all()
+    assert np.isnan(statistics.holm([math.nan, math.nan])).all()
+    assert statistics.holm([]).size == 0
+    with pytest.raises(ValueError, match=r"between 0 and 1: got \[0.5, 1.2\]"):
+        statistics.holm([0.5, 1.2])
+
+
+@pytest.mark.parametrize("seeds, comparisons", [(2, 1), (3, 13), (10, 13), (5, 4)])
+def test_the_smallest_effect_is_where_holm_finds_it(seeds, comparisons):
+    smallest = statistics.smallest_effect(seeds, comparisons)
+    pattern = np.arange(seeds) - (seeds - 1) / 2  # mean 0
+    pattern /= np.std(pattern, ddof=1)
+    for factor, found in ((0.999, False), (1.001, True)):
+        p = statistics.paired(pattern + factor * smallest, np.zeros(seeds)).p
+        corrected = statistics.holm([p, *[1.0] * (comparisons - 1)])
+        assert (corrected[0] < 0.05) == found
+
+
+def test_the_smallest_effect_of_too_little():
+    assert math.isnan(statistics.smallest_effect(1, 3))
+    assert math.isnan(statistics.smallest_effect(3, 0))
+
+
+@pytest.fixture
+def frozen():
+    """statsmodels collects garbage at every correction; what pytest has loaded is none."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def simulate(groups, shifts, seeds=6):
+    """Corrected p-values [groups, comparisons] of cells that share a base and its seeds' noise."""
+    rng = np.random.default_rng(7)
+    found = []
+    for _ in range(groups):
+        of_seeds = rng.normal(scale=3.0, size=seeds)
+        base = of_seeds + rng.normal(size=seeds)
+        cells = [of_seeds + rng.normal(size=seeds) + shift for shift in shifts]
+        found.append(statistics.holm([statistics.paired(cell, base).p for cell in cells]))
+    return np.array(found)
+
+
+@pytest.mark.usefixtures("frozen")
+def test_a_group_without_differences_has_a_star_in_one_of_twenty_at_most():
+    """Five comparisons at 5% each would have one in more than a tenth of the groups."""
+    found = simulate(400, np.zeros(5))
+    assert 0.005 <= np.mean((found < 0.05).any(axis=1)) <= 0.08
+
+
+@pytest.mark.usefixtures("frozen")
+def test_big_differences_are_found():
+    # The differences have a standard deviation of √2: d_z is 3.5, and −3.5.
+    found = simulate(100, [5.0, 0.0, 0.0, 0.0, -5.0])
+    assert np.mean(found[:, [0, 4]] < 0.05) > 0.9
+    assert np.mean((found[:, 1:4] < 0.05).any(axis=1)) <= 0.08
+
+
+def runs(cube):
+    """The arguments of `axis_effects` for values [a, b, seed]."""
+    a, b, seed = (index.ravel() for index in np.indices(cube.shape))
+    return {"score": [f"s{i}" for i in a], "num heads": list(b)}, seed.tolist(), cube.ravel()
+
+
+def test_axis_effects_of_a_balanced_grid_by_sums_of_squares():
+    cube = np.random.default_rng(3).normal(size=(3, 2, 4))
+    cube[1] += 1.0
+    cube += np.arange(4)
+    a, b, n = cube.shape
+    mean = cube.mean()
+    of_a, of_b = cube.mean(axis=(1, 2)) - mean, cube.mean(axis=(0, 2)) - mean
+    of_seed = cube.mean(axis=(0, 1)) - mean
+    of_both = cube.mean(axis=2) - mean - of_a[:, None] - of_b
+    squares = {
+        "score": (a - 1, b * n * np.sum(of_a**2)),
+        "num heads": (b - 1, a * n * np.sum(of_b**2)),
+        "score×num heads": ((a - 1) * (b - 1), n * np.sum(of_both**2)),
+        "seed": (n - 1, a * b * np.sum(of_seed**2)),
+    }
+    residual = np.sum((cube - mean) ** 2) - sum(ss for _, ss in squares.values())
+    residual_df = (a * b - 1) * (n - 1)
+    effects = statistics.axis_effects(*runs(cube))
+    assert [effect.term for effect in effects] == list(squares)
+    for effect in effects:
+        df, ss = squares[effect.term]
+        f = (ss / df) / (residual / residual_df)
+        assert (effect.df, effect.residual_df) == (df, residual_df)
+        assert effect.f == pytest.approx(f, rel=1e-9)
+        assert effect.p == pytest.approx(stats.f.sf(f, df, residual_df), rel=1e-9)
+        assert effect.partial_eta_squared == pytest.approx(ss / (ss + residual), rel=1e-9)
+
+
+def test_axis_effects_of_an_unbalanced_grid_are_of_type_two():
+    """SS of a main effect: what it takes off the residual of all terms that do not contain it."""
+    factors, seeds, values = runs(np.random.default_rng(5).normal(size=(2, 3, 4)))
+    keep = [i for i in range(24) if i not in (1, 2, 19)]
+    score = np.array([factors["score"][i] == "s1" for i in keep], float)
+    heads = np.eye(3)[[factors["num heads"][i] for i in keep]]
+    seed = np.eye(4)[[seeds[i] for i in keep]]
+
+    def residual(*columns):
+        design = np.column_stack([np.ones(len(keep)), *columns])
+        fitted = design @ np.linalg.lstsq(design, values[keep])[0]
+        return np.sum((values[keep] - fitted) ** 2)
+
+    full = residual(seed, heads, heads * score[:, None])
+    ss = residual(seed, heads) - residual(seed, heads, score)
+    kept = {name: [column[i] for i in keep] for name, column in factors.items()}
+    effect = statistics.axis_effects(kept, [seeds[i] for i in keep], values[keep])[0]
+    assert effect.residual_df == len(keep) - 1 - 3 - 5
+    assert effect.f == pytest.approx(ss / (full / effect.residual_df), rel=1e-9)
+    assert effect.partial_eta_squared == pytest.approx(ss / (ss + full), rel=1e-9)
+
+
+def test_axis_effects_tell_an_interaction_from_main_effects():
+    noise = 0.1 * np.random.default_rng(0).normal(size=(2, 2, 5))
+    crossed = noise + np.array([[1.0, -1.0], [-1.0, 1.0]])[..., None]
+    p = {effect.term: effect.p for effect in statistics.axis_effects(*runs(crossed))}
+    assert p["score×num heads"] < 1e-6 < 0.05 < min(p["score"], p["num heads"])
+
+
+def test_axis_effects_of_three_axes_need_one_seed_only():
+    """What is left is the interaction of all three."""
+    cube = np.random.default_rng(0).normal(size=(2, 2, 3))
+    i, j, k = (index.ravel() for index in np.indices(cube.shape))
+    effects = statistics.axis_effects({"a": i, "b": j, "c": k}, [0] * 12, cube.ravel())
+    assert [effect.term for effect in effects] == ["a", "b", "c", "a×b", "a×c", "b×c"]
+    assert {effect.residual_df for effect in effects} == {2}
+
+
+def test_axis_effects_of_too_few_runs():
+    cube = np.random.default_rng(0).normal(size=(3, 2, 4))
+    factors, seeds, values = runs(cube)
+    missing = slice(4, None)  # the first cell
+    few = {name: column[missing] for name, column in factors.items()}
+    assert statistics.axis_effects(few, seeds[missing], values[missing]) is None
+    assert statistics.axis_effects(*runs(cube[..., :1])) is None  # one seed: no residual
+    assert statistics.axis_effects(*runs(cube[:1])) is None  # one score
+    assert statistics.axis_effects({"score": factors["score"]}, seeds, values) is None
+    assert statistics.axis_effects(*runs(np.full((3, 2, 4), 0.3))) is None
+    assert statistics.axis_effects(*runs(np.where(cube == cube[0, 0, 0], np.nan, cube))) is None
+    with pytest.raises(ValueError, match="'seed' has 23 entries and the metric 24"):
+        statistics.axis_effects(factors, seeds[1:], values)
+    # One run less of a cell is no cell less.
+    one = {name: column[1:] for name, column in factors.items()}
+    assert statistics.axis_effects(one, seeds[1:], values[1:])[0].residual_df == 14
+
+
+def test_importing_is_light():
+    code = """
+import sys
+from experiments import statistics
+heavy = {"scipy", "statsmodels", "pandas", "jax"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
