@@ -137,6 +137,7 @@ def test_a_run_that_takes_too_long_can_go_on(tmp_path):
     assert run(config, tmp_path)["metrics"] == whole["metrics"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's threads
 def test_a_checkpoint_that_the_disk_has_lost_is_passed_over(tmp_path, capsys):
     config = tiny()
     whole = run(config, tmp_path / "whole")
