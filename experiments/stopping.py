@@ -18,7 +18,8 @@ class Stop:
     While `unsaved` is False nothing would be lost, and `leave` is called where the signal finds the
     program: in a compilation, say. It ends the process; without one `Stopped` is raised, which a
     callback of a library may swallow, and then the request is met at the first step.
-    A second Ctrl-C interrupts at once. A signal that is ignored stays so.
+    A second Ctrl-C interrupts at once. Under nohup a closed terminal is
+    no signal.
     """
 
     def __init__(
@@ -31,8 +32,9 @@ class Stop:
         self.unsaved = False
 
     def __enter__(self) -> "Stop":
-        # What is ignored, as under nohup, stays so.
-        heard = [kind for kind in self._signals if signal.getsignal(kind) != signal.SIG_IGN]
+        heard = list(self._signals)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and signal.SIGHUP in heard:
+            heard.remove(signal.SIGHUP)  # as nohup wants it
         self._before = {kind: signal.signal(kind, self._ask) for kind in heard}
         return self
 
