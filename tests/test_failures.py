@@ -47,8 +47,8 @@ def test_a_signal_while_it_compiles_ends_it_at_once(config, tmp_path):
 
 def test_two_launchers_share_a_sweep_and_do_no_cell_twice(config, tmp_path):
     work = tmp_path / "work"
-    flags = [f"--config={config}", "--config.train.steps=300"]
-    flags += ["--config.train.checkpoint_every=100", f"--workdir={work}"]
+    flags = [f"--config={config}", "--config.train.steps=100"]
+    flags += ["--config.train.checkpoint_every=50", f"--workdir={work}"]
     runs = [start(*flags) for _ in range(2)]
     outputs = [run.communicate(timeout=200) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs

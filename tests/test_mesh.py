@@ -366,6 +366,7 @@ def finish(processes, status=0):
     return [[line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in said]
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_model_and_one_goes_on(answers, folder):
     """Both write the checkpoint, the first everything else; one process restores it."""
     workdir = folder / "two processes"
