@@ -25,7 +25,7 @@ class Job:
     Attributes:
       id: its folder in cells/ of the work directory.
       until: train to this step only (see `halving`), None for all.
-      max_minutes: of training, after which the cell has failed; 0: no limit.
+      max_minutes: of an attempt, after which the cell has failed; 0: no limit.
       tensorboard: write TensorBoard events as well.
     """
 
@@ -48,9 +48,13 @@ def outcome(directory: Path, until: int | None = None) -> dict[str, Any] | None:
     """The result of a cell, or what it had at the step `until`; None while it has more to do."""
     if (path := directory / "result.json").exists():
         return json.loads(path.read_text("utf-8"))
-    if until is not None and (path := directory / "rungs.json").exists():
-        return json.loads(path.read_text("utf-8")).get(str(until))
-    return None
+    return _rungs(directory).get(str(until))
+
+
+def _rungs(directory):
+    """By step what a cell had there."""
+    path = directory / "rungs.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def run_cell(
@@ -121,9 +125,8 @@ def write(directory: Path, found: dict[str, Any]) -> None:
     if found["status"] != "paused":
         results.replace(directory / "result.json", json.dumps(found, indent=2))
         return
-    path = directory / "rungs.json"
-    rungs = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    results.replace(path, json.dumps({**rungs, str(found["step"]): found}, indent=2))
+    rungs = {**_rungs(directory), str(found["step"]): found}
+    results.replace(directory / "rungs.json", json.dumps(rungs, indent=2))
 
 
 def score(directory: Path, step: int) -> float:
@@ -131,10 +134,8 @@ def score(directory: Path, step: int) -> float:
 
     nan for a failure.
     """
-    path = directory / "rungs.json"
-    rungs = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    if str(step) in rungs:
-        return rungs[str(step)]["score"]
+    if paused := _rungs(directory).get(str(step)):
+        return paused["score"]
     found = outcome(directory)
     if not found or found["status"] != "done":
         return math.nan
@@ -181,7 +182,7 @@ def line(found: dict[str, Any]) -> str:
     return f"{found['primary']} {results.plus_minus(*value, 3)}, {found['train_seconds']:.0f} s"
 
 
-def disk_full(error):
+def disk_full(error: BaseException | None) -> bool:
     """Whether that is at the root of an error; Orbax and TensorStore wrap it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

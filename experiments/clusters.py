@@ -5,6 +5,7 @@ is all that the launcher reads: a task that is lost is started again, goes on fr
 and never repeats a cell that is done.
 """
 
+import abc
 import collections
 import dataclasses
 import shutil
@@ -23,19 +24,13 @@ _TRIES = 3  # of a cell whose task ends without an outcome
 _PATIENCE = 120.0  # seconds for a lease of a machine that is gone, and for what is asked to stop
 
 
-class _Cluster:
+class _Cluster(abc.ABC):
     """What both do: submit each cell, watch the work directory, submit again what was lost."""
 
     def __init__(self, workdir: Path, workers: int, resources: dict[str, Any]):
         self._workdir, self._workers, self._resources = workdir.absolute(), workers, resources
         self._tries: collections.Counter[str] = collections.Counter()
         self._hopeless: dict[str, str] = {}  # why, of the cells that have failed too often
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        pass
 
     def run(self, jobs: Sequence[cells.Job], progress: Progress, stop: Stop) -> None:
         """Trains them.
@@ -97,19 +92,21 @@ class _Cluster:
         while time.monotonic() < until and not all(map(self._ended, handles)):
             time.sleep(0.2)
 
+    @abc.abstractmethod
     def _submit(self, job: cells.Job) -> Any:
-        raise NotImplementedError
+        """Starts it somewhere; -> a handle."""
 
+    @abc.abstractmethod
     def _ended(self, handle: Any) -> bool:
-        raise NotImplementedError
+        """Whether a task is over, however it ended."""
 
+    @abc.abstractmethod
     def _get(self, handle: Any) -> str:
         """What a task that has ended returned; raises what it raised."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _cancel(self, handle: Any) -> None:
         """Asks a task to save and end."""
-        raise NotImplementedError
 
 
 class Ray(_Cluster):
@@ -165,6 +162,9 @@ class Slurm(_Cluster):
                 "--executor=local"
             )
         return self
+
+    def __exit__(self, *_) -> None:
+        pass
 
     def _submit(self, job):
         self._executor = self._executor or self._make()

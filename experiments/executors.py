@@ -28,7 +28,6 @@ from experiments.stopping import Stop, Stopped
 
 _TRIES = 2  # of a cell whose process dies
 
-
 NAMES = ("local", "ray", "slurm")
 
 

@@ -18,8 +18,7 @@ class Stop:
     While `unsaved` is False nothing would be lost, and `leave` is called where the signal finds the
     program: in a compilation, say. It ends the process; without one `Stopped` is raised, which a
     callback of a library may swallow, and then the request is met at the first step.
-    A second Ctrl-C interrupts at once. Under nohup a closed terminal is
-    no signal.
+    A second Ctrl-C interrupts at once. Under nohup a closed terminal is no signal.
     """
 
     def __init__(

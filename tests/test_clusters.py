@@ -138,6 +138,9 @@ class Dying(clusters._Cluster):
     def _get(self, handle):
         raise OSError("its node is gone")
 
+    def _cancel(self, handle):
+        pass
+
 
 def test_a_cell_that_always_dies_elsewhere_is_a_failure_in_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(leases, "LAPSE", 1.0)

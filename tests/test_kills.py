@@ -2,22 +2,18 @@
 
 import csv
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import psutil
 import pytest
+from launching import start
 
 from experiments import checkpoints
 
-ROOT = Path(__file__).parents[1]
 CONFIG = """
 from experiments import settings
 
@@ -50,16 +46,11 @@ INSTANTS = {
 
 
 def launch(config, work):
-    command = [sys.executable, "-m", "experiments.ablate", f"--config={config}"]
-    command += [f"--workdir={work}"]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return start(f"--config={config}", f"--workdir={work}")
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=300)
+    output = process.communicate(timeout=300)
     assert process.returncode == 0, output
 
 
