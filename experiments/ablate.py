@@ -26,13 +26,28 @@ from absl import flags
 from ml_collections import config_flags
 
 from attention.nn.partition import mesh_sizes
-from experiments import cells, cli, executors, halving, leases, report, results, sweep, train
+from experiments import (
+    cells,
+    claims,
+    cli,
+    executors,
+    halving,
+    leases,
+    report,
+    results,
+    sweep,
+    train,
+)
 from experiments.progress import Progress
 from experiments.stopping import Stop, Stopped
 
 
-def open_workdir(workdir: Path, swept: Sequence[sweep.Cell]) -> None:
+def open_workdir(
+    workdir: Path, swept: Sequence[sweep.Cell], expected: Sequence[claims.Claim] = ()
+) -> None:
     """Writes sweep.json and each cell's config.json, or adds cells to those already there.
+
+    `expected` takes the place of what was claimed there before.
 
     Raises ValueError, before anything is written, where a cell there has other settings.
     """
@@ -44,7 +59,8 @@ def open_workdir(workdir: Path, swept: Sequence[sweep.Cell]) -> None:
     with filelock.FileLock(workdir / ".lock"):  # another launcher may add cells of its own
         for cell in swept:
             train.check_directory(cells.folder(workdir, cell.id), cell.config)
-        known = json.loads(path.read_text("utf-8"))["cells"] if path.exists() else []
+        before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        known = before.get("cells", [])
         ids = {cell["id"] for cell in known}
         fields = ("id", "base", "axis", "value", "overrides")
         added = [{name: getattr(c, name) for name in fields} for c in swept if c.id not in ids]
@@ -53,9 +69,10 @@ def open_workdir(workdir: Path, swept: Sequence[sweep.Cell]) -> None:
             "created": datetime.datetime.now().isoformat(timespec="seconds"),
             "seeds": list(range(swept[0].config.train.seeds)),
             "environment": environment(),
+            "claims": claims.describe(expected),
             "cells": known + added,
         }
-        if added:
+        if added or content["claims"] != before.get("claims", []):
             results.replace(path, json.dumps(content, indent=2))
         for cell in swept:  # a mesh may be another than before
             if not cells.outcome(directory := cells.folder(workdir, cell.id)):
@@ -127,7 +144,7 @@ def main(argv):
     with cli.user_errors():
         flag = flags.FLAGS["config"]
         path, _, _ = config_flags.get_config_filename(flag).partition(":")
-        bases, axes = sweep.load(path, _SWEEP.value)
+        bases, axes, expected = sweep.load(path, _SWEEP.value)
         given = config_flags.get_override_values(flag)
         given = {name.removeprefix("config."): value for name, value in given.items()}
         swept = sweep.expand(config, bases, axes, product=_PRODUCT.value, given=given)
@@ -144,7 +161,7 @@ def main(argv):
     stop = Stop(leave=cli.leave)
     try:
         with stop:
-            _launch(workdir, swept, executor, stop)
+            _launch(workdir, swept, expected, executor, stop)
     except (Stopped, KeyboardInterrupt):
         cli.leave(stop)
     except executors.Failed as error:
@@ -157,8 +174,12 @@ def main(argv):
         )
 
 
-def _launch(workdir, swept, executor, stop):
+def _launch(workdir, swept, expected, executor, stop):
     with cli.user_errors():
+        ids = {cell.id for cell in swept}
+        for claim in expected:
+            if missing := sorted(claims.cells(claim) - ids):
+                print(f"not tested here, without {', '.join(missing)}: {claim.says}")
         if _DRY_RUN.value:
             for cell in swept:
                 train.check(cell.config)
@@ -183,7 +204,7 @@ def _launch(workdir, swept, executor, stop):
             with cli.user_errors():
                 for cell in swept:
                     train.check(cell.config)
-                open_workdir(workdir, swept)
+                open_workdir(workdir, swept, expected)
             print(f"{len(todo)} of {len(swept)} cells to train in {workdir}", flush=True)
             stop.unsaved = True  # those who train are asked to save
             if _HALVING.value:

@@ -1,7 +1,7 @@
 """Batches of a task through Grain: for several seeds at once, from any step on."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,3 +82,15 @@ def fill(batch: dict[str, np.ndarray], multiple: int, axis: int = 0) -> dict[str
     filled = {name: np.take(x, rows, axis) for name, x in batch.items()}
     np.moveaxis(filled["weights"], axis, 0)[count:] = 0
     return filled
+
+
+def model_inputs(batch: Mapping[str, Any]) -> tuple:
+    """What a model is called with."""
+    if "source" in batch:
+        return batch["source"], batch["inputs"], batch["source_lengths"]
+    return (batch["inputs"],)
+
+
+def sources(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a translation is made from."""
+    return {name: batch[name] for name in ("source", "source_lengths")}

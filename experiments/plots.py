@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments import results
+from experiments import maps, results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,10 +137,9 @@ def axis_plot(experiment: results.Experiment, base: str, axis: str) -> "Figure":
 
 def attention_maps(cell: results.Cell) -> "Figure | None":
     """Weights of every layer (rows) and head (columns) on one example; None where none are kept."""
-    kept = results.read_attention(cell)
-    if kept is None:
+    if not (kept := results.read_attention(cell)):
         return None
-    weights, query, key = kept
+    weights, query, key = maps.main(kept[0])
     names = [f"layer {i + 1}" for i in range(len(weights))]
     return heat_maps(list(weights), names, query, key, f"{cell.label}: attention weights")
 
@@ -153,7 +152,7 @@ def score_maps(
     None where no cell of the axis has kept its weights.
     """
     shown = [(cell, results.read_attention(cell)) for cell in experiment.group(base, axis)]
-    kept = [(cell, maps) for cell, maps in shown if maps is not None]
+    kept = [(cell, maps.main(examples[0])) for cell, examples in shown if examples]
     if not any(cell.axis == axis for cell, _ in kept):
         return None
     names = [
@@ -163,7 +162,7 @@ def score_maps(
     _, (weights, query, key) = kept[0]
     where = "the last layer" if layer == -1 else f"layer {range(len(weights))[layer] + 1}"
     title = f"{base}: attention weights of {where} by {axis}"
-    return heat_maps([maps[0][layer] for _, maps in kept], names, query, key, title)
+    return heat_maps([one.weights[layer] for _, one in kept], names, query, key, title)
 
 
 def save_all(experiment: results.Experiment, workdir: str | os.PathLike[str]) -> list[Path]:

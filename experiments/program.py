@@ -15,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attention import search
 from attention.nn import partition
-from experiments import devices
-from experiments.data import fill, shapes
+from experiments import devices, maps
+from experiments.data import fill, model_inputs, shapes, sources
 
 
 class Recipe(NamedTuple):
@@ -72,7 +72,10 @@ class Program(NamedTuple):
       evaluate: by split, params, batches [n, b, ...] -> sums of loss, hits, weights [n, R] each.
       translate: by split and `Decoding`, params, source batches [n, b, ...] -> tokens [n, R, b, T].
       better: best, params, score [R] -> best, for each seed that of the higher score.
-      weights: params, example -> attention weights [L, H, T, S] of the first seed.
+      look: params, examples -> what `maps.measure` says of them, by seed, and `maps.weights` of the
+        first seed on the first `maps.KEPT`.
+      memory_bytes: the most that a step takes, of arguments, results and what is between them, as
+        XLA counts it; on a mesh, of one device.
     """
 
     state: Any
@@ -81,7 +84,8 @@ class Program(NamedTuple):
     evaluate: dict[str, Any]
     translate: dict[tuple[str, "Decoding"], Any]
     better: Any
-    weights: Any
+    look: Any
+    memory_bytes: int
 
 
 @functools.cache
@@ -91,7 +95,7 @@ def compile_program(
     seeds_impl: str,
     batches: tuple,
     splits: tuple,
-    example: tuple,
+    examples: tuple,
     searches: tuple = (),
     mesh: Mesh | None = None,
     fully_sharded: bool = False,
@@ -99,8 +103,8 @@ def compile_program(
     """Compiles all that a run calls; equal arguments (shapes, not arrays) never compile twice.
 
     `batches` are the `shapes` of all training batches, `splits` pairs of a name and `shapes`,
-    `example` the `shapes` of one, `searches` pairs of a split and how to translate it. The best of
-    a run are kept where there are searches.
+    `examples` the `shapes` of those to look at, `searches` pairs of a split and how to translate
+    it. The best of a run are kept where there are searches.
 
     On a `mesh` the state lies as `attention.nn.partition` says, and the b examples of a batch are
     split over 'data'; training batches of another number are filled up. The functions still take
@@ -163,11 +167,14 @@ def compile_program(
     def evaluate(params, batches):
         return jax.lax.map(lambda b: over_seeds(lambda p: losses(p, b))(params), batches)
 
-    def weights(params, example):
+    def look(params, examples):
+        few = {name: x[: maps.KEPT] for name, x in examples.items()}
         first = jax.tree.map(lambda x: x[0], params)
-        _, sown = model.apply(first, *model_inputs(example), mutable=["intermediates"])
-        name = "cross_attention" if "source" in example else "self_attention"
-        return sown_weights(sown["intermediates"]["decoder"], name).astype(jnp.float32)
+
+        def measure(params):
+            return maps.measure(maps.weights(model, params, examples), examples)
+
+        return over_seeds(measure)(params), maps.weights(model, first, few)
 
     batch_shapes = [_structs(batch) for batch in batches]
     seeds = jax.ShapeDtypeStruct(batch_shapes[0]["inputs"].shape[:1], jnp.int32)
@@ -226,7 +233,7 @@ def compile_program(
             score = jax.ShapeDtypeStruct(seeds.shape, jnp.float32)
             best = places and places["best"]
             begin("better", jit(better, best), state["best"], params, score)
-        begin("weights", jit(weights), params, _structs(example), **once)
+        begin("look", jit(look), params, _structs(examples), **once)
         compiled = {key: future.result() for key, future in found.items()}
     finally:  # whoever is asked to stop does not wait for XLA
         pool.shutdown(wait=False, cancel_futures=True)
@@ -252,7 +259,8 @@ def compile_program(
             for split, decoding in searches
         },
         better=compiled.get("better"),
-        weights=compiled["weights"],
+        look=compiled["look"],
+        memory_bytes=max(_memory(compiled["step", batch]) for batch in batches),
     )
 
 
@@ -327,25 +335,10 @@ def translator(model, decoding: Decoding, seeds_impl: str) -> Callable[[Any, Any
     )
 
 
-def model_inputs(batch):
-    """What a model is called with."""
-    if "source" in batch:
-        return batch["source"], batch["inputs"], batch["source_lengths"]
-    return (batch["inputs"],)
-
-
-def sources(batch):
-    """What a translation is made from."""
-    return {name: batch[name] for name in ("source", "source_lengths")}
-
-
-def sown_weights(decoder: dict, name: str) -> jax.Array:
-    """The weights [L, H, T, S] of the first example that a decoder's layers have sown."""
-    if name in decoder:
-        return decoder[name]["weights"][0][:1]
-    if "layers" in decoder:
-        return decoder["layers"][name]["weights"][0][:, 0]
-    return jnp.stack([decoder[f"layer_{i}"][name]["weights"][0][0] for i in range(len(decoder))])
+def _memory(compiled):
+    sizes = compiled.memory_analysis()
+    both = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return both + sizes.temp_size_in_bytes
 
 
 def seed_map(seeds_impl: str) -> Callable:

@@ -23,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import statistics
+from experiments import claims, maps, statistics
+from experiments.claims import Claim
 
 # Standard deviations of the paired difference: seeds that tell only larger ones from none are too
 # few. At two, 98% of the seeds of a normal distribution are on one side of zero already.
@@ -74,6 +75,7 @@ class Experiment:
     seeds: Sequence[int]
     environment: Mapping[str, Any]
     cells: Sequence[Cell]
+    claims: Sequence[Claim] = ()
 
     def bases(self) -> list[str]:
         """The names of the groups, in sweep order."""
@@ -133,7 +135,8 @@ def load(workdir: str | os.PathLike[str]) -> Experiment:
                 )
         names = ("id", "base", "axis", "value", "overrides")
         cells.append(Cell(*(spec[name] for name in names), path, config, result))
-    found = Experiment(workdir, *(sweep[name] for name in header), cells)
+    expected = claims.read(sweep.get("claims", []))
+    found = Experiment(workdir, *(sweep[name] for name in header), cells, expected)
     devices = dict.fromkeys(cell.result["device"] for cell in cells if "device" in cell.result)
     if not devices:
         return found
@@ -165,19 +168,10 @@ def read_curves(cell: Cell) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return curves
 
 
-def read_attention(cell: Cell) -> tuple[np.ndarray, list[str], list[str]] | None:
-    """Weights [L, H, T, S] of the first seed on one example, its T query and S key tokens.
-
-    None for a cell that is not done or kept no weights.
-    """
+def read_attention(cell: Cell) -> list[dict[str, maps.Map]]:
+    """The attention maps of the first seed by example and kind; none of a cell that is not done."""
     path = cell.path / "attention.npz"
-    if cell.status != "done" or not path.exists():
-        return None
-    with np.load(path) as arrays:
-        if "weights" not in arrays:
-            return None
-        query, key = arrays["query_tokens"].tolist(), arrays["key_tokens"].tolist()
-        return arrays["weights"], query, key
+    return maps.load(path) if cell.status == "done" and path.exists() else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +270,17 @@ def summarize(experiment: Experiment) -> list[Row]:
             dataclasses.replace(row, p_holm=p) for row, p in zip(found, corrected, strict=True)
         ]
     return rows
+
+
+def findings(experiment: Experiment, rows: Sequence[Row]) -> list[claims.Finding]:
+    """What the seeds say of each claim of the sweep."""
+    values = {
+        (row.cell.id, name): estimate.values
+        for row in rows
+        for name, estimate in [*row.metrics.items(), ("", row.reported)]
+        if estimate
+    }
+    return claims.test(experiment.claims, values)
 
 
 def too_few_seeds(rows: Sequence[Row]) -> str:

@@ -61,7 +61,11 @@ def config(task: str, **task_settings) -> ConfigDict:
                 "label_smoothing": 0.0,
                 "ema_decay": 0.0,  # judge a model by the running mean of its parameters
             },
-            "decoding": {"beam_size": 5, "length_penalty": 0.6},  # of tasks that translate
+            "decoding": {
+                "beam_size": 5,  # of tasks that translate
+                "length_penalty": 0.6,
+                "timed_tokens": 0,  # a language model is timed on generating so many; 0: not
+            },
             "train": {
                 "steps": 500,
                 "batch_size": 32,

@@ -112,6 +112,22 @@ def paired(values: Sequence[float], base_values: Sequence[float]) -> Paired:
     return Paired(tuple(differences.tolist()), mean, interval, p, effect_size)
 
 
+def one_sided(values: Sequence[float], bound: float = 0.0) -> float:
+    """p of the t-test that the mean is above `bound`: 1 − T_{n−1}((x̄ − bound) / (s / √n)).
+
+    Student 1908.  Values that are all equal leave nothing to chance: 0 where they are above, else
+    1.  One value, or one that is not finite, gives no p (nan).
+    """
+    from scipy import stats
+
+    values = np.asarray(values, float)
+    if values.size < 2 or not np.isfinite(values).all():
+        return _NAN
+    if np.ptp(values) <= _rounding(values):
+        return float(values.mean() <= bound)
+    return float(stats.ttest_1samp(values, bound, alternative="greater").pvalue)
+
+
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """p-values corrected for their number: max_{j ≤ i} min(1, (m − j + 1) · p_(j)), ascending.
 

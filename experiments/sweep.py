@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments import results, settings
+from experiments.claims import Claim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +83,8 @@ def expand(
     return list(cells.values())
 
 
-def load(path: str, names: str) -> tuple[dict, dict[str, list]]:
-    """The bases and the axes of a config file: what its `bases` and `sweep_<name>` return.
+def load(path: str, names: str) -> tuple[dict, dict[str, list], list[Claim]]:
+    """The bases, axes and claims of a config file: of `bases`, `sweep_<name>` and `claims`.
 
     `names` are the axes wanted, separated by commas; 'all' takes every one there is and '' none.
     """
@@ -96,7 +97,8 @@ def load(path: str, names: str) -> tuple[dict, dict[str, list]]:
             raise ValueError(
                 f"{path} has no sweep_{name}; it has {', '.join(known) or 'no sweeps'}"
             )
-    return bases(), {name: list(functions[f"sweep_{name}"]()) for name in wanted}
+    axes = {name: list(functions[f"sweep_{name}"]()) for name in wanted}
+    return bases(), axes, list(functions.get("claims", list)())
 
 
 def _values(changes, base):

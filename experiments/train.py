@@ -22,12 +22,15 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from attention.models import LanguageModel
 from experiments import (
     checkpoints,
     cli,
     data,
     devices,
+    generation,
     leases,
+    maps,
     results,
     settings,
     statistics,
@@ -40,8 +43,6 @@ from experiments.program import (
     Recipe,
     compile_program,
     evaluate,
-    model_inputs,
-    sources,
 )
 from experiments.progress import Cell, Progress
 from experiments.stopping import Stop, Stopped
@@ -55,14 +56,19 @@ def check(config: ConfigDict) -> None:
     task, model = build(config)
     longest = max(task.eval_splits().values(), key=lambda split: split["inputs"].shape[1])
     row = {name: x[:1] for name, x in longest.items()}
-    jax.eval_shape(lambda: model.init(jax.random.key(0), *model_inputs(row)))
-    devices.check(config, model, model_inputs(row))
+    jax.eval_shape(lambda: model.init(jax.random.key(0), *data.model_inputs(row)))
+    devices.check(config, model, data.model_inputs(row))
     c = config.train
     if c.seeds_impl not in ("vmap", "map"):
         raise ValueError(f"train.seeds_impl is 'vmap' or 'map', got {c.seeds_impl!r}")
     for name in ("log_every", "eval_every", "checkpoint_every"):
         if c[name] < 1:
             raise ValueError(f"train.{name} is a number of steps, 1 or more: got {c[name]}")
+    if config.decoding.timed_tokens and not isinstance(model, LanguageModel):
+        raise ValueError(
+            f"decoding.timed_tokens={config.decoding.timed_tokens} times a language model, and the "
+            f"task {config.task.name!r} trains a {type(model).__name__}: set it to 0"
+        )
     if c.explosion and c.explosion <= 1:
         raise ValueError(f"train.explosion is a factor above 1, or 0 for none: got {c.explosion}")
 
@@ -82,6 +88,7 @@ class Run(NamedTuple):
 
     Attributes:
       task, source, splits: the task, its training batches and its evaluation batches by split.
+      examples: those of the validation split that attention maps are made of.
       greedy, beam: how a task that translates is judged on the way and in the end, else None.
       program: the arguments of `compile_program`; runs of equal ones share a program.
     """
@@ -89,6 +96,7 @@ class Run(NamedTuple):
     task: tasks.Task
     source: data.TrainSource
     splits: dict[str, dict[str, np.ndarray]]
+    examples: dict[str, np.ndarray]
     greedy: Decoding | None
     beam: Decoding | None
     program: tuple
@@ -100,10 +108,14 @@ def prepare(config: ConfigDict) -> Run:
     c = config.train
     mesh = devices.mesh(config)
     source = data.TrainSource(task, tuple(range(c.seeds)), c.batch_size, c.steps)
+    whole = task.eval_splits()
     splits = {
         name: data.eval_batches(split, c.eval_batch_size, mesh.shape["data"] if mesh else 1)
-        for name, split in task.eval_splits().items()
+        for name, split in whole.items()
     }
+    examples = maps.first(whole["validation"], maps.MEASURED)
+    count = maps.affordable(config.model.num_layers, config.model.num_heads, examples)
+    examples = maps.first(examples, count)
     greedy = beam = None
     searches = ()
     if isinstance(task, tasks.Translates):
@@ -115,12 +127,12 @@ def prepare(config: ConfigDict) -> Run:
         c.seeds_impl,
         source.shapes,
         tuple((name, data.shapes(split)) for name, split in splits.items()),
-        data.shapes(task.example()),
+        data.shapes(examples),
         searches,
         mesh,
         config.fully_sharded,
     )
-    return Run(task, source, splits, greedy, beam, program)
+    return Run(task, source, splits, examples, greedy, beam, program)
 
 
 def train(
@@ -148,7 +160,7 @@ def train(
     After the last two a checkpoint is there to go on from.
     """
     c, stop, attempt = config.train, stop or Stop(), time.perf_counter()
-    task, source, splits, greedy, beam, arguments = prepare(config)
+    task, source, splits, examples, greedy, beam, arguments = prepare(config)
     began = time.perf_counter()
     program = compile_program(*arguments)
     compile_seconds = time.perf_counter() - began
@@ -245,10 +257,14 @@ def train(
             for split, of_seeds in texts.items():
                 lines = "".join(f"{text}\n" for text in of_seeds[0])
                 write(directory / f"translations_{split}.txt", lines)
+        measured, weights = jax.device_get(program.look(params, examples))
+        final |= maps.metrics(measured)
+        if config.decoding.timed_tokens:
+            model, *_ = arguments
+            final |= generation.cost(model, params, config.decoding.timed_tokens)
         log.write(step, final)
-    example = task.example()
-    weights = np.asarray(program.weights(params, example))
-    save_attention(directory / "attention.npz", task, example, weights)
+    few = maps.first(examples, maps.KEPT)
+    write(directory / "attention.npz", maps.dump(maps.keep(task, few, weights)))
     return {
         "status": "done",
         "metrics": {name: values.tolist() for name, values in final.items()},
@@ -256,10 +272,12 @@ def train(
         "lower_is_better": task.lower_is_better,
         "num_params": sum(x.size for x in jax.tree.leaves(params)) // c.seeds,
         "compile_seconds": round(compile_seconds, 2),
+        "memory_bytes": program.memory_bytes,
         "steps_per_second": round(step / position.seconds, 2),
         "train_seconds": round(position.seconds, 2),
         "steps": step,
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "attention": jax.tree.map(lambda x: np.round(x, 4).tolist(), measured),
         **more,
     }
 
@@ -314,7 +332,7 @@ def translations(
     """By split, for each seed the text of every example."""
     found = {}
     for name, batches in splits.items():
-        tokens = np.asarray(program.translate[name, search](params, sources(batches)))
+        tokens = np.asarray(program.translate[name, search](params, data.sources(batches)))
         count = int((batches["weights"].sum(-1) > 0).sum())
         found[name] = [
             [task.detokenize(row) for row in of_seed.reshape(-1, tokens.shape[-1])[:count]]
@@ -343,21 +361,6 @@ def _by_length(task, split, of_seeds):
     references, sources = task.references(split), task.sources(split)
     scores = [task.bleu_by_length(own, references, sources) for own in of_seeds]
     return {name: [x[name] for x in scores] for name in scores[0]}
-
-
-def save_attention(path: Path, task: tasks.Task, example: dict, weights: np.ndarray) -> None:
-    """Writes the weights [L, H, T, S] on `example` and the tokens they are about.
-
-    Those of the self-attention of a decoder, of the cross-attention of an encoder-decoder.
-    """
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        weights=weights,
-        query_tokens=task.tokens(example["inputs"][0]),
-        key_tokens=task.tokens(example.get("source", example["inputs"])[0]),
-    )
-    write(path, buffer.getvalue())
 
 
 class MetricsLog:

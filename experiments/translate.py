@@ -7,6 +7,7 @@ draws the weights of the decoder's attention to the source: rows are the transla
 columns the source's; of all layers and heads, or of `--layer`, `--head` (from 1), or their mean.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +17,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli, plots, results, tasks, train, trained
-from experiments.program import sown_weights, translator
+from experiments import cli, maps, plots, results, tasks, train, trained
+from experiments.program import translator
 
 
 class Translator(trained.Trained):
@@ -65,12 +66,10 @@ class Translator(trained.Trained):
         ended = np.flatnonzero(tokens == tasks.END)
         targets = tokens[: ended[0] + 1] if len(ended) else tokens
         inputs = np.insert(targets[:-1], 0, tasks.BEGIN).astype(np.int32)[None]
-        read = (source["source"], inputs, source["source_lengths"])
-        apply = jax.jit(lambda p, read: self.model.apply(p, *read, mutable=["intermediates"]))
-        _, sown = apply(self.params, read)
-        weights = sown_weights(sown["intermediates"]["decoder"], "cross_attention")
+        batch = {**source, "inputs": inputs}
+        weights = jax.jit(functools.partial(maps.weights, self.model))(self.params, batch)["cross"]
         names = self.task.tokens(targets), self.task.tokens(source["source"][0, :count])
-        return np.asarray(weights, np.float32)[..., :count], *names
+        return np.asarray(weights[:, 0, ..., :count]), *names
 
 
 def load(workdir: str | Path, seed: int = 0) -> Translator:
