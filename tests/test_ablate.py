@@ -152,7 +152,7 @@ EXPERIMENTS = [p for p in sorted((ROOT / "configs").glob("*.py")) if p.stem != "
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_every_config_in_the_repository_is_sound(path):
     module = runpy.run_path(str(path))
-    bases, axes = sweep.load(str(path), "all")
+    bases, axes, _ = sweep.load(str(path), "all")
     cells = sweep.expand(module["get_config"](), bases, axes)
     checked = set()
     for cell in cells:
@@ -166,7 +166,8 @@ def test_every_config_in_the_repository_is_sound(path):
 def test_the_quickstart_has_the_cells_it_promises():
     path = ROOT / "configs/quickstart.py"
     config = runpy.run_path(str(path))["get_config"]()
-    cells = sweep.expand(config, *sweep.load(str(path), "all"))
+    bases, axes, _ = sweep.load(str(path), "all")
+    cells = sweep.expand(config, bases, axes)
     assert len(cells) >= 16 and config.train.seeds == 3
     assert {c.config.task.name for c in cells} == {"text", "recall"}
     assert {"score", "heads", "position"} <= {c.axis for c in cells}

@@ -8,8 +8,9 @@ import pytest
 from test_train import run, tiny
 
 from experiments import train
+from experiments.data import model_inputs
 from experiments.models import build
-from experiments.program import compile_program, model_inputs
+from experiments.program import compile_program
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_results import CELLS, DISAGREE, SCRIPT, grid, write_run
 
-from experiments import plots, report, results
+from experiments import maps, plots, report, results
 
 VOID = {"meta", "br", "img", "hr", "input", "link"}
 
@@ -265,14 +265,14 @@ def test_attention_maps_of_many_tokens_have_ticks(tmp_path):
 def test_attention_maps_of_long_contexts_keep_single_weights(tmp_path):
     path = write_run(tmp_path, CELLS[:1], tokens="a" * 300, layers=1, heads=1)
     file = path / "cells" / "text" / "attention.npz"
-    arrays = dict(np.load(file))
-    arrays["weights"] = np.zeros_like(arrays["weights"])
-    arrays["weights"][0, 0, 299, 4] = 0.7
-    np.savez(file, **arrays)
+    ((kind, one),) = maps.load(file)[0].items()
+    weights = np.zeros_like(one.weights)
+    weights[0, 0, 299, 4] = 0.75
+    file.write_bytes(maps.dump([{kind: one._replace(weights=weights)}]))
     (image,) = plots.attention_maps(results.load(path).cells[0]).axes[0].get_images()
     weights = image.get_array()
     assert weights.shape == (100, 100) and image.get_extent() == [-0.5, 299.5, 299.5, -0.5]
-    assert weights[99, 1] == pytest.approx(0.7) and weights.count() == 1
+    assert weights[99, 1] == 0.75 and weights.count() == 1
 
 
 def test_score_maps(experiment):
@@ -288,8 +288,8 @@ def test_score_maps(experiment):
 def test_score_maps_of_unequal_heads(tmp_path):
     path = write_run(tmp_path, CELLS[:2])
     file = path / "cells" / "text.score=additive" / "attention.npz"
-    arrays = dict(np.load(file))
-    np.savez(file, **arrays | {"weights": arrays["weights"][:, :1]})
+    ((kind, one),) = maps.load(file)[0].items()
+    file.write_bytes(maps.dump([{kind: one._replace(weights=one.weights[:, :1])}]))
     figure = plots.score_maps(results.load(path), "text")
     assert [bool(panel.get_images()) for panel in figure.axes[:6]] == [True] * 4 + [False] * 2
 

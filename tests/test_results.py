@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import results
+from experiments import maps, results
 
 T_95_OF_3 = 4.302652729911275  # Student's t, 2 degrees of freedom, 97.5%: any printed table
 
@@ -74,9 +74,8 @@ def write_run(workdir, cells=CELLS, seeds=3, tokens="for $x in y:\n\x07_", layer
         count = len(tokens)
         weights = np.tril(np.ones((layers, heads, count, count), np.float32))
         weights /= weights.sum(-1, keepdims=True)
-        labels = np.array(list(tokens))
-        arrays = {"query_tokens": labels, "key_tokens": labels, "weights/cross": weights}
-        np.savez(path / "attention.npz", weights=weights, **arrays)
+        kept = [{"self": maps.Map(weights, list(tokens), list(tokens))}]
+        (path / "attention.npz").write_bytes(maps.dump(kept))
     sweep = {
         "command": "python -m experiments.ablate --config=configs/a.py --workdir='runs/a b'",
         "seeds": list(range(seeds)),
@@ -499,11 +498,12 @@ def test_curves_survive_a_kill(experiment):
 
 
 def test_attention_is_read_where_it_was_kept(experiment):
-    weights, query, key = results.read_attention(experiment.cells[0])
-    assert weights.shape == (2, 3, 15, 15) and query == key == list("for $x in y:\n\x07_")
-    assert results.read_attention(experiment.cells[4]) is None  # failed
+    ((kind, (weights, query, key)),) = results.read_attention(experiment.cells[0])[0].items()
+    assert kind == "self" and weights.shape == (2, 3, 15, 15)
+    assert query == key == list("for $x in y:\n\x07_")
+    assert results.read_attention(experiment.cells[4]) == []  # failed
     (experiment.cells[0].path / "attention.npz").unlink()
-    assert results.read_attention(experiment.cells[0]) is None
+    assert results.read_attention(experiment.cells[0]) == []
 
 
 def test_a_missing_run_is_told_in_one_line(tmp_path):

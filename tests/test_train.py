@@ -11,7 +11,7 @@ import pytest
 import safetensors.numpy
 from helpers import Silent
 
-from experiments import checkpoints, data, settings, stopping, tasks, train, trained
+from experiments import checkpoints, data, maps, settings, stopping, tasks, train, trained
 from experiments import program as programs
 
 DATA = Path(__file__).parent / "data"
@@ -211,22 +211,35 @@ def test_what_a_run_writes(tmp_path):
     assert result["status"] == "done" and result["primary"] == "validation/accuracy"
     assert set(result["metrics"]) == {
         f"{split}/{metric}" for split in ("validation", "test") for metric in ("loss", "accuracy")
-    }
+    } | {"attention/entropy", "attention/first_token"}
     params = jax.tree.map(lambda x: x[0], restored_params(config, tmp_path))
     assert result["num_params"] == sum(leaf.size for leaf in jax.tree.leaves(params))
-    with np.load(tmp_path / "attention.npz") as maps:
-        assert maps["weights"].shape == (2, 2, 8, 8)
-        np.testing.assert_allclose(maps["weights"].sum(-1), 1, rtol=1e-5)
-        assert len(maps["query_tokens"]) == len(maps["key_tokens"]) == 8
+    examples = maps.load(tmp_path / "attention.npz")
+    assert len(examples) == maps.KEPT
+    assert len({tuple(kinds["self"].query) for kinds in examples}) == maps.KEPT
+    for kinds in examples:
+        assert kinds["self"].weights.shape == (2, 2, 8, 8)
+        np.testing.assert_allclose(kinds["self"].weights.sum(-1), 1, atol=2e-3)
+        assert kinds["self"].query == kinds["self"].key and len(kinds["self"].key) == 8
 
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_an_encoder_decoder_trains_and_shows_its_cross_attention(tmp_path, scan):
     config = tiny("reverse", **{"model.scan_layers": scan, "model.position": "sinusoidal"})
-    run(config, tmp_path)
-    with np.load(tmp_path / "attention.npz") as maps:
-        assert maps["weights"].shape == (2, 2, 6, 6)
-        assert list(maps["key_tokens"]) != list(maps["query_tokens"])
+    result = run(config, tmp_path)
+    for kinds in maps.load(tmp_path / "attention.npz"):
+        source, target = kinds["encoder"].key, kinds["decoder"].key
+        assert source[-1] == "<end>" and target[0] == "<begin>" and "<pad>" not in source
+        assert source[-2::-1] == target[1:]
+        places = {"encoder": (source, source), "decoder": (target, target)}
+        for kind, (query, key) in {**places, "cross": (target, source)}.items():
+            one = kinds[kind]
+            assert (one.query, one.key) == (query, key)
+            assert one.weights.shape == (2, 2, len(query), len(key))
+            np.testing.assert_allclose(one.weights.sum(-1), 1, atol=2e-3)
+    assert set(result["attention"]) == {"encoder", "decoder", "cross"}
+    cross = np.mean(result["attention"]["cross"]["entropy"], (1, 2))
+    np.testing.assert_allclose(result["metrics"]["attention/entropy"], cross, atol=1e-4)
 
 
 def test_the_reported_loss_is_that_of_the_model_on_the_whole_split(tmp_path):

@@ -84,7 +84,7 @@ def test_interface(kind, tmp_path):
     assert list(splits) == ["validation", "test"]
     assert task.primary == "validation/bleu" and not task.lower_is_better
     batches = [task.batch(3, np.arange(5)), task.step_batch(3, 1, 2), *splits.values()]
-    for batch in [*batches, task.example()]:
+    for batch in batches:
         assert list(batch) == ["source", "source_lengths", "inputs", "targets", "weights"]
         for name, array in batch.items():
             assert array.dtype == (np.float32 if name == "weights" else np.int32), name
@@ -134,14 +134,12 @@ def test_arrays_hold_the_sentences(tmp_path):
             assert decoded(task, batch["targets"][i]) == [*english[number].split(), "<end>"]
             assert batch["source_lengths"][i] == len(source)
         assert seen == set(range(40))
-    example = task.example()
-    assert example["source"].shape == (1, example["source_lengths"][0])
     assert task.sources("validation") == sentences(6, 1000)[0]
     assert task.references("test") == sentences(5, 2000)[1]
     with one_line(ValueError, "'train'", "validation, test"):
         task.references("train")
     # Words that training does not have.
-    assert decoded(task, example["source"][0])[0] == "<unk>"
+    assert decoded(task, task.eval_splits()["validation"]["source"][0])[0] == "<unk>"
 
 
 def test_separate_vocabularies_share_no_id(tmp_path):

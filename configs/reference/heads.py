@@ -19,7 +19,7 @@ def get_config(arg=""):
     config = settings.config("text", level="char", context=64)
     config.model.update(position="learned", num_layers=4, model_dim=128, num_heads=4)
     config.optimizer.update(learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=100)
-    config.train.update(steps=1500, batch_size=12, seeds=5, eval_every=500)
+    config.train.update(steps=1000, batch_size=12, seeds=5, eval_every=250)
     return config
 
 

@@ -81,9 +81,6 @@ class Task(typing.Protocol):
         Reads and checks all the data a task has, so call it before compiling anything.
         """
 
-    def example(self) -> Batch:
-        """The first validation example alone (n = 1), to draw attention maps for."""
-
     def tokens(self, ids: np.ndarray) -> list[str]:
         """Printable labels of token ids [T]."""
 

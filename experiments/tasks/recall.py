@@ -81,10 +81,6 @@ class Recall:
             for length in self.test_lengths
         }
 
-    def example(self) -> dict[str, np.ndarray]:
-        """The first validation example."""
-        return self._examples(hashing.VALIDATION, 0, np.arange(1), self.length)
-
     def tokens(self, ids: np.ndarray) -> list[str]:
         """k0, k1, … for the tokens that can be keys, v0, v1, … for those that can be values."""
         half = self.vocab_size // 2

@@ -111,11 +111,6 @@ class Text:
         parts |= {f"length_{n}": (self._corpus.validation, n) for n in self.eval_lengths}
         return {name: self._consecutive(name, *part) for name, part in parts.items()}
 
-    def example(self) -> dict[str, np.ndarray]:
-        """The first window of the validation part."""
-        self._require(self._corpus.validation, "validation", self.context)
-        return _windows(self._corpus.validation, np.zeros((1, 1), np.int64), self.context)
-
     def tokens(self, ids: np.ndarray) -> list[str]:
         """Characters, a space as ␣, and what cannot be printed by its escape: \\n, \\xff."""
         ids = np.asarray(ids).tolist()

@@ -82,10 +82,6 @@ class Transduction:
             for length in self.test_lengths
         }
 
-    def example(self) -> dict[str, np.ndarray]:
-        """The first validation example."""
-        return self._examples(hashing.VALIDATION, 0, np.arange(1), self.min_length, self.length)
-
     def tokens(self, ids: np.ndarray) -> list[str]:
         """The special tokens by name, the symbols as numbers from 0."""
         special = ["<pad>", "<begin>", "<end>"]

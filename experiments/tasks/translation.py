@@ -208,12 +208,6 @@ class Translation:
             for split, pairs in self._data.evaluation.items()
         }
 
-    def example(self) -> dict[str, np.ndarray]:
-        """The first validation pair, without padding."""
-        pairs = self._data.evaluation["validation"]
-        widths = int(pairs.source.counts[0]), min(int(pairs.target.counts[0]), self.length)
-        return pairs.arrays(np.arange(1), *widths)
-
     def tokens(self, ids: np.ndarray) -> list[str]:
         """Words or pieces; a space as ␣ or ▁, and what cannot be printed by its escape."""
         labels = (*SPECIAL, *self._data.labels)

@@ -1,0 +1,80 @@
+"""Claims: what a sweep is expected to find, against SciPy's tests and by simulation."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import claims, statistics
+from experiments.claims import equal, less
+
+RNG = np.random.default_rng(0)
+A, B = RNG.normal(1.0, 0.1, 6), RNG.normal(1.4, 0.1, 6)
+VALUES = {("a", ""): A, ("b", ""): B, ("a", "far"): A + 1, ("b", "far"): B + 5}
+
+
+def verdicts(*stated, values=VALUES):
+    return [found.verdict for found in claims.test(stated, values)]
+
+
+def test_less_is_the_one_sided_paired_t_test():
+    (found,) = claims.test([less("a", "b", says="", by=0.1)], VALUES)
+    assert found.p == pytest.approx(stats.ttest_1samp(B - A, 0.1, alternative="greater").pvalue)
+    assert found.difference == pytest.approx(np.mean(B - A)) and found.seeds == 6
+    assert found.interval == pytest.approx(statistics.mean_interval(B - A)[1])
+
+
+def test_verdicts():
+    assert verdicts(less("a", "b", says="")) == ["holds"]
+    assert verdicts(less("b", "a", says="")) == ["contradicted"]
+    assert verdicts(less("a", "b", says="", by=0.4)) == ["open"]
+    assert verdicts(less("a", "b", says="", by=2)) == ["contradicted"]
+    assert verdicts(equal("a", "b", within=0.6, says="")) == ["holds"]
+    assert verdicts(equal("b", "a", within=0.6, says="")) == ["holds"]
+    assert verdicts(equal("a", "b", within=0.1, says="")) == ["contradicted"]
+    assert verdicts(equal("b", "a", within=0.1, says="")) == ["contradicted"]
+    assert verdicts(equal("a", "b", within=0.38, says="")) == ["open"]
+    assert verdicts(less("a", "c", says=""), less("a", "b@no", says="")) == ["missing"] * 2
+    one = {name: x[:1] for name, x in VALUES.items()}
+    assert verdicts(less("a", "b", says=""), values=one) == ["open"]
+
+
+def test_sides_are_metrics_differences_and_numbers():
+    (found,) = claims.test([less("a@far", "b@far", says="")], VALUES)
+    assert found.difference == pytest.approx(np.mean(B - A) + 4)
+    (found,) = claims.test([less("a", "b", at="far", says="")], VALUES)
+    assert found.difference == pytest.approx(np.mean(B - A) + 4)
+    (found,) = claims.test([less(("b", "a"), ("b@far", "a@far"), says="")], VALUES)
+    assert found.difference == pytest.approx(4)
+    (found,) = claims.test([less(0.5, "a", says="")], VALUES)
+    assert found.difference == pytest.approx(A.mean() - 0.5) and found.verdict == "holds"
+    (found,) = claims.test([less("b", ("b@far", 1.0), says="")], VALUES)
+    assert found.difference == pytest.approx(4)
+
+
+def test_all_claims_of_a_sweep_are_corrected_together():
+    alone = claims.test([less("a", "b", says="")], VALUES)[0].p
+    many = claims.test([less("a", "b", says="")] * 5, VALUES)
+    assert all(found.p == pytest.approx(5 * alone) for found in many)
+
+
+def test_false_alarms_are_as_rare_as_they_should_be():
+    rng, alarms = np.random.default_rng(1), []
+    stated = [less("a", "b", says=""), less("b", "a", says=""), equal("a", "b", within=1, says="")]
+    for _ in range(400):
+        a = rng.normal(size=5)
+        values = {("a", ""): a, ("b", ""): a + 0.2 * rng.normal(size=5)}
+        alarms.append({f.verdict for f in claims.test(stated[:2], values)} != {"open"})
+    assert np.mean(alarms) < 0.13  # 'less' and its opposite are two families of 5% each
+    found = []
+    for _ in range(400):  # exactly at the margin
+        difference = 1 + rng.normal(size=5)
+        found += verdicts(stated[2], values={("a", ""): np.zeros(5), ("b", ""): difference})
+    assert 0.02 < np.mean([x == "holds" for x in found]) < 0.08
+
+
+def test_claims_are_read_as_they_were_described():
+    stated = [less(("a", "b@far"), 0.5, says="x", by=1), equal("a", "b", within=0.1, says="y")]
+    assert claims.read(claims.describe(stated)) == stated
+    assert claims.cells(stated[0]) == {"a", "b"}
+    with pytest.raises(ValueError, match="margin above 0: got within=0"):
+        equal("a", "b", within=0, says="")

@@ -1,0 +1,91 @@
+"""Attention maps: which examples, what is measured, what is kept."""
+
+import numpy as np
+import pytest
+
+from experiments import maps, settings, tasks
+
+
+def pairs():
+    task = tasks.create(settings.task_config("reverse", vocab_size=8, length=6, num_eval=9))
+    return task, maps.first(task.eval_splits()["validation"], 5)
+
+
+def test_first_examples_are_as_wide_as_the_longest_of_them():
+    task, few = pairs()
+    split = task.eval_splits()["validation"]
+    for name, x in few.items():
+        width = x.shape[1:] and x.shape[1]
+        np.testing.assert_array_equal(x, split[name][:5, :width] if width else split[name][:5])
+    assert few["source"].shape[1] == few["source_lengths"].max()
+    assert few["weights"].any(0).all() and few["inputs"].shape == few["weights"].shape
+    (short,) = [maps.first(split, 1)]
+    assert short["source"].shape == (1, short["source_lengths"][0])
+
+
+def test_examples_are_as_many_as_their_weights_allow():
+    _, few = pairs()
+    assert maps.affordable(2, 4, few) == 5
+    long = {"inputs": np.zeros((32, 1024), np.int32)}
+    assert maps.affordable(2, 4, long) == 2  # 8 numbers of 2^24 a pair of tokens
+    assert maps.affordable(48, 16, long) == 1
+
+
+def test_entropy_and_first_token_are_those_of_the_definition():
+    rng = np.random.default_rng(0)
+    w = np.tril(rng.random((2, 3, 4, 5, 5))).astype(np.float32)
+    w[0, 0, 0, 3] = 0  # a query that attends to nothing
+    entropy, first = np.zeros((2, 4)), np.zeros((2, 4))
+    for layer in range(2):
+        for head in range(4):
+            values, shares = [], []
+            for b in range(3):
+                for i in range(1, 5):
+                    row = w[layer, b, head, i, : i + 1]
+                    shares.append(row[0])
+                    if row.sum() > 0:
+                        p = row / row.sum()
+                        values.append(-np.sum(p * np.log(p)))
+            entropy[layer, head], first[layer, head] = np.mean(values), np.mean(shares)
+    found = maps.measure({"self": w}, {"inputs": np.zeros((3, 5), np.int32)})["self"]
+    np.testing.assert_allclose(found["entropy"], entropy, rtol=1e-5)
+    np.testing.assert_allclose(found["first_token"], first, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "cross"])
+def test_padded_queries_do_not_count(kind):
+    _, few = pairs()
+    B, T = few["inputs"].shape
+    S = few["source"].shape[1]
+    queries, keys = (S if kind == "encoder" else T), (T if kind == "decoder" else S)
+    real = few["weights"] > 0
+    if kind == "encoder":
+        real = np.arange(S) < few["source_lengths"][:, None]
+    assert not real.all()
+    w = np.zeros((1, B, 1, queries, keys), np.float32)
+    w[..., 0] = np.where(real, 0.25, 1.0)[None, :, None]
+    found = maps.measure({kind: w}, few)[kind]
+    assert found["first_token"] == pytest.approx(0.25)
+    assert found["entropy"] == pytest.approx(0)
+
+
+def test_maps_come_back_as_they_were_kept():
+    task, few = pairs()
+    T, S = few["inputs"].shape[1], few["source"].shape[1]
+    w = np.random.default_rng(0).random((2, 5, 3, T, S)).astype(np.float32)
+    kept = maps.keep(task, few, {"cross": w})
+    for b, kinds in enumerate(kept):
+        weights, query, key = kinds["cross"]
+        assert len(key) == few["source_lengths"][b] and len(query) == few["weights"][b].sum()
+        np.testing.assert_array_equal(weights, w[:, b, :, : len(query), : len(key)])
+
+
+def test_a_file_of_maps_is_read_as_it_was_written(tmp_path):
+    one = maps.Map(
+        np.random.default_rng(0).random((2, 3, 4, 5), np.float32), list("ab\n'"), ["é"] * 5
+    )
+    (tmp_path / "a.npz").write_bytes(maps.dump([{"cross": one}, {"self": one, "cross": one}]))
+    first, second = maps.load(tmp_path / "a.npz")
+    assert list(first) == ["cross"] and list(second) == ["self", "cross"]
+    assert first["cross"].query == one.query and first["cross"].key == one.key
+    np.testing.assert_allclose(second["self"].weights, one.weights, rtol=1e-3)
