@@ -58,6 +58,16 @@ def equal(left: Side, right: Side, *, within: float, says: str, at: str = "") ->
         raise ValueError(f"two means are equal within a margin above 0: got within={within}")
     return Claim(says, "equal", left, right, at, within)
 
+    def of(self, prefix: str) -> "Claim":
+        """The same of cells whose ids have a prefix."""
+
+        def renamed(side):
+            if isinstance(side, tuple):
+                return tuple(map(renamed, side))
+            return f"{prefix}{side}" if isinstance(side, str) else side
+
+        return dataclasses.replace(self, left=renamed(self.left), right=renamed(self.right))
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:

@@ -1,18 +1,16 @@
 """Figures of a run directory: learning curves, one plot an axis, attention maps.
 
 Every function returns a `matplotlib.figure.Figure` of its own: nothing here touches pyplot or
-leaves global state behind. `save_all` writes each as PNG, and as SVG for papers and the report;
-the SVGs draw text and axes in the colour of the page around them, light or dark.
+leaves global state behind. `render` makes PNG and PDF of it for papers, and SVG for the report,
+which draws text and axes in the colour of the page around it, light or dark.
 """
 
 import contextlib
 import io
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +37,7 @@ _STYLE = {
     "legend.frameon": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "attention",
+    "pdf.fonttype": 42,  # text stays text, as journals want it
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
 }
@@ -47,7 +46,9 @@ _STYLE = {
 def learning_curves(experiment: results.Experiment, base: str) -> "Figure":
     """The primary metric against steps: a panel an axis, the base cell's curve in each.
 
-    Lines are means over seeds, bands reach from the lowest to the highest seed. Validation where
+    Lines are means over seeds, bands reach from the lowest to the highest seed. In the SVG what
+    belongs to a cell has an id '<kind>|<cell>|<panel>', the kinds being 'line', 'band', 'handle'
+    and 'label' (of the legend), by which a page can hide it. Validation where
     it was logged, else training. Of a metric where lower is better the view is fitted to the
     second half of training: the fall before it would leave no room to tell the cells apart.
     """
@@ -56,9 +57,10 @@ def learning_curves(experiment: results.Experiment, base: str) -> "Figure":
     with paper_style():
         figure = new_figure(10, 0.5 + 2.5 * len(axes))
         panels = figure.subplots(len(axes), 1, sharex=True, squeeze=False)[:, 0]
-        for panel, axis in zip(panels, axes, strict=True):
+        for number, (panel, axis) in enumerate(zip(panels, axes, strict=True)):
             lines: list[Any] = []
             names: list[str] = []
+            ids: list[str] = []
             limits = []
             group = experiment.group(base, axis)
             variants = [cell.id for cell in group if cell.axis is not None]
@@ -73,17 +75,24 @@ def learning_curves(experiment: results.Experiment, base: str) -> "Figure":
                     dash = _DASHES[turn % len(_DASHES)]
                     style = {"color": LINES[i], "linewidth": 1.5, "linestyle": dash}
                 mean = values.mean(axis=1)
-                lines += panel.plot(steps, mean, **style)
+                ids.append(f"{cell.id}|{number}")
+                lines += panel.plot(steps, mean, gid=f"line|{ids[-1]}", **style)
                 if values.shape[1] > 1:
                     low, high = values.min(axis=1), values.max(axis=1)
-                    panel.fill_between(steps, low, high, color=style["color"], alpha=0.13, lw=0)
+                    soft = {"color": style["color"], "alpha": 0.13, "lw": 0}
+                    panel.fill_between(steps, low, high, gid=f"band|{ids[-1]}", **soft)
                 limits.append(mean[steps >= 0.5 * steps[-1]] if lower else mean)
             _zoom(panel, limits)
             panel.set(title=_plain(axis), ylabel=_plain(metric))
             panel.grid(color=INK, alpha=0.12, linewidth=0.6)
             if lines:
                 outside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.03)}
-                panel.legend(lines, [_plain(name) for name in names], handlelength=1.6, **outside)
+                plain = [_plain(name) for name in names]
+                legend = panel.legend(lines, plain, handlelength=1.6, **outside)
+                parts = zip(ids, legend.legend_handles, legend.get_texts(), strict=True)
+                for id, handle, label in parts:
+                    handle.set_gid(f"handle|{id}")
+                    label.set_gid(f"label|{id}")
         panels[-1].set_xlabel("step")
     return figure
 
@@ -135,6 +144,59 @@ def axis_plot(experiment: results.Experiment, base: str, axis: str) -> "Figure":
     return figure
 
 
+def cost_plot(experiment: results.Experiment, base: str) -> "Figure | None":
+    """The reported metric against what a cell costs: parameters, milliseconds a step, memory.
+
+    Dots are means over seeds with their 95% intervals. Those that no cheaper cell is as good as are
+    joined and named, and so is the base. None where no cell is done, panels only for costs that
+    differ. A dot's id in the SVG is 'cost|<cell>|<panel>'.
+    """
+    rows = [row for row in results.summarize(experiment) if row.cell.base == base and row.reported]
+    costs = {}
+    for name, cost in results.COSTS.items():
+        found = {row.cell.id: cost(row.cell.result) for row in rows}
+        if None not in found.values() and len(set(found.values())) > 1:
+            costs[name] = found
+    if not costs:
+        return None
+    lower = rows[0].cell.result["lower_is_better"]
+    with paper_style():
+        figure = new_figure(3.3 * len(costs) + 0.6, 3.1)
+        panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+        for number, (panel, (name, found)) in enumerate(zip(panels, costs.items(), strict=True)):
+            best = _front([(found[row.cell.id], row.reported.mean) for row in rows], lower)
+            for i, row in enumerate(rows):
+                color = INK if row.cell.axis is None else COLORS[row.verdict]
+                interval = 0 if math.isnan(row.reported.interval) else row.reported.interval
+                place = found[row.cell.id], row.reported.mean
+                gid = f"cost|{row.cell.id}|{number}"
+                panel.errorbar(*place, yerr=interval, color=color, lw=1, alpha=0.6)
+                panel.plot(*place, "o", color=color, markersize=5, gid=gid)
+                if i in best or row.cell.axis is None:
+                    text = "base" if row.cell.axis is None else str(row.cell.value)
+                    where = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7}
+                    panel.annotate(_plain(text), place, **where)
+            steps = [(found[rows[i].cell.id], rows[i].reported.mean) for i in best]
+            panel.plot(*zip(*steps, strict=True), color=INK, lw=0.8, alpha=0.5, ls=":", zorder=0)
+            values = list(found.values())
+            if min(values) > 0 and max(values) > 20 * min(values):
+                panel.set_xscale("log")
+            panel.set_xlabel(name)
+            panel.grid(color=INK, alpha=0.12, linewidth=0.6)
+        panels[0].set_ylabel(_plain(rows[0].metric))
+    return figure
+
+
+def _front(points: Sequence[tuple[float, float]], lower: bool) -> list[int]:
+    """The indices of (cost, quality) that nothing as cheap is better than, by rising cost."""
+    sign, best, front = (1 if lower else -1), math.inf, []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], sign * points[i][1])):
+        if sign * points[i][1] < best:
+            best = sign * points[i][1]
+            front.append(i)
+    return front
+
+
 def attention_maps(cell: results.Cell) -> "Figure | None":
     """Weights of every layer (rows) and head (columns) on one example; None where none are kept."""
     if not (kept := results.read_attention(cell)):
@@ -165,46 +227,48 @@ def score_maps(
     return heat_maps([one.weights[layer] for _, one in kept], names, query, key, title)
 
 
-def save_all(experiment: results.Experiment, workdir: str | os.PathLike[str]) -> list[Path]:
-    """Writes all figures of all groups into `workdir/plots` as PNG and SVG; their paths.
-
-    The names are `<base>-curves`, `<base>-<axis>` (an axis plot), `<base>-attention-maps` and
-    `<base>-score-maps`.
-    """
-    folder = Path(workdir) / "plots"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, figure in _figures(experiment):
-        for kind, content in render(figure).items() if figure else ():
-            paths.append(folder / f"{results.file_name(name)}.{kind}")
-            results.replace(paths[-1], content)
-    return paths
-
-
-def _figures(experiment: results.Experiment) -> Iterator[tuple[str, "Figure | None"]]:
+def of_report(experiment: results.Experiment) -> Iterator[tuple[str, "Figure"]]:
+    """The figures that the report shows: `<base>-curves`, `<base>-<axis>`, `<base>-cost`."""
     for base in experiment.bases():
         yield f"{base}-curves", learning_curves(experiment, base)
         for axis in experiment.axes(base):
             yield f"{base}-{axis}", axis_plot(experiment, base, axis)
+        if figure := cost_plot(experiment, base):
+            yield f"{base}-cost", figure
+
+
+def of_attention(experiment: results.Experiment) -> Iterator[tuple[str, "Figure"]]:
+    """What the explorer shows, for papers: `<base>-attention-maps`, `<base>-score-maps`."""
+    for base in experiment.bases():
         for cell in experiment.group(base):
-            if cell.axis is None:
-                yield f"{base}-attention-maps", attention_maps(cell)
-        yield f"{base}-score-maps", score_maps(experiment, base)
+            if cell.axis is None and (figure := attention_maps(cell)):
+                yield f"{base}-attention-maps", figure
+        if figure := score_maps(experiment, base):
+            yield f"{base}-score-maps", figure
 
 
-def render(figure: "Figure") -> dict[str, bytes]:
-    """The files 'png' and 'svg' of a figure."""
+def render(figure: "Figure", kinds: Sequence[str] = ("png", "pdf", "svg")) -> dict[str, bytes]:
+    """The files of a figure by kind."""
     with paper_style(), warnings.catch_warnings():
         # A token in a script that the font lacks is drawn as a box; the SVG has the letter.
         warnings.filterwarnings("ignore", "Glyph")
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # the layout is settled: not again for each format
-        png, svg = io.BytesIO(), io.BytesIO()
-        figure.savefig(png, format="png", dpi=160, facecolor="white")
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
-    drawing = svg.getvalue().decode().replace(INK, "currentColor")
-    return {"png": png.getvalue(), "svg": drawing[drawing.index("<svg") :].encode()}
+        how: dict[str, dict[str, Any]] = {
+            "png": {"dpi": 160, "facecolor": "white"},
+            "pdf": {"metadata": dict.fromkeys(("CreationDate", "Creator", "Producer"))},
+            "svg": {"transparent": True, "metadata": nothing},
+        }
+        files = {}
+        for kind in kinds:
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, **how[kind])
+            files[kind] = buffer.getvalue()
+    if "svg" in files:
+        drawing = files["svg"].decode().replace(INK, "currentColor")
+        files["svg"] = drawing[drawing.index("<svg") :].encode()
+    return files
 
 
 def paper_style() -> contextlib.AbstractContextManager[None]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from attention import search
 from attention.nn import partition
-from experiments import devices, maps
+from experiments import devices, heads, maps
 from experiments.data import fill, model_inputs, shapes, sources
 
 
@@ -72,8 +72,8 @@ class Program(NamedTuple):
       evaluate: by split, params, batches [n, b, ...] -> sums of loss, hits, weights [n, R] each.
       translate: by split and `Decoding`, params, source batches [n, b, ...] -> tokens [n, R, b, T].
       better: best, params, score [R] -> best, for each seed that of the higher score.
-      look: params, examples -> what `maps.measure` says of them, by seed, and `maps.weights` of the
-        first seed on the first `maps.KEPT`.
+      look: params, examples -> what `heads.measure` says of them, by seed, and `heads.weights` of
+        the first seed on the first `maps.KEPT`.
       memory_bytes: the most that a step takes, of arguments, results and what is between them, as
         XLA counts it; on a mesh, of one device.
     """
@@ -172,9 +172,9 @@ def compile_program(
         first = jax.tree.map(lambda x: x[0], params)
 
         def measure(params):
-            return maps.measure(maps.weights(model, params, examples), examples)
+            return heads.measure(heads.weights(model, params, examples), examples)
 
-        return over_seeds(measure)(params), maps.weights(model, first, few)
+        return over_seeds(measure)(params), heads.weights(model, first, few)
 
     batch_shapes = [_structs(batch) for batch in batches]
     seeds = jax.ShapeDtypeStruct(batch_shapes[0]["inputs"].shape[:1], jnp.int32)

@@ -1,32 +1,94 @@
-"""The report of a run directory: results.csv, plots/ and one self-contained report.html.
+"""The report of a run directory: one self-contained page, tables and figures for a paper.
 
     python -m experiments.report --workdir=runs/quickstart
 
-reads what is in the directory, finished or not, writes the three anew and prints the table.
+reads what is in the directory, finished or not, prints the table and writes report.html, report.md,
+results.csv, tables/ (LaTeX) and plots/ (PDF, PNG, SVG) anew.
+
+    python -m experiments.report --workdir=runs/a --workdir=runs/b --output=runs/a-and-b
+
+compares experiments: all their groups in one report, and cells of the same name with each other.
+
+    python -m experiments.report --workdir=runs/quickstart --watch
+
+serves the page to browsers of this machine while a sweep runs, and writes nothing.
 """
 
+import functools
+import json
 import os
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from experiments import cli, plots, results
+from experiments import cli, explorer, plots, results, tables, watching
 
 
-def write_report(workdir: str | os.PathLike[str]) -> Path:
-    """Writes `results.csv`, `plots/` and `report.html` into a run directory; the report's path.
+def write_report(
+    workdirs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
+) -> Path:
+    """Writes the report of run directories into `output`, the first of them unless given.
+
+    Returns the path of report.html.
 
     Raises:
-      ValueError: `workdir` is not a run directory (see `results.load`).
+      ValueError: one is not a run directory (see `results.load`); several without `output`.
+    """
+    experiments = [results.load(workdir) for workdir in workdirs]
+    if len(experiments) > 1 and output is None:
+        raise ValueError("a report of several run directories needs a place: give --output")
+    folder = Path(output or workdirs[0])
+    joined, rows = _joined(experiments)
+    for part in ("plots", "tables"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    drawings = {}
+    for name, figure in [*plots.of_report(joined), *plots.of_attention(joined)]:
+        for kind, content in plots.render(figure).items():
+            results.replace(folder / "plots" / f"{results.file_name(name)}.{kind}", content)
+            if kind == "svg":
+                drawings[name] = content.decode()
+    results.write_csv(rows, folder / "results.csv")
+    results.replace(folder / "report.md", tables.markdown(joined, rows))
+    for base in joined.bases():
+        group = [row for row in rows if row.cell.base == base]
+        path = folder / "tables" / f"{results.file_name(base)}.tex"
+        results.replace(path, tables.latex(group))
+    results.replace(folder / "report.html", page(experiments, drawings))
+    return folder / "report.html"
+
+
+def _joined(experiments):
+    joined = experiments[0] if len(experiments) == 1 else results.join(experiments)
+    return joined, results.summarize(joined)
+
+
+def live_page(workdirs: Sequence[Path], version: str) -> str:
+    """The page of run directories as they are now, which asks its server for later versions."""
+    experiments = [results.load(workdir) for workdir in workdirs]
+    joined, _ = _joined(experiments)
+    drawings = {
+        name: plots.render(figure, ["svg"])["svg"].decode()
+        for name, figure in plots.of_report(joined)
+    }
+    return page(experiments, drawings, version)
+
+
+def page(
+    experiments: Sequence[results.Experiment], drawings: Mapping[str, str], version: str = ""
+) -> str:
+    """The HTML page of experiments; `drawings` are the SVG of `plots.of_report` by name.
+
+    With a `version` the page looks for others at /version, and loads itself anew when there is one.
     """
     import jinja2
 
-    experiment = results.load(workdir)
-    rows = results.summarize(experiment)
-    results.write_csv(rows, experiment.path / "results.csv")
-    files = {path.name: path for path in plots.save_all(experiment, workdir)}
+    joined, rows = _joined(experiments)
+    bases = joined.bases()
+    maps = explorer.pack([joined.group(base) for base in bases])
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -34,55 +96,87 @@ def write_report(workdir: str | os.PathLike[str]) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html").render(
-        experiment=experiment,
-        name=experiment.path.resolve().name,
-        groups=[_group(experiment, rows, base, files) for base in experiment.bases()],
+    return environment.get_template("report.html").render(
+        experiment=joined,
+        experiments=experiments,
+        name=" and ".join(e.path.resolve().name for e in experiments),
+        groups=[
+            _group(joined, rows, base, drawings, packed)
+            for base, packed in zip(bases, maps, strict=True)
+        ],
+        claims=tables.claims_table(results.findings(joined, rows)) if joined.claims else [],
+        claims_note=tables.claims_note(),
+        changes=results.between(experiments),
+        plus_minus=results.plus_minus,
         failed=[row for row in rows if row.error],
+        configs=_json(_configs(joined)),
         number=results.number,
         p_value=results.p_value,
+        cost_text=results.cost_text,
+        version=version,
+        retrain=_retrain(joined),
+        remake=_remake(experiments),
     )
-    path = experiment.path / "report.html"
-    results.replace(path, page)
-    return path
+
+
+def _retrain(experiment):
+    """The command that trains the first cell by itself."""
+    cell = experiment.cells[0]
+    return shlex.join(
+        ["python", "-m", "experiments.train", f"--config=configs/cell.py:{cell.path}"]
+        + [f"--workdir={cell.path.name}"]
+    )
+
+
+def _remake(experiments):
+    flags = [f"--workdir={experiment.path}" for experiment in experiments]
+    flags += ["--output=."] * (len(flags) > 1)
+    return shlex.join(["python", "-m", "experiments.report", *flags])
 
 
 def _group(
     experiment: results.Experiment,
     rows: Sequence[results.Row],
     base: str,
-    files: Mapping[str, Path],
+    drawings: Mapping[str, str],
+    maps: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What the template shows of one group."""
     rows = [row for row in rows if row.cell.base == base]
     digits = results.decimals(rows)
     axes = experiment.axes(base)
     done = [row for row in rows if row.reported]
-    metric = done[0].metric if done else "mean"
-    primary = done[0].cell.result["primary"] if done else "mean"
-    names = dict.fromkeys(name for row in done for name in row.metrics)
-    split = metric.partition("/")[0] + "/"  # what else was measured on the same data
     products = [axis for axis in axes if "×" in axis]
     return {
         "name": base,
+        "anchor": re.sub(r"\W+", "-", base),
         "title": results.metric_title(rows),
         "done": sum(row.cell.status == "done" for row in rows),
         "findings": [(axis, results.finding(experiment, rows, axis)) for axis in axes],
         "rows": rows,
         "warning": results.too_few_seeds(rows),
-        "metric": metric,
-        "primary": primary,
-        "others": [
-            name for name in names if name != metric and (name == primary or name.startswith(split))
+        "metric": done[0].metric if done else "mean",
+        "primary": done[0].cell.result["primary"] if done else "mean",
+        "others": results.other_metrics(rows),
+        "costs": [
+            name
+            for name, cost in results.COSTS.items()
+            if any(cost(row.cell.result) is not None for row in done)
         ],
         "effects": [(axis, results.axis_effects(rows, axis)) for axis in products],
-        "format": lambda mean, interval, sign="": results.plus_minus(mean, interval, digits, sign),
+        "pairs": results.pairwise(rows),
+        "format": functools.partial(_format, digits),
         "bootstrap": lambda ends: _bootstrap(ends, digits),
-        "axis_plots": [_inline(files, f"{base}-{axis}") for axis in axes],
-        "curves": _inline(files, f"{base}-curves"),
-        "maps": _inline(files, f"{base}-attention-maps"),
-        "score_maps": _inline(files, f"{base}-score-maps"),
+        "axis_plots": [_inline(drawings, f"{base}-{axis}") for axis in axes],
+        "curves": _inline(drawings, f"{base}-curves"),
+        "cost": _inline(drawings, f"{base}-cost"),
+        "maps": maps,
+        "maps_json": _json({**maps, "labels": {row.cell.id: row.cell.label for row in rows}}),
     }
+
+
+def _format(digits, mean, interval=float("nan"), sign=""):
+    return results.plus_minus(mean, interval, digits, sign).replace("-", "−")
 
 
 def _bootstrap(ends: tuple[float, float], digits: int) -> str:
@@ -91,26 +185,85 @@ def _bootstrap(ends: tuple[float, float], digits: int) -> str:
     return "" if low == "nan" else f"95% bootstrap interval: {low} to {high}"
 
 
-def _inline(files: Mapping[str, Path], name: str) -> Any:
+def _configs(experiment):
+    """Of each cell its settings by dotted name, those of its base left out where they are equal."""
+    found, of_base = [], {}
+    for cell in experiment.cells:
+        flat = _flat(cell.config)
+        if cell.axis is None:
+            of_base[cell.base] = cell.id, flat
+        id, other = of_base.get(cell.base, (None, {}))
+        if id is None or id == cell.id:
+            found.append({"id": cell.id, "settings": flat})
+        else:
+            own = {name: x for name, x in flat.items() if name not in other or other[name] != x}
+            gone = [name for name in other if name not in flat]
+            found.append({"id": cell.id, "base": id, "settings": own, "gone": gone})
+    return found
+
+
+def _flat(config, prefix=""):
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = json.dumps(value)
+    return flat
+
+
+def _json(content: Any) -> Any:
+    """JSON inside of a script element, which no text of it can end."""
+    import markupsafe
+
+    return markupsafe.Markup(json.dumps(content, ensure_ascii=True).replace("<", "\\u003c"))
+
+
+def _inline(drawings: Mapping[str, str], name: str) -> Any:
     """A drawing as markup, escaped by Matplotlib; '' where there is no such figure."""
     import markupsafe
 
-    path = files.get(f"{results.file_name(name)}.svg")
-    return markupsafe.Markup(path.read_text("utf-8")) if path else ""
+    return markupsafe.Markup(drawings.get(name, ""))
 
 
-def publish(workdir: str | os.PathLike[str]) -> None:
+def publish(
+    workdirs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
+) -> None:
     """Prints the table, writes the report and prints its path.  ValueError as `write_report`."""
-    results.show(results.summarize(results.load(workdir)))
-    print(write_report(workdir))
+    path = write_report(workdirs, output)
+    _, rows = _joined([results.load(workdir) for workdir in workdirs])
+    results.show(rows)
+    print(path)
+
+
+def watch(workdirs: Sequence[Path], port: int) -> None:
+    """Serves the page until Ctrl-C.  ValueError as `results.load`, OSError for a taken port."""
+    for workdir in workdirs:
+        results.load(workdir)
+    live = watching.Live(workdirs, functools.partial(live_page, workdirs))
+    with watching.server(live, port) as server:
+        print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
     with cli.user_errors():
-        publish(_WORKDIR.value)
+        workdirs = [Path(workdir) for workdir in _WORKDIR.value]
+        if _WATCH.value:
+            watch(workdirs, _PORT.value)
+        else:
+            publish(workdirs, _OUTPUT.value)
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", None, "The run directory.", required=True)
+    _WORKDIR = flags.DEFINE_multi_string(
+        "workdir", None, "A run directory; several are compared.", required=True
+    )
+    _OUTPUT = flags.DEFINE_string("output", None, "Where to write to, unless into the directory.")
+    _WATCH = flags.DEFINE_bool("watch", False, "Serve the live page on 127.0.0.1 instead.")
+    _PORT = flags.DEFINE_integer("port", 0, "Of --watch; 0: any that is free.")
     cli.run(main)

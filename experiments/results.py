@@ -17,7 +17,7 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,28 @@ from experiments.claims import Claim
 # few. At two, 98% of the seeds of a normal distribution are on one side of zero already.
 _TOO_LARGE = 2.0
 _NAN = float("nan")
-_FACTS = ("num_params", "compile_seconds", "steps_per_second")
+_FACTS = ("num_params", "compile_seconds", "steps_per_second", "memory_bytes")
+COSTS: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "parameters": lambda result: result.get("num_params"),
+    "ms per step": lambda result: _inverse(result.get("steps_per_second")),
+    "memory, MiB": lambda result: _mebi(result.get("memory_bytes")),
+}
+"""What a result says that a cell costs, None where it does not: a step is one of all its seeds."""
+
+
+def cost_text(name: str, result: Mapping[str, Any]) -> str:
+    """One of `COSTS` of a result, '' where it is not known."""
+    return number(COSTS[name](result), ",d" if name == "parameters" else ".1f")
+
+
+def _inverse(rate):
+    return 1000 / rate if rate else None
+
+
+def _mebi(size):
+    return size / 2**20 if size else None
+
+
 _COLUMNS = (
     *("cell", "base", "axis", "value", "status", "seeds", "metric", "mean", "interval95"),
     *("difference", "difference_interval95", "bootstrap95_low", "bootstrap95_high"),
@@ -58,6 +79,12 @@ class Cell:
         if self.result:
             return self.result["status"]
         return "partial" if (self.path / "metrics.jsonl").exists() else "not run"
+
+    @property
+    def step(self) -> int:
+        """The last step in its log, 0 without one."""
+        curves = read_curves(self)
+        return max((int(steps[-1]) for steps, _ in curves.values()), default=0)
 
     @property
     def label(self) -> str:
@@ -283,6 +310,20 @@ def findings(experiment: Experiment, rows: Sequence[Row]) -> list[claims.Finding
     return claims.test(experiment.claims, values)
 
 
+def other_metrics(rows: Sequence[Row]) -> list[str]:
+    """What else a group tells: the metric that values are chosen by, others on the same data as
+    the reported one, and those of no split, such as 'attention/entropy'."""
+    done = [row for row in rows if row.reported]
+    names = dict.fromkeys(name for row in done for name in row.metrics)
+    chosen = {row.cell.result["primary"] for row in done}
+    splits = {row.metric.partition("/")[0] for row in done} | {"attention", "decode"}
+    return [
+        name
+        for name in names
+        if name != done[0].metric and (name in chosen or name.partition("/")[0] in splits)
+    ]
+
+
 def too_few_seeds(rows: Sequence[Row]) -> str:
     """A warning where the seeds of the group `rows` are too few to say anything, else ''."""
     compared = [row.reported.comparison for row in rows if row.reported]
@@ -351,7 +392,8 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
     digits = decimals([*done, base] if base else done)
 
     def score(row):
-        return f"{row.metric} {plus_minus(row.reported.mean, row.reported.interval, digits)}"
+        mean, interval = row.reported.mean, row.reported.interval
+        return f"{row.metric} {plus_minus(mean, interval, digits)}{unit(row.metric)}"
 
     value = best.cell.value
     if not base or not _finite(base):
@@ -359,29 +401,135 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
 
     name = f"the base ({experiment.base_value(base.cell.base, axis)})"
     comparison = best.reported.comparison
-    gap = comparison.difference
-    size = f"by {plus_minus(abs(gap), comparison.interval, digits)}"
+    gap = sign * comparison.difference
+    size = f"by {plus_minus(abs(gap), comparison.interval, digits)}{unit(best.metric)}"
     if math.isnan(best.p_holm):
         certain = "; a single seed does not tell it from chance"
     else:
-        certain = f", {p_equals(best.p_holm)} after Holm's correction"
+        certain = f" ({p_equals(best.p_holm)} after Holm's correction)"
         if not best.significant:
-            certain += ", so the seeds do not tell them apart"
-    word = "lower" if gap < 0 else "higher"
-    if sign * best.primary.comparison.difference < 0:
-        sentence = f"{value} did best{where}, {score(best)}, "
-        sentence += f"{word} than {name} {size}{certain}" if gap else f"equal to {name}"
-        if best.verdict == "worse":
-            sentence += "; the two splits disagree"
+            certain += ", which the seeds do not tell from chance"
+    if sign * best.primary.comparison.difference >= 0:
+        close = f"{'worse' if gap > 0 else 'better'} {size}{certain}"
+        close = f"{value} comes closest, {close}" if gap else f"{value} equals it"
+        sentence = f"no value beats {name}{where}, {score(base)}; {close}"
+    elif gap > 0:
+        sentence = f"{value} did best{where}, and yet is worse than {name} {size}{certain}"
     else:
-        sentence = f"no value beat {name}{where}, {score(base)}; "
-        sentence += (
-            f"{value} comes closest, {word} {size}{certain}" if gap else f"{value} equals it"
-        )
+        verb = "beats" if best.significant else "is ahead of"
+        sentence = f"{value} {verb} {name} {size}{certain}: {score(best)}"
     worse = [str(row.cell.value) for row in done if row.verdict == "worse" and row is not best]
     if worse:
         sentence += f"; clearly worse than the base: {', '.join(worse)}"
     return f"{sentence}{note}."
+
+
+def unit(metric: str) -> str:
+    """' nats' for a loss, else ''."""
+    return " nats" if metric.endswith("/loss") else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Every cell of a group against every other one, by the reported metric; see `pairwise`.
+
+    Attributes:
+      rows: the N cells that have it.
+      difference, interval: [N, N], of the row's cell minus the column's, paired by seed.
+      p: of the paired t-test, corrected for all N (N − 1) / 2 pairs (Holm); nan on the diagonal.
+    """
+
+    rows: Sequence[Row]
+    difference: np.ndarray
+    interval: np.ndarray
+    p: np.ndarray
+
+
+def pairwise(rows: Sequence[Row]) -> Pairs:
+    """Compares all cells of the group `rows` with each other."""
+    rows = [row for row in rows if row.reported]
+    difference, interval, p = np.full((3, len(rows), len(rows)), _NAN)
+    above = np.triu_indices(len(rows), 1)
+    for i, j in zip(*above, strict=True):
+        a, b = rows[i].reported.values, rows[j].reported.values
+        seeds = min(len(a), len(b))
+        found = statistics.paired(a[:seeds], b[:seeds])
+        difference[i, j], difference[j, i] = found.difference, -found.difference
+        interval[i, j] = interval[j, i] = found.interval
+        p[i, j] = found.p
+    p[above] = p.T[above] = statistics.holm(p[above])
+    return Pairs(rows, difference, interval, p)
+
+
+def join(experiments: Sequence[Experiment]) -> Experiment:
+    """One experiment with the groups and cells of several, named after their run directories."""
+    names = [experiment.path.resolve().name for experiment in experiments]
+    if len(set(names)) < len(names):
+        names = [str(experiment.path) for experiment in experiments]
+    cells, expected = [], []
+    for name, experiment in zip(names, experiments, strict=True):
+        for cell in experiment.cells:
+            renamed = {"id": f"{name}/{cell.id}", "base": f"{name}: {cell.base}"}
+            cells.append(dataclasses.replace(cell, **renamed))
+        expected += [claim.of(f"{name}/") for claim in experiment.claims]
+    seeds = max((experiment.seeds for experiment in experiments), key=len)
+    return dataclasses.replace(experiments[0], seeds=seeds, cells=cells, claims=expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A cell in another run directory than the first; see `between`.
+
+    Attributes:
+      id, directory: of the cell, and the other directory.
+      metric, first, other: what both report, in the first directory and in the other one.
+      comparison: of the other minus the first, paired by seed.
+      p_holm: corrected for all cells of all other directories.
+      changed: the settings in which the two differ, a line each.
+    """
+
+    id: str
+    directory: str
+    metric: str
+    first: Estimate
+    other: Estimate
+    comparison: statistics.Paired
+    p_holm: float
+    changed: Sequence[str]
+
+
+def between(experiments: Sequence[Experiment]) -> list[Change]:
+    """Cells of the same id that several run directories have done, against the first directory."""
+    by_id = [{row.cell.id: row for row in summarize(x) if row.reported} for x in experiments]
+    found = []
+    for experiment, rows in zip(experiments[1:], by_id[1:], strict=True):
+        for id, row in rows.items():
+            first = by_id[0].get(id)
+            if first is None or first.metric not in row.metrics:
+                continue
+            a, b = first.reported, row.metrics[first.metric]
+            seeds = min(len(a.values), len(b.values))
+            comparison = statistics.paired(b.values[:seeds], a.values[:seeds])
+            changed = differences(first.cell.config, row.cell.config)
+            changed = [f"{name}: {there} → {here}" for name, there, here in changed]
+            directory = str(experiment.path)
+            found.append(Change(id, directory, first.metric, a, b, comparison, _NAN, changed))
+    corrected = statistics.holm([change.comparison.p for change in found]).tolist()
+    return [dataclasses.replace(x, p_holm=p) for x, p in zip(found, corrected, strict=True)]
+
+
+def differences(
+    one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
+) -> list[tuple[str, Any, Any]]:
+    """The settings in which two described configs differ: (name, of the one, of the other)."""
+    found = []
+    for key in sorted({*one, *other}):
+        name, a, b = f"{prefix}{key}", one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{name}.")
+        elif a != b:
+            found.append((name, a, b))
+    return found
 
 
 def _on_test(result: Mapping[str, Any]) -> str:

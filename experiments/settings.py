@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from experiments import tasks
+from experiments import results, tasks
 
 
 def config(task: str, **task_settings) -> ConfigDict:
@@ -153,13 +153,7 @@ def complete(described: Mapping[str, Any]) -> dict[str, Any]:
     return filled(defaults, described)
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What two described configs disagree on, a line each: 'model.num_heads is 4 there, 8 here'."""
-    found = []
-    for key in sorted({*there, *here}):
-        name, a, b = f"{prefix}{key}", there.get(key), here.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{name}.")
-        elif a != b:
-            found.append(f"{name} is {a!r} there, {b!r} here")
-    return found
+    found = results.differences(there, here)
+    return [f"{name} is {a!r} there, {b!r} here" for name, a, b in found]

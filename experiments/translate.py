@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import cli, maps, plots, results, tasks, train, trained
+from experiments import cli, heads, plots, results, tasks, train, trained
 from experiments.program import translator
 
 
@@ -67,7 +67,7 @@ class Translator(trained.Trained):
         targets = tokens[: ended[0] + 1] if len(ended) else tokens
         inputs = np.insert(targets[:-1], 0, tasks.BEGIN).astype(np.int32)[None]
         batch = {**source, "inputs": inputs}
-        weights = jax.jit(functools.partial(maps.weights, self.model))(self.params, batch)["cross"]
+        weights = jax.jit(functools.partial(heads.weights, self.model))(self.params, batch)["cross"]
         names = self.task.tokens(targets), self.task.tokens(source["source"][0, :count])
         return np.asarray(weights[:, 0, ..., :count]), *names
 

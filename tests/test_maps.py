@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import maps, settings, tasks
+from experiments import heads, maps, settings, tasks
 
 
 def pairs():
@@ -47,7 +47,7 @@ def test_entropy_and_first_token_are_those_of_the_definition():
                         p = row / row.sum()
                         values.append(-np.sum(p * np.log(p)))
             entropy[layer, head], first[layer, head] = np.mean(values), np.mean(shares)
-    found = maps.measure({"self": w}, {"inputs": np.zeros((3, 5), np.int32)})["self"]
+    found = heads.measure({"self": w}, {"inputs": np.zeros((3, 5), np.int32)})["self"]
     np.testing.assert_allclose(found["entropy"], entropy, rtol=1e-5)
     np.testing.assert_allclose(found["first_token"], first, rtol=1e-5)
 
@@ -64,7 +64,7 @@ def test_padded_queries_do_not_count(kind):
     assert not real.all()
     w = np.zeros((1, B, 1, queries, keys), np.float32)
     w[..., 0] = np.where(real, 0.25, 1.0)[None, :, None]
-    found = maps.measure({kind: w}, few)[kind]
+    found = heads.measure({kind: w}, few)[kind]
     assert found["first_token"] == pytest.approx(0.25)
     assert found["entropy"] == pytest.approx(0)
 

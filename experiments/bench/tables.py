@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.tables import markdown_table
+
 
 class Column(NamedTuple):
     """A column: its title and how a row (of a comparison, of results) fills it; '' for nothing."""
@@ -130,10 +132,7 @@ def rows(found: dict[str, Any], comparisons: Sequence[dict]) -> list[list[str]]:
 
 def markdown(found: dict[str, Any]) -> str:
     """What `rows` says of all comparisons, as a Markdown table, and `LEGEND`."""
-    header, *lines = rows(found, found["comparisons"])
-    escaped = [[cell.replace("|", r"\|") for cell in line] for line in lines]
-    table = [header, ["---"] * len(header), *escaped]
-    return f"{LEGEND}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in table)
+    return f"{LEGEND}\n\n{markdown_table(*rows(found, found['comparisons']))}\n"
 
 
 def show(found: dict[str, Any], comparisons: Sequence[dict], header: bool = True) -> None:

@@ -1,0 +1,170 @@
+"""The tables of a report for a paper or a page of text: LaTeX (booktabs) and Markdown."""
+
+import math
+import re
+from collections.abc import Sequence
+
+from experiments import claims, results
+
+STAR = "p < 0.05 in a paired t-test against the base, after Holm's correction"
+
+
+def markdown(experiment: results.Experiment, rows: Sequence[results.Row]) -> str:
+    """The whole report but its figures: findings, claims, a table a group, and how it was made."""
+    parts = []
+    for base in experiment.bases():
+        group = [row for row in rows if row.cell.base == base]
+        parts.append(f"## {base}")
+        parts += [f"- **{axis}:** {results.finding(experiment, group, axis)}"
+                  for axis in experiment.axes(base)]  # fmt: skip
+        parts.append(f"{_sentence(results.metric_title(group))} A star: {STAR}.")
+        parts.append(markdown_table(*_columns(group, "±", "**{}**".format)))
+        if warning := results.too_few_seeds(group):
+            parts.append(f"Too few seeds: {warning}.")
+    if experiment.claims:
+        found = results.findings(experiment, rows)
+        parts += ["## Expectations", claims_note(), markdown_table(*claims_table(found))]
+    parts += ["## How this was made", f"    {experiment.command}", _environment(experiment)]
+    joined = "\n\n".join(parts)
+    return joined.replace("\n\n- **", "\n- **") + "\n"
+
+
+def latex(rows: Sequence[results.Row]) -> str:
+    """The table of a group for LaTeX with the package booktabs; the best mean is bold.
+
+    Best are, by the reported metric, the best cell and those that its paired t-test, corrected for
+    all pairs of the group, does not tell from it.
+    """
+    header, *body = _columns(rows, r"$\pm$", r"\textbf{{{}}}".format, _escape)
+    lines = [r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}", r"\toprule"]
+    lines += [" & ".join(header) + r" \\", r"\midrule"]
+    before = None
+    for row, cells in zip(rows, body, strict=True):
+        if before is not None and row.cell.axis != before.axis:
+            lines.append(r"\addlinespace")
+        before = row.cell
+        lines.append(" & ".join(cells) + r" \\")
+    note = _escape(f"{_sentence(results.metric_title(rows))} *: {STAR}.")
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    return f"% needs \\usepackage{{booktabs}}\n% {note}\n" + "\n".join(lines) + "\n"
+
+
+def best(rows: Sequence[results.Row]) -> set[str]:
+    """The ids of the cell that is best by the reported metric and of all that are not told from it.
+
+    Told by the paired t-test after Holm's correction for all pairs of the group.
+    """
+    pairs = results.pairwise([row for row in rows if row.reported and _finite(row)])
+    if not pairs.rows:
+        return set()
+    sign = 1 if pairs.rows[0].cell.result["lower_is_better"] else -1
+    first = min(range(len(pairs.rows)), key=lambda i: sign * pairs.rows[i].reported.mean)
+    # Without a p-value (one seed) only the best itself: nothing says that others are as good.
+    others = [i for i, p in enumerate(pairs.p[first]) if p >= 0.05]
+    return {pairs.rows[i].cell.id for i in [first, *others]}
+
+
+def _finite(row):
+    return math.isfinite(row.reported.mean)
+
+
+def _columns(rows, plus_minus, bold, escape=str):
+    """The header and a list of texts for each row."""
+    digits, marked = results.decimals(rows), best(rows)
+    done = [row for row in rows if row.reported]
+    metric = done[0].metric if done else "mean"
+    others = results.other_metrics(rows)
+    costs = [
+        name for name, cost in results.COSTS.items() if any(cost(row.cell.result) for row in done)
+    ]
+    header = ["cell", metric, "difference", "p", *others, *costs, "status"]
+
+    def number(mean, interval, sign=""):
+        text = results.plus_minus(mean, interval, digits, sign).replace("±", plus_minus)
+        return re.sub(r"(^|(?<= ))-", "−" if escape is str else "$-$", text)
+
+    table = [[escape(name) for name in header]]
+    for row in rows:
+        cells = [escape(row.cell.label)]
+        if row.reported:
+            paired = row.reported.comparison
+            mean = number(row.reported.mean, row.reported.interval)
+            difference = number(paired.difference, paired.interval, "+")
+            cells += [bold(mean) if row.cell.id in marked else mean]
+            cells += [
+                difference + ("*" if row.verdict else ""),
+                escape(results.p_value(row.p_holm)),
+            ]
+        else:
+            cells += ["", "", ""]
+        for name in others:
+            found = row.metrics.get(name)
+            cells.append(number(found.mean, found.interval) if found else "")
+        cells += [results.cost_text(name, row.cell.result) for name in costs]
+        table.append([*cells, row.cell.status])
+    return table
+
+
+def claims_table(found: Sequence[claims.Finding]) -> list[list[str]]:
+    """Header and rows of what the seeds say of each claim."""
+    table = [["expected", "found", "difference", "margin", "p", "verdict"]]
+    for one in found:
+        kind = "right − left" if one.claim.kind == "less" else "|right − left|"
+        metric = one.claim.metric or "the reported metric"
+        sides = " and ".join(_side(side) for side in (one.claim.left, one.claim.right))
+        difference = results.plus_minus(one.difference, one.interval, 4, "+").replace("-", "−")
+        sign = ">" if one.claim.kind == "less" else "<"
+        margin = f"{kind} {sign} {one.claim.margin:g}".replace("-", "−")
+        table.append(
+            [one.claim.says, f"{sides}; {metric}", difference, margin]
+            + [results.p_value(one.p), one.verdict]
+        )
+    return table
+
+
+def _side(side):
+    return f"({_side(side[0])} − {_side(side[1])})" if isinstance(side, tuple) else f"`{side}`"
+
+
+def claims_note() -> str:
+    """How claims are tested."""
+    return (
+        "A claim holds, or is contradicted, where the paired one-sided t-test of it, or of its "
+        "opposite, has p < 0.05 after Holm's correction for all claims; else it is open. Equality "
+        "within a margin is tested by two such tests."
+    )
+
+
+def _environment(experiment):
+    environment = {"started": experiment.created, **experiment.environment}
+    return ", ".join(f"{name} {value}" for name, value in environment.items()) + "."
+
+
+def _sentence(text):
+    return text[:1].upper() + text[1:] + "."
+
+
+def markdown_table(header: Sequence[str], *rows: Sequence[str]) -> str:
+    """A table of texts."""
+
+    def line(cells):
+        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
+
+
+_SPECIAL = {
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "−": "$-$",
+    "<": "$<$",
+    ">": "$>$",
+}
+
+
+def _escape(text):
+    return "".join(_SPECIAL.get(c, c) for c in text)

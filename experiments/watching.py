@@ -1,0 +1,89 @@
+"""A live page of a sweep under way, for this machine's browsers only."""
+
+import hashlib
+import http.server
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+_PAUSE = 2.0  # seconds between two looks at the files, at least
+
+
+def version(workdirs: Sequence[Path]) -> str:
+    """Changes with what there is to show: with any result, log or settings of the directories."""
+    digest = hashlib.sha256()
+    for workdir in workdirs:
+        for pattern in ("sweep.json", "cells/*/result.json", "cells/*/metrics.jsonl"):
+            for path in sorted(workdir.glob(pattern)):
+                found = path.stat()
+                digest.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+class Live:
+    """The page as of the latest change, made when it is asked for.
+
+    `render(version)` makes it, and nothing is written to the directories.
+    """
+
+    def __init__(self, workdirs: Sequence[Path], render: Callable[[str], str]):
+        self._workdirs, self._render = workdirs, render
+        self._lock = threading.Lock()
+        self._looked, self._version, self._page = 0.0, "", ("", "")
+
+    def version(self) -> str:
+        """`version` of the directories, looked up every few seconds."""
+        with self._lock:
+            if time.monotonic() - self._looked > _PAUSE:
+                self._version = version(self._workdirs)
+                self._looked = time.monotonic()
+            return self._version
+
+    def page(self) -> str:
+        """The page."""
+        now = self.version()
+        with self._lock:
+            if self._page[0] != now:
+                self._page = now, self._render(now)
+            return self._page[1]
+
+
+def server(live: Live, port: int = 0) -> http.server.ThreadingHTTPServer:
+    """A server of `/`, the page, and `/version` on 127.0.0.1; port 0 is any that is free.
+
+    It only answers GET and HEAD, and only requests that name this machine itself: a page from
+    elsewhere cannot read it by a host name of its own.  OSError where the port is taken.
+    """
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
+            if host not in ("127.0.0.1", "localhost"):
+                return self._answer(403, "text/plain", "ask for http://127.0.0.1")
+            if self.path == "/version":
+                return self._answer(200, "text/plain", live.version())
+            if self.path.partition("?")[0] == "/":
+                try:
+                    return self._answer(200, "text/html", live.page())
+                except (ValueError, OSError) as error:  # a file that is being replaced, say
+                    return self._answer(503, "text/plain", f"not now: {error}")
+            return self._answer(404, "text/plain", "there is / and /version")
+
+        do_HEAD = do_GET
+
+        def _answer(self, status, kind, text):
+            content = text.encode()
+            self.send_response(status)
+            self.send_header("Content-Type", f"{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
