@@ -159,6 +159,8 @@ def cost_plot(experiment: results.Experiment, base: str) -> "Figure | None":
             costs[name] = found
     if not costs:
         return None
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     lower = rows[0].cell.result["lower_is_better"]
     with paper_style():
         figure = new_figure(3.3 * len(costs) + 0.6, 3.1)
@@ -181,6 +183,9 @@ def cost_plot(experiment: results.Experiment, base: str) -> "Figure | None":
             values = list(found.values())
             if min(values) > 0 and max(values) > 20 * min(values):
                 panel.set_xscale("log")
+            else:
+                panel.xaxis.set_major_locator(MaxNLocator(4))
+                panel.xaxis.set_major_formatter(EngFormatter(sep=""))
             panel.set_xlabel(name)
             panel.grid(color=INK, alpha=0.12, linewidth=0.6)
         panels[0].set_ylabel(_plain(rows[0].metric))

@@ -414,7 +414,8 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
         close = f"{value} comes closest, {close}" if gap else f"{value} equals it"
         sentence = f"no value beats {name}{where}, {score(base)}; {close}"
     elif gap > 0:
-        sentence = f"{value} did best{where}, and yet is worse than {name} {size}{certain}"
+        split = best.metric.partition("/")[0]
+        sentence = f"{value} did best{where}; on {split} it is worse than {name} {size}{certain}"
     else:
         verb = "beats" if best.significant else "is ahead of"
         sentence = f"{value} {verb} {name} {size}{certain}: {score(best)}"

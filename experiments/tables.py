@@ -107,14 +107,13 @@ def _columns(rows, plus_minus, bold, escape=str):
 
 def claims_table(found: Sequence[claims.Finding]) -> list[list[str]]:
     """Header and rows of what the seeds say of each claim."""
-    table = [["expected", "found", "difference", "margin", "p", "verdict"]]
+    table = [["expected", "left and right", "right − left", "claimed", "p", "verdict"]]
     for one in found:
-        kind = "right − left" if one.claim.kind == "less" else "|right − left|"
         metric = one.claim.metric or "the reported metric"
         sides = " and ".join(_side(side) for side in (one.claim.left, one.claim.right))
         difference = results.plus_minus(one.difference, one.interval, 4, "+").replace("-", "−")
-        sign = ">" if one.claim.kind == "less" else "<"
-        margin = f"{kind} {sign} {one.claim.margin:g}".replace("-", "−")
+        sign = ">" if one.claim.kind == "less" else "within ±"
+        margin = f"{sign} {one.claim.margin:g}".replace("-", "−").replace("± ", "±")
         table.append(
             [one.claim.says, f"{sides}; {metric}", difference, margin]
             + [results.p_value(one.p), one.verdict]
