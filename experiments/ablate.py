@@ -211,7 +211,7 @@ def _launch(workdir, swept, expected, executor, stop):
                 halve(workdir, swept, executor, stop, _HALVING.value, options)
             pursue(workdir, jobs, executor, stop)
             stop.unsaved = False
-    report.publish([workdir])
+    report.publish(workdir)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,16 @@ class Claim:
     metric: str = ""
     margin: float = 0.0
 
+    def of(self, prefix: str) -> "Claim":
+        """The same of cells whose ids have a prefix."""
+
+        def renamed(side):
+            if isinstance(side, tuple):
+                return tuple(map(renamed, side))
+            return f"{prefix}{side}" if isinstance(side, str) else side
+
+        return dataclasses.replace(self, left=renamed(self.left), right=renamed(self.right))
+
 
 def less(left: Side, right: Side, *, says: str, at: str = "", by: float = 0.0) -> Claim:
     """That `left` has less of a metric than `right`, by more than `by`."""
@@ -57,16 +67,6 @@ def equal(left: Side, right: Side, *, within: float, says: str, at: str = "") ->
     if not within > 0:
         raise ValueError(f"two means are equal within a margin above 0: got within={within}")
     return Claim(says, "equal", left, right, at, within)
-
-    def of(self, prefix: str) -> "Claim":
-        """The same of cells whose ids have a prefix."""
-
-        def renamed(side):
-            if isinstance(side, tuple):
-                return tuple(map(renamed, side))
-            return f"{prefix}{side}" if isinstance(side, str) else side
-
-        return dataclasses.replace(self, left=renamed(self.left), right=renamed(self.right))
 
 
 @dataclasses.dataclass(frozen=True)

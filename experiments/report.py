@@ -29,7 +29,7 @@ from experiments import cli, explorer, plots, results, tables, watching
 
 
 def write_report(
-    workdirs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
+    *workdirs: str | os.PathLike[str], output: str | os.PathLike[str] | None = None
 ) -> Path:
     """Writes the report of run directories into `output`, the first of them unless given.
 
@@ -227,10 +227,10 @@ def _inline(drawings: Mapping[str, str], name: str) -> Any:
 
 
 def publish(
-    workdirs: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
+    *workdirs: str | os.PathLike[str], output: str | os.PathLike[str] | None = None
 ) -> None:
     """Prints the table, writes the report and prints its path.  ValueError as `write_report`."""
-    path = write_report(workdirs, output)
+    path = write_report(*workdirs, output=output)
     _, rows = _joined([results.load(workdir) for workdir in workdirs])
     results.show(rows)
     print(path)
@@ -256,7 +256,7 @@ def main(argv: Sequence[str]) -> None:
         if _WATCH.value:
             watch(workdirs, _PORT.value)
         else:
-            publish(workdirs, _OUTPUT.value)
+            publish(*workdirs, output=_OUTPUT.value)
 
 
 if __name__ == "__main__":

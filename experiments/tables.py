@@ -15,8 +15,9 @@ def markdown(experiment: results.Experiment, rows: Sequence[results.Row]) -> str
     for base in experiment.bases():
         group = [row for row in rows if row.cell.base == base]
         parts.append(f"## {base}")
-        parts += [f"- **{axis}:** {results.finding(experiment, group, axis)}"
-                  for axis in experiment.axes(base)]  # fmt: skip
+        axes = experiment.axes(base)
+        found = [f"- **{axis}:** {results.finding(experiment, group, axis)}" for axis in axes]
+        parts += ["\n".join(found)] * bool(found)
         parts.append(f"{_sentence(results.metric_title(group))} A star: {STAR}.")
         parts.append(markdown_table(*_columns(group, "±", "**{}**".format)))
         if warning := results.too_few_seeds(group):
@@ -25,8 +26,7 @@ def markdown(experiment: results.Experiment, rows: Sequence[results.Row]) -> str
         found = results.findings(experiment, rows)
         parts += ["## Expectations", claims_note(), markdown_table(*claims_table(found))]
     parts += ["## How this was made", f"    {experiment.command}", _environment(experiment)]
-    joined = "\n\n".join(parts)
-    return joined.replace("\n\n- **", "\n- **") + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def latex(rows: Sequence[results.Row]) -> str:

@@ -59,6 +59,11 @@ class Page(html.parser.HTMLParser):
         self.text.append(data)
 
 
+def page_of(path):
+    """The page of a run directory, without writing its figures."""
+    return Page(report.live_page([path], ""))
+
+
 @pytest.fixture(scope="module")
 def page(workdir):
     return Page((workdir / "report.html").read_text("utf-8"))
@@ -66,8 +71,8 @@ def page(workdir):
 
 def test_page_is_well_formed_and_small(page, workdir):
     assert page.open == []
-    assert page.tags.count("table") == 2
-    assert (workdir / "report.html").stat().st_size < 1_000_000
+    assert page.tags.count("table") == 4  # of the cells and of their pairs, for each group
+    assert (workdir / "report.html").stat().st_size < 300_000
 
 
 def test_page_needs_no_other_file(page, workdir):
@@ -91,10 +96,10 @@ def test_drawings_take_the_colour_of_the_page(workdir):
 def test_names_and_errors_are_escaped(page, workdir):
     text = (workdir / "report.html").read_text("utf-8")
     assert SCRIPT not in text and "<b>4</b>" not in text and "<two>" not in text
-    assert page.tags.count("script") == 1
+    assert page.tags.count("script") == 1 + 1 + 2  # the code, the settings, maps of two groups
     shown = "".join(page.text)
     assert f"score={SCRIPT}" in shown  # the table
-    assert shown.count(SCRIPT) >= 4  # table, learning curves, axis plot, score maps
+    assert shown.count(SCRIPT) >= 4  # tables of cells and pairs, learning curves, axis plot
     assert "[red]width 30[/red] does not divide into <b>4</b> heads & more" in shown
 
 
@@ -106,15 +111,13 @@ def test_page_tells_everything(page, experiment):
     assert experiment.command in shown
     assert "2026-11-21T12:00:00" in shown and "0, 1, 2" in shown
     assert "0.10.2" in shown and "<two>" in shown
-    assert "additive did best, validation/loss 2.000 ± 0.237" in shown
+    assert "additive beats the base (scaled_dot) by 0.100 ± 0.025 nats" in shown
     assert "no value has a result yet (none failed)" in shown
     assert "−0.100 ± 0.025* 0.007 −10.0 " in shown and "123,456" in shown
     assert "<0.001 +∞ " in shown  # heads=2 differs by the same in every seed
     assert "Too few seeds: with 3 seeds and 3 comparisons only differences above 4.4" in shown
     assert "validation/bits" in shown  # the other metric on the same data ...
     assert "train/x" not in shown  # ... and not those on other data
-    assert "text (base): attention weights" in shown
-    assert "text: attention weights of the last layer by score" in shown
 
 
 def test_tooltips_have_the_bootstrap_intervals_and_the_uncorrected_p(page, experiment):
@@ -126,7 +129,7 @@ def test_tooltips_have_the_bootstrap_intervals_and_the_uncorrected_p(page, exper
 
 
 def test_the_page_reports_test_and_shows_what_chose(tmp_path):
-    page = Page(report.write_report(write_run(tmp_path, DISAGREE)).read_text("utf-8"))
+    page = page_of(write_run(tmp_path, DISAGREE))
     shown = " ".join("".join(page.text).split())
     assert "cell test/loss difference p (Holm) effect size validation/loss parameters" in shown
     assert "Values are chosen by validation/loss, never by what is reported" in shown
@@ -137,15 +140,15 @@ def test_the_page_reports_test_and_shows_what_chose(tmp_path):
 
 
 def test_the_page_has_the_effects_of_a_product(tmp_path):
-    page = Page(report.write_report(write_run(tmp_path / "whole", grid())).read_text("utf-8"))
+    page = page_of(write_run(tmp_path / "whole", grid()))
     shown = " ".join("".join(page.text).split())
     (effect, *_) = results.axis_effects(
         results.summarize(results.load(tmp_path / "whole")), "score×heads"
     )
-    assert page.tags.count("table") == 2
+    assert page.tags.count("table") == 3
     assert f"term degrees of freedom F p partial η² score 1, 10 {effect.f:.2f} <0.001" in shown
-    path = report.write_report(write_run(tmp_path / "part", grid()[:-1]))
-    assert "No analysis of variance: it needs every cell" in path.read_text("utf-8")
+    text = report.live_page([write_run(tmp_path / "part", grid()[:-1])], "")
+    assert "No analysis of variance: it needs every cell" in text
 
 
 def test_sort_keys_are_numbers(page):
@@ -158,7 +161,8 @@ def test_plots_are_there_and_not_empty(workdir):
     names = {path.name for path in (workdir / "plots").iterdir()}
     stems = ["text-curves", "text-score", "text-heads", "text-position", "text-attention-maps"]
     stems += ["text-score-maps", "recall-curves", "recall-position", "recall-attention-maps"]
-    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")}
+    stems += ["text-cost", "recall-cost"]
+    assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg", "pdf")}
     for stem in stems:
         pixels = matplotlib.image.imread(workdir / "plots" / f"{stem}.png")
         assert min(pixels.shape[:2]) > 100 and pixels[..., :3].std() > 0.03
@@ -299,10 +303,9 @@ def test_product_sweep_without_base(tmp_path):
         ("text", "score×heads", "dot, 4", {"model.score": "dot", "model.num_heads": 4}, [2.0, 2.1]),
         ("text", "score×heads", "_, $2$", {"model.score": "_", "model.num_heads": 2}, [2.1, 2.3]),
     ]
-    write_run(tmp_path, cells, seeds=2)
-    page = Page(report.write_report(tmp_path).read_text("utf-8"))
+    page = Page(report.write_report(write_run(tmp_path, cells, seeds=2)).read_text("utf-8"))
     shown = " ".join("".join(page.text).split())
-    assert "dot, 4 did best, validation/loss 2.050 ± 0.635; there is no base" in shown
+    assert "dot, 4 did best, validation/loss 2.050 ± 0.635 nats; there is no base" in shown
     assert shown.count("_, $2$") >= 3
     assert (tmp_path / "plots" / "text-score×heads.png").exists()
 
@@ -321,8 +324,7 @@ def test_entry_point_writes_the_same_again(tmp_path):
 
 
 def test_report_before_the_first_result(tmp_path):
-    write_run(tmp_path, [(*cell[:4], None) for cell in CELLS[:2]])
-    page = Page(report.write_report(tmp_path).read_text("utf-8"))
+    page = page_of(write_run(tmp_path, [(*cell[:4], None) for cell in CELLS[:2]]))
     shown = "".join(page.text)
     assert "no value has a result yet (additive not run)." in shown
     assert "no results yet" in shown and "0 of 2 cells done" in shown

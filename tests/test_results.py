@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import maps, results
+from experiments import maps, results, statistics
+from experiments.claims import describe, less
 
 T_95_OF_3 = 4.302652729911275  # Student's t, 2 degrees of freedom, 97.5%: any printed table
 
@@ -33,7 +35,9 @@ CELLS = [
 ]
 
 
-def write_run(workdir, cells=CELLS, seeds=3, tokens="for $x in y:\n\x07_", layers=2, heads=3):
+def write_run(
+    workdir, cells=CELLS, seeds=3, tokens="for $x in y:\n\x07_", layers=2, heads=3, claims=()
+):
     """A run directory as the launcher leaves it; text is judged by loss, recall by accuracy."""
     specs = []
     for base, axis, value, overrides, final in cells:
@@ -69,6 +73,7 @@ def write_run(workdir, cells=CELLS, seeds=3, tokens="for $x in y:\n\x07_", layer
             "lower_is_better": metric == "loss",
             **{"num_params": 123456, "compile_seconds": 4.25, "steps_per_second": 31.0},
             **{"train_seconds": 10.1, "steps": 100},
+            "memory_bytes": 2**20 * (40 + len(specs)),
         }
         (path / "result.json").write_text(json.dumps(result))
         count = len(tokens)
@@ -82,6 +87,7 @@ def write_run(workdir, cells=CELLS, seeds=3, tokens="for $x in y:\n\x07_", layer
         "environment": {"python": "3.11.7", "jax": "0.10.2", "device": "cpu", "machine": "<two>"},
         "created": "2026-11-21T12:00:00",
         "cells": specs,
+        "claims": describe(claims),
     }
     (workdir / "sweep.json").write_text(json.dumps(sweep))
     return workdir
@@ -199,9 +205,9 @@ def test_validation_chooses_and_test_is_reported(tmp_path):
     assert a.primary is a.metrics["validation/loss"] and a.reported is a.metrics["test/loss"]
     assert (a.verdict, rows["text.score=b"].verdict) == ("worse", "better")
     sentence = results.finding(experiment, found, "score")
-    assert sentence.startswith("a did best on validation, test/loss 3.303 ± 0.249, higher than the")
-    assert (
-        "by 0.203 ± 0.014, p < 0.001 after Holm's correction; the two splits disagree" in sentence
+    assert sentence == (
+        "a did best on validation; on test it is worse than the base (scaled_dot) by "
+        "0.203 ± 0.014 nats (p < 0.001 after Holm's correction)."
     )
     assert results.metric_title(found).startswith("test/loss (lower is better), mean ± 95%")
     assert "+0.203 ± 0.014 *" in text_of(found, 100)
@@ -215,8 +221,8 @@ def test_validation_chooses_and_test_is_reported(tmp_path):
 def test_no_value_beats_the_base_on_validation(tmp_path):
     experiment = results.load(write_run(tmp_path, DISAGREE[::2]))
     sentence = results.finding(experiment, results.summarize(experiment), "score")
-    assert sentence.startswith("no value beat the base (scaled_dot) on validation, test/loss 3.100")
-    assert "b comes closest, lower by 0.197 ± 0.014, p < 0.001" in sentence
+    assert sentence.startswith("no value beats the base (scaled_dot) on validation, test/loss 3.1")
+    assert "; b comes closest, better by 0.197 ± 0.014 nats (p < 0.001" in sentence
 
 
 def test_a_group_is_reported_on_one_split(tmp_path):
@@ -332,7 +338,7 @@ def test_csv(experiment, tmp_path):
         *("difference", "difference_interval95", "bootstrap95_low", "bootstrap95_high"),
         *("difference_bootstrap95_low", "difference_bootstrap95_high"),
         *("effect_size", "p", "p_holm", "reported"),
-        *("num_params", "compile_seconds", "steps_per_second", "error"),
+        *("num_params", "compile_seconds", "steps_per_second", "memory_bytes", "error"),
     ]
     assert len(lines) == 7 * 3 + 2  # three metrics of each cell that is done
     line = lines[3]
@@ -445,12 +451,12 @@ def test_findings(tmp_path):
     text = [cell for cell in CELLS if cell[0] == "text"]
     found = findings(tmp_path, text)
     assert found["score"] == (
-        "additive did best, validation/loss 2.000 ± 0.237, lower than the base (scaled_dot) "
-        "by 0.100 ± 0.025, p = 0.007 after Holm's correction."
+        "additive beats the base (scaled_dot) by 0.100 ± 0.025 nats (p = 0.007 after Holm's "
+        "correction): validation/loss 2.000 ± 0.237 nats."
     )
     assert found["heads"] == (
-        "no value beat the base (4), validation/loss 2.100 ± 0.248; 2 comes closest, higher "
-        "by 0.200 ± 0.000, p < 0.001 after Holm's correction (8 not run)."
+        "no value beats the base (4), validation/loss 2.100 ± 0.248 nats; 2 comes closest, worse "
+        "by 0.200 ± 0.000 nats (p < 0.001 after Holm's correction) (8 not run)."
     )
     assert found["position"] == "no value has a result yet (none failed)."
 
@@ -460,28 +466,107 @@ def test_findings_name_what_is_worse_and_what_is_uncertain(tmp_path):
     clear = ("text", "score", "location", {}, [3.0, 3.1, 3.3])
     diverged = ("text", "score", "general", {}, [2.0, math.nan, 2.0])
     sentence = findings(tmp_path, [CELLS[0], slight, clear, diverged])["score"]
-    assert "dot did best" in sentence
-    assert "p = 0.667 after Holm's correction, so the seeds do not tell them apart" in sentence
+    assert sentence.startswith("dot is ahead of the base (base) by 0.033")
+    assert (
+        "(p = 0.667 after Holm's correction), which the seeds do not tell from chance" in sentence
+    )
     assert sentence.endswith("clearly worse than the base: location (general diverged).")
 
 
 def test_findings_without_base_or_interval(tmp_path):
     sentence = findings(tmp_path / "a", CELLS[1:2])["score"]
-    assert sentence.endswith("additive did best, validation/loss 2.000 ± 0.237; there is no base "
-                             "to compare it with.")  # fmt: skip
+    assert sentence == (
+        "additive did best, validation/loss 2.000 ± 0.237 nats; there is no base to compare it "
+        "with."
+    )
     sentence = findings(tmp_path / "b", CELLS[:2], seeds=1)["score"]
-    assert sentence.endswith("by 0.100; a single seed does not tell it from chance.")
+    assert sentence.startswith("additive is ahead of the base (scaled_dot) by 0.100 nats; a single")
     same = ("text", "score", "dot", {}, [2.0, 2.1, 2.2])
-    assert "no value beat the base" in (text := findings(tmp_path / "c", [CELLS[0], same])["score"])
+    assert "no value beats the base" in (
+        text := findings(tmp_path / "c", [CELLS[0], same])["score"]
+    )
     assert "dot equals it" in text
 
 
 def test_findings_where_higher_is_better(tmp_path):
     experiment = results.load(write_run(tmp_path, CELLS[-3:]))
     sentence = results.finding(experiment, results.summarize(experiment), "position")
-    assert sentence.startswith("learned did best, validation/accuracy 0.933")
-    assert "higher than the base (rope) by 0.010 ± 0.000" in sentence
+    assert sentence.startswith("learned beats the base (rope) by 0.010 ± 0.000 (p < 0.001 after")
+    assert "): validation/accuracy 0.933 ± 0.063; " in sentence
     assert sentence.endswith("clearly worse than the base: none.")
+
+
+def test_findings_of_claims_are_about_the_reported_metric(tmp_path):
+    claims = [
+        less("text.score=b", "text.score=a", says="on test"),
+        less("text.score=a", "text.score=b", at="validation/loss", says="on validation"),
+        less("text.score=a", "text.score=c", says="no such cell"),
+    ]
+    experiment = results.load(write_run(tmp_path, DISAGREE, claims=claims))
+    assert list(experiment.claims) == claims
+    found = results.findings(experiment, results.summarize(experiment))
+    assert [one.verdict for one in found] == ["holds", "holds", "missing"]
+
+
+def test_pairs_are_compared_by_seed_and_corrected_together(experiment):
+    rows = [row for row in results.summarize(experiment) if row.cell.base == "text"]
+    pairs = results.pairwise(rows)
+    ids = [row.cell.id for row in pairs.rows]
+    assert ids == ["text", "text.score=additive", f"text.score={SCRIPT}", "text.heads=2"]
+    values = {row.cell.id: np.array(row.reported.values) for row in pairs.rows}
+    p = np.full((4, 4), math.nan)
+    for i, j in itertools.permutations(range(4), 2):
+        found = statistics.paired(values[ids[i]], values[ids[j]])
+        assert pairs.difference[i, j] == pytest.approx(found.difference)
+        assert pairs.interval[i, j] == pytest.approx(found.interval)
+        p[i, j] = found.p
+    above = np.triu_indices(4, 1)
+    np.testing.assert_allclose(pairs.p[above], statistics.holm(p[above]))
+    np.testing.assert_array_equal(pairs.p, pairs.p.T)
+    assert np.isnan(np.diag(pairs.p)).all() and np.isnan(np.diag(pairs.difference)).all()
+
+
+def changed(cells, shift):
+    """The same cells with other results."""
+    return [(*cell[:4], [x + s for x, s in zip(cell[4], shift, strict=True)]) for cell in cells]
+
+
+def test_directories_are_compared_cell_by_cell(tmp_path):
+    first = results.load(write_run(tmp_path / "a", CELLS[:3]))
+    shift = [0.1, 0.11, 0.09]
+    other = results.load(write_run(tmp_path / "b", changed(CELLS[:2], shift)))
+    config = tmp_path / "b/cells/text/config.json"
+    config.write_text(
+        json.dumps(
+            {
+                "model": {key.removeprefix("model."): x for key, x in NEAREST.items()}
+                | {"num_layers": 3}
+            }
+        )
+    )
+    other = results.load(tmp_path / "b")
+    found = results.between([first, other])
+    assert [change.id for change in found] == ["text", "text.score=additive"]
+    for change in found:
+        assert change.metric == "validation/loss" and change.directory == str(tmp_path / "b")
+        assert change.comparison.difference == pytest.approx(0.1)
+        assert change.p_holm == pytest.approx(2 * change.comparison.p)
+    assert found[0].changed == ["model.num_layers: None → 3"] and found[1].changed == []
+    assert results.between([first]) == []
+
+
+def test_joined_directories_keep_their_groups_apart(tmp_path):
+    claim = less("text", 5.0, says="x")
+    for name in ("a", "b"):
+        write_run(tmp_path / name, CELLS[:2], claims=[claim])
+    joined = results.join([results.load(tmp_path / name) for name in ("a", "b")])
+    assert joined.bases() == ["a: text", "b: text"]
+    rows = results.summarize(joined)
+    assert [row.cell.id for row in rows] == ["a/text", "a/text.score=additive"] + [
+        *("b/text", "b/text.score=additive")
+    ]
+    assert rows[3].reported.comparison.difference == pytest.approx(-0.1)
+    assert [one.verdict for one in results.findings(joined, rows)] == ["holds", "holds"]
 
 
 def test_curves_survive_a_kill(experiment):

@@ -1,0 +1,91 @@
+"""The attention explorer's data: true to the maps, and small."""
+
+import base64
+import zlib
+
+import numpy as np
+import pytest
+from test_results import CELLS, write_run
+
+from experiments import explorer, maps, report, results
+
+
+def unpack(one):
+    """As experiments/explorer.js does it."""
+    levels = np.frombuffer(zlib.decompress(base64.b64decode(one["bytes"])), np.uint8)
+    return one["largest"] * (levels.reshape(one["shape"]) / 255.0) ** 2
+
+
+def keep(cell, examples, **sizes):
+    """Gives a cell random maps."""
+    rng = np.random.default_rng(len(cell.id))
+
+    def one(tokens, L=2, H=4):
+        weights = rng.dirichlet(np.full(tokens, 0.1), (L, H, tokens)).astype(np.float32)
+        labels = [f"t{i}" for i in range(tokens)]
+        return maps.Map(weights, labels, labels)
+
+    kept = [{kind: one(**sizes) for kind in ("decoder", "cross")} for _ in range(examples)]
+    (cell.path / "attention.npz").write_bytes(maps.dump(kept))
+    return kept
+
+
+def test_maps_are_packed_within_their_error(tmp_path):
+    (cell, *_) = results.load(write_run(tmp_path, CELLS[:1])).cells
+    kept = keep(cell, 2, tokens=7)
+    (packed,) = explorer.pack([[cell]])
+    assert packed["kept"] == packed["shown"] == [2, 1] and packed["cut"] == 0
+    for kinds, found in zip(kept, packed["cells"]["text"], strict=True):
+        assert list(found) == ["decoder", "cross"]
+        for kind, one in found.items():
+            weights = kinds[kind].weights
+            error = np.abs(unpack(one) - weights) / weights.max()
+            assert (error <= 0.004 * np.sqrt(weights / weights.max()) + 5e-4).all()
+            assert packed["tokens"][one["query"]] == [f"t{i}" for i in range(7)]
+
+
+def test_long_examples_are_cut(tmp_path):
+    (cell, *_) = results.load(write_run(tmp_path, CELLS[:1])).cells
+    kept = keep(cell, 1, tokens=130, L=1, H=1)
+    (packed,) = explorer.pack([[cell]])
+    assert packed["cut"] == 130
+    one = packed["cells"]["text"][0]["cross"]
+    assert one["shape"] == [1, 1, explorer.LONGEST, explorer.LONGEST]
+    shown = kept[0]["cross"].weights[..., : explorer.LONGEST, : explorer.LONGEST]
+    np.testing.assert_allclose(unpack(one), shown, atol=0.01)
+
+
+def test_a_small_budget_keeps_first_examples_of_all(tmp_path):
+    cells = results.load(write_run(tmp_path, CELLS[:3])).cells
+    for cell in cells:
+        keep(cell, 4, tokens=8)
+    (whole,) = explorer.pack([cells])
+    assert whole["shown"] == [4, 3]
+    sizes = [len(str(found)) for found in whole["cells"]["text"]]
+    (few,) = explorer.pack([cells], budget=int(3.6 * 2 * sizes[0]))
+    assert few["kept"] == [4, 3] and few["shown"] == [2, 3]
+    assert {len(found) for found in few["cells"].values()} == {2}
+    (tiny,) = explorer.pack([cells], budget=int(1.5 * sizes[0]))
+    assert tiny["shown"] == [1, 1]
+    assert explorer.pack([cells], budget=0)[0]["cells"] == {}
+
+
+def test_groups_without_maps_have_none(tmp_path):
+    experiment = results.load(write_run(tmp_path, [(*cell[:4], None) for cell in CELLS[:2]]))
+    (packed,) = explorer.pack([experiment.cells])
+    assert packed["cells"] == {} and packed["kept"] == [0, 0]
+
+
+@pytest.mark.slow
+def test_the_report_of_50_cells_is_small(tmp_path):
+    values = [2.0, 2.1, 2.2]
+    cells = [("text", None, None, {}, values)]
+    cells += [
+        ("text", f"axis{i // 7}", i, {"model.num_heads": i}, [x + 0.01 * i for x in values])
+        for i in range(49)
+    ]
+    path = write_run(tmp_path, cells)
+    for cell in results.load(path).cells:
+        keep(cell, 4, tokens=64)
+    page = report.write_report(path)
+    assert page.stat().st_size < 5_000_000

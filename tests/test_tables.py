@@ -1,0 +1,61 @@
+"""Tables of a report for papers: Markdown and LaTeX."""
+
+from test_results import CELLS, DISAGREE, SCRIPT, write_run
+
+from experiments import report, results, tables
+from experiments.claims import equal, less
+
+
+def load(path, *args, **kwargs):
+    experiment = results.load(write_run(path, *args, **kwargs))
+    return experiment, results.summarize(experiment)
+
+
+def test_latex_has_a_row_a_cell_and_bold_what_is_best(tmp_path):
+    _, rows = load(tmp_path, CELLS[:4])
+    text = tables.latex(rows)
+    assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 1
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(lines) == 1 + 4 and {line.count("&") for line in lines} == {8}
+    assert r"\begin{tabular}{lrrrrrrrr}" in text
+    assert r"score=additive & \textbf{2.000 $\pm$ 0.237} & $-$0.100 $\pm$ 0.025* & 0.007" in text
+    assert r"text (base) & 2.100 $\pm$ 0.248 & " in text  # told from the best
+    # What the seeds do not tell from the best is as good.
+    assert r"score=$<$script$>$x & \textbf{2.400 $\pm$ " in text
+    assert SCRIPT not in text and r"\_" in tables._escape("a_b")
+
+
+def test_markdown_tells_findings_cells_claims_and_how(tmp_path):
+    claims = [
+        less("text.score=b", "text.score=a", says="b | beats a"),
+        equal("text", "text.score=a", within=0.01, says="a is as good"),
+    ]
+    experiment, rows = load(tmp_path, DISAGREE, claims=claims)
+    text = tables.markdown(experiment, rows)
+    assert "## text\n\n- **score:** a did best on validation; on test it is worse" in text
+    assert "| score=a | 3.303 ± 0.249 | +0.203 ± 0.014* | <0.001 |" in text
+    assert r"| b \| beats a | `text.score=b` and `text.score=a`; the reported metric | +0." in text
+    assert "| > 0 | <0.001 | holds |" in text and "| within ±0.01 |" in text
+    assert "| contradicted |" in text
+    assert f"    {experiment.command}" in text and "jax 0.10.2" in text
+    lines = [line.replace(r"\|", "") for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {10, 7}  # of both tables
+
+
+def test_a_single_seed_makes_only_the_best_bold(tmp_path):
+    _, rows = load(tmp_path, CELLS[:3], seeds=1)
+    assert tables.best(rows) == {"text.score=additive"}
+    assert "too few" not in tables.latex(rows)
+
+
+def test_tables_of_failed_and_missing_cells(tmp_path):
+    experiment, rows = load(tmp_path)
+    text = tables.markdown(experiment, rows)
+    assert "| position=none |  |  |  |" in text and "| failed |" in text
+    assert "| heads=8 |  |  |  |" in text and "| not run |" in text
+
+
+def test_a_report_writes_its_tables(tmp_path):
+    report.write_report(write_run(tmp_path, [CELLS[0], CELLS[-3]], layers=1, heads=1))
+    assert {path.name for path in (tmp_path / "tables").iterdir()} == {"text.tex", "recall.tex"}
+    assert (tmp_path / "report.md").read_text("utf-8").startswith("## text\n")
