@@ -6,7 +6,7 @@ WORKDIR ?= runs/quickstart
 TEST_ENV := JAX_PLATFORMS=cpu XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ablation test test-slow test-kills test-clusters test-tpu lint constraints
+.PHONY: help setup ablation test test-slow test-kills test-clusters test-browser test-tpu lint constraints
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -41,9 +41,13 @@ test-clusters: setup  ## Run the launcher on a Ray cluster of two nodes and as s
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test,cluster]'
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_clusters.py
 
+test-browser: setup  ## Use the report in the machine's Chromium.
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test,browser]'
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow tests/test_browser.py
+
 test-tpu: setup  ## Compile the kernels for a TPU, without one (downloads libtpu, 0.7 GB).
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test,tpu]'
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -m slow tests/test_tpu.py
 
 constraints: setup  ## Update constraints.txt to the newest versions.
-	$(BIN)/uv pip compile setup.cfg --extra test --extra cluster --universal --python-version 3.11 --no-header --no-annotate --upgrade --output-file constraints.txt
+	$(BIN)/uv pip compile setup.cfg --extra test --extra cluster --extra browser --universal --python-version 3.11 --no-header --no-annotate --upgrade --output-file constraints.txt

@@ -103,17 +103,20 @@ class Explorer {
     ];
     if (kinds.length > 1) {
       const options = kinds.map(kind => [kind, `${kind} attention`]);
-      controls.splice(2, 0, choice("of", options, state.kind, kind => this.set({ kind })));
+      controls.splice(2, 0, choice("kind", options, state.kind, kind => this.set({ kind })));
     }
     const focused = [...this.controls.querySelectorAll("select")].indexOf(document.activeElement);
     this.controls.replaceChildren(...controls);
     this.controls.querySelectorAll("select")[focused]?.focus();
     const shown = [...new Set([state.cell, state.other])].filter(id => id && this.map(id));
-    this.views = await Promise.all(shown.map(id => this.view(id)));
+    const turn = this.turn = (this.turn ?? 0) + 1;
+    const views = await Promise.all(shown.map(id => this.view(id)));
+    if (turn !== this.turn) return;  // something else was chosen meanwhile
+    this.views = views;
     this.panels.replaceChildren(...this.views.map(view => view.element));
     for (const view of this.views) view.paint();
     this.point(this.query);
-    await this.all();
+    await this.all(turn);
   }
 
   // One cell: its heads, the tokens with lines between them, and the heat map.
@@ -246,7 +249,7 @@ class Explorer {
   }
 
   // The chosen head of every cell, small.
-  async all() {
+  async all(turn) {
     const { state } = this, items = [];
     for (const id of this.cells) {
       const map = this.map(id);
@@ -262,6 +265,7 @@ class Explorer {
       button.onclick = () => this.set({ other: id });
       items.push([button, canvas, one]);
     }
+    if (turn !== this.turn) return;
     this.strips.hidden = items.length < 2;
     this.strip.replaceChildren(...items.map(([button]) => button));
     for (const [, canvas, one] of items) draw(canvas, one, 1);

@@ -1,0 +1,253 @@
+"""The report in a real browser, as a reader uses it: `make test-browser`.
+
+Needs Chromium on the machine and the package playwright.
+"""
+
+import io
+import json
+import shutil
+import threading
+
+import matplotlib.image
+import numpy as np
+import pytest
+from test_explorer import keep
+from test_results import CELLS, write_run
+
+from experiments import report, results, watching
+
+pytestmark = pytest.mark.slow
+sync_api = pytest.importorskip("playwright.sync_api")
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PATH = next(filter(None, map(shutil.which, NAMES)), None)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if PATH is None:
+        pytest.skip("there is no Chromium on this machine")
+    quiet = ["disable-background-networking", "disable-component-update", "disable-sync"]
+    flags = [f"--{name}" for name in ("no-sandbox", "disable-gpu", "no-first-run", *quiet)]
+    with sync_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=PATH, args=flags)
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run directory, and what its base keeps of each example."""
+    path = write_run(tmp_path_factory.mktemp("browser") / "run")
+    cells = [cell for cell in results.load(path).cells if cell.status == "done"]
+    kept = {cell.id: keep(cell, 3, tokens=9 + (cell.base == "recall")) for cell in cells}
+    report.write_report(path)
+    return path, kept
+
+
+@pytest.fixture
+def page(browser, run):
+    """The report from its file; nothing may be asked of a network or said in the console."""
+    found = browser.new_page(viewport={"width": 1200, "height": 900})
+    said, asked = [], []
+    found.on("console", lambda message: said.append(message.text))
+    found.on("pageerror", lambda error: said.append(str(error)))
+    found.on("request", lambda request: asked.append(request.url))
+    url = f"file://{run[0]}/report.html"
+    found.goto(url)
+    found.wait_for_selector(".readout")
+    yield found
+    assert said == [] and set(asked) == {url}
+    found.close()
+
+
+def column(page, number):
+    cells = page.locator(f"#text-cells tbody tr:not([hidden]) td:nth-child({number})")
+    return cells.all_text_contents()
+
+
+def test_a_click_on_a_heading_sorts_and_so_does_the_keyboard(page):
+    heading = page.locator("#text-cells th button", has_text="validation/loss").first
+    heading.click()
+    up = [float(text.split()[0]) for text in column(page, 2) if text]
+    assert up == sorted(up) and len(up) == 4
+    assert [text for text in column(page, 2)[4:]] == ["", ""]  # without a result: last
+    heading.focus()
+    page.keyboard.press("Enter")
+    down = [float(text.split()[0]) for text in column(page, 2) if text]
+    assert down == up[::-1]
+
+
+def test_the_filter_shows_what_has_all_its_words(page):
+    page.fill("input[type=search] >> nth=0", "heads")
+    assert column(page, 1) == ["heads=2", "heads=8"]
+    assert page.locator("output").first.text_content() == "2 of 6 cells"
+    page.fill("input[type=search] >> nth=0", "score better")
+    assert column(page, 1) == ["score=additive"]
+    page.fill("input[type=search] >> nth=0", "")
+    assert len(column(page, 1)) == 6
+
+
+def test_a_name_of_the_legend_hides_its_curve(page):
+    label = page.locator("[id='label|text.score=additive|0']")
+    line = page.locator("[id='line|text.score=additive|0']")
+    other = page.locator("[id='line|text|0']")
+    assert line.is_visible() and label.get_attribute("aria-checked") == "true"
+    label.click()
+    assert not line.is_visible() and other.is_visible()
+    assert label.get_attribute("aria-checked") == "false"
+    label.focus()
+    page.keyboard.press("Enter")
+    assert line.is_visible()
+    page.keyboard.press("Space")
+    assert not line.is_visible()
+
+
+def explorer(page, number=0):
+    return page.locator(".explorer").nth(number)
+
+
+def test_pointing_at_a_query_tells_its_weights(page, run):
+    place = explorer(page)
+    weights = run[1]["text"][0]["cross"].weights[0, 0, 3]
+    place.locator(".queries li").nth(3).hover()
+    told = place.locator(".readout").text_content()
+    best = int(weights.argmax())
+    assert told.startswith(f"t3 (4) attends to t{best} ({best + 1}) ")
+    assert float(told.split(") ")[2].split(",")[0].rstrip(".")) == pytest.approx(
+        weights.max(), abs=0.01
+    )
+    shares = place.locator(".keys li").evaluate_all(
+        "items => items.map(item => parseFloat(item.style.getPropertyValue('--share')))"
+    )
+    assert np.argmax(shares) == best
+    expected = 100 * np.sqrt(weights / run[1]["text"][0]["cross"].weights.max())
+    np.testing.assert_allclose(shares, expected, atol=1.5)
+    page.mouse.move(0, 0)
+    assert "entropy" in place.locator(".readout").text_content()
+
+
+def test_the_explorer_is_used_by_the_keyboard(page, run):
+    place = explorer(page)
+    place.locator(".queries").focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowUp")
+    assert place.locator(".readout").text_content().startswith("t1 (2) attends to")
+    assert place.locator(".queries [aria-selected=true]").text_content() == "t1"
+    page.keyboard.press("Escape")
+    assert "entropy" in place.locator(".readout").text_content()
+    head = place.locator(".heads button").nth(5)
+    head.focus()
+    page.keyboard.press("Enter")
+    sync_api.expect(place.locator(".readout")).to_contain_text("Layer 2, head 2")
+
+
+def test_the_entropy_of_a_head_is_that_of_its_weights(page, run):
+    weights = run[1]["text"][0]["cross"].weights  # [L, H, T, S]
+    entropy = -np.sum(weights * np.log(np.where(weights > 0, weights, 1)), -1).mean(-1)
+    shown = explorer(page).locator(".heads button").all_text_contents()
+    assert len(shown) == 8
+    for text, expected in zip(shown, entropy.ravel(), strict=True):
+        assert float(text.split("·")[1]) == pytest.approx(expected, abs=0.03)
+
+
+def test_examples_kinds_and_cells_are_chosen(page, run):
+    place = explorer(page)
+    assert place.locator(".panel").count() == 1
+    place.get_by_label("beside").select_option("text.score=additive")
+    sync_api.expect(place.locator(".panel")).to_have_count(2)
+    place.get_by_label("example").select_option(label="3")
+    place.get_by_label("kind").select_option("decoder")
+    page.wait_for_timeout(500)
+    place.locator(".panel").nth(1).locator(".queries li").nth(8).hover()
+    for panel, id in ((0, "text"), (1, "text.score=additive")):
+        weights = run[1][id][2]["decoder"].weights[0, 0, 8]
+        told = place.locator(".readout").nth(panel).text_content()
+        assert told.startswith(f"t8 (9) attends to t{weights.argmax()} ")
+    names = place.locator(".strip button span:nth-of-type(1)").all_text_contents()
+    assert len(names) == 4 and "score=additive" in names
+    page.reload()  # as a live page does
+    page.wait_for_selector(".readout")
+    assert place.get_by_label("beside").input_value() == "text.score=additive"
+    assert place.get_by_label("kind").input_value() == "decoder"
+    page.evaluate("sessionStorage.clear()")
+
+
+def test_what_is_drawn_is_not_blank(page):
+    for selector in (".heat", ".lines", ".heads canvas", ".strip canvas"):
+        drawn = page.locator(f".explorer {selector}").first.evaluate(
+            "c => c.getContext('2d').getImageData(0, 0, c.width, c.height).data"
+            ".filter((x, i) => i % 4 == 3 && x > 0).length / (c.width * c.height)"
+        )
+        assert 0.01 < drawn <= 1, selector
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_screenshot_is_not_blank(page, scheme):
+    page.emulate_media(color_scheme=scheme)
+    page.wait_for_timeout(200)
+    pixels = matplotlib.image.imread(io.BytesIO(page.screenshot(full_page=True)))[..., :3]
+    assert pixels.std() > 0.05
+    assert (np.median(pixels) > 0.5) == (scheme == "light")
+    wide = page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert wide  # tables scroll by themselves
+
+
+def test_the_page_fits_a_telephone(page):
+    page.set_viewport_size({"width": 390, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_it_is_printed(page):
+    page.emulate_media(media="print")
+    assert not page.locator(".controls").first.is_visible()
+    assert page.locator(".heat").first.is_visible()
+    assert len(page.pdf()) > 50_000
+
+
+def test_settings_of_two_cells_are_compared(page):
+    place = page.locator(".settings")
+    place.get_by_label("this cell").select_option("text")
+    place.get_by_label("and this").select_option("text.heads=2")
+    rows = place.locator("tbody tr").all_text_contents()
+    assert rows == ["model.num_heads42"]
+    place.get_by_label("and this").select_option("text")
+    assert "no setting differs" in place.locator("tbody").text_content()
+
+
+def test_every_control_can_be_reached_by_tab(page):
+    seen = set()
+    page.locator("body").focus()
+    for _ in range(250):
+        page.keyboard.press("Tab")
+        seen.add(
+            page.evaluate(
+                "(e => [e.tagName, e.getAttribute('role'), e.className].join(' '))"
+                "(document.activeElement)"
+            )
+        )
+    kinds = " | ".join(map(str, seen))
+    for control in ("INPUT", "SELECT", "BUTTON", "switch", "listbox", "SUMMARY"):
+        assert control in kinds
+
+
+def test_a_live_page_follows_the_sweep(browser, tmp_path, monkeypatch):
+    monkeypatch.setattr(watching, "_PAUSE", 0.2)
+    write_run(tmp_path, [*CELLS[:2], (*CELLS[2][:4], None)], layers=1, heads=1)
+    live = watching.Live([tmp_path], lambda version: report.live_page([tmp_path], version))
+    with watching.server(live) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = browser.new_page()
+        said = []
+        page.on("console", lambda message: said.append(message.text))
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        assert "2 of 3 cells done" in page.text_content("header")
+        cell = tmp_path / "cells/text.heads=2"
+        cell.mkdir()
+        for name in ("config.json", "result.json"):
+            other = json.loads((tmp_path / "cells/text" / name).read_text())
+            (cell / name).write_text(json.dumps(other))
+        sync_api.expect(page.locator("header")).to_contain_text("3 of 3 cells", timeout=30_000)
+        page.close()
+        server.shutdown()
+    assert [text for text in said if "favicon" not in text and "404" not in text] == []
