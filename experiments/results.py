@@ -399,7 +399,8 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
     if not base or not _finite(base):
         return f"{value} did best{where}, {score(best)}; there is no base to compare it with{note}."
 
-    name = f"the base ({experiment.base_value(base.cell.base, axis)})"
+    own = experiment.base_value(base.cell.base, axis)
+    name = "the base" if own == "base" else f"the base ({own})"
     comparison = best.reported.comparison
     gap = sign * comparison.difference
     size = f"by {plus_minus(abs(gap), comparison.interval, digits)}{unit(best.metric)}"

@@ -46,7 +46,8 @@ def expand(
       config: the settings that everything starts from.
       bases: name -> overrides (dotted keys; 'task' may be a dict with a name: another task).
       axes: name -> overrides of each of its values. An override dict with a key 'base' is for
-        that base only. A value that is the base's own adds no cell.
+        that base only, one with 'name' is called that, and not after its settings. A value that
+        is the base's own adds no cell.
       product: one cell for each combination of values instead.
       given: overrides by the user's own flags, which hold in every base.
 
@@ -67,17 +68,20 @@ def expand(
         if product and swept:
             axis = "×".join(swept)
             variants = [
-                (axis, {key: v for change in combination for key, v in change.items()})
+                (
+                    axis,
+                    ", ".join(name for name, _ in combination),
+                    {key: v for _, change in combination for key, v in change.items()},
+                )
                 for combination in itertools.product(*swept.values())
             ]
         else:
             cells[base] = Cell(base, base, None, None, {}, start)
-            variants = [(axis, change) for axis, changes in swept.items() for change in changes]
-        for axis, change in variants:
+            variants = [(axis, *value) for axis, values in swept.items() for value in values]
+        for axis, value, change in variants:
             varied = settings.override(start, change)
             if varied == start and base in cells:
                 continue
-            value = ", ".join(str(v) for v in change.values())
             name = results.file_name(f"{base}.{axis}={value}".replace(" ", ""))
             cells[name] = Cell(name, base, axis, value, change, varied)
     return list(cells.values())
@@ -102,5 +106,11 @@ def load(path: str, names: str) -> tuple[dict, dict[str, list], list[Claim]]:
 
 
 def _values(changes, base):
-    own = [change for change in changes if change.get("base", base) == base]
-    return [{key: v for key, v in change.items() if key != "base"} for change in own]
+    """What each value of an axis is called and changes, for a base."""
+    found = []
+    for change in changes:
+        settings = {key: v for key, v in change.items() if key not in ("base", "name")}
+        if change.get("base", base) == base:
+            name = change.get("name", ", ".join(str(v) for v in settings.values()))
+            found.append((str(name), settings))
+    return found

@@ -30,11 +30,7 @@ def markdown(experiment: results.Experiment, rows: Sequence[results.Row]) -> str
 
 
 def latex(rows: Sequence[results.Row]) -> str:
-    """The table of a group for LaTeX with the package booktabs; the best mean is bold.
-
-    Best are, by the reported metric, the best cell and those that its paired t-test, corrected for
-    all pairs of the group, does not tell from it.
-    """
+    """The table of a group for LaTeX with the package booktabs; the best mean is bold."""
     header, *body = _columns(rows, r"$\pm$", r"\textbf{{{}}}".format, _escape)
     lines = [r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}", r"\toprule"]
     lines += [" & ".join(header) + r" \\", r"\midrule"]
@@ -50,22 +46,14 @@ def latex(rows: Sequence[results.Row]) -> str:
 
 
 def best(rows: Sequence[results.Row]) -> set[str]:
-    """The ids of the cell that is best by the reported metric and of all that are not told from it.
-
-    Told by the paired t-test after Holm's correction for all pairs of the group.
-    """
-    pairs = results.pairwise([row for row in rows if row.reported and _finite(row)])
-    if not pairs.rows:
+    """The ids of the cells with the best mean of the reported metric."""
+    means = {row.cell.id: row.reported.mean for row in rows if row.reported}
+    means = {id: mean for id, mean in means.items() if math.isfinite(mean)}
+    if not means:
         return set()
-    sign = 1 if pairs.rows[0].cell.result["lower_is_better"] else -1
-    first = min(range(len(pairs.rows)), key=lambda i: sign * pairs.rows[i].reported.mean)
-    # Without a p-value (one seed) only the best itself: nothing says that others are as good.
-    others = [i for i, p in enumerate(pairs.p[first]) if p >= 0.05]
-    return {pairs.rows[i].cell.id for i in [first, *others]}
-
-
-def _finite(row):
-    return math.isfinite(row.reported.mean)
+    done = next(row for row in rows if row.reported)
+    first = (min if done.cell.result["lower_is_better"] else max)(means.values())
+    return {id for id, mean in means.items() if mean == first}
 
 
 def _columns(rows, plus_minus, bold, escape=str):

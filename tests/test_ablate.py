@@ -8,7 +8,7 @@ import time
 import pytest
 from launching import ROOT, ablate
 
-from experiments import progress, settings, sweep, train
+from experiments import claims, progress, settings, sweep, train
 
 
 def test_a_sweep_from_start_to_report(config, tmp_path):
@@ -146,14 +146,27 @@ def test_overrides_check_names_and_types():
     assert base().task.name == "recall"
 
 
-EXPERIMENTS = [p for p in sorted((ROOT / "configs").glob("*.py")) if p.stem != "benchmark"]
+CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
+EXPERIMENTS = [path for path in CONFIGS if path.stem not in ("benchmark", "cell")]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_a_value_may_have_a_name_of_its_own():
+    change = {"name": "wide", "model.model_dim": 16, "model.init_stddev": 0.25}
+    cells = sweep.expand(base(), {"base": {}}, {"width": [change]})
+    assert [cell.id for cell in cells] == ["base", "base.width=wide"]
+    assert cells[1].value == "wide" and list(cells[1].overrides) == [*change][1:]
+    assert (cells[1].config.model.model_dim, cells[1].config.model.init_stddev) == (16, 0.25)
+
+
 def test_every_config_in_the_repository_is_sound(path):
     module = runpy.run_path(str(path))
-    bases, axes, _ = sweep.load(str(path), "all")
+    bases, axes, expected = sweep.load(str(path), "all")
     cells = sweep.expand(module["get_config"](), bases, axes)
+    ids = {cell.id for cell in cells}
+    for claim in expected:
+        assert claims.cells(claim) <= ids, claim.says
+    assert len(expected) >= 4 * (path.parent.name == "reference")
     checked = set()
     for cell in cells:
         train.build(cell.config)

@@ -466,7 +466,7 @@ def test_findings_name_what_is_worse_and_what_is_uncertain(tmp_path):
     clear = ("text", "score", "location", {}, [3.0, 3.1, 3.3])
     diverged = ("text", "score", "general", {}, [2.0, math.nan, 2.0])
     sentence = findings(tmp_path, [CELLS[0], slight, clear, diverged])["score"]
-    assert sentence.startswith("dot is ahead of the base (base) by 0.033")
+    assert sentence.startswith("dot is ahead of the base by 0.033")
     assert (
         "(p = 0.667 after Holm's correction), which the seeds do not tell from chance" in sentence
     )
