@@ -150,7 +150,6 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 EXPERIMENTS = [path for path in CONFIGS if path.stem not in ("benchmark", "cell")]
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_a_value_may_have_a_name_of_its_own():
     change = {"name": "wide", "model.model_dim": 16, "model.init_stddev": 0.25}
     cells = sweep.expand(base(), {"base": {}}, {"width": [change]})
@@ -159,6 +158,7 @@ def test_a_value_may_have_a_name_of_its_own():
     assert (cells[1].config.model.model_dim, cells[1].config.model.init_stddev) == (16, 0.25)
 
 
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_every_config_in_the_repository_is_sound(path):
     module = runpy.run_path(str(path))
     bases, axes, expected = sweep.load(str(path), "all")
