@@ -107,7 +107,8 @@ def page(
         claims=tables.claims_table(results.findings(joined, rows)) if joined.claims else [],
         claims_note=tables.claims_note(),
         changes=results.between(experiments),
-        plus_minus=results.plus_minus,
+        format=_format,
+        nan=float("nan"),
         failed=[row for row in rows if row.error],
         configs=_json(_configs(joined)),
         number=results.number,
@@ -157,7 +158,7 @@ def _group(
         "warning": results.too_few_seeds(rows),
         "metric": done[0].metric if done else "mean",
         "primary": done[0].cell.result["primary"] if done else "mean",
-        "others": results.other_metrics(rows),
+        "others": {name: results.decimals(rows, name) for name in results.other_metrics(rows)},
         "costs": [
             name
             for name, cost in results.COSTS.items()
@@ -165,7 +166,7 @@ def _group(
         ],
         "effects": [(axis, results.axis_effects(rows, axis)) for axis in products],
         "pairs": results.pairwise(rows),
-        "format": functools.partial(_format, digits),
+        "digits": digits,
         "bootstrap": lambda ends: _bootstrap(ends, digits),
         "axis_plots": [_inline(drawings, f"{base}-{axis}") for axis in axes],
         "curves": _inline(drawings, f"{base}-curves"),
@@ -175,7 +176,7 @@ def _group(
     }
 
 
-def _format(digits, mean, interval=float("nan"), sign=""):
+def _format(mean, interval, digits, sign=""):
     return results.plus_minus(mean, interval, digits, sign).replace("-", "−")
 
 

@@ -544,9 +544,13 @@ def _finite(row):
     return row.primary is not None and math.isfinite(row.primary.mean + row.reported.mean)
 
 
-def decimals(rows: Sequence[Row]) -> int:
-    """How many decimals show a typical reported metric: 0.987, 1.823, 45.67; at most 6."""
-    means = [abs(row.reported.mean) for row in rows if row.reported]
+def decimals(rows: Sequence[Row], metric: str = "") -> int:
+    """How many decimals show a typical value of a metric: 0.987, 1.823, 45.67; at most 6.
+
+    Of the reported metric unless another one is named.
+    """
+    found = [row.metrics.get(metric) if metric else row.reported for row in rows]
+    means = [abs(estimate.mean) for estimate in found if estimate]
     means = [mean for mean in means if math.isfinite(mean) and mean > 0]
     typical = float(np.median(means)) if means else 1.0
     exponent = math.floor(math.log10(typical))

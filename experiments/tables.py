@@ -67,7 +67,7 @@ def _columns(rows, plus_minus, bold, escape=str):
     ]
     header = ["cell", metric, "difference", "p", *others, *costs, "status"]
 
-    def number(mean, interval, sign=""):
+    def number(mean, interval, sign="", digits=digits):
         text = results.plus_minus(mean, interval, digits, sign).replace("±", plus_minus)
         return re.sub(r"(^|(?<= ))-", "−" if escape is str else "$-$", text)
 
@@ -87,7 +87,8 @@ def _columns(rows, plus_minus, bold, escape=str):
             cells += ["", "", ""]
         for name in others:
             found = row.metrics.get(name)
-            cells.append(number(found.mean, found.interval) if found else "")
+            own = results.decimals(rows, name)
+            cells.append(number(found.mean, found.interval, digits=own) if found else "")
         cells += [results.cost_text(name, row.cell.result) for name in costs]
         table.append([*cells, row.cell.status])
     return table
