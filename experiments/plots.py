@@ -149,13 +149,15 @@ def cost_plot(experiment: results.Experiment, base: str) -> "Figure | None":
 
     Dots are means over seeds with their 95% intervals. Those that no cheaper cell is as good as are
     joined and named, and so is the base. None where no cell is done, panels only for costs that
-    differ. A dot's id in the SVG is 'cost|<cell>|<panel>'.
+    differ by more than 1%. A dot's id in the SVG is 'cost|<cell>|<panel>'.
     """
     rows = [row for row in results.summarize(experiment) if row.cell.base == base and row.reported]
+    if not rows:
+        return None
     costs = {}
     for name, cost in results.COSTS.items():
         found = {row.cell.id: cost(row.cell.result) for row in rows}
-        if None not in found.values() and len(set(found.values())) > 1:
+        if None not in found.values() and max(found.values()) > 1.01 * min(found.values()):
             costs[name] = found
     if not costs:
         return None

@@ -363,3 +363,28 @@ assert "matplotlib.pyplot" not in sys.modules
 assert {key: rc[key] for key in before} == before
 """
     subprocess.run([sys.executable, "-c", code, experiment.path], check=True)
+
+
+def test_cost_against_quality_joins_what_nothing_as_cheap_is_better_than(tmp_path):
+    experiment = results.load(write_run(tmp_path, CELLS[:4]))  # each takes a MiB more
+    figure = plots.cost_plot(experiment, "text")
+    (panel,) = figure.axes  # parameters and steps a second are the same in all
+    assert panel.get_xlabel() == "memory, MiB" and panel.get_ylabel() == "validation/loss"
+    texts = [text.get_text() for text in panel.texts]
+    assert texts == ["base", "additive"]  # the base is the cheapest, additive better than all
+    (front,) = [line for line in panel.get_lines() if line.get_linestyle() == ":"]
+    assert front.get_xdata() == pytest.approx([41, 42])
+    assert front.get_ydata() == pytest.approx([2.1, 2.0])
+    higher = results.load(write_run(tmp_path / "recall", CELLS[-3:]))
+    (panel,) = plots.cost_plot(higher, "recall").axes
+    assert [text.get_text() for text in panel.texts] == ["base", "learned"]
+    failed = results.load(write_run(tmp_path / "none", [(*CELLS[0][:4], "no")]))
+    assert plots.cost_plot(failed, "text") is None
+
+
+def test_what_belongs_to_a_cell_has_its_id_in_the_drawing(workdir):
+    drawing = (workdir / "plots" / "text-curves.svg").read_text("utf-8")
+    for kind in ("line", "band", "handle", "label"):
+        assert drawing.count(f'id="{kind}|text|') == 3  # a panel an axis
+        assert f'id="{kind}|text.score=additive|0"' in drawing
+    assert 'id="cost|text|0"' in (workdir / "plots" / "text-cost.svg").read_text("utf-8")
