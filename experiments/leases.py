@@ -132,9 +132,13 @@ def _space():
 
 
 def _read(path):
+    """What is at `path`; None where there is nothing.
+
+    Nor is there in a file that is not JSON: it was written whole, so a disk has lost it.
+    """
     try:
         return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
 
 

@@ -176,7 +176,7 @@ def train(
         else:
             start, state, described = restored
             position = Position(**described)
-        log = stack.enter_context(MetricsLog(directory, position.log_bytes, tensorboard, start))
+        log = stack.enter_context(MetricsLog(directory, position.log_bytes, tensorboard))
         progress.start(c.steps, start)
 
         pending = [
@@ -364,10 +364,11 @@ class MetricsLog:
     """metrics.jsonl, one object a line, and TensorBoard's event file on request.
 
     `bytes` is how much of the file a checkpoint vouches for: what a killed run wrote after it is
-    cut off when the run goes on. The first of a run's processes writes, the others only count.
+    cut off when the run goes on. The event file is written anew from what is left: one that a killed
+    run leaves tells more. The first of a run's processes writes, the others only count.
     """
 
-    def __init__(self, directory: Path, keep_bytes: int, tensorboard: bool, step: int = 0):
+    def __init__(self, directory: Path, keep_bytes: int, tensorboard: bool):
         first = jax.process_index() == 0
         self._file = open(directory / "metrics.jsonl", "ab") if first else io.BytesIO()
         self._file.truncate(keep_bytes)
@@ -376,7 +377,12 @@ class MetricsLog:
         if tensorboard and first:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(directory), purge_step=step + 1)
+            for path in directory.glob("events.out.tfevents.*"):
+                path.unlink()
+            self._events = SummaryWriter(str(directory))
+            for line in (directory / "metrics.jsonl").read_text("utf-8").splitlines():
+                record = json.loads(line)
+                self._show(record.pop("step"), record)
 
     @property
     def bytes(self) -> int:
@@ -389,7 +395,10 @@ class MetricsLog:
         values = {name: np.asarray(x).tolist() for name, x in metrics.items()}
         self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
         self._file.flush()
-        for name, x in metrics.items() if self._events else ():
+        self._show(step, values)
+
+    def _show(self, step, values):
+        for name, x in values.items() if self._events else ():
             self._events.add_scalar(name, float(np.mean(x)), step)
 
     def __enter__(self) -> "MetricsLog":
