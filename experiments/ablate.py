@@ -19,19 +19,30 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import filelock
 import jax
 from absl import flags
 from ml_collections import config_flags
 
 from attention.nn.partition import mesh_sizes
-from experiments import cells, cli, executors, halving, leases, report, results, sweep, train
+from experiments import (
+    cells,
+    cli,
+    executors,
+    halving,
+    leases,
+    report,
+    results,
+    storage,
+    sweep,
+    train,
+)
 from experiments.progress import Progress
 from experiments.stopping import Stop, Stopped
 
 
-def open_workdir(workdir: Path, swept: Sequence[sweep.Cell]) -> None:
+def open_workdir(workdir: Any, swept: Sequence[sweep.Cell]) -> None:
     """Writes sweep.json and each cell's config.json, or adds cells to those already there.
 
     Raises ValueError, before anything is written, where a cell there has other settings.
@@ -40,11 +51,12 @@ def open_workdir(workdir: Path, swept: Sequence[sweep.Cell]) -> None:
     # In this order: a launcher that starts just now writes sweep.json before all else.
     if list(workdir.glob("[!.]*")) and not path.exists():
         raise ValueError(f"{workdir} is not empty and holds no sweep; choose another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(workdir / ".lock"):  # another launcher may add cells of its own
+    storage.make(workdir)
+    with leases.alone(workdir):  # another launcher may add cells of its own
         for cell in swept:
             train.check_directory(cells.folder(workdir, cell.id), cell.config)
-        known = json.loads(path.read_text("utf-8"))["cells"] if path.exists() else []
+        text = storage.read(path)
+        known = json.loads(text)["cells"] if text else []
         ids = {cell["id"] for cell in known}
         fields = ("id", "base", "axis", "value", "overrides")
         added = [{name: getattr(c, name) for name in fields} for c in swept if c.id not in ids]
@@ -72,12 +84,13 @@ def environment() -> dict[str, str]:
     }
 
 
-def pursue(workdir: Path, jobs: Sequence[cells.Job], executor, stop: Stop) -> None:
+def pursue(workdir: Any, jobs: Sequence[cells.Job], executor, stop: Stop) -> None:
     """Runs jobs until each has its outcome, here or by another launcher.
 
     Raises what the executor raises.
     """
     said = False
+    pause = 0.5 if isinstance(workdir, Path) else 3.0  # each look at an object costs something
     while left := [job for job in jobs if not _outcome(workdir, job)]:
         held = {job.id: leases.holder(cells.folder(workdir, job.id)) for job in left}
         if free := [job for job in left if not held[job.id]]:
@@ -87,12 +100,12 @@ def pursue(workdir: Path, jobs: Sequence[cells.Job], executor, stop: Stop) -> No
         if not said:
             said = True
             print(f"waiting for {left[0].id}, which {held[left[0].id]} trains", flush=True)
-        time.sleep(0.5)
+        time.sleep(pause)
         if stop.signal:
             raise Stopped
 
 
-def halve(workdir: Path, swept: Sequence[sweep.Cell], executor, stop, eta, options) -> None:
+def halve(workdir: Any, swept: Sequence[sweep.Cell], executor, stop, eta, options) -> None:
     """Runs the rungs of successive halving but the last; who drops out has that as its result."""
     steps = swept[0].config.train.steps
     bases = [cell.id for cell in swept if cell.axis is None]
@@ -123,8 +136,9 @@ def _outcome(workdir, job):
 
 def main(argv):
     del argv
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+    config = _CONFIG.value
     with cli.user_errors():
+        workdir = storage.path(_WORKDIR.value)
         flag = flags.FLAGS["config"]
         path, _, _ = config_flags.get_config_filename(flag).partition(":")
         bases, axes = sweep.load(path, _SWEEP.value)
@@ -147,7 +161,7 @@ def main(argv):
             _launch(workdir, swept, executor, stop)
     except (Stopped, KeyboardInterrupt):
         cli.leave(stop)
-    except executors.Failed as error:
+    except (executors.Failed, storage.Unreachable) as error:
         cli.fail(error)
     except OSError as error:
         if not cells.disk_full(error):

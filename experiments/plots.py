@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments import results
+from experiments import results, storage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -172,8 +172,8 @@ def save_all(experiment: results.Experiment, workdir: str | os.PathLike[str]) ->
     The names are `<base>-curves`, `<base>-<axis>` (an axis plot), `<base>-attention-maps` and
     `<base>-score-maps`.
     """
-    folder = Path(workdir) / "plots"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = storage.path(workdir) / "plots"
+    storage.make(folder)
     paths = []
     for name, figure in _figures(experiment):
         for kind, content in render(figure).items() if figure else ():
