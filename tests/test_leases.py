@@ -56,7 +56,11 @@ def test_a_number_that_another_process_has_now_holds_nothing(tmp_path):
         (tmp_path / leases.NAME).write_text(json.dumps(there))
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 90, b'{"host": "a', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 90, b'{"host": "a', b"\xff\xfe"],
+    ids=["empty", "zeros", "cut", "no text"],
+)
 def test_a_file_that_a_disk_has_lost_holds_nothing(tmp_path, content):
     (tmp_path / leases.NAME).write_bytes(content)
     assert leases.holder(tmp_path) is None
