@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -124,7 +125,7 @@ class _Mirror:
         _download(self._there, self._here, plain)
         self._known = {name: _stamp(self._here / name) for name in plain}
         newest = _fetch_newest(self._there, self._here, names)
-        for step in {int(name.split("/")[1]) for name in names if _in_checkpoint(name)}:
+        for step in _remote_steps(names):
             if newest is None or step > newest or not _content(self._there, step, names):
                 self._remove(step)
             else:
@@ -190,8 +191,7 @@ def _insist(act: Callable[[], None], wait: Callable[[float], Any]) -> None:
 
 def _fetch_newest(there, here, names):
     """Fetches the newest whole checkpoint among the remote files `names`; -> its step or None."""
-    steps = {int(name.split("/")[1]) for name in names if _in_checkpoint(name)}
-    for step in sorted(steps, reverse=True):
+    for step in reversed(_remote_steps(names)):
         content = _content(there, step, names)
         folder = here / "checkpoints" / str(step)
         try:
@@ -206,17 +206,16 @@ def _fetch_newest(there, here, names):
     return None
 
 
-def _in_checkpoint(name):
-    parts = name.split("/")
-    return len(parts) > 2 and parts[0] == "checkpoints" and parts[1].isdecimal()
+def _remote_steps(names):
+    """The checkpoints, whole or not, that have files among `names`, in order."""
+    found = [re.match(r"checkpoints/(\d+)/", name) for name in names]
+    return sorted({int(match[1]) for match in found if match})
 
 
 def _content(there, step, names):
-    """What a checkpoint's files must be, by name; {} where it is not whole."""
-    folder = f"checkpoints/{step}"
-    text = storage.read(there / folder / MARK) if f"{folder}/{MARK}" in names else None
-    content = json.loads(text or "{}")
-    return content if {f"{folder}/{name}" for name in content} <= set(names) else {}
+    """What a checkpoint's files must be, by name; {} where its last one is not there."""
+    mark = f"checkpoints/{step}/{MARK}"
+    return json.loads(storage.read(there / mark) or "{}") if mark in names else {}
 
 
 def _download(there, here, names):

@@ -63,6 +63,7 @@ def test_a_path_is_remote_where_it_names_a_protocol(run, tmp_path):
     assert storage.path(tmp_path) == tmp_path == storage.path(f"file://{tmp_path}")
     assert not isinstance(run, Path) and storage.path(run) is run
     assert str(storage.path("memory://run/a/") / "b") == "memory://run/a/b"
+    assert not run.fs.dircache.use_listings_cache, "others write there"
 
 
 def test_what_a_path_lacks_is_said_in_a_line(run, monkeypatch):
