@@ -26,6 +26,7 @@ from experiments import (
     cells,
     checkpoints,
     clusters,
+    devices,
     leases,
     mirrors,
     report,
@@ -522,6 +523,23 @@ def test_who_has_lost_the_lease_uploads_nothing_more(run, slow, monkeypatch):
         (here / "metrics.jsonl").write_text("of a process that slept")
         storage.put(run / LEASE.format(2), json.dumps(ELSEWHERE).encode())
     assert storage.read(run / "metrics.jsonl") is None
+
+
+def test_processes_that_do_not_see_the_folder_of_the_first_are_told_what_to_do(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(devices.multihost_utils, "broadcast_one_to_all", lambda x: x)
+    for there in ([True, True], [True, False]):
+        seen = np.array(there)
+        monkeypatch.setattr(
+            devices.multihost_utils, "process_allgather", lambda own, seen=seen: seen & own
+        )
+        if seen.all():
+            assert devices.shared_folder(tmp_path) == tmp_path
+        else:
+            with one_line(ValueError, f"{tmp_path}", "set TMPDIR to a folder"):
+                devices.shared_folder(tmp_path)
 
 
 # Cells and sweeps

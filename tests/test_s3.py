@@ -5,6 +5,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import numpy as np
 import psutil
 import pytest
 import test_kills
-from launching import CONFIG, ablate, start, wait_for
+import test_mesh
+from launching import CONFIG, ROOT, ablate, start, wait_for
 
 from experiments import leases, mirrors, storage, trained
 
@@ -191,7 +193,7 @@ def test_killed_again_and_again_a_sweep_on_s3_ends_in_the_same_bits(bucket, tmp_
         early = True
         while early and kills < 24:
             instant = rng.choice(instants)
-            seconds = duration if instant else rng.uniform(0.2, 1.2) * duration
+            seconds = duration if instant else rng.uniform(0.1, 0.7) * duration
             early = kill(config, run, instant, seconds, rng)
             kills += early
             print(kills, sweeps, instant, early, flush=True)
@@ -233,6 +235,17 @@ def test_a_signal_saves_on_s3_and_the_same_command_goes_on(bucket, config, tmp_p
 
 
 @pytest.mark.slow
+def test_two_processes_of_one_run_train_on_s3(bucket, tmp_path):
+    run, local = f"{bucket}/run", tmp_path / "local"
+    for workdir in (run, local):
+        test_mesh.finish(test_mesh.two_processes(tmp_path, workdir))
+    logs = [storage.read(storage.path(place) / "metrics.jsonl") for place in (run, local)]
+    assert logs[0] == logs[1] and clean(run, tmp_path)
+    found = [trained.load(place).params for place in (run, local)]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("executor, more", [
     ("slurm", "cluster=local,timeout_min=30"), ("ray", "num_cpus=1"),
 ])  # fmt: skip
@@ -240,10 +253,11 @@ def test_a_cluster_trains_on_s3(bucket, tmp_path, executor, more):
     pytest.importorskip({"ray": "ray", "slurm": "submitit"}[executor])
     config = tmp_path / "config.py"
     config.write_text(CONFIG.partition("def sweep_rate")[0])
-    run = f"{bucket}/run"
+    run = f"{bucket}/{bucket.removeprefix('s3://')}"
     flags = [f"--config={config}", f"--executor={executor}", f"--resources={more}"]
     done = ablate(*flags, "--workers=2", f"--workdir={run}")
     assert done.returncode == 0, done.stderr
+    shutil.rmtree(ROOT / "slurm" / storage.path(run).name, ignore_errors=executor == "ray")
     local = ablate(f"--config={config}", f"--workdir={tmp_path / 'quiet'}")
     assert local.returncode == 0
     there = test_kills.left(fetched(run, tmp_path / "copy"))
