@@ -4,14 +4,14 @@ python -m experiments.train --config=configs/cell.py:runs/quickstart/cells/text 
 """
 
 import json
-import pathlib
 
-from experiments import settings
+from experiments import settings, storage
 
 
 def get_config(arg=""):
     """`arg` is the folder of the cell."""
-    path = pathlib.Path(arg or ".", "config.json")
-    if not path.is_file():
+    path = storage.path(arg or ".") / "config.json"
+    text = storage.read(path)
+    if text is None:
         raise ValueError(f"configs/cell.py takes the folder of a cell: there is no {path}")
-    return settings.read(json.loads(path.read_text("utf-8")))
+    return settings.read(json.loads(text))

@@ -19,8 +19,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import filelock
 import jax
 from absl import flags
 from ml_collections import config_flags
@@ -35,6 +35,7 @@ from experiments import (
     leases,
     report,
     results,
+    storage,
     sweep,
     train,
 )
@@ -43,7 +44,7 @@ from experiments.stopping import Stop, Stopped
 
 
 def open_workdir(
-    workdir: Path, swept: Sequence[sweep.Cell], expected: Sequence[claims.Claim] = ()
+    workdir: Any, swept: Sequence[sweep.Cell], expected: Sequence[claims.Claim] = ()
 ) -> None:
     """Writes sweep.json and each cell's config.json, or adds cells to those already there.
 
@@ -55,11 +56,11 @@ def open_workdir(
     # In this order: a launcher that starts just now writes sweep.json before all else.
     if list(workdir.glob("[!.]*")) and not path.exists():
         raise ValueError(f"{workdir} is not empty and holds no sweep; choose another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(workdir / ".lock"):  # another launcher may add cells of its own
+    storage.make(workdir)
+    with leases.alone(workdir):  # another launcher may add cells of its own
         for cell in swept:
             train.check_directory(cells.folder(workdir, cell.id), cell.config)
-        before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        before = json.loads(storage.read(path) or "{}")
         known = before.get("cells", [])
         ids = {cell["id"] for cell in known}
         fields = ("id", "base", "axis", "value", "overrides")
@@ -89,12 +90,13 @@ def environment() -> dict[str, str]:
     }
 
 
-def pursue(workdir: Path, jobs: Sequence[cells.Job], executor, stop: Stop) -> None:
+def pursue(workdir: Any, jobs: Sequence[cells.Job], executor, stop: Stop) -> None:
     """Runs jobs until each has its outcome, here or by another launcher.
 
     Raises what the executor raises.
     """
     said = False
+    pause = 0.5 if isinstance(workdir, Path) else 3.0  # each look at an object costs something
     while left := [job for job in jobs if not _outcome(workdir, job)]:
         held = {job.id: leases.holder(cells.folder(workdir, job.id)) for job in left}
         if free := [job for job in left if not held[job.id]]:
@@ -104,12 +106,12 @@ def pursue(workdir: Path, jobs: Sequence[cells.Job], executor, stop: Stop) -> No
         if not said:
             said = True
             print(f"waiting for {left[0].id}, which {held[left[0].id]} trains", flush=True)
-        time.sleep(0.5)
+        time.sleep(pause)
         if stop.signal:
             raise Stopped
 
 
-def halve(workdir: Path, swept: Sequence[sweep.Cell], executor, stop, eta, options) -> None:
+def halve(workdir: Any, swept: Sequence[sweep.Cell], executor, stop, eta, options) -> None:
     """Runs the rungs of successive halving but the last; who drops out has that as its result."""
     steps = swept[0].config.train.steps
     bases = [cell.id for cell in swept if cell.axis is None]
@@ -140,8 +142,9 @@ def _outcome(workdir, job):
 
 def main(argv):
     del argv
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+    config = _CONFIG.value
     with cli.user_errors():
+        workdir = storage.path(_WORKDIR.value)
         flag = flags.FLAGS["config"]
         path, _, _ = config_flags.get_config_filename(flag).partition(":")
         bases, axes, expected = sweep.load(path, _SWEEP.value)
@@ -164,7 +167,7 @@ def main(argv):
             _launch(workdir, swept, expected, executor, stop)
     except (Stopped, KeyboardInterrupt):
         cli.leave(stop)
-    except executors.Failed as error:
+    except (executors.Failed, storage.Unreachable) as error:
         cli.fail(error)
     except OSError as error:
         if not cells.disk_full(error):

@@ -8,12 +8,13 @@ import dataclasses
 import errno
 import json
 import math
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import leases, results, settings, statistics, train
+from experiments import leases, mirrors, results, settings, statistics, storage, train
 from experiments.progress import Cell
 from experiments.stopping import Stop
 
@@ -39,26 +40,25 @@ class DiskFull(Exception):
     """Nothing more can be written; what was trained since the last checkpoint is lost."""
 
 
-def folder(workdir: Path, id: str) -> Path:
+def folder(workdir: Any, id: str) -> Any:
     """Where a cell is."""
     return workdir / "cells" / id
 
 
-def outcome(directory: Path, until: int | None = None) -> dict[str, Any] | None:
+def outcome(directory: Any, until: int | None = None) -> dict[str, Any] | None:
     """The result of a cell, or what it had at the step `until`; None while it has more to do."""
-    if (path := directory / "result.json").exists():
-        return json.loads(path.read_text("utf-8"))
+    if text := storage.read(directory / "result.json"):
+        return json.loads(text)
     return _rungs(directory).get(str(until))
 
 
 def _rungs(directory):
     """By step what a cell had there."""
-    path = directory / "rungs.json"
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return json.loads(storage.read(directory / "rungs.json") or "{}")
 
 
 def run_cell(
-    workdir: Path,
+    workdir: Any,
     job: Job,
     shown: Cell,
     stop: Stop | None = None,
@@ -87,8 +87,9 @@ def run_cell(
             write(directory, found)
     except Exception as error:
         if disk_full(error):
+            disk = workdir if isinstance(workdir, Path) else tempfile.gettempdir()
             raise DiskFull(
-                f"the disk of {workdir} is full: free some space; the same command goes on from "
+                f"the disk of {disk} is full: free some space; the same command goes on from "
                 "the last checkpoint"
             ) from error
         raise
@@ -97,18 +98,20 @@ def run_cell(
 
 
 def _train(directory, job, shown, stop):
+    stop = stop or Stop()
     try:
         config = settings.read(json.loads((directory / "config.json").read_text("utf-8")))
         train.check_directory(directory, config)
-        return train.train(
-            config,
-            directory,
-            shown,
-            stop,
-            until=job.until,
-            max_minutes=job.max_minutes,
-            tensorboard=job.tensorboard,
-        )
+        with mirrors.mirror(directory, stop) as here:
+            return train.train(
+                config,
+                here,
+                shown,
+                stop,
+                until=job.until,
+                max_minutes=job.max_minutes,
+                tensorboard=job.tensorboard,
+            )
     except Exception as error:
         if disk_full(error):
             raise
@@ -120,7 +123,7 @@ def _train(directory, job, shown, stop):
         return {"status": "failed", "error": f"{type(error).__name__}: {text}"}
 
 
-def write(directory: Path, found: dict[str, Any]) -> None:
+def write(directory: Any, found: dict[str, Any]) -> None:
     """Writes a result, or adds what a paused cell has to its rungs.json."""
     if found["status"] != "paused":
         results.replace(directory / "result.json", json.dumps(found, indent=2))
@@ -129,7 +132,7 @@ def write(directory: Path, found: dict[str, Any]) -> None:
     results.replace(directory / "rungs.json", json.dumps(rungs, indent=2))
 
 
-def score(directory: Path, step: int) -> float:
+def score(directory: Any, step: int) -> float:
     """What a cell had at a rung, lower being better; that of its result where it ended before it.
 
     nan for a failure.
@@ -143,13 +146,13 @@ def score(directory: Path, step: int) -> float:
     return mean if found["lower_is_better"] else -mean
 
 
-def drop(directory: Path, reason: str) -> None:
+def drop(directory: Any, reason: str) -> None:
     """Ends a cell that was not among the better ones; what has a result keeps it."""
     if not outcome(directory):
         write(directory, {"status": "dropped", "error": reason})
 
 
-def give_up(directory: Path, job: Job, reason: str) -> dict[str, Any] | None:
+def give_up(directory: Any, job: Job, reason: str) -> dict[str, Any] | None:
     """Writes that a cell has failed whose process is gone; -> its result, which may be another's.
 
     None where another process trains it.
@@ -165,7 +168,7 @@ def give_up(directory: Path, job: Job, reason: str) -> dict[str, Any] | None:
     return outcome(directory)
 
 
-def forget(directory: Path, statuses: Sequence[str]) -> None:
+def forget(directory: Any, statuses: Sequence[str]) -> None:
     """Lets a cell that has such a status be trained again, from its last checkpoint."""
     if (outcome(directory) or {}).get("status") in statuses:
         for name in ("result.json", "traceback.txt"):

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import cells, cli, leases
+from experiments import cells, cli, leases, storage
 from experiments.executors import Failed
 from experiments.progress import Progress, Reported
 from experiments.stopping import Stop, Stopped
@@ -27,7 +27,7 @@ _PATIENCE = 120.0  # seconds for a lease of a machine that is gone, and for what
 class _Cluster(abc.ABC):
     """What both do: submit each cell, watch the work directory, submit again what was lost."""
 
-    def __init__(self, workdir: Path, workers: int, resources: dict[str, Any]):
+    def __init__(self, workdir: Any, workers: int, resources: dict[str, Any]):
         self._workdir, self._workers, self._resources = workdir.absolute(), workers, resources
         self._tries: collections.Counter[str] = collections.Counter()
         self._hopeless: dict[str, str] = {}  # why, of the cells that have failed too often
@@ -148,6 +148,8 @@ class Ray(_Cluster):
 class Slurm(_Cluster):
     """Each cell is a job of SLURM, through submitit; logs are in slurm/ of the work directory.
 
+    Where that is remote they are in slurm/<its name> of the current directory.
+
     `resources` are parameters of submitit's AutoExecutor (timeout_min, gpus_per_node,
     slurm_partition ...). A job that is preempted or out of time saves and is queued again, as often
     as slurm_max_num_timeout says. cluster=local runs the jobs on this machine instead.
@@ -175,7 +177,10 @@ class Slurm(_Cluster):
 
         own = {"cluster": "slurm", **self._resources}
         first = {name: own.pop(name) for name in tuple(own) if name.endswith("max_num_timeout")}
-        found = submitit.AutoExecutor(self._workdir / "slurm", own.pop("cluster"), **first)
+        logs = self._workdir / "slurm"
+        if not isinstance(logs, Path):
+            logs = Path("slurm", self._workdir.name).absolute()
+        found = submitit.AutoExecutor(logs, own.pop("cluster"), **first)
         found.update_parameters(name=self._workdir.name, **own)
         return found
 
@@ -215,6 +220,7 @@ class _SlurmCell:
 def train_cell(workdir: str, job: dict, signals: tuple = (signal.SIGINT, signal.SIGTERM)) -> str:
     """Trains a cell here; -> 'done', 'taken' by another process, or the signal that ended it."""
     cli.keep_compiled()
+    place = storage.path(workdir)
     shown = Reported(lambda *_, **__: None)
     until = time.monotonic() + _PATIENCE
     stop = Stop(signals)
@@ -222,7 +228,7 @@ def train_cell(workdir: str, job: dict, signals: tuple = (signal.SIGINT, signal.
         with stop:
             while True:
                 try:
-                    cells.run_cell(Path(workdir), cells.Job(**job), shown, stop)
+                    cells.run_cell(place, cells.Job(**job), shown, stop)
                     return "done"
                 except leases.Taken:  # perhaps by a machine that is no more
                     if time.monotonic() > until:

@@ -1,5 +1,8 @@
 """The devices of a run: several processes, and whether its settings fit a mesh."""
 
+import os
+from pathlib import Path
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -85,6 +88,27 @@ def agree(asked: int, late: bool, now: bool) -> tuple[int, bool]:
         return 0, False
     every = multihost_utils.process_allgather(np.array([asked, late], np.int32))
     return int(every[:, 0].max()), bool(every[:, 1].max())
+
+
+def shared_folder(folder: Path | None) -> Path:
+    """The folder that the first process has, for all of them, which all call this.
+
+    ValueError where one does not see it.
+    """
+    if jax.process_count() == 1:
+        return folder
+    text = np.zeros(4096, np.uint8)
+    if folder:
+        name = os.fsencode(folder)
+        text[: len(name)] = np.frombuffer(name, np.uint8)
+    text = np.asarray(multihost_utils.broadcast_one_to_all(text))
+    folder = Path(os.fsdecode(text.tobytes().rstrip(b"\0")))
+    if not multihost_utils.process_allgather(np.array(folder.is_dir())).all():
+        raise ValueError(
+            f"not all processes of this run see {folder}, where its checkpoints are made before "
+            "they are uploaded: set TMPDIR to a folder that all of them share"
+        )
+    return folder
 
 
 def place(arrays: dict[str, np.ndarray], mesh: Mesh, spec: PartitionSpec) -> dict[str, jax.Array]:

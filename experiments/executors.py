@@ -19,7 +19,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from experiments import cells
@@ -47,7 +46,7 @@ class Local:
       devices: GPUs of each process.
     """
 
-    def __init__(self, workdir: Path, workers: int = 0, devices: int = 1):
+    def __init__(self, workdir: Any, workers: int = 0, devices: int = 1):
         self._workdir = workdir
         self._places = places(workers, devices)
         self._workers: list[_Worker] = []
@@ -208,7 +207,7 @@ class _Worker:
         return self._process.wait()
 
 
-def create(name: str, workdir: Path, workers: int, devices: int, resources: str) -> Any:
+def create(name: str, workdir: Any, workers: int, devices: int, resources: str) -> Any:
     """The executor of a name: 'local', or 'ray' and 'slurm' of `experiments.clusters`.
 
     `workers` and `devices` (of a cell) are as of `Local`; a cluster gives what the resources say.

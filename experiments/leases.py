@@ -4,23 +4,33 @@ A lease is a file that its holder touches every few seconds. A process of this m
 long as it lives; one of another machine as long as the file is fresh. So a crash leaves nothing to
 clean up, and a machine that vanishes loses its lease after a minute. Times are those of the file
 system, which all machines share; clocks of machines are not compared.
+
+A remote folder (see `storage`) has no locks under which to look at a file and replace it, but a
+file that several create at once is created by one of them. So each holder makes a file of its own,
+with the next number. The highest number is the lease: whoever finds it free or lapsed tries to make
+the next one, and removes those below. It is never removed itself, or a slow process could make a
+number that has had its day.
 """
 
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
+import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 import psutil
 
-from experiments import results
+from experiments import results, storage
 
-NAME = "lease.json"
+NAME = "lease.json"  # .lease.1.json and so on in a remote folder
 BEAT = 10.0  # seconds between two touches
 LAPSE = 60.0  # seconds without one until another machine may take it
 
@@ -42,20 +52,17 @@ class Lease:
     was taken for dead, because its machine slept, say, ends at once: another one writes there now.
     """
 
-    def __init__(self, folder: Path):
-        self._path = folder / NAME
-        self._own = {**_process(), "token": uuid.uuid4().hex}
+    def __init__(self, folder: Any):
+        self._folder = folder
+        own = {**_process(), "token": uuid.uuid4().hex}
+        self._place = (_File if isinstance(folder, Path) else _Numbered)(folder, own)
         self._ended = threading.Event()
 
     def __enter__(self) -> "Lease":
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with _guard(self._path):
-            if holder := _living(self._path):
-                raise Taken(
-                    f"{self._path.parent.name} is held by process {holder['pid']} on "
-                    f"{holder['host']}"
-                )
-            results.replace(self._path, json.dumps(self._own))
+        if holder := self._place.take():
+            raise Taken(
+                f"{self._folder.name} is held by process {holder['pid']} on {holder['host']}"
+            )
         _held.append(self)
         self._beat = threading.Thread(target=self._keep, daemon=True)
         self._beat.start()
@@ -68,32 +75,137 @@ class Lease:
         self._release()
 
     def _release(self):
-        if (_read(self._path) or {}).get("token") == self._own["token"]:
-            self._path.unlink(missing_ok=True)
+        self._place.release()
 
     def _keep(self):
         while not self._ended.wait(BEAT):
-            with contextlib.suppress(OSError):  # a file system that is away for a moment
-                if (_read(self._path) or {}).get("token") != self._own["token"]:
-                    print(f"{self._path.parent} has another process now", file=sys.stderr)
-                    os._exit(1)
-                os.utime(self._path)
+            self._touch()
+
+    def _touch(self):
+        with contextlib.suppress(OSError):  # a file system that is away for a moment
+            if not self._place.touch():
+                print(f"{self._folder} has another process now", file=sys.stderr)
+                os._exit(1)
+
+
+class _File:
+    """A lease on a folder of this machine or of a file system that it shares."""
+
+    def __init__(self, folder: Path, own: dict):
+        self._path, self._own = folder / NAME, own
+
+    def take(self) -> dict | None:
+        """Makes it this process's; -> the living process that has it instead, if there is one."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with _guard(self._path):
+            if holder := _living(self._path):
+                return holder
+            results.replace(self._path, json.dumps(self._own))
+        return None
+
+    def touch(self) -> bool:
+        """Shows that its holder lives; False where that is another one by now."""
+        if (_read(self._path) or {}).get("token") != self._own["token"]:
+            return False
+        os.utime(self._path)
+        return True
+
+    def release(self) -> None:
+        """Gives it back, if it is still this process's."""
+        if (_read(self._path) or {}).get("token") == self._own["token"]:
+            self._path.unlink(missing_ok=True)
+
+
+class _Numbered:
+    """A lease on a remote folder: the file with the highest number, empty where it is free."""
+
+    def __init__(self, folder: Any, own: dict):
+        self._folder, self._content = folder, json.dumps(own)
+        self._number = 0
+        self._lock = threading.RLock()  # or a beat could undo a release
+
+    def take(self) -> dict | None:
+        """As `_File.take`."""
+        while True:
+            number, holder = _highest(self._folder)
+            if holder and _fresh(_file(self._folder, number), holder):
+                return holder
+            self._number = number + 1
+            if not storage.create(_file(self._folder, self._number), self._content):
+                continue  # another was faster
+            numbers = _numbers(self._folder)
+            if numbers[-1] > self._number:  # another was, and has been replaced since
+                storage.remove(self._folder, [_file(self._folder, self._number).name])
+                continue
+            below = [_file(self._folder, n).name for n in numbers if n < self._number]
+            storage.remove(self._folder, below)
+            return None
+
+    def touch(self) -> bool:
+        """As `_File.touch`."""
+        with self._lock:
+            if not self._has():
+                return False
+            storage.put(_file(self._folder, self._number), self._content.encode())
+            return True
+
+    def release(self) -> None:
+        """As `_File.release`."""
+        if not self._lock.acquire(timeout=10):  # the store does not answer: it lapses by itself
+            return
+        try:
+            if self._has():
+                storage.put(_file(self._folder, self._number), b"{}")
+        finally:
+            self._lock.release()
+
+    def _has(self):
+        number, found = _highest(self._folder)
+        return number == self._number and found == json.loads(self._content)
+
+
+def confirm() -> None:
+    """Ends this process if another one has what it holds, before it writes there."""
+    for lease in tuple(_held):
+        lease._touch()
 
 
 def give_back() -> None:
     """Gives back what this process holds, before it ends without leaving the contexts."""
     for lease in _held:
-        lease._release()
+        with contextlib.suppress(OSError):
+            lease._release()
 
 
-def holder(folder: Path) -> str | None:
+def holder(folder: Any) -> str | None:
     """Who works on the folder, 'process 12 on ada'; None if nobody does."""
-    path = folder / NAME
-    if not path.exists():
-        return None
-    with _guard(path):
-        found = _living(path)
+    if isinstance(folder, Path):
+        path = folder / NAME
+        if not path.exists():
+            return None
+        with _guard(path):
+            found = _living(path)
+    else:
+        number, found = _highest(folder)
+        found = found if found and _fresh(_file(folder, number), found) else None
     return found and f"process {found['pid']} on {found['host']}"
+
+
+@contextlib.contextmanager
+def alone(folder: Any) -> Iterator[None]:
+    """Waits until no other process is in this context, for a moment's work on a folder."""
+    if isinstance(folder, Path):
+        with filelock.FileLock(folder / ".lock"):
+            yield
+        return
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(Lease(folder))
+                break
+            except Taken:
+                time.sleep(0.5)
+        yield
 
 
 def _guard(path):
@@ -132,9 +244,13 @@ def _space():
 
 
 def _read(path):
+    """What is at `path`; None where there is nothing.
+
+    Nor is there in a file that is not JSON: it was written whole, so a disk has lost it.
+    """
     try:
         return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
 
 
@@ -154,3 +270,45 @@ def _living(path):
     finally:
         clock.unlink(missing_ok=True)
     return found if age < LAPSE else None
+
+
+def _file(folder, number):
+    return folder / f".lease.{number}.json"
+
+
+def _numbers(folder):
+    """Of the leases in a remote folder, in order."""
+    with storage.reaching(folder, "read"):
+        try:
+            names = [name.rpartition("/")[2] for name in folder.fs.ls(folder.path, detail=False)]
+        except FileNotFoundError:
+            return []
+    found = [re.fullmatch(r"\.lease\.(\d+)\.json", name) for name in names]
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _highest(folder):
+    """The number and the holder of the lease on a remote folder; 0 where there is none yet."""
+    while numbers := _numbers(folder):
+        text = storage.read(_file(folder, numbers[-1]))
+        if text is not None:  # else a new holder has removed it just now
+            return numbers[-1], json.loads(text)
+    return 0, None
+
+
+def _fresh(path, found):
+    """Whether the holder of a remote lease may still be at work."""
+    if found["space"] == _space():
+        return _born(found["pid"]) == found["born"]
+    clock = path.with_name(f".clock.{uuid.uuid4().hex}")
+    try:
+        storage.put(clock, b"")
+        with storage.reaching(path, "read"):
+            age = path.fs.modified(clock.path) - path.fs.modified(path.path)
+    except storage.Unreachable as error:
+        if isinstance(error.__cause__, FileNotFoundError):  # a new holder has removed it just now
+            return False
+        raise
+    finally:
+        storage.remove(clock.parent, [clock.name])
+    return age.total_seconds() < LAPSE

@@ -25,7 +25,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import cli, explorer, plots, results, tables, watching
+from experiments import cli, explorer, plots, results, storage, tables, watching
 
 
 def write_report(
@@ -41,10 +41,10 @@ def write_report(
     experiments = [results.load(workdir) for workdir in workdirs]
     if len(experiments) > 1 and output is None:
         raise ValueError("a report of several run directories needs a place: give --output")
-    folder = Path(output or workdirs[0])
+    folder = storage.path(output or workdirs[0])
     joined, rows = _joined(experiments)
     for part in ("plots", "tables"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+        storage.make(folder / part)
     drawings = {}
     for name, figure in [*plots.of_report(joined), *plots.of_attention(joined)]:
         for kind, content in plots.render(figure).items():
@@ -253,7 +253,7 @@ def watch(workdirs: Sequence[Path], port: int) -> None:
 def main(argv: Sequence[str]) -> None:
     del argv
     with cli.user_errors():
-        workdirs = [Path(workdir) for workdir in _WORKDIR.value]
+        workdirs = [storage.path(workdir) for workdir in _WORKDIR.value]
         if _WATCH.value:
             watch(workdirs, _PORT.value)
         else:

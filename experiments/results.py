@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import claims, maps, statistics
+from experiments import claims, maps, statistics, storage
 from experiments.claims import Claim
 
 # Standard deviations of the paired difference: seeds that tell only larger ones from none are too
@@ -140,8 +140,8 @@ def load(workdir: str | os.PathLike[str]) -> Experiment:
     Raises:
       ValueError: `workdir` is not a run directory, or one of its files is not what it should be.
     """
-    workdir = Path(workdir)
-    if not (workdir / "sweep.json").is_file():
+    workdir = storage.path(workdir)
+    if storage.read(workdir / "sweep.json") is None:
         raise ValueError(
             f"{workdir} is not a run directory: no sweep.json; start one with "
             "python -m experiments.ablate --config=... --workdir=..."
@@ -178,8 +178,7 @@ def read_curves(cell: Cell) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     resume) the later line counts.
     """
     values: dict[str, dict[int, list[float]]] = {}
-    path = cell.path / "metrics.jsonl"
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+    for line in (storage.read(cell.path / "metrics.jsonl") or "").splitlines():
         try:
             record = json.loads(line)
             step = record.pop("step")
@@ -703,11 +702,14 @@ def number(value: float | None, spec: str) -> str:
 
 def replace(path: str | os.PathLike[str], content: str | bytes) -> None:
     """Writes a file so that a reader sees the old one or the new one, never a part."""
-    path = Path(path)
+    path = storage.path(path)
+    content = content.encode() if isinstance(content, str) else content
+    if not isinstance(path, Path):
+        return storage.put(path, content)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())  # a machine that vanishes leaves the old one or the new one
         os.replace(temporary, path)
@@ -722,10 +724,10 @@ def file_name(text: str) -> str:
 
 def _read_json(path: Path, *required: str) -> dict[str, Any]:
     """The object in a file, {} where there is no file."""
-    if not path.exists():
+    if (text := storage.read(path)) is None:
         return {}
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = json.loads(text)
     except ValueError as error:
         raise ValueError(
             f"{path} is not JSON ({error}); delete it and run the sweep's command again"

@@ -1,5 +1,6 @@
 """Ctrl-C, a closed terminal, and SIGTERM, which a scheduler sends before it takes a machine."""
 
+import contextlib
 import signal
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -18,7 +19,10 @@ class Stop:
     While `unsaved` is False nothing would be lost, and `leave` is called where the signal finds the
     program: in a compilation, say. It ends the process; without one `Stopped` is raised, which a
     callback of a library may swallow, and then the request is met at the first step.
+    What is in `before_leaving` is called first; what it raises is of no account.
     A second Ctrl-C interrupts at once. Under nohup a closed terminal is no signal.
+
+    `error` is why nothing that is trained from now on can be saved: training raises it.
     """
 
     def __init__(
@@ -29,6 +33,8 @@ class Stop:
         self._signals, self._leave = signals, leave
         self.signal: int | None = None  # the signal that came
         self.unsaved = False
+        self.before_leaving: list[Callable[[], None]] = []
+        self.error: Exception | None = None
 
     def __enter__(self) -> "Stop":
         heard = list(self._signals)
@@ -47,6 +53,9 @@ class Stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if not self.unsaved:
             if self._leave:
+                for act in self.before_leaving:
+                    with contextlib.suppress(Exception):
+                        act()
                 self._leave(self)
             raise Stopped
 

@@ -31,9 +31,11 @@ from experiments import (
     generation,
     leases,
     maps,
+    mirrors,
     results,
     settings,
     statistics,
+    storage,
     tasks,
 )
 from experiments.models import build
@@ -157,7 +159,7 @@ def train(
       FloatingPointError: a loss is no longer finite, or has exploded (`train.explosion`).
       TimeoutError: this call has taken `max_minutes` (0: no limit) and is at a step.
       Stopped: `stop` asks for it.
-    After the last two a checkpoint is there to go on from.
+    After the last two a checkpoint is there to go on from. `stop.error` is raised as it is.
     """
     c, stop, attempt = config.train, stop or Stop(), time.perf_counter()
     task, source, splits, examples, greedy, beam, arguments = prepare(config)
@@ -188,7 +190,7 @@ def train(
         else:
             start, state, described = restored
             position = Position(**described)
-        log = stack.enter_context(MetricsLog(directory, position.log_bytes, tensorboard, start))
+        log = stack.enter_context(MetricsLog(directory, position.log_bytes, tensorboard))
         progress.start(c.steps, start)
 
         pending = [
@@ -221,6 +223,8 @@ def train(
                 log.write(step, judged)
                 position.ended = position.judge(_score(task, judged), c.patience)
                 began = time.perf_counter()
+            if stop.error:
+                raise stop.error
             late = 0 < max_minutes * 60 < time.perf_counter() - attempt
             asked, late = devices.agree(stop.signal or 0, late, step % c.log_every == 0 or last)
             ended = last or step == end or position.ended
@@ -367,10 +371,11 @@ class MetricsLog:
     """metrics.jsonl, one object a line, and TensorBoard's event file on request.
 
     `bytes` is how much of the file a checkpoint vouches for: what a killed run wrote after it is
-    cut off when the run goes on. The first of a run's processes writes, the others only count.
+    cut off when the run goes on, and the event file is written anew from what is left. The first of
+    a run's processes writes, the others only count.
     """
 
-    def __init__(self, directory: Path, keep_bytes: int, tensorboard: bool, step: int = 0):
+    def __init__(self, directory: Path, keep_bytes: int, tensorboard: bool):
         first = jax.process_index() == 0
         self._file = open(directory / "metrics.jsonl", "ab") if first else io.BytesIO()
         self._file.truncate(keep_bytes)
@@ -379,7 +384,12 @@ class MetricsLog:
         if tensorboard and first:
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(directory), purge_step=step + 1)
+            for path in directory.glob("events.out.tfevents.*"):
+                path.unlink()
+            self._events = SummaryWriter(str(directory))
+            for line in (directory / "metrics.jsonl").read_text("utf-8").splitlines():
+                record = json.loads(line)
+                self._show(record.pop("step"), record)
 
     @property
     def bytes(self) -> int:
@@ -392,7 +402,10 @@ class MetricsLog:
         values = {name: np.asarray(x).tolist() for name, x in metrics.items()}
         self._file.write(json.dumps({"step": step, **values}).encode() + b"\n")
         self._file.flush()
-        for name, x in metrics.items() if self._events else ():
+        self._show(step, values)
+
+    def _show(self, step, values):
+        for name, x in values.items() if self._events else ():
             self._events.add_scalar(name, float(np.mean(x)), step)
 
     def __enter__(self) -> "MetricsLog":
@@ -404,20 +417,19 @@ class MetricsLog:
             self._events.close()
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Any, content: str | bytes) -> None:
     """Writes a file of the run directory, which the first of a run's processes does."""
     if jax.process_index() == 0:
         results.replace(path, content)
 
 
-def check_directory(directory: Path, config: ConfigDict) -> None:
+def check_directory(directory: Any, config: ConfigDict) -> None:
     """Raises ValueError where `directory` holds a run of another config.
 
     On which devices it runs may change.
     """
-    path = directory / "config.json"
-    if path.exists():
-        there = settings.complete(json.loads(path.read_text("utf-8")))
+    if text := storage.read(directory / "config.json"):
+        there = settings.complete(json.loads(text))
         here = settings.describe(config)
         there |= {name: here[name] for name in ("mesh", "fully_sharded")}
         if differences := settings.differences(there, here):
@@ -427,9 +439,9 @@ def check_directory(directory: Path, config: ConfigDict) -> None:
             )
 
 
-def claim(directory: Path, config: ConfigDict) -> None:
+def claim(directory: Any, config: ConfigDict) -> None:
     """Makes `directory` the place of this config's run: writes config.json."""
-    directory.mkdir(parents=True, exist_ok=True)
+    storage.make(directory)
     description = json.dumps(settings.describe(config), indent=2)
     write(directory / "config.json", description)
 
@@ -456,7 +468,7 @@ def main(argv):
             devices.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         if jax.process_index():
             sys.stdout = open(os.devnull, "w")
-        directory = Path(_WORKDIR.value)
+        directory = storage.path(_WORKDIR.value)
         check(_CONFIG.value)
         check_directory(directory, _CONFIG.value)
         claim(directory, _CONFIG.value)
@@ -471,11 +483,12 @@ def main(argv):
         try:
             with lease, stop, Progress(cells=1) as progress:
                 cell = progress.cell(str(directory))
-                result = train(_CONFIG.value, directory, cell, stop, tensorboard=_TENSORBOARD.value)
+                with mirrors.mirror(directory, stop) as here:
+                    result = train(_CONFIG.value, here, cell, stop, tensorboard=_TENSORBOARD.value)
                 write(path, json.dumps(result, indent=2))
                 cell.finish(f"trained in {result['train_seconds']} s")
-        except leases.Taken as taken:
-            cli.fail(taken)
+        except (leases.Taken, storage.Unreachable) as error:
+            cli.fail(error)
         except (Stopped, KeyboardInterrupt):
             cli.leave(stop)
     if jax.process_index():

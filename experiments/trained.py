@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from experiments import checkpoints, cli, settings, train
+from experiments import checkpoints, cli, mirrors, settings, storage, train
 
 
 class Trained(NamedTuple):
@@ -37,16 +37,18 @@ class Trained(NamedTuple):
 def load(workdir: str | Path, seed: int = 0) -> Trained:
     """What `experiments.train` has trained there, or a cell of `experiments.ablate`.
 
+    `workdir` may be remote: 's3://bucket/run/cells/base'.
+
     The parameters are those that the results are about: the best or the averaged ones where the
     config asks for them. Of a run that goes on they are those of its last checkpoint.
 
     Raises ValueError where there is none, or its vocabulary is no longer that of the data.
     """
-    workdir = Path(workdir)
-    path = workdir / "config.json"
-    if not path.exists():
+    workdir = storage.path(workdir)
+    text = storage.read(workdir / "config.json")
+    if text is None:
         raise ValueError(f"{workdir} holds no config.json: train a model there first")
-    described = json.loads(path.read_text("utf-8"))
+    described = json.loads(text)
     config = settings.read(described)
     task, model = train.build(config)
     there, here = described["task"].get("fingerprint"), getattr(task, "fingerprint", None)
@@ -57,7 +59,8 @@ def load(workdir: str | Path, seed: int = 0) -> Trained:
         )
     if not 0 <= seed < config.train.seeds:
         raise ValueError(f"seed {seed} of {config.train.seeds}: the first is 0")
-    state = checkpoints.read_state(workdir / "checkpoints")
+    with mirrors.checkpoint(workdir) as directory:
+        state = checkpoints.read_state(directory)
     params = jax.tree.map(lambda x: jnp.asarray(x[seed]), train.final_params(state))
     return Trained(config, task, model, params)
 

@@ -17,7 +17,7 @@ def version(workdirs: Sequence[Path]) -> str:
         for pattern in ("sweep.json", "cells/*/result.json", "cells/*/metrics.jsonl"):
             for path in sorted(workdir.glob(pattern)):
                 found = path.stat()
-                digest.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode())
+                digest.update(f"{path} {found.st_size} {found.st_mtime}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -9,11 +9,10 @@ import os
 import queue
 import sys
 import threading
-from pathlib import Path
 
 from absl import logging
 
-from experiments import cells, cli, leases, settings
+from experiments import cells, cli, leases, settings, storage
 from experiments.ahead import Ahead
 from experiments.progress import Reported
 from experiments.stopping import Stop, Stopped
@@ -58,7 +57,7 @@ def _listen(lines):
 
 
 def _work(order, say, stop, ahead):
-    workdir, job = Path(order["workdir"]), cells.Job(**order["job"])
+    workdir, job = storage.path(order["workdir"]), cells.Job(**order["job"])
 
     def compiled():
         if not order["ahead"]:  # other workers have the other cores

@@ -56,6 +56,18 @@ def test_a_number_that_another_process_has_now_holds_nothing(tmp_path):
         (tmp_path / leases.NAME).write_text(json.dumps(there))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 90, b'{"host": "a', b"\xff\xfe"],
+    ids=["empty", "zeros", "cut", "no text"],
+)
+def test_a_file_that_a_disk_has_lost_holds_nothing(tmp_path, content):
+    (tmp_path / leases.NAME).write_bytes(content)
+    assert leases.holder(tmp_path) is None
+    with leases.Lease(tmp_path):
+        assert leases.holder(tmp_path).startswith(f"process {os.getpid()} on ")
+
+
 def test_another_machine_keeps_its_lease_while_it_touches_it(tmp_path):
     own = {"host": "ada", "space": "ada's", "pid": 1, "born": 0, "token": "x"}
     path = tmp_path / leases.NAME

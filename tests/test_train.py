@@ -2,6 +2,7 @@
 
 import json
 import signal
+import struct
 import zipfile
 from pathlib import Path
 
@@ -393,8 +394,42 @@ def test_tensorboard_events_on_request(tmp_path):
     config = tiny()
     train.claim(tmp_path, config)
     train.train(config, tmp_path, Silent(), tensorboard=True)
-    (events,) = tmp_path.glob("events.*")
-    assert b"validation/accuracy" in events.read_bytes()
+    assert scalars(tmp_path) == logged(tmp_path)
+
+
+def test_tensorboard_shows_a_step_once_after_a_kill(tmp_path):
+    config = tiny(**{"train.checkpoint_every": 4})
+    train.claim(tmp_path, config)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path, Silent(stop_at=6), tensorboard=True)
+    train.train(config, tmp_path, Silent(), tensorboard=True)
+    train.train(config, tmp_path, Silent(), tensorboard=True)  # killed before its result
+    assert scalars(tmp_path) == logged(tmp_path)
+
+
+def logged(directory):
+    """(step, name, mean over seeds) of all lines."""
+    found = []
+    for line in (directory / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        step = record.pop("step")
+        found += [(step, name, pytest.approx(np.mean(x))) for name, x in record.items()]
+    return found
+
+
+def scalars(directory):
+    """(step, name, value) of all that TensorBoard would show."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in directory.glob("events.*"):
+        content = path.read_bytes()
+        while content:  # length, its checksum, the record, its checksum
+            (length,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + length])
+            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            content = content[16 + length :]
+    return found
 
 
 @pytest.mark.parametrize("task", ["recall", pytest.param("reverse", marks=pytest.mark.slow)])
