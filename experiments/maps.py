@@ -99,8 +99,10 @@ def dump(kept: Sequence[Mapping[str, Map]]) -> bytes:
 
 
 def load(path: Path) -> list[dict[str, Map]]:
-    """What `dump` was given, example by example."""
+    """What `dump` was given, example by example; nothing of a file of an earlier version."""
     with np.load(io.BytesIO(path.read_bytes())) as arrays:
+        if "tokens" not in arrays:
+            return []
         return [
             {
                 kind: Map(arrays[f"{i}.{kind}"].astype(np.float32), query, key)

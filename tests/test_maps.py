@@ -89,3 +89,8 @@ def test_a_file_of_maps_is_read_as_it_was_written(tmp_path):
     assert list(first) == ["cross"] and list(second) == ["self", "cross"]
     assert first["cross"].query == one.query and first["cross"].key == one.key
     np.testing.assert_allclose(second["self"].weights, one.weights, rtol=1e-3)
+
+
+def test_a_file_of_an_earlier_version_has_no_maps(tmp_path):
+    np.savez(tmp_path / "a.npz", weights=np.zeros((1, 1, 2, 2)), query_tokens=["a", "b"])
+    assert maps.load(tmp_path / "a.npz") == []
