@@ -144,6 +144,8 @@ class _Numbered:
     def touch(self) -> bool:
         """As `_File.touch`."""
         with self._lock:
+            if not self._number:  # given back by a process that is about to end
+                return True
             if not self._has():
                 return False
             storage.put(_file(self._folder, self._number), self._content.encode())
@@ -156,6 +158,7 @@ class _Numbered:
         try:
             if self._has():
                 storage.put(_file(self._folder, self._number), b"{}")
+                self._number = 0
         finally:
             self._lock.release()
 
@@ -297,9 +300,12 @@ def _highest(folder):
 
 
 def _fresh(path, found):
-    """Whether the holder of a remote lease may still be at work."""
-    if found["space"] == _space():
-        return _born(found["pid"]) == found["born"]
+    """Whether the holder of a remote lease may still be at work.
+
+    Also one of this machine touches it: it may live, but have failed to give it back.
+    """
+    if found["space"] == _space() and _born(found["pid"]) != found["born"]:
+        return False
     clock = path.with_name(f".clock.{uuid.uuid4().hex}")
     try:
         storage.put(clock, b"")

@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -148,11 +149,14 @@ def test_a_killed_process_of_this_machine_holds_no_remote_lease(run):
         assert numbers(run) == [LEASE.format(8)]
 
 
-def test_a_remote_lease_of_another_machine_lapses_by_the_clock_of_the_store(run, monkeypatch):
+@pytest.mark.parametrize("here", [False, True], ids=["another machine", "this machine"])
+def test_a_remote_lease_that_nobody_touches_lapses_by_the_clock_of_the_store(
+    run, monkeypatch, here
+):
     path = run / LEASE.format(1)
-    storage.put(path, json.dumps(ELSEWHERE).encode())
+    storage.put(path, json.dumps(leases._process() if here else ELSEWHERE).encode())
     monkeypatch.setattr(time, "time", lambda: 0.0)  # what this machine thinks is of no account
-    assert leases.holder(run) == "process 1 on ada"
+    assert leases.holder(run).startswith(f"process {os.getpid() if here else 1} on ")
     past = datetime.timedelta(seconds=leases.LAPSE + 1)
     MemoryFileSystem.store[path.path].modified -= past
     assert leases.holder(run) is None
@@ -197,6 +201,50 @@ def test_who_makes_a_number_that_has_had_its_day_gets_nothing(run, monkeypatch):
     assert numbers(run) == [LEASE.format(7)]
 
 
+def test_of_many_at_once_none_holds_it_beside_another(run, monkeypatch):
+    lock, piped = threading.Lock(), MemoryFileSystem.pipe_file
+
+    def atomic(self, path, value, mode="overwrite", **_):  # as an object store is
+        if mode == "create" and random.random() < 0.5:
+            time.sleep(0.02)  # others take it and give it back meanwhile
+        with lock:
+            piped(self, path, value, mode=mode)
+
+    def whole(self, path, **_):
+        try:
+            return self.store[path].getvalue()
+        except KeyError:
+            raise FileNotFoundError(path) from None
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", atomic)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", whole)
+    inside, times, errors = [], [], []
+
+    def work(name):
+        rng = random.Random(name)
+        place = leases._Numbered(run, {**leases._process(), "token": name})
+        try:
+            while len(times) < 200 and not errors:
+                if place.take() is None:
+                    inside.append(name)
+                    time.sleep(rng.random() / 500)
+                    assert inside == [name] and place.touch()
+                    inside.clear()
+                    times.append(name)
+                    place.release()
+                time.sleep(rng.random() / 500)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(f"{i}",)) for i in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors and len(set(times)) > 1 and leases.holder(run) is None
+    assert len(numbers(run)) == 1
+
+
 def test_a_remote_lease_is_touched_and_who_lost_it_ends(run, monkeypatch, capsys):
     monkeypatch.setattr(leases, "BEAT", 0.02)
     ended = []
@@ -221,6 +269,7 @@ def test_a_store_that_is_away_for_a_moment_ends_no_holder(run, monkeypatch):
         leases.give_back()
         patch.undo()
         leases.give_back()
+        leases.confirm()
         assert leases.holder(run) is None
         assert lease._beat.is_alive()
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -67,6 +68,7 @@ def bucket(server, tmp_path, monkeypatch):
         "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
         "NO_PROXY": "127.0.0.1",
         "TMPDIR": str(tmp_path / "temporary"),  # of the processes
+        "RAY_TMPDIR": tempfile.gettempdir(),  # whose sockets must have short names
     }.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "temporary").mkdir()
