@@ -46,27 +46,29 @@ class Claim:
     metric: str = ""
     margin: float = 0.0
 
-    def of(self, prefix: str) -> "Claim":
-        """The same of cells whose ids have a prefix."""
-
-        def renamed(side):
-            if isinstance(side, tuple):
-                return tuple(map(renamed, side))
-            return f"{prefix}{side}" if isinstance(side, str) else side
-
-        return dataclasses.replace(self, left=renamed(self.left), right=renamed(self.right))
-
 
 def less(left: Side, right: Side, *, says: str, at: str = "", by: float = 0.0) -> Claim:
-    """That `left` has less of a metric than `right`, by more than `by`."""
-    return Claim(says, "less", left, right, at, by)
+    """That `left` has less of a metric than `right`, by more than `by`.
+
+    ValueError where neither is about a cell.
+    """
+    return _about_cells(Claim(says, "less", left, right, at, by))
 
 
 def equal(left: Side, right: Side, *, within: float, says: str, at: str = "") -> Claim:
-    """That the two differ by less than `within`, which must be above 0."""
+    """That the two differ by less than `within`.
+
+    ValueError where that is not above 0, and where neither is about a cell.
+    """
     if not within > 0:
         raise ValueError(f"two means are equal within a margin above 0: got within={within}")
-    return Claim(says, "equal", left, right, at, within)
+    return _about_cells(Claim(says, "equal", left, right, at, within))
+
+
+def _about_cells(claim):
+    if not cells(claim):
+        raise ValueError(f"a claim is about cells: got {claim.left!r} and {claim.right!r}")
+    return claim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +78,10 @@ class Finding:
     Attributes:
       claim: it.
       difference, interval: mean of right − left over seeds, half width of its 95% interval.
-      p: of the claim, one-sided, after Holm's correction for all claims of the sweep.
-      verdict: 'holds' or 'contradicted' where p of the claim or of its opposite, corrected as well,
-        is below 0.05; 'open' where the seeds tell neither; 'missing' where a cell has no result.
+      verdict: 'holds' or 'contradicted' where the one-sided p of the claim or of its opposite is
+        below 0.05 after Holm's correction for all claims of the sweep; 'open' where the seeds tell
+        neither; 'missing' where a cell has no result.
+      p: the one that decided, else that of the claim.
       seeds: how many pairs there were.
     """
 
@@ -111,7 +114,8 @@ def test(
             verdict = "holds"
         elif against < statistics.LEVEL:
             verdict = "contradicted"
-        findings.append(Finding(claim, *statistics.mean_interval(d), float(p), verdict, len(d)))
+        decided = float(against if verdict == "contradicted" else p)
+        findings.append(Finding(claim, *statistics.mean_interval(d), decided, verdict, len(d)))
     return findings
 
 

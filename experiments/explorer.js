@@ -10,31 +10,20 @@ function levels(map) {
   return map.levels;
 }
 
-// One head of a map: its levels [T, S], the weight of a pair, and its mean entropy in nats.
-function headOf(map, all, layer, head, self) {
+// One head of a map: its levels [T, S], the weight of a pair, and its entropy in nats.
+function headOf(map, all, layer, head) {
   const [, H, T, S] = map.shape, start = (layer * H + head) * T * S;
   const own = all.subarray(start, start + T * S);
   const weight = (i, j) => map.largest * (own[i * S + j] / 255) ** 2;
-  let sum = 0, rows = 0;
-  for (let i = self ? 1 : 0; i < T; i++) {  // the first query of a text sees nothing else
-    let total = 0, part = 0;
-    for (let j = 0; j < S; j++) total += weight(i, j);
-    if (!total) continue;
-    for (let j = 0; j < S; j++) {
-      const p = weight(i, j) / total;
-      if (p > 0) part -= p * Math.log(p);
-    }
-    sum += part;
-    rows++;
-  }
-  return { T, S, levels: own, weight, entropy: rows ? sum / rows : 0 };
+  return { T, S, levels: own, largest: map.largest, weight, entropy: map.entropy[layer][head] };
 }
 
-// Draws a head in the colour of the page: the level of a weight is how opaque its square is.
-function draw(canvas, { T, S, levels: own }, scale) {
+// Draws a head in the colour of the page: a square is as opaque as √(weight / largest).
+function draw(canvas, { T, S, levels: own, largest: ownLargest }, scale, largest) {
   const [red, green, blue] = getComputedStyle(canvas).color.match(/[\d.]+/g).map(Number);
+  const share = Math.sqrt(ownLargest / largest);
   const image = new ImageData(S, T);
-  own.forEach((level, k) => image.data.set([red, green, blue, level], 4 * k));
+  own.forEach((level, k) => image.data.set([red, green, blue, level * share], 4 * k));
   const small = make("canvas", { width: S, height: T });
   small.getContext("2d").putImageData(image, 0, 0);
   [canvas.width, canvas.height] = [S * scale, T * scale];
@@ -66,15 +55,21 @@ class Explorer {
   }
 
   map(cell) {
-    const examples = this.data.cells[cell];
-    const kinds = examples?.[Math.min(this.state.example, examples.length - 1)];
-    return kinds?.[this.state.kind];
+    return this.data.cells[cell]?.[this.state.example]?.[this.state.kind];
+  }
+
+  // Shows anew; the same control keeps the focus.
+  async again(changes) {
+    const controls = () => [...this.place.querySelectorAll("select, button")];
+    const focused = controls().indexOf(document.activeElement);
+    Object.assign(this.state, changes);
+    await this.show();
+    if (focused >= 0 && document.activeElement === document.body) controls()[focused]?.focus();
   }
 
   set(changes) {
-    Object.assign(this.state, changes);
     if ("example" in changes || "kind" in changes) this.query = -1;
-    this.show();
+    this.again(changes);
   }
 
   async show() {
@@ -105,31 +100,33 @@ class Explorer {
       const options = kinds.map(kind => [kind, `${kind} attention`]);
       controls.splice(2, 0, choice("kind", options, state.kind, kind => this.set({ kind })));
     }
-    const focused = [...this.controls.querySelectorAll("select")].indexOf(document.activeElement);
     this.controls.replaceChildren(...controls);
-    this.controls.querySelectorAll("select")[focused]?.focus();
-    const shown = [...new Set([state.cell, state.other])].filter(id => id && this.map(id));
+    const chosen = [...new Set([state.cell, state.other])].filter(Boolean);
+    const shown = chosen.filter(id => this.map(id));
+    const missing = chosen.filter(id => !this.map(id)).map(id =>
+      make("p", { class: "soft" }, `${data.labels[id]} has not kept this example.`));
     const turn = this.turn = (this.turn ?? 0) + 1;
-    const views = await Promise.all(shown.map(id => this.view(id)));
+    const largest = Math.max(...shown.map(id => this.map(id).largest));
+    const views = await Promise.all(shown.map(id => this.view(id, largest)));
     if (turn !== this.turn) return;  // something else was chosen meanwhile
     this.views = views;
-    this.panels.replaceChildren(...this.views.map(view => view.element));
+    this.panels.replaceChildren(...this.views.map(view => view.element), ...missing);
     for (const view of this.views) view.paint();
     this.point(this.query);
     await this.all(turn);
   }
 
   // One cell: its heads, the tokens with lines between them, and the heat map.
-  async view(id) {
+  async view(id, largest) {
     const { state, data } = this, map = this.map(id), all = await levels(map);
-    const [L, H] = map.shape, self = state.kind !== "cross";
+    const [L, H] = map.shape;
     const layer = Math.min(state.layer, L - 1), head = Math.min(state.head, H - 1);
     const query = data.tokens[map.query], key = data.tokens[map.key];
-    const chosen = headOf(map, all, layer, head, self);
+    const chosen = headOf(map, all, layer, head);
     const heads = make("div", { class: "heads", style: `--heads: ${H}` });
     const thumbnails = [];
     for (let l = 0; l < L; l++) for (let h = 0; h < H; h++) {
-      const one = headOf(map, all, l, h, self), canvas = make("canvas", { "aria-hidden": true });
+      const one = headOf(map, all, l, h), canvas = make("canvas", { "aria-hidden": true });
       const name = `layer ${l + 1}, head ${h + 1}, entropy ${nats(one.entropy)}`;
       const button = make(
         "button",
@@ -188,21 +185,21 @@ class Explorer {
     heat.onclick = event => keep(under(event)[0]);
 
     const paint = () => {
-      for (const [canvas, one] of thumbnails) draw(canvas, one, 1);
-      draw(heat, chosen, scale);
+      for (const [canvas, one] of thumbnails) draw(canvas, one, 1, largest);
+      draw(heat, chosen, scale, largest);
     };
     const point = (i, j = -1) => {
       const active = i >= 0 && i < chosen.T;
       [...left.children].forEach((item, k) => item.setAttribute("aria-selected", k === i));
       left.setAttribute("aria-activedescendant", active ? left.children[i].id : "");
       [...right.children].forEach((item, k) => {
-        const share = active ? Math.sqrt(chosen.weight(i, k) / map.largest) : 0;
+        const share = active ? Math.sqrt(chosen.weight(i, k) / largest) : 0;
         item.style.setProperty("--share", `${Math.round(100 * share)}%`);
       });
       mark.hidden = !active;
       mark.style.top = `${100 * i / chosen.T}%`;
       mark.style.height = `${100 / chosen.T}%`;
-      this.lines(lines, left, right, chosen, map.largest, active ? i : -1);
+      this.lines(lines, left, right, chosen, largest, active ? i : -1);
       const ranked = active ? key.map((text, k) => [chosen.weight(i, k), k]) : [];
       ranked.sort(([a], [b]) => b - a);
       const told = ranked.filter(([w]) => w >= 0.0005).slice(0, 5)
@@ -254,7 +251,7 @@ class Explorer {
     for (const id of this.cells) {
       const map = this.map(id);
       if (!map || state.layer >= map.shape[0] || state.head >= map.shape[1]) continue;
-      const one = headOf(map, await levels(map), state.layer, state.head, state.kind !== "cross");
+      const one = headOf(map, await levels(map), state.layer, state.head);
       const canvas = make("canvas", { "aria-hidden": true });
       const label = this.data.labels[id], name = `${label}, entropy ${nats(one.entropy)}`;
       const button = make(
@@ -268,12 +265,17 @@ class Explorer {
     if (turn !== this.turn) return;
     this.strips.hidden = items.length < 2;
     this.strip.replaceChildren(...items.map(([button]) => button));
-    for (const [, canvas, one] of items) draw(canvas, one, 1);
+    const largest = Math.max(...items.map(([, , one]) => one.largest));
+    for (const [, canvas, one] of items) draw(canvas, one, 1, largest);
   }
 }
 
 for (const place of document.querySelectorAll(".explorer")) {
-  const explorer = new Explorer(place);
-  // The colours of the page have changed.
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => explorer.show());
+  try {
+    const explorer = new Explorer(place);
+    // The colours of the page have changed.
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => explorer.show());
+  } catch (error) {
+    place.textContent = `These maps cannot be shown: ${error.message}`;
+  }
 }

@@ -23,43 +23,53 @@ def pack(groups: Sequence[Sequence[results.Cell]], budget: int = BUDGET) -> list
     """The maps of groups of cells, as JSON:
 
     - 'cells': by cell and example {kind of attention: map}. A map has 'shape' [L, H, T, S], 'query'
-      and 'key', numbers in 'tokens', 'largest', its largest weight, and 'bytes', those of
-      round(255 √(w / largest)), by zlib and base64;
+      and 'key', numbers in 'tokens', 'entropy' [L, H] (`heads.means`, of all that the example had),
+      'largest', its largest weight, and 'bytes', those of round(255 √(w / largest)), by zlib and
+      base64;
     - 'tokens': lists of tokens;
     - 'kept', 'shown': how many examples and cells there are, of which the budget has room for some,
       the first examples of all cells;
     - 'cut': the most tokens that an example had where it is cut to `LONGEST`, else 0.
     """
-    read = [{cell.id: results.read_attention(cell) for cell in group} for group in groups]
+    packed: list[dict[str, Any]] = [{"tokens": [], "cut": 0} for _ in groups]
+    read = [
+        {cell.id: _examples(cell, found) for cell in group}
+        for group, found in zip(groups, packed, strict=True)
+    ]
     read = [{id: examples for id, examples in of.items() if examples} for of in read]
-    packed = [{"cells": {id: [] for id in of}, "tokens": [], "cut": 0} for of in read]
+    for found, of in zip(packed, read, strict=True):
+        found["cells"] = {id: [] for id in of}
+        found["kept"] = [max(map(len, of.values()), default=0), len(of)]
     full = [False] * len(read)
     # One example after another over all groups, so that no group takes all.
     for example in range(maps.KEPT):
-        for number, (group, of) in enumerate(zip(packed, read, strict=True)):
-            new = {id: _maps(x[example], group) for id, x in of.items() if example < len(x)}
-            sizes = {id: len(json.dumps(found)) for id, found in new.items()}
+        for number, (found, of) in enumerate(zip(packed, read, strict=True)):
+            new = {id: examples[example] for id, examples in of.items() if example < len(examples)}
+            sizes = {id: len(json.dumps(kinds)) for id, kinds in new.items()}
             if full[number] or example and sum(sizes.values()) > budget:
                 full[number] = True
                 continue
-            for id, found in new.items():
+            for id, kinds in new.items():
                 if sizes[id] <= budget:
                     budget -= sizes[id]
-                    group["cells"][id].append(found)
-    for group, of in zip(packed, read, strict=True):
-        group["kept"] = [max(map(len, of.values()), default=0), len(of)]
-        group["cells"] = {id: found for id, found in group["cells"].items() if found}
-        shown = group["cells"].values()
-        group["shown"] = [max(map(len, shown), default=0), len(shown)]
+                    found["cells"][id].append(kinds)
+    for found in packed:
+        found["cells"] = {id: examples for id, examples in found["cells"].items() if examples}
+        shown = found["cells"].values()
+        found["shown"] = [max(map(len, shown), default=0), len(shown)]
     return packed
 
 
-def _maps(kinds, group):
-    return {kind: _map(one, group) for kind, one in kinds.items()}
+def _examples(cell, group):
+    return [
+        {kind: _map(kind, one, group) for kind, one in kinds.items()}
+        for kinds in results.read_attention(cell)
+    ]
 
 
-def _map(one, group):
-    weights = one.weights[..., :LONGEST, :LONGEST]
+def _map(kind, one, group):
+    every = np.nan_to_num(one.weights, posinf=0.0)
+    weights = every[..., :LONGEST, :LONGEST]
     if weights.size < one.weights.size:
         group["cut"] = max(group["cut"], *one.weights.shape[2:])
     largest = float(weights.max(initial=0)) or 1.0
@@ -68,9 +78,18 @@ def _map(one, group):
         "shape": list(weights.shape),
         "query": _number(one.query[:LONGEST], group["tokens"]),
         "key": _number(one.key[:LONGEST], group["tokens"]),
+        "entropy": np.round(_entropy(every[:, :, int(kind != "cross") :]), 3).tolist(),
         "largest": largest,
         "bytes": base64.b64encode(zlib.compress(levels.tobytes(), 9)).decode(),
     }
+
+
+def _entropy(weights):
+    """The mean over the queries [L, H, T, S] that give some weight, in nats: [L, H]."""
+    total = weights.sum(-1)
+    p = weights / np.where(total > 0, total, 1)[..., None]
+    entropy = -np.sum(p * np.log(np.where(p > 0, p, 1)), -1)
+    return np.sum(entropy, -1) / np.maximum(np.sum(total > 0, -1), 1)
 
 
 def _number(tokens, known):

@@ -1,21 +1,22 @@
-"""What it costs a language model to generate: the memory of its cache, and tokens per second."""
+"""What it costs a language model to generate: the memory of its cache, and time."""
 
+import statistics
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 TEXTS = 8  # generated at a time
 
 
-def cost(model: Any, params: Any, tokens: int) -> dict[str, np.ndarray]:
-    """'decode/tokens_per_second' and 'decode/cache_bytes_per_token' of each of R seeds.
+def cost(model: Any, params: Any, tokens: int) -> dict[str, float]:
+    """'decode_ms_per_token' of `TEXTS` texts together, 'cache_bytes_per_token' of one of them.
 
-    `TEXTS` texts go greedily from nothing to `tokens` tokens, all of which the speed counts; the
-    cache is that of one text. `params` have leaves [R, ...]. A position table must have a place for
-    each token.
+    The texts go greedily from nothing to `tokens` tokens, once for each of the R seeds of `params`,
+    whose leaves are [R, ...]; the time is the median of these. It is one measurement, of a machine
+    that may do other things as well: `experiments.benchmark` compares under equal conditions. A
+    position table must have a place for each token.
     """
 
     @jax.jit
@@ -30,16 +31,16 @@ def cost(model: Any, params: Any, tokens: int) -> dict[str, np.ndarray]:
         (state, last), _ = jax.lax.scan(step, (state, jnp.zeros(TEXTS, jnp.int32)), length=tokens)
         return last, state.self_attention
 
-    speeds = []
+    seconds: list[float] = []
     for seed in range(len(jax.tree.leaves(params)[0])):
         own = jax.tree.map(lambda x, seed=seed: x[seed], params)
-        if not speeds:
+        if not seconds:
             jax.block_until_ready(generate(own))  # compiles
         began = time.perf_counter()
         _, cache = jax.block_until_ready(generate(own))
-        speeds.append(TEXTS * tokens / (time.perf_counter() - began))
-    size = sum(x.size * x.dtype.itemsize for x in (cache.key, cache.value)) / (TEXTS * tokens)
+        seconds.append(time.perf_counter() - began)
+    size = sum(x.size * x.dtype.itemsize for x in (cache.key, cache.value))
     return {
-        "decode/tokens_per_second": np.round(speeds, 1),
-        "decode/cache_bytes_per_token": np.full(len(speeds), size),
+        "decode_ms_per_token": round(1000 * statistics.median(seconds) / tokens, 4),
+        "cache_bytes_per_token": size / (TEXTS * tokens),
     }

@@ -36,13 +36,13 @@ def _layers(stack, name):
     return found.astype(jnp.float32)
 
 
-def measure(found: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
-    """By kind 'entropy' and 'first_token' [L, H] of some weights [L, B, H, T, S] on `batch`.
+def totals(found: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
+    """By kind what `means` divides: sums and counts of queries [L, H], of weights on `batch`.
 
-    With p_ij = w_ij / Σ_j w_ij, entropy is the mean of −Σ_j p_ij log p_ij in nats over all queries
-    that give some weight, and first_token that of w_i1, what the query gives to the first key
-    (Xiao et al. 2024, fig. 2).  Padded queries do not count, nor in self-attention the first query,
-    which may have nothing else to look at.
+    With p_ij = w_ij / Σ_j w_ij, 'entropy' is −Σ_j p_ij log p_ij in nats of all queries that give
+    some weight, and 'first_token' w_i1, what a query gives to the first key (Xiao et al. 2024,
+    fig. 2).  Padded queries do not count, nor in self-attention the first query, which may have
+    nothing else to look at.
     """
     measured = {}
     for kind, w in found.items():
@@ -59,11 +59,22 @@ def measure(found: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[st
         entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1)), -1)
         rows = jnp.broadcast_to(rows[:, None], total.shape)  # [L, B, H, T]
         measured[kind] = {
-            "entropy": _mean(entropy, rows * (total > 0)),
-            "first_token": _mean(w[..., 0], rows),
+            "entropy": _sums(entropy, rows * (total > 0)),
+            "first_token": _sums(w[..., 0], rows),
         }
     return measured
 
 
-def _mean(x, rows):
-    return jnp.sum(x * rows, (1, 3)) / jnp.maximum(jnp.sum(rows, (1, 3)), 1)
+def _sums(x, rows):
+    return jnp.sum(x * rows, (1, 3)), jnp.sum(rows, (1, 3))
+
+
+def means(measured: Any) -> Any:
+    """The means of `totals` over all examples; their leaves have a leading axis of batches."""
+    return {
+        kind: {
+            name: jnp.sum(x, 0) / jnp.maximum(jnp.sum(count, 0), 1)
+            for name, (x, count) in of_kind.items()
+        }
+        for kind, of_kind in measured.items()
+    }

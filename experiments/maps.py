@@ -7,6 +7,7 @@ their weights. Letters as everywhere: L layers, B examples, H heads, T queries, 
 
 import io
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 KEPT = 4  # examples whose maps a run keeps
-MEASURED = 32  # examples that `heads.measure` is about
-_NUMBERS = 2**24  # that the weights of all examples may have at a time
+MEASURED = 32  # examples that are measured, see `heads.totals`
+LONGEST = 512  # tokens of an example that are looked at
 
 
 class Map(NamedTuple):
@@ -32,21 +33,16 @@ class Map(NamedTuple):
 
 
 def first(split: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
-    """The first `count` examples of a split, no wider than the longest of them."""
+    """The first `count` examples of a split, no wider than the longest of them or `LONGEST`."""
     rows = {name: x[:count] for name, x in split.items()}
-    widths = {}
+    widths = dict.fromkeys(("inputs", "targets", "weights", "source"), LONGEST)
     if "source" in rows:
+        rows["source_lengths"] = np.minimum(rows["source_lengths"], LONGEST)
         width = int(np.flatnonzero(rows["weights"].any(0))[-1]) + 1
-        widths = {name: width for name in ("inputs", "targets", "weights")}
+        for name in ("inputs", "targets", "weights"):
+            widths[name] = min(width, LONGEST)
         widths["source"] = int(rows["source_lengths"].max())
     return {name: x[:, : widths[name]] if name in widths else x for name, x in rows.items()}
-
-
-def affordable(layers: int, heads: int, examples: Mapping[str, np.ndarray]) -> int:
-    """How many of `examples` to look at: their weights may be 2²⁴ numbers, or those of one."""
-    count, T = examples["inputs"].shape
-    S = examples["source"].shape[1] if "source" in examples else T
-    return min(count, max(1, _NUMBERS // (layers * heads * max(T, S) ** 2)))
 
 
 def metrics(measured: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -99,14 +95,20 @@ def dump(kept: Sequence[Mapping[str, Map]]) -> bytes:
 
 
 def load(path: Path) -> list[dict[str, Map]]:
-    """What `dump` was given, example by example; nothing of a file of an earlier version."""
-    with np.load(io.BytesIO(path.read_bytes())) as arrays:
-        if "tokens" not in arrays:
-            return []
-        return [
-            {
-                kind: Map(arrays[f"{i}.{kind}"].astype(np.float32), query, key)
-                for kind, (query, key) in kinds.items()
-            }
-            for i, kinds in enumerate(json.loads(str(arrays["tokens"])))
-        ]
+    """What `dump` was given, example by example; nothing of a file of an earlier version.
+
+    ValueError where the file is damaged.
+    """
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as arrays:
+            if "tokens" not in arrays:
+                return []
+            return [
+                {
+                    kind: Map(arrays[f"{i}.{kind}"].astype(np.float32), query, key)
+                    for kind, (query, key) in kinds.items()
+                }
+                for i, kinds in enumerate(json.loads(str(arrays["tokens"])))
+            ]
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it") from error

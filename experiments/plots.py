@@ -53,10 +53,14 @@ def learning_curves(experiment: results.Experiment, base: str) -> "Figure":
     second half of training: the fall before it would leave no room to tell the cells apart.
     """
     axes = experiment.axes(base) or [""]
-    metric, lower, curves = _curves(experiment.group(base))
+    counts = [len(experiment.group(base, axis or None)) for axis in axes]
+    heights = [max(2.5, 0.7 + 0.2 * count) for count in counts]  # of the legends
+    points = max(20, min(200, 6000 // max(1, sum(counts))))
+    metric, lower, curves = _curves(experiment.group(base), points)
     with paper_style():
-        figure = new_figure(10, 0.5 + 2.5 * len(axes))
-        panels = figure.subplots(len(axes), 1, sharex=True, squeeze=False)[:, 0]
+        figure = new_figure(10, 0.5 + sum(heights))
+        ratios = {"height_ratios": heights}
+        panels = figure.subplots(len(axes), 1, sharex=True, squeeze=False, gridspec_kw=ratios)[:, 0]
         for number, (panel, axis) in enumerate(zip(panels, axes, strict=True)):
             lines: list[Any] = []
             names: list[str] = []
@@ -87,7 +91,7 @@ def learning_curves(experiment: results.Experiment, base: str) -> "Figure":
             panel.grid(color=INK, alpha=0.12, linewidth=0.6)
             if lines:
                 outside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.03)}
-                plain = [_plain(name) for name in names]
+                plain = [_plain(_short(name)) for name in names]
                 legend = panel.legend(lines, plain, handlelength=1.6, **outside)
                 parts = zip(ids, legend.legend_handles, legend.get_texts(), strict=True)
                 for id, handle, label in parts:
@@ -235,11 +239,11 @@ def score_maps(
 
 
 def of_report(experiment: results.Experiment) -> Iterator[tuple[str, "Figure"]]:
-    """The figures that the report shows: `<base>-curves`, `<base>-<axis>`, `<base>-cost`."""
+    """The figures that the report shows: `<base>-curves`, `<base>-by-<axis>`, `<base>-cost`."""
     for base in experiment.bases():
         yield f"{base}-curves", learning_curves(experiment, base)
         for axis in experiment.axes(base):
-            yield f"{base}-{axis}", axis_plot(experiment, base, axis)
+            yield f"{base}-by-{axis}", axis_plot(experiment, base, axis)
         if figure := cost_plot(experiment, base):
             yield f"{base}-cost", figure
 
@@ -343,9 +347,12 @@ def heat_maps(
 
 
 def _curves(
-    cells: Sequence[results.Cell],
+    cells: Sequence[results.Cell], points: int
 ) -> tuple[str, bool, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """The metric, whether lower is better; of each cell steps [N] and values [N, seeds]."""
+    """The metric, whether lower is better; of each cell steps [N] and values [N, seeds].
+
+    N is `points` at most.
+    """
     logged = {cell.id: results.read_curves(cell) for cell in cells}
     done = [cell.result for cell in cells if cell.status == "done"]
     metric = done[0]["primary"] if done else "validation/loss"
@@ -355,7 +362,7 @@ def _curves(
     for name, curves in logged.items():
         if metric in curves:
             steps, values = curves[metric]
-            few = np.unique(np.linspace(0, len(steps) - 1, 200).round().astype(int))
+            few = np.unique(np.linspace(0, len(steps) - 1, points).round().astype(int))
             shown[name] = steps[few], np.where(np.isfinite(values[few]), values[few], np.nan)
     return metric, done[0]["lower_is_better"] if done else True, shown
 
@@ -377,6 +384,10 @@ def _base_name(experiment: results.Experiment, base: str, axis: str) -> str:
 def _plain(text: str) -> str:
     """`text` without a meaning to Matplotlib or XML: no formulas, no control characters."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text).replace("$", r"\$")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 40 else f"{name[:24]}…{name[-15:]}"
 
 
 def _token(token: str) -> str:

@@ -72,10 +72,10 @@ class Program(NamedTuple):
       evaluate: by split, params, batches [n, b, ...] -> sums of loss, hits, weights [n, R] each.
       translate: by split and `Decoding`, params, source batches [n, b, ...] -> tokens [n, R, b, T].
       better: best, params, score [R] -> best, for each seed that of the higher score.
-      look: params, examples -> what `heads.measure` says of them, by seed, and `heads.weights` of
-        the first seed on the first `maps.KEPT`.
+      look: params, examples -> `heads.means` of them, by seed, and `heads.weights` of the first
+        seed on the first `maps.KEPT`.
       memory_bytes: the most that a step takes, of arguments, results and what is between them, as
-        XLA counts it; on a mesh, of one device.
+        XLA counts it; on a mesh, of one device. None where XLA does not tell.
     """
 
     state: Any
@@ -85,7 +85,7 @@ class Program(NamedTuple):
     translate: dict[tuple[str, "Decoding"], Any]
     better: Any
     look: Any
-    memory_bytes: int
+    memory_bytes: int | None
 
 
 @functools.cache
@@ -172,9 +172,14 @@ def compile_program(
         first = jax.tree.map(lambda x: x[0], params)
 
         def measure(params):
-            return heads.measure(heads.weights(model, params, examples), examples)
+            def one(example):
+                alone = {name: x[None] for name, x in example.items()}
+                return heads.totals(heads.weights(model, params, alone), alone)
 
-        return over_seeds(measure)(params), heads.weights(model, first, few)
+            return heads.means(jax.lax.map(one, examples))
+
+        # One after another: the weights of all examples and seeds would be more than a step takes.
+        return jax.lax.map(measure, params), heads.weights(model, first, few)
 
     batch_shapes = [_structs(batch) for batch in batches]
     seeds = jax.ShapeDtypeStruct(batch_shapes[0]["inputs"].shape[:1], jnp.int32)
@@ -235,6 +240,7 @@ def compile_program(
             begin("better", jit(better, best), state["best"], params, score)
         begin("look", jit(look), params, _structs(examples), **once)
         compiled = {key: future.result() for key, future in found.items()}
+        sizes = [_memory(compiled["step", batch]) for batch in batches]
     finally:  # whoever is asked to stop does not wait for XLA
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -260,7 +266,7 @@ def compile_program(
         },
         better=compiled.get("better"),
         look=compiled["look"],
-        memory_bytes=max(_memory(compiled["step", batch]) for batch in batches),
+        memory_bytes=max(filter(None, sizes), default=None),
     )
 
 
@@ -336,7 +342,8 @@ def translator(model, decoding: Decoding, seeds_impl: str) -> Callable[[Any, Any
 
 
 def _memory(compiled):
-    sizes = compiled.memory_analysis()
+    if (sizes := compiled.memory_analysis()) is None:
+        return None
     both = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return both + sizes.temp_size_in_bytes
 

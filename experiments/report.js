@@ -88,12 +88,42 @@ for (const place of document.querySelectorAll(".settings")) {
   show();
 }
 
-// A live page loads itself anew when its server has a later version.
+// A live page loads itself anew when its server has a later version, and stays as it was set.
 if (document.body.dataset.version) {
+  const switches = () => [...document.querySelectorAll(".curves [role=switch]")];
+  const kept = JSON.parse(sessionStorage.getItem("page") ?? "{}");
+  for (const input of document.querySelectorAll("[data-filter]")) {
+    input.value = kept.filters?.[input.dataset.filter] ?? "";
+    input.oninput();
+  }
+  for (const [table, column, order] of kept.sorts ?? []) {
+    const button = document.querySelectorAll("table")[table]?.querySelectorAll("th")[column]
+      ?.querySelector("button");
+    button?.click();
+    if (order === "descending") button?.click();
+  }
+  for (const label of switches()) if (kept.off?.includes(label.id)) label.onclick();
+  const keep = () => {
+    const filters = {};
+    for (const input of document.querySelectorAll("[data-filter]")) {
+      filters[input.dataset.filter] = input.value;
+    }
+    const tables = [...document.querySelectorAll("table")];
+    const sorts = tables.flatMap((table, i) => [...table.querySelectorAll("th[aria-sort]")].map(
+      head => [i, head.cellIndex, head.ariaSort]));
+    const off = switches().filter(label => label.getAttribute("aria-checked") === "false");
+    const state = { filters, sorts, off: off.map(label => label.id) };
+    sessionStorage.setItem("page", JSON.stringify(state));
+  };
   setInterval(async () => {
     try {
       const version = await (await fetch("/version")).text();
-      if (version !== document.body.dataset.version) location.reload();
+      const typing = document.activeElement?.matches("input, select");
+      if (version === document.body.dataset.version || typing) return;
+      const answer = await fetch("/");
+      if (!answer.ok) return;
+      keep();
+      location.reload();
     } catch { /* the server is gone; what is shown stays */ }
   }, 3000);
 }

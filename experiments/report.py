@@ -17,7 +17,6 @@ serves the page to browsers of this machine while a sweep runs, and writes nothi
 import functools
 import json
 import os
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,8 @@ from typing import Any
 from absl import flags
 
 from experiments import cli, explorer, plots, results, storage, tables, watching
+
+_LARGEST = 4_700_000  # characters of a page, of which the maps take what is left
 
 
 def write_report(
@@ -52,12 +53,13 @@ def write_report(
             if kind == "svg":
                 drawings[name] = content.decode()
     results.write_csv(rows, folder / "results.csv")
-    results.replace(folder / "report.md", tables.markdown(joined, rows))
+    results.write_pairs(rows, folder / "pairs.csv")
+    results.replace(folder / "report.md", tables.markdown(experiments))
     for base in joined.bases():
         group = [row for row in rows if row.cell.base == base]
         path = folder / "tables" / f"{results.file_name(base)}.tex"
         results.replace(path, tables.latex(group))
-    results.replace(folder / "report.html", page(experiments, drawings))
+    results.replace(folder / "report.html", page(experiments, drawings, output=output))
     return folder / "report.html"
 
 
@@ -78,17 +80,26 @@ def live_page(workdirs: Sequence[Path], version: str) -> str:
 
 
 def page(
-    experiments: Sequence[results.Experiment], drawings: Mapping[str, str], version: str = ""
+    experiments: Sequence[results.Experiment],
+    drawings: Mapping[str, str],
+    version: str = "",
+    output: Any = None,
 ) -> str:
     """The HTML page of experiments; `drawings` are the SVG of `plots.of_report` by name.
 
     With a `version` the page looks for others at /version, and loads itself anew when there is one.
+    `output` is where it is written, if not into the only directory.
     """
     import jinja2
 
     joined, rows = _joined(experiments)
     bases = joined.bases()
-    maps = explorer.pack([joined.group(base) for base in bases])
+    changes = results.between(experiments)
+    configs = _json(_configs(joined))
+    shown = [drawing for name, drawing in drawings.items() if not name.endswith("-maps")]
+    room = _LARGEST - len(configs) - sum(map(len, shown)) - 3000 * len(joined.cells)
+    groups = [joined.group(base) for base in bases]
+    maps = explorer.pack(groups, max(0, min(explorer.BUDGET, room)))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -101,22 +112,22 @@ def page(
         experiments=experiments,
         name=" and ".join(e.path.resolve().name for e in experiments),
         groups=[
-            _group(joined, rows, base, drawings, packed)
-            for base, packed in zip(bases, maps, strict=True)
+            {"anchor": f"group{number}"} | _group(joined, rows, base, drawings, packed)
+            for number, (base, packed) in enumerate(zip(bases, maps, strict=True), 1)
         ],
-        claims=tables.claims_table(results.findings(joined, rows)) if joined.claims else [],
-        claims_note=tables.claims_note(),
-        changes=results.between(experiments),
+        claims=tables.claims_table(experiments) if any(e.claims for e in experiments) else [],
+        claims_note=tables.CLAIMS_NOTE,
+        changes=tables.changes_table(changes) if changes else [],
         format=_format,
         nan=float("nan"),
         failed=[row for row in rows if row.error],
-        configs=_json(_configs(joined)),
+        configs=configs,
         number=results.number,
         p_value=results.p_value,
         cost_text=results.cost_text,
         version=version,
         retrain=_retrain(joined),
-        remake=_remake(experiments),
+        remake=_remake(experiments, output),
     )
 
 
@@ -129,9 +140,9 @@ def _retrain(experiment):
     )
 
 
-def _remake(experiments):
+def _remake(experiments, output):
     flags = [f"--workdir={experiment.path}" for experiment in experiments]
-    flags += ["--output=."] * (len(flags) > 1)
+    flags += [f"--output={output}"] if output is not None else []
     return shlex.join(["python", "-m", "experiments.report", *flags])
 
 
@@ -150,7 +161,6 @@ def _group(
     products = [axis for axis in axes if "×" in axis]
     return {
         "name": base,
-        "anchor": re.sub(r"\W+", "-", base),
         "title": results.metric_title(rows),
         "done": sum(row.cell.status == "done" for row in rows),
         "findings": [(axis, results.finding(experiment, rows, axis)) for axis in axes],
@@ -168,7 +178,7 @@ def _group(
         "pairs": results.pairwise(rows),
         "digits": digits,
         "bootstrap": lambda ends: _bootstrap(ends, digits),
-        "axis_plots": [_inline(drawings, f"{base}-{axis}") for axis in axes],
+        "axis_plots": [_inline(drawings, f"{base}-by-{axis}") for axis in axes],
         "curves": _inline(drawings, f"{base}-curves"),
         "cost": _inline(drawings, f"{base}-cost"),
         "maps": maps,
@@ -217,7 +227,7 @@ def _json(content: Any) -> Any:
     """JSON inside of a script element, which no text of it can end."""
     import markupsafe
 
-    return markupsafe.Markup(json.dumps(content, ensure_ascii=True).replace("<", "\\u003c"))
+    return markupsafe.Markup(json.dumps(content, allow_nan=False).replace("<", "\\u003c"))
 
 
 def _inline(drawings: Mapping[str, str], name: str) -> Any:

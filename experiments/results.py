@@ -11,6 +11,7 @@ of comparisons: which of them are told from none is corrected for their number (
 
 import csv
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -31,17 +32,27 @@ from experiments.claims import Claim
 _TOO_LARGE = 2.0
 _NAN = float("nan")
 _FACTS = ("num_params", "compile_seconds", "steps_per_second", "memory_bytes")
+_FACTS += ("decode_ms_per_token", "cache_bytes_per_token")
 COSTS: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
     "parameters": lambda result: result.get("num_params"),
     "ms per step": lambda result: _inverse(result.get("steps_per_second")),
     "memory, MiB": lambda result: _mebi(result.get("memory_bytes")),
+    "cache, bytes per token": lambda result: result.get("cache_bytes_per_token"),
+    "ms per decoded token": lambda result: result.get("decode_ms_per_token"),
 }
-"""What a result says that a cell costs, None where it does not: a step is one of all its seeds."""
+"""What a result says that a cell costs, None where it does not.
+
+A step is one of all its seeds, memory that of a step as XLA counts it, a decoded token one of each
+of `generation.TEXTS` texts.
+"""
 
 
 def cost_text(name: str, result: Mapping[str, Any]) -> str:
     """One of `COSTS` of a result, '' where it is not known."""
-    return number(COSTS[name](result), ",d" if name == "parameters" else ".1f")
+    value = COSTS[name](result)
+    if name in ("parameters", "cache, bytes per token"):
+        return number(value, ",.0f")
+    return number(value, ".2f" if value and value < 10 else ".1f")
 
 
 def _inverse(rate):
@@ -92,7 +103,7 @@ class Cell:
         return f"{self.base} (base)" if self.axis is None else f"{self.axis}={self.value}"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed as what was read at one time
 class Experiment:
     """A run directory, read by `load`."""
 
@@ -259,6 +270,7 @@ class Row:
         return "" if self.cell.status == "done" else self.cell.result.get("error", "")
 
 
+@functools.lru_cache(maxsize=8)
 def summarize(experiment: Experiment) -> list[Row]:
     """One row a cell: group by group, the base cell first, then by axis, in sweep order.
 
@@ -298,11 +310,11 @@ def summarize(experiment: Experiment) -> list[Row]:
     return rows
 
 
-def findings(experiment: Experiment, rows: Sequence[Row]) -> list[claims.Finding]:
+def findings(experiment: Experiment) -> list[claims.Finding]:
     """What the seeds say of each claim of the sweep."""
     values = {
         (row.cell.id, name): estimate.values
-        for row in rows
+        for row in summarize(experiment)
         for name, estimate in [*row.metrics.items(), ("", row.reported)]
         if estimate
     }
@@ -315,7 +327,7 @@ def other_metrics(rows: Sequence[Row]) -> list[str]:
     done = [row for row in rows if row.reported]
     names = dict.fromkeys(name for row in done for name in row.metrics)
     chosen = {row.cell.result["primary"] for row in done}
-    splits = {row.metric.partition("/")[0] for row in done} | {"attention", "decode"}
+    splits = {row.metric.partition("/")[0] for row in done} | {"attention"}
     return [
         name
         for name in names
@@ -421,7 +433,7 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
         sentence = f"{value} {verb} {name} {size}{certain}: {score(best)}"
     worse = [str(row.cell.value) for row in done if row.verdict == "worse" and row is not best]
     if worse:
-        sentence += f"; clearly worse than the base: {', '.join(worse)}"
+        sentence += f"; clearly worse than the base: {'; '.join(worse)}"
     return f"{sentence}{note}."
 
 
@@ -462,19 +474,36 @@ def pairwise(rows: Sequence[Row]) -> Pairs:
     return Pairs(rows, difference, interval, p)
 
 
+def write_pairs(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
+    """Writes `pairwise` of every group as CSV, a line a pair."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("cell", "other", "metric", "difference", "interval95", "p_holm"))
+    for base in dict.fromkeys(row.cell.base for row in rows):
+        pairs = pairwise([row for row in rows if row.cell.base == base])
+        for i, j in zip(*np.triu_indices(len(pairs.rows), 1), strict=True):
+            ids = [pairs.rows[k].cell.id for k in (i, j)]
+            numbers = (pairs.difference[i, j], pairs.interval[i, j], pairs.p[i, j])
+            known = ["" if math.isnan(x) else x for x in numbers]
+            writer.writerow([*ids, pairs.rows[i].metric, *known])
+    replace(path, text.getvalue())
+
+
 def join(experiments: Sequence[Experiment]) -> Experiment:
-    """One experiment with the groups and cells of several, named after their run directories."""
+    """One experiment with the groups and cells of several, named after their run directories.
+
+    It has no claims: those of each are tested by themselves.
+    """
     names = [experiment.path.resolve().name for experiment in experiments]
     if len(set(names)) < len(names):
         names = [str(experiment.path) for experiment in experiments]
-    cells, expected = [], []
+    cells = []
     for name, experiment in zip(names, experiments, strict=True):
         for cell in experiment.cells:
             renamed = {"id": f"{name}/{cell.id}", "base": f"{name}: {cell.base}"}
             cells.append(dataclasses.replace(cell, **renamed))
-        expected += [claim.of(f"{name}/") for claim in experiment.claims]
     seeds = max((experiment.seeds for experiment in experiments), key=len)
-    return dataclasses.replace(experiments[0], seeds=seeds, cells=cells, claims=expected)
+    return dataclasses.replace(experiments[0], seeds=seeds, cells=cells, claims=())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,6 +83,11 @@ def expand(
             if varied == start and base in cells:
                 continue
             name = results.file_name(f"{base}.{axis}={value}".replace(" ", ""))
+            if name in cells and cells[name].config != varied:
+                raise ValueError(
+                    f"the values {cells[name].value} and {value} of {axis} would both be called "
+                    f"{name}: give one a 'name' of its own"
+                )
             cells[name] = Cell(name, base, axis, value, change, varied)
     return list(cells.values())
 

@@ -4,13 +4,15 @@ import math
 import re
 from collections.abc import Sequence
 
-from experiments import claims, results
+from experiments import results
 
 STAR = "p < 0.05 in a paired t-test against the base, after Holm's correction"
 
 
-def markdown(experiment: results.Experiment, rows: Sequence[results.Row]) -> str:
+def markdown(experiments: Sequence[results.Experiment]) -> str:
     """The whole report but its figures: findings, claims, a table a group, and how it was made."""
+    experiment = results.join(experiments) if len(experiments) > 1 else experiments[0]
+    rows = results.summarize(experiment)
     parts = []
     for base in experiment.bases():
         group = [row for row in rows if row.cell.base == base]
@@ -22,10 +24,13 @@ def markdown(experiment: results.Experiment, rows: Sequence[results.Row]) -> str
         parts.append(markdown_table(*_columns(group, "±", "**{}**".format)))
         if warning := results.too_few_seeds(group):
             parts.append(f"Too few seeds: {warning}.")
-    if experiment.claims:
-        found = results.findings(experiment, rows)
-        parts += ["## Expectations", claims_note(), markdown_table(*claims_table(found))]
-    parts += ["## How this was made", f"    {experiment.command}", _environment(experiment)]
+    if any(one.claims for one in experiments):
+        parts += ["## Expectations", CLAIMS_NOTE, markdown_table(*claims_table(experiments))]
+    if changes := results.between(experiments):
+        parts += ["## Between the directories", markdown_table(*changes_table(changes))]
+    parts.append("## How this was made")
+    for one in experiments:
+        parts += [f"    {one.command}", _environment(one)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -42,7 +47,11 @@ def latex(rows: Sequence[results.Row]) -> str:
         lines.append(" & ".join(cells) + r" \\")
     note = _escape(f"{_sentence(results.metric_title(rows))} *: {STAR}.")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    return f"% needs \\usepackage{{booktabs}}\n% {note}\n" + "\n".join(lines) + "\n"
+    needs = (
+        r"% needs \usepackage{booktabs} and \usepackage[T1]{fontenc}; letters that are not Latin"
+    )
+    needs += " need XeLaTeX"
+    return f"{needs}\n% {note}\n" + "\n".join(lines) + "\n"
 
 
 def best(rows: Sequence[results.Row]) -> set[str]:
@@ -94,33 +103,54 @@ def _columns(rows, plus_minus, bold, escape=str):
     return table
 
 
-def claims_table(found: Sequence[claims.Finding]) -> list[list[str]]:
-    """Header and rows of what the seeds say of each claim."""
+def claims_table(experiments: Sequence[results.Experiment]) -> list[list[str]]:
+    """Header and rows of what the seeds of each experiment say of its claims."""
     table = [["expected", "left and right", "right − left", "claimed", "p", "verdict"]]
-    for one in found:
-        metric = one.claim.metric or "the reported metric"
-        sides = " and ".join(_side(side) for side in (one.claim.left, one.claim.right))
-        difference = results.plus_minus(one.difference, one.interval, 4, "+").replace("-", "−")
-        sign = ">" if one.claim.kind == "less" else "within ±"
-        margin = f"{sign} {one.claim.margin:g}".replace("-", "−").replace("± ", "±")
+    for experiment in experiments:
+        where = f"{experiment.path.name}: " if len(experiments) > 1 else ""
+        for one in results.findings(experiment):
+            metric = one.claim.metric or "the reported metric"
+            sides = " and ".join(_side(side) for side in (one.claim.left, one.claim.right))
+            sign = ">" if one.claim.kind == "less" else "within ±"
+            margin = f"{sign} {one.claim.margin:g}".replace("-", "−").replace("± ", "±")
+            table.append(
+                [f"{where}{one.claim.says}", f"{sides}; {metric}", _difference(one), margin]
+                + [results.p_value(one.p), one.verdict]
+            )
+    return table
+
+
+def changes_table(changes: Sequence[results.Change]) -> list[list[str]]:
+    """Header and rows of `results.between`."""
+    table = [["cell", "directory", "metric", "first", "other", "difference", "p", "other settings"]]
+    for change in changes:
+        a, b, d = change.first, change.other, change.comparison
         table.append(
-            [one.claim.says, f"{sides}; {metric}", difference, margin]
-            + [results.p_value(one.p), one.verdict]
+            [change.id, change.directory, change.metric]
+            + [results.plus_minus(one.mean, one.interval, 4) for one in (a, b)]
+            + [results.plus_minus(d.difference, d.interval, 4, "+").replace("-", "−")]
+            + [results.p_value(change.p_holm), "; ".join(change.changed)]
         )
     return table
+
+
+def _difference(found):
+    digits = max(0, 5 - len(f"{abs(found.difference):.0f}"))
+    text = results.plus_minus(found.difference, found.interval, digits, "+")
+    return text.replace("-", "−")
 
 
 def _side(side):
     return f"({_side(side[0])} − {_side(side[1])})" if isinstance(side, tuple) else f"`{side}`"
 
 
-def claims_note() -> str:
-    """How claims are tested."""
-    return (
-        "A claim holds, or is contradicted, where the paired one-sided t-test of it, or of its "
-        "opposite, has p < 0.05 after Holm's correction for all claims; else it is open. Equality "
-        "within a margin is tested by two such tests."
-    )
+CLAIMS_NOTE = (
+    "A claim holds, or is contradicted, where the paired one-sided t-test of it, or of its "
+    "opposite, has p < 0.05 after Holm's correction for all claims of the sweep; else it is open. "
+    "Holding and contradiction are two families of tests: where truth is at the margin, one of "
+    "them is told wrongly somewhere in one of ten sweeps. Equality within a margin is tested by "
+    "two such tests."
+)
 
 
 def _environment(experiment):
@@ -136,7 +166,9 @@ def markdown_table(header: Sequence[str], *rows: Sequence[str]) -> str:
     """A table of texts."""
 
     def line(cells):
-        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+        flat = (" ".join(cell.split()) for cell in cells)
+        safe = (re.sub(r"(?<!`)<(?=[a-zA-Z/!])", "&lt;", cell.replace("|", r"\|")) for cell in flat)
+        return "| " + " | ".join(safe) + " |"
 
     return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
 
@@ -151,6 +183,10 @@ _SPECIAL = {
     "−": "$-$",
     "<": "$<$",
     ">": "$>$",
+    "|": r"\textbar{}",
+    "`": r"\textasciigrave{}",
+    '"': r"\textquotedbl{}",
+    "\n": " ",
 }
 
 

@@ -116,8 +116,6 @@ def prepare(config: ConfigDict) -> Run:
         for name, split in whole.items()
     }
     examples = maps.first(whole["validation"], maps.MEASURED)
-    count = maps.affordable(config.model.num_layers, config.model.num_heads, examples)
-    examples = maps.first(examples, count)
     greedy = beam = None
     searches = ()
     if isinstance(task, tasks.Translates):
@@ -263,10 +261,10 @@ def train(
                 write(directory / f"translations_{split}.txt", lines)
         measured, weights = jax.device_get(program.look(params, examples))
         final |= maps.metrics(measured)
-        if config.decoding.timed_tokens:
-            model, *_ = arguments
-            final |= generation.cost(model, params, config.decoding.timed_tokens)
         log.write(step, final)
+    if config.decoding.timed_tokens:
+        model, *_ = arguments
+        more |= generation.cost(model, params, config.decoding.timed_tokens)
     few = maps.first(examples, maps.KEPT)
     write(directory / "attention.npz", maps.dump(maps.keep(task, few, weights)))
     return {

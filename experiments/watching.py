@@ -1,6 +1,7 @@
 """A live page of a sweep under way, for this machine's browsers only."""
 
 import hashlib
+import html
 import http.server
 import threading
 import time
@@ -8,6 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _PAUSE = 2.0  # seconds between two looks at the files, at least
+_SHARE = 10.0  # and so many times as long as it took to make a page: the sweep needs the machine
+
+_AGAIN = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="3">'
 
 
 def version(workdirs: Sequence[Path]) -> str:
@@ -30,14 +34,14 @@ class Live:
     def __init__(self, workdirs: Sequence[Path], render: Callable[[str], str]):
         self._workdirs, self._render = workdirs, render
         self._lock = threading.Lock()
-        self._looked, self._version, self._page = 0.0, "", ("", "")
+        self._next, self._version, self._page = 0.0, "", ("", "")
 
     def version(self) -> str:
         """`version` of the directories, looked up every few seconds."""
         with self._lock:
-            if time.monotonic() - self._looked > _PAUSE:
+            if time.monotonic() > self._next:
                 self._version = version(self._workdirs)
-                self._looked = time.monotonic()
+                self._next = time.monotonic() + _PAUSE
             return self._version
 
     def page(self) -> str:
@@ -45,7 +49,10 @@ class Live:
         now = self.version()
         with self._lock:
             if self._page[0] != now:
+                began = time.monotonic()
                 self._page = now, self._render(now)
+                took = time.monotonic() - began
+                self._next = max(self._next, time.monotonic() + _SHARE * took)
             return self._page[1]
 
 
@@ -66,8 +73,9 @@ def server(live: Live, port: int = 0) -> http.server.ThreadingHTTPServer:
             if self.path.partition("?")[0] == "/":
                 try:
                     return self._answer(200, "text/html", live.page())
-                except (ValueError, OSError) as error:  # a file that is being replaced, say
-                    return self._answer(503, "text/plain", f"not now: {error}")
+                except Exception as error:  # a file that is being replaced, say
+                    text = html.escape(f"{type(error).__name__}: {error}")
+                    return self._answer(503, "text/html", f"{_AGAIN}<p>Not now: {text}</p>")
             return self._answer(404, "text/plain", "there is / and /version")
 
         do_HEAD = do_GET

@@ -150,6 +150,12 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 EXPERIMENTS = [path for path in CONFIGS if path.stem not in ("benchmark", "cell")]
 
 
+def test_two_values_of_one_name_are_told():
+    masks = ("causal & sliding_window(8)", "causal | sliding_window(8)")
+    with pytest.raises(ValueError, match="would both be called base.mask=causal_sliding_window"):
+        sweep.expand(base(), {"base": {}}, {"mask": [{"model.mask": mask} for mask in masks]})
+
+
 def test_a_value_may_have_a_name_of_its_own():
     change = {"name": "wide", "model.model_dim": 16, "model.init_stddev": 0.25}
     cells = sweep.expand(base(), {"base": {}}, {"width": [change]})

@@ -5,6 +5,7 @@ Needs Chromium on the machine and the package playwright.
 
 import io
 import json
+import re
 import shutil
 import threading
 
@@ -61,12 +62,12 @@ def page(browser, run):
 
 
 def column(page, number):
-    cells = page.locator(f"#text-cells tbody tr:not([hidden]) td:nth-child({number})")
+    cells = page.locator(f"#group1-cells tbody tr:not([hidden]) td:nth-child({number})")
     return cells.all_text_contents()
 
 
 def test_a_click_on_a_heading_sorts_and_so_does_the_keyboard(page):
-    heading = page.locator("#text-cells th button", has_text="validation/loss").first
+    heading = page.locator("#group1-cells th button", has_text="validation/loss").first
     heading.click()
     up = [float(text.split()[0]) for text in column(page, 2) if text]
     assert up == sorted(up) and len(up) == 4
@@ -91,9 +92,10 @@ def test_a_name_of_the_legend_hides_its_curve(page):
     label = page.locator("[id='label|text.score=additive|0']")
     line = page.locator("[id='line|text.score=additive|0']")
     other = page.locator("[id='line|text|0']")
-    assert line.is_visible() and label.get_attribute("aria-checked") == "true"
+    band = page.locator("[id='band|text.score=additive|0']")
+    assert line.is_visible() and band.is_visible() and label.get_attribute("aria-checked") == "true"
     label.click()
-    assert not line.is_visible() and other.is_visible()
+    assert not line.is_visible() and not band.is_visible() and other.is_visible()
     assert label.get_attribute("aria-checked") == "false"
     label.focus()
     page.keyboard.press("Enter")
@@ -120,6 +122,15 @@ def test_pointing_at_a_query_tells_its_weights(page, run):
         "items => items.map(item => parseFloat(item.style.getPropertyValue('--share')))"
     )
     assert np.argmax(shares) == best
+    drawn = place.locator(".lines").evaluate(
+        """c => {
+          const pixels = c.getContext('2d').getImageData(c.width - 3, 0, 1, c.height).data;
+          const rows = Array(Math.floor(c.height / 16)).fill(0);
+          for (let y = 0; y < c.height; y++) rows[Math.floor(y / 16)] += pixels[4 * y + 3];
+          return rows;
+        }"""
+    )
+    assert np.argmax(drawn) == best
     expected = 100 * np.sqrt(weights / run[1]["text"][0]["cross"].weights.max())
     np.testing.assert_allclose(shares, expected, atol=1.5)
     page.mouse.move(0, 0)
@@ -140,6 +151,7 @@ def test_the_explorer_is_used_by_the_keyboard(page, run):
     head.focus()
     page.keyboard.press("Enter")
     sync_api.expect(place.locator(".readout")).to_contain_text("Layer 2, head 2")
+    assert head.evaluate("button => button === document.activeElement")
 
 
 def test_the_entropy_of_a_head_is_that_of_its_weights(page, run):
@@ -195,11 +207,15 @@ def test_a_screenshot_is_not_blank(page, scheme):
 
 def test_the_page_fits_a_telephone(page):
     page.set_viewport_size({"width": 390, "height": 800})
+    page.locator(".settings select").first.select_option(index=1)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_it_is_printed(page):
     page.emulate_media(media="print")
+    page.set_viewport_size({"width": 1000, "height": 700})  # A4, landscape, within its margins
+    widths = page.locator("table").evaluate_all("tables => tables.map(t => t.scrollWidth)")
+    assert max(widths) <= 1000
     assert not page.locator(".controls").first.is_visible()
     assert page.locator(".heat").first.is_visible()
     assert len(page.pdf()) > 50_000
@@ -233,6 +249,7 @@ def test_every_control_can_be_reached_by_tab(page):
 
 def test_a_live_page_follows_the_sweep(browser, tmp_path, monkeypatch):
     monkeypatch.setattr(watching, "_PAUSE", 0.2)
+    monkeypatch.setattr(watching, "_SHARE", 0.0)
     write_run(tmp_path, [*CELLS[:2], (*CELLS[2][:4], None)], layers=1, heads=1)
     live = watching.Live([tmp_path], lambda version: report.live_page([tmp_path], version))
     with watching.server(live) as server:
@@ -242,12 +259,22 @@ def test_a_live_page_follows_the_sweep(browser, tmp_path, monkeypatch):
         page.on("console", lambda message: said.append(message.text))
         page.goto(f"http://127.0.0.1:{server.server_port}/")
         assert "2 of 3 cells done" in page.text_content("header")
+        page.locator("#group1-cells th button").first.click()
+        page.locator("[id='label|text.score=additive|0']").click()
         cell = tmp_path / "cells/text.heads=2"
         cell.mkdir()
         for name in ("config.json", "result.json"):
             other = json.loads((tmp_path / "cells/text" / name).read_text())
             (cell / name).write_text(json.dumps(other))
         sync_api.expect(page.locator("header")).to_contain_text("3 of 3 cells", timeout=30_000)
+        assert page.locator("#group1-cells th").first.get_attribute("aria-sort") == "ascending"
+        hidden = page.locator("[id='label|text.score=additive|0']")
+        assert hidden.get_attribute("aria-checked") == "false"
+        (tmp_path / "sweep.json").rename(tmp_path / "kept.json")
+        page.goto(f"http://127.0.0.1:{server.server_port}/?now")
+        page.wait_for_timeout(500)
+        (tmp_path / "kept.json").rename(tmp_path / "sweep.json")
+        sync_api.expect(page.locator("header")).to_contain_text("3 of 3 cells", timeout=30_000)
         page.close()
         server.shutdown()
-    assert [text for text in said if "favicon" not in text and "404" not in text] == []
+    assert [text for text in said if not re.search("favicon|404|503", text)] == []

@@ -1,5 +1,7 @@
 """Claims: what a sweep is expected to find, against SciPy's tests and by simulation."""
 
+import gc
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -57,7 +59,8 @@ def test_all_claims_of_a_sweep_are_corrected_together():
     assert all(found.p == pytest.approx(5 * alone) for found in many)
 
 
-def test_false_alarms_are_as_rare_as_they_should_be():
+def test_false_alarms_are_as_rare_as_they_should_be(monkeypatch):
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # statsmodels does so at each call
     rng, alarms = np.random.default_rng(1), []
     stated = [less("a", "b", says=""), less("b", "a", says=""), equal("a", "b", within=1, says="")]
     for _ in range(400):
@@ -78,3 +81,18 @@ def test_claims_are_read_as_they_were_described():
     assert claims.cells(stated[0]) == {"a", "b"}
     with pytest.raises(ValueError, match="margin above 0: got within=0"):
         equal("a", "b", within=0, says="")
+    with pytest.raises(ValueError, match="is about cells: got 0.5 and 0.7"):
+        less(0.5, 0.7, says="")
+
+
+def test_p_is_that_of_what_decided():
+    (found,) = claims.test([less("b", "a", says="")], VALUES)
+    assert found.verdict == "contradicted"
+    assert found.p == pytest.approx(stats.ttest_1samp(B - A, 0, alternative="greater").pvalue)
+    # Either of two tests may contradict equality, so their smaller p counts twice.
+    (found,) = claims.test([equal("a", "b", within=0.1, says="")], VALUES)
+    p = stats.ttest_1samp(B - A, 0.1, alternative="greater").pvalue
+    assert found.verdict == "contradicted" and found.p == pytest.approx(2 * p)
+    many = claims.test([less("b", "a", says="")] * 3, VALUES)
+    alone = stats.ttest_1samp(B - A, 0, alternative="greater").pvalue
+    assert all(one.p == pytest.approx(3 * alone) for one in many)

@@ -1,5 +1,6 @@
 """Attention maps: which examples, what is measured, what is kept."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,16 +20,22 @@ def test_first_examples_are_as_wide_as_the_longest_of_them():
         np.testing.assert_array_equal(x, split[name][:5, :width] if width else split[name][:5])
     assert few["source"].shape[1] == few["source_lengths"].max()
     assert few["weights"].any(0).all() and few["inputs"].shape == few["weights"].shape
-    (short,) = [maps.first(split, 1)]
+    short = maps.first(split, 1)
     assert short["source"].shape == (1, short["source_lengths"][0])
 
 
-def test_examples_are_as_many_as_their_weights_allow():
-    _, few = pairs()
-    assert maps.affordable(2, 4, few) == 5
-    long = {"inputs": np.zeros((32, 1024), np.int32)}
-    assert maps.affordable(2, 4, long) == 2  # 8 numbers of 2^24 a pair of tokens
-    assert maps.affordable(48, 16, long) == 1
+def test_long_examples_are_looked_at_from_their_start(monkeypatch):
+    monkeypatch.setattr(maps, "LONGEST", 4)
+    task, few = pairs()
+    whole = task.eval_splits()["validation"]
+    for name in ("source", "inputs", "targets", "weights"):
+        np.testing.assert_array_equal(few[name], whole[name][:5, :4])
+    np.testing.assert_array_equal(few["source_lengths"], np.minimum(whole["source_lengths"][:5], 4))
+
+
+def measure(found, batch):
+    """As a program does it, all examples at once."""
+    return heads.means(jax.tree.map(lambda x: x[None], heads.totals(found, batch)))
 
 
 def test_entropy_and_first_token_are_those_of_the_definition():
@@ -47,9 +54,14 @@ def test_entropy_and_first_token_are_those_of_the_definition():
                         p = row / row.sum()
                         values.append(-np.sum(p * np.log(p)))
             entropy[layer, head], first[layer, head] = np.mean(values), np.mean(shares)
-    found = heads.measure({"self": w}, {"inputs": np.zeros((3, 5), np.int32)})["self"]
+    batch = {"inputs": np.zeros((3, 5), np.int32)}
+    found = measure({"self": w}, batch)["self"]
     np.testing.assert_allclose(found["entropy"], entropy, rtol=1e-5)
     np.testing.assert_allclose(found["first_token"], first, rtol=1e-5)
+    one = [heads.totals({"self": w[:, b : b + 1]}, {"inputs": np.zeros((1, 5))}) for b in range(3)]
+    by_one = heads.means(jax.tree.map(lambda *x: np.stack(x), *one))["self"]
+    np.testing.assert_allclose(by_one["entropy"], entropy, rtol=1e-5)
+    np.testing.assert_allclose(by_one["first_token"], first, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder", "cross"])
@@ -64,7 +76,7 @@ def test_padded_queries_do_not_count(kind):
     assert not real.all()
     w = np.zeros((1, B, 1, queries, keys), np.float32)
     w[..., 0] = np.where(real, 0.25, 1.0)[None, :, None]
-    found = heads.measure({kind: w}, few)[kind]
+    found = measure({kind: w}, few)[kind]
     assert found["first_token"] == pytest.approx(0.25)
     assert found["entropy"] == pytest.approx(0)
 
@@ -94,3 +106,7 @@ def test_a_file_of_maps_is_read_as_it_was_written(tmp_path):
 def test_a_file_of_an_earlier_version_has_no_maps(tmp_path):
     np.savez(tmp_path / "a.npz", weights=np.zeros((1, 1, 2, 2)), query_tokens=["a", "b"])
     assert maps.load(tmp_path / "a.npz") == []
+    content = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "a.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="a.npz is damaged"):
+        maps.load(tmp_path / "a.npz")

@@ -159,8 +159,9 @@ def test_sort_keys_are_numbers(page):
 
 def test_plots_are_there_and_not_empty(workdir):
     names = {path.name for path in (workdir / "plots").iterdir()}
-    stems = ["text-curves", "text-score", "text-heads", "text-position", "text-attention-maps"]
-    stems += ["text-score-maps", "recall-curves", "recall-position", "recall-attention-maps"]
+    stems = [f"text-by-{axis}" for axis in ("score", "heads", "position")]
+    stems += ["text-curves", "text-attention-maps", "text-score-maps"]
+    stems += ["recall-curves", "recall-by-position", "recall-attention-maps"]
     stems += ["text-cost", "recall-cost"]
     assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg", "pdf")}
     for stem in stems:
@@ -213,6 +214,21 @@ def test_long_curves_are_thinned(tmp_path):
     (panel,) = plots.learning_curves(experiment, "text").axes
     steps = panel.get_lines()[0].get_xdata()
     assert len(steps) == 200 and (steps[0], steps[-1]) == (0, 4999)
+
+
+def test_a_long_legend_has_room(tmp_path, recwarn):
+    names = [f"{'long name ' * 8}{i}" for i in range(29)]
+    cells = [("text", "score", name, {"model.score": name}, [2.0, 2.1, 2.2]) for name in names]
+    experiment = results.load(write_run(tmp_path, [CELLS[0], *cells]))
+    figure = plots.learning_curves(experiment, "text")
+    plots.render(figure, ["png"])
+    (panel,) = figure.axes
+    box = panel.get_legend().get_window_extent()
+    page = figure.bbox
+    assert page.y0 <= box.y0 and box.y1 <= page.y1 and box.x1 <= page.x1
+    assert panel.get_position().width > 0.4 and not recwarn.list
+    labels = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert max(map(len, labels)) == 40 and len(set(labels)) == 30
 
 
 def test_axis_plot(experiment):
@@ -307,7 +323,7 @@ def test_product_sweep_without_base(tmp_path):
     shown = " ".join("".join(page.text).split())
     assert "dot, 4 did best, validation/loss 2.050 ± 0.635 nats; there is no base" in shown
     assert shown.count("_, $2$") >= 3
-    assert (tmp_path / "plots" / "text-score×heads.png").exists()
+    assert (tmp_path / "plots" / "text-by-score×heads.png").exists()
 
 
 def test_entry_point_writes_the_same_again(tmp_path):

@@ -338,7 +338,8 @@ def test_csv(experiment, tmp_path):
         *("difference", "difference_interval95", "bootstrap95_low", "bootstrap95_high"),
         *("difference_bootstrap95_low", "difference_bootstrap95_high"),
         *("effect_size", "p", "p_holm", "reported"),
-        *("num_params", "compile_seconds", "steps_per_second", "memory_bytes", "error"),
+        *("num_params", "compile_seconds", "steps_per_second", "memory_bytes"),
+        *("decode_ms_per_token", "cache_bytes_per_token", "error"),
     ]
     assert len(lines) == 7 * 3 + 2  # three metrics of each cell that is done
     line = lines[3]
@@ -504,7 +505,7 @@ def test_findings_of_claims_are_about_the_reported_metric(tmp_path):
     ]
     experiment = results.load(write_run(tmp_path, DISAGREE, claims=claims))
     assert list(experiment.claims) == claims
-    found = results.findings(experiment, results.summarize(experiment))
+    found = results.findings(experiment)
     assert [one.verdict for one in found] == ["holds", "holds", "missing"]
 
 
@@ -555,10 +556,28 @@ def test_directories_are_compared_cell_by_cell(tmp_path):
     assert results.between([first]) == []
 
 
+def test_costs_are_those_of_the_result():
+    result = {"num_params": 1234567, "steps_per_second": 4.0, "memory_bytes": 3 * 2**19}
+    result |= {"cache_bytes_per_token": 2048.0, "decode_ms_per_token": 1.25}
+    shown = [results.cost_text(name, result) for name in results.COSTS]
+    assert shown == ["1,234,567", "250.0", "1.50", "2,048", "1.25"]
+    assert [results.cost_text(name, {}) for name in results.COSTS] == [""] * 5
+
+
+def test_pairs_are_written(tmp_path):
+    experiment = results.load(write_run(tmp_path))
+    results.write_pairs(results.summarize(experiment), tmp_path / "pairs.csv")
+    with open(tmp_path / "pairs.csv", newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 6 + 3  # of four cells with a result, and of three
+    line = lines[0]
+    assert (line["cell"], line["other"]) == ("text", "text.score=additive")
+    assert float(line["difference"]) == pytest.approx(0.1) and 0 < float(line["p_holm"]) < 0.05
+
+
 def test_joined_directories_keep_their_groups_apart(tmp_path):
-    claim = less("text", 5.0, says="x")
     for name in ("a", "b"):
-        write_run(tmp_path / name, CELLS[:2], claims=[claim])
+        write_run(tmp_path / name, CELLS[:2], claims=[less("text", 5.0, says="x")])
     joined = results.join([results.load(tmp_path / name) for name in ("a", "b")])
     assert joined.bases() == ["a: text", "b: text"]
     rows = results.summarize(joined)
@@ -566,7 +585,7 @@ def test_joined_directories_keep_their_groups_apart(tmp_path):
         *("b/text", "b/text.score=additive")
     ]
     assert rows[3].reported.comparison.difference == pytest.approx(-0.1)
-    assert [one.verdict for one in results.findings(joined, rows)] == ["holds", "holds"]
+    assert results.findings(joined) == []  # those of each directory are tested by themselves
 
 
 def test_curves_survive_a_kill(experiment):

@@ -29,8 +29,8 @@ def test_markdown_tells_findings_cells_claims_and_how(tmp_path):
         less("text.score=b", "text.score=a", says="b | beats a"),
         equal("text", "text.score=a", within=0.01, says="a is as good"),
     ]
-    experiment, rows = load(tmp_path, DISAGREE, claims=claims)
-    text = tables.markdown(experiment, rows)
+    experiment, _ = load(tmp_path, DISAGREE, claims=claims)
+    text = tables.markdown([experiment])
     assert "## text\n\n- **score:** a did best on validation; on test it is worse" in text
     assert "| score=a | 3.303 ± 0.249 | +0.203 ± 0.014* | <0.001 |" in text
     assert r"| b \| beats a | `text.score=b` and `text.score=a`; the reported metric | +0." in text
@@ -49,8 +49,7 @@ def test_the_best_is_the_highest_where_higher_is_better_and_no_diverged_cell(tmp
 
 
 def test_tables_of_failed_and_missing_cells(tmp_path):
-    experiment, rows = load(tmp_path)
-    text = tables.markdown(experiment, rows)
+    text = tables.markdown([load(tmp_path)[0]])
     assert "| position=none |  |  |  |" in text and "| failed |" in text
     assert "| heads=8 |  |  |  |" in text and "| not run |" in text
 

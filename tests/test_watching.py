@@ -14,6 +14,7 @@ from experiments import report, watching
 def served(tmp_path, monkeypatch):
     """A run directory, and a function that asks its server."""
     monkeypatch.setattr(watching, "_PAUSE", 0.0)
+    monkeypatch.setattr(watching, "_SHARE", 0.0)
     write_run(tmp_path, [*CELLS[:2], (*CELLS[2][:4], None)], layers=1, heads=1)
     live = watching.Live([tmp_path], lambda version: report.live_page([tmp_path], version))
 

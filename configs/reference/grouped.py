@@ -8,7 +8,8 @@ as all and nearly as fast as one.
 
 Scaled down to 8 query heads of 16 on characters of tiny Shakespeare (`input.txt` of
 github.com/karpathy/char-rnn), with 8 (the base), 4, 2 or 1 key heads. In the end each model writes
-8 texts of 1024 characters at a time, which is timed.
+8 texts of 1024 characters at a time. What that took is one measurement in each cell, so no claim is
+made of it; `configs/benchmark.py:decode` times key heads against each other in turns.
 """
 
 from experiments import settings
@@ -34,8 +35,6 @@ def claims():
     yield less("base", one, says="one key head loses quality against 8 (Ainslie et al. 2023)")
     says = "two key heads are nearly as good as 8, within 0.02 (Ainslie et al. 2023)"
     yield equal("base", few, within=0.02, says=says)
-    speed = "decode/tokens_per_second"
-    yield less("base", few, at=speed, says="two key heads write faster than 8 (Ainslie et al.)")
-    yield less("base", one, at=speed, says="one key head writes faster than 8 (Ainslie et al.)")
-    cache = "decode/cache_bytes_per_token"
-    yield less(one, "base", at=cache, by=1700, says="and its cache is an eighth")
+    says = "four key heads are as good as 8, within 0.02 (Ainslie et al. 2023)"
+    yield equal("base", "base.kv_heads=4", within=0.02, says=says)
+    yield less(few, one, by=-0.01, says="one key head is no better than two, by 0.01")
