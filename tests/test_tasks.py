@@ -480,7 +480,7 @@ def test_text_unreadable(tmp_path):
     (tmp_path / "a.txt").write_text("fine " * 100)
     (tmp_path / "b.txt").write_bytes(b"ab\xff")
     task = tasks.Text(path=str(tmp_path), level="char")
-    for use in (task.eval_splits, task.example, lambda: task.vocab_size):
+    for use in (task.eval_splits, lambda: task.vocab_size):
         with one_line(ValueError, "b.txt", "UTF-8", "byte 2"):
             use()
 
