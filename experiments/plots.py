@@ -63,42 +63,49 @@ def learning_curves(experiment: results.Experiment, base: str) -> "Figure":
         panels = figure.subplots(len(axes), 1, sharex=True, squeeze=False, gridspec_kw=ratios)[:, 0]
         for number, (panel, axis) in enumerate(zip(panels, axes, strict=True)):
             lines: list[Any] = []
-            names: list[str] = []
-            ids: list[str] = []
+            names: list[tuple[str, str]] = []
             limits = []
             group = experiment.group(base, axis)
             variants = [cell.id for cell in group if cell.axis is not None]
             for cell in (cell for cell in group if cell.id in curves):
                 steps, values = curves[cell.id]
-                if cell.axis is None:
-                    names.append(_base_name(experiment, base, axis))
-                    style: dict[str, Any] = {"color": INK, "linewidth": 2.2, "zorder": 3}
-                else:
-                    names.append(str(cell.value))
-                    turn, i = divmod(variants.index(cell.id), len(LINES))
-                    dash = _DASHES[turn % len(_DASHES)]
-                    style = {"color": LINES[i], "linewidth": 1.5, "linestyle": dash}
+                id = f"{cell.id}|{number}"
+                base_name = _base_name(experiment, base, axis)
+                names.append((base_name if cell.axis is None else str(cell.value), id))
+                style = _style(cell, variants)
                 mean = values.mean(axis=1)
-                ids.append(f"{cell.id}|{number}")
-                lines += panel.plot(steps, mean, gid=f"line|{ids[-1]}", **style)
+                lines += panel.plot(steps, mean, gid=f"line|{id}", **style)
                 if values.shape[1] > 1:
                     low, high = values.min(axis=1), values.max(axis=1)
                     soft = {"color": style["color"], "alpha": 0.13, "lw": 0}
-                    panel.fill_between(steps, low, high, gid=f"band|{ids[-1]}", **soft)
+                    panel.fill_between(steps, low, high, gid=f"band|{id}", **soft)
                 limits.append(mean[steps >= 0.5 * steps[-1]] if lower else mean)
             _zoom(panel, limits)
             panel.set(title=_plain(axis), ylabel=_plain(metric))
             panel.grid(color=INK, alpha=0.12, linewidth=0.6)
             if lines:
-                outside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.03)}
-                plain = [_plain(_short(name)) for name in names]
-                legend = panel.legend(lines, plain, handlelength=1.6, **outside)
-                parts = zip(ids, legend.legend_handles, legend.get_texts(), strict=True)
-                for id, handle, label in parts:
-                    handle.set_gid(f"handle|{id}")
-                    label.set_gid(f"label|{id}")
+                _switches(panel, lines, names)
         panels[-1].set_xlabel("step")
     return figure
+
+
+def _style(cell, variants: Sequence[str]) -> dict[str, Any]:
+    """How the line of a cell is drawn; `variants` are the ids of those that are not the base."""
+    if cell.axis is None:
+        return {"color": INK, "linewidth": 2.2, "zorder": 3}
+    turn, i = divmod(variants.index(cell.id), len(LINES))
+    return {"color": LINES[i], "linewidth": 1.5, "linestyle": _DASHES[turn % len(_DASHES)]}
+
+
+def _switches(panel: "Axes", lines: Sequence[Any], names: Sequence[tuple[str, str]]) -> None:
+    """A legend of lines, by (name, id), beside the panel; a page can make it toggle them."""
+    outside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.03)}
+    plain = [_plain(_short(name)) for name, _ in names]
+    legend = panel.legend(lines, plain, handlelength=1.6, **outside)
+    parts = zip(names, legend.legend_handles, legend.get_texts(), strict=True)
+    for (_, id), handle, label in parts:
+        handle.set_gid(f"handle|{id}")
+        label.set_gid(f"label|{id}")
 
 
 def axis_plot(experiment: results.Experiment, base: str, axis: str) -> "Figure":
@@ -198,6 +205,36 @@ def cost_plot(experiment: results.Experiment, base: str) -> "Figure | None":
     return figure
 
 
+def split_plot(experiment: results.Experiment, base: str) -> "Figure | None":
+    """The reported metric on every split, such as other lengths: a line a cell, its mean with a
+    band of 95% intervals. None where there are no other splits. Ids as in `learning_curves`."""
+    rows = [row for row in results.summarize(experiment) if row.cell.base == base and row.reported]
+    names = results.splits(rows)
+    if not names:
+        return None
+    with paper_style():
+        figure = new_figure(8, max(3.0, 0.7 + 0.2 * len(rows)))
+        panel = figure.subplots()
+        lines = []
+        variants = [row.cell.id for row in rows if row.cell.axis is not None]
+        for row in rows:
+            estimates = [row.metrics.get(name) for name in names]
+            means = np.array([one.mean if one else math.nan for one in estimates])
+            interval = np.array([one.interval if one else math.nan for one in estimates])
+            style = _style(row.cell, variants)
+            id = f"{row.cell.id}|split"
+            lines += panel.plot(means, marker="o", markersize=4, gid=f"line|{id}", **style)
+            soft = {"color": style["color"], "alpha": 0.13, "lw": 0}
+            steps = range(len(names))
+            low, high = means - interval, means + interval
+            panel.fill_between(steps, low, high, gid=f"band|{id}", **soft)
+        panel.set_xticks(range(len(names)), [_plain(name.rpartition("/")[0]) for name in names])
+        panel.set_ylabel(_plain(names[0].rpartition("/")[2]))
+        panel.grid(color=INK, alpha=0.12, linewidth=0.6)
+        _switches(panel, lines, [(row.cell.label, f"{row.cell.id}|split") for row in rows])
+    return figure
+
+
 def _front(points: Sequence[tuple[float, float]], lower: bool) -> list[int]:
     """The indices of (cost, quality) that nothing as cheap is better than, by rising cost."""
     sign, best, front = (1 if lower else -1), math.inf, []
@@ -239,13 +276,16 @@ def score_maps(
 
 
 def of_report(experiment: results.Experiment) -> Iterator[tuple[str, "Figure"]]:
-    """The figures that the report shows: `<base>-curves`, `<base>-by-<axis>`, `<base>-cost`."""
+    """The figures that the report shows: `<base>-curves`, `<base>-by-<axis>`, `<base>-cost`,
+    `<base>-by-split`."""
     for base in experiment.bases():
         yield f"{base}-curves", learning_curves(experiment, base)
         for axis in experiment.axes(base):
             yield f"{base}-by-{axis}", axis_plot(experiment, base, axis)
         if figure := cost_plot(experiment, base):
             yield f"{base}-cost", figure
+        if figure := split_plot(experiment, base):
+            yield f"{base}-by-split", figure
 
 
 def of_attention(experiment: results.Experiment) -> Iterator[tuple[str, "Figure"]]:

@@ -174,6 +174,7 @@ def _group(
             for name, cost in results.COSTS.items()
             if any(cost(row.cell.result) is not None for row in done)
         ],
+        "splits": tables.splits_table(rows),
         "effects": [(axis, results.axis_effects(rows, axis)) for axis in products],
         "pairs": results.pairwise(rows),
         "digits": digits,
@@ -181,6 +182,7 @@ def _group(
         "axis_plots": [_inline(drawings, f"{base}-by-{axis}") for axis in axes],
         "curves": _inline(drawings, f"{base}-curves"),
         "cost": _inline(drawings, f"{base}-cost"),
+        "by_split": _inline(drawings, f"{base}-by-split"),
         "maps": maps,
         "maps_json": _json({**maps, "labels": {row.cell.id: row.cell.label for row in rows}}),
     }

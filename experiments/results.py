@@ -335,6 +335,20 @@ def other_metrics(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def splits(rows: Sequence[Row]) -> list[str]:
+    """The reported metric on all splits, if a group has one that `other_metrics` leaves out: other
+    lengths, say; else nothing."""
+    done = [row for row in rows if row.reported]
+    if not done:
+        return []
+    reported = done[0].metric
+    last = reported.rpartition("/")[2]
+    names = dict.fromkeys(name for row in done for name in row.metrics)
+    found = [name for name in names if name.endswith(f"/{last}") and not name.startswith("train/")]
+    shown = {reported, *other_metrics(rows)}
+    return [reported, *(n for n in found if n != reported)] if set(found) - shown else []
+
+
 def too_few_seeds(rows: Sequence[Row]) -> str:
     """A warning where the seeds of the group `rows` are too few to say anything, else ''."""
     compared = [row.reported.comparison for row in rows if row.reported]

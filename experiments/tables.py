@@ -24,6 +24,8 @@ def markdown(experiments: Sequence[results.Experiment]) -> str:
         parts.append(markdown_table(*_columns(group, "±", "**{}**".format)))
         if warning := results.too_few_seeds(group):
             parts.append(f"Too few seeds: {warning}.")
+        if table := splits_table(group):
+            parts.append(markdown_table(*table))
     if any(one.claims for one in experiments):
         parts += ["## Expectations", CLAIMS_NOTE, markdown_table(*claims_table(experiments))]
     if changes := results.between(experiments):
@@ -103,18 +105,35 @@ def _columns(rows, plus_minus, bold, escape=str):
     return table
 
 
+def splits_table(rows: Sequence[results.Row]) -> list[list[str]]:
+    """Header and rows of the reported metric on every split; nothing without more of them."""
+    names = results.splits(rows)
+    if not names:
+        return []
+    table = [["cell", *names]]
+    for row in (row for row in rows if row.reported):
+        found = [(row.metrics.get(name), results.decimals(rows, name)) for name in names]
+        texts = [
+            results.plus_minus(one.mean, one.interval, digits) if one else ""
+            for one, digits in found
+        ]
+        table.append([row.cell.label, *texts])
+    return table
+
+
 def claims_table(experiments: Sequence[results.Experiment]) -> list[list[str]]:
     """Header and rows of what the seeds of each experiment say of its claims."""
     table = [["expected", "left and right", "right − left", "claimed", "p", "verdict"]]
     for experiment in experiments:
         where = f"{experiment.path.name}: " if len(experiments) > 1 else ""
         for one in results.findings(experiment):
-            metric = one.claim.metric or "the reported metric"
             sides = " and ".join(_side(side) for side in (one.claim.left, one.claim.right))
+            if one.claim.metric:
+                sides += f"; {one.claim.metric}"
             sign = ">" if one.claim.kind == "less" else "within ±"
             margin = f"{sign} {one.claim.margin:g}".replace("-", "−").replace("± ", "±")
             table.append(
-                [f"{where}{one.claim.says}", f"{sides}; {metric}", _difference(one), margin]
+                [f"{where}{one.claim.says}", sides, _difference(one), margin]
                 + [results.p_value(one.p), one.verdict]
             )
     return table

@@ -8,7 +8,7 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
-from test_results import CELLS, DISAGREE, SCRIPT, grid, write_run
+from test_results import CELLS, DISAGREE, LONGER, SCRIPT, grid, write_run
 
 from experiments import maps, plots, report, results
 
@@ -167,6 +167,20 @@ def test_plots_are_there_and_not_empty(workdir):
     for stem in stems:
         pixels = matplotlib.image.imread(workdir / "plots" / f"{stem}.png")
         assert min(pixels.shape[:2]) > 100 and pixels[..., :3].std() > 0.03
+
+
+def test_the_metric_on_other_splits(tmp_path, experiment):
+    path = write_run(tmp_path, LONGER)
+    figure = plots.split_plot(results.load(path), "text")
+    (panel,) = figure.axes
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["validation", "length_64"]
+    base, b = (line.get_ydata().tolist() for line in panel.get_lines())
+    assert base == pytest.approx([2.1, 3.2]) and b == pytest.approx([2.1, 2.5])
+    assert plots.split_plot(experiment, "text") is None
+    text = report.live_page([path], "")
+    assert "label|text.position=b|split" in text
+    shown = " ".join("".join(Page(text).text).split())
+    assert "cell validation/loss length_64/loss text (base) 2.100 ± 0.248 3.200 ± 0.497" in shown
 
 
 def test_learning_curves(experiment):

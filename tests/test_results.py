@@ -19,6 +19,11 @@ T_95_OF_3 = 4.302652729911275  # Student's t, 2 degrees of freedom, 97.5%: any p
 ERROR = "ValueError: [red]width 30[/red] does not divide into <b>4</b> heads & more"
 SCRIPT = "<script>x"
 NEAREST = {"model.score": "scaled_dot", "model.num_heads": 4, "model.position": "rope"}
+_LONGER = {"validation": [2.0, 2.1, 2.2], "length_64": [3.0, 3.2, 3.4]}
+LONGER = [
+    ("text", None, None, {}, _LONGER),
+    ("text", "position", "b", {"model.position": "b"}, _LONGER | {"length_64": [2.5, 2.5, 2.5]}),
+]
 # Base, axis, value, overrides and of each seed the final value (by split where there is a test
 # split); an error or None where there is none. Of the score axis the differences are −0.10, −0.09,
 # −0.11 and +0.5, 0, +0.4.

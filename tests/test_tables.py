@@ -1,6 +1,6 @@
 """Tables of a report for papers: Markdown and LaTeX."""
 
-from test_results import CELLS, DISAGREE, SCRIPT, write_run
+from test_results import CELLS, DISAGREE, LONGER, SCRIPT, write_run
 
 from experiments import report, results, tables
 from experiments.claims import equal, less
@@ -33,12 +33,24 @@ def test_markdown_tells_findings_cells_claims_and_how(tmp_path):
     text = tables.markdown([experiment])
     assert "## text\n\n- **score:** a did best on validation; on test it is worse" in text
     assert "| score=a | 3.303 ± 0.249 | +0.203 ± 0.014* | <0.001 |" in text
-    assert r"| b \| beats a | `text.score=b` and `text.score=a`; the reported metric | +0." in text
+    assert r"| b \| beats a | `text.score=b` and `text.score=a` | +0." in text
     assert "| > 0 | <0.001 | holds |" in text and "| within ±0.01 |" in text
     assert "| contradicted |" in text
     assert f"    {experiment.command}" in text and "jax 0.10.2" in text
     lines = [line.replace(r"\|", "") for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in lines} == {10, 7}  # of both tables
+
+
+def test_what_was_reached_on_other_splits_has_a_table(tmp_path):
+    experiment, rows = load(tmp_path / "longer", LONGER)
+    assert tables.splits_table(rows) == [
+        ["cell", "validation/loss", "length_64/loss"],
+        ["text (base)", "2.100 ± 0.248", "3.200 ± 0.497"],
+        ["position=b", "2.100 ± 0.248", "2.500 ± 0.000"],
+    ]
+    assert "| position=b | 2.100 ± 0.248 | 2.500 ± 0.000 |" in tables.markdown([experiment])
+    for number, cells in enumerate([CELLS, DISAGREE]):  # what they have is in their main table
+        assert tables.splits_table(load(tmp_path / str(number), cells)[1]) == []
 
 
 def test_the_best_is_the_highest_where_higher_is_better_and_no_diverged_cell(tmp_path):
