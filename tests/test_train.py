@@ -59,6 +59,20 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, stop_at):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_result_tells_its_memory_and_what_generation_costs(tmp_path, heads):
+    result = run(tiny(**{"model.num_kv_heads": heads, "decoding.timed_tokens": 5}), tmp_path)
+    assert result["cache_bytes_per_token"] == 2 * 2 * heads * 4 * 4  # layers, keys and values of 4
+    assert result["decode_ms_per_token"] > 0
+    state = 3 * 4 * 2 * result["num_params"]  # with two moments of Adam, of two seeds
+    assert state < result["memory_bytes"] < 100 * state
+
+
+def test_generation_is_timed_of_language_models_only():
+    with pytest.raises(ValueError, match="timed_tokens=5 .*'reverse' .*set it to 0"):
+        train.check(tiny("reverse", **{"decoding.timed_tokens": 5}))
+
+
 class Signal(Silent):
     """SIGTERM comes at a step."""
 
