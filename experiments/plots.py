@@ -35,6 +35,8 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "attention",
     "pdf.fonttype": 42,  # text stays text, as journals want it
@@ -304,7 +306,7 @@ def render(figure: "Figure", kinds: Sequence[str] = ("png", "pdf", "svg")) -> di
         # A token in a script that the font lacks is drawn as a box; the SVG has the letter.
         warnings.filterwarnings("ignore", "Glyph")
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # the layout is settled: not again for each format
+        figure.set_layout_engine(None)  # the layout is settled: not again for each format
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         how: dict[str, dict[str, Any]] = {
             "png": {"dpi": 160, "facecolor": "white"},

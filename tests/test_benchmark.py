@@ -457,12 +457,15 @@ def run(*flags):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
-def test_quick_as_a_user_runs_it(tmp_path):
-    done = run(f"--workdir={tmp_path}")
+@pytest.mark.parametrize(
+    "only, count", [("additive", 1), pytest.param("", 8, marks=pytest.mark.slow)]
+)
+def test_quick_as_a_user_runs_it(only, count, tmp_path):
+    done = run(f"--workdir={tmp_path}", f"--config.only={only}")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "results.json").read_text())
     rows = [row for comparison in found["comparisons"] for row in comparison["rows"]]
-    assert len(rows) == 8 and not any(row.get("unavailable") for row in rows)
+    assert len(rows) == count and not any(row.get("unavailable") for row in rows)
     assert all(row["fault"] == "" for row in rows if "fault" in row)
     assert (tmp_path / "report.html").exists() and "report.html" in done.stdout
     # Had it been a thousand times as fast before, it would be slower now, beyond noise.

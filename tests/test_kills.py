@@ -45,8 +45,8 @@ INSTANTS = {
 }
 
 
-def launch(config, work):
-    return start(f"--config={config}", f"--workdir={work}")
+def launch(config, work, sweep=None):
+    return start(f"--config={config}", f"--workdir={work}", *([f"--sweep={sweep}"] * bool(sweep)))
 
 
 def finish(process):
@@ -54,12 +54,12 @@ def finish(process):
     assert process.returncode == 0, output
 
 
-def kill(config, work, instant, seconds):
+def kill(config, work, instant, seconds, sweep=None):
     """Starts the launcher and kills it when something new shows, or after some seconds.
 
     Returns whether that came before its end.
     """
-    process = launch(config, work)
+    process = launch(config, work, sweep)
     seen = set(work.glob(INSTANTS[instant])) if instant else set()
     until = time.monotonic() + seconds
     while process.poll() is None:
@@ -98,11 +98,11 @@ def left(work):
 
 
 def test_killed_while_it_compiles_saves_and_writes_it_ends_in_the_same_bits(tmp_path):
-    config, expected, _ = quiet(tmp_path)
+    config, expected, _ = quiet(tmp_path, "position")
     work = tmp_path / "cut"
     for instant in ("sweep", "lease", "save", "done", "plots"):
-        assert kill(config, work, instant, 0), instant
-    finish(launch(config, work))
+        assert kill(config, work, instant, 0, "position"), instant
+    finish(launch(config, work, "position"))
     assert left(work) == expected
     assert not list(work.glob("cells/*/checkpoints/*tmp*"))
 
@@ -129,10 +129,10 @@ def test_killed_a_hundred_times_at_random_it_ends_in_the_same_bits(tmp_path):
         assert left(work) == expected, f"sweep {sweeps}, after {kills} kills"
 
 
-def quiet(tmp_path):
+def quiet(tmp_path, sweep=None):
     """The config, what an undisturbed sweep of it leaves, and the seconds that it takes."""
     config = tmp_path / "config.py"
     config.write_text(CONFIG)
     began = time.monotonic()
-    finish(launch(config, tmp_path / "quiet"))
+    finish(launch(config, tmp_path / "quiet", sweep))
     return config, left(tmp_path / "quiet"), time.monotonic() - began
