@@ -38,8 +38,8 @@ def sweep_width():
         "name": 128,
         "model.model_dim": 128,
         "model.init_stddev": 128**-0.5,
-        "optimizer.learning_rate": 3e-3 / 2**0.5,
-        "optimizer.final_learning_rate": 3e-3 / 2**0.5,
+        "optimizer.learning_rate": 3e-3 * 0.5**0.5,
+        "optimizer.final_learning_rate": 3e-3 * 0.5**0.5,
     }
 
 
