@@ -8,7 +8,7 @@ ones.
         --workdir=runs/heads --config.task.path=input.txt
 
 Scaled down from translation with 512 channels to characters of tiny Shakespeare (`input.txt` of
-github.com/karpathy/char-rnn) with 128: heads of 128, 32 (the base), 16, 8 and 4 channels.
+github.com/karpathy/char-rnn) with 128: heads of 128, 32 (the base), 16 and 4 channels.
 """
 
 from experiments import settings
@@ -19,12 +19,12 @@ def get_config(arg=""):
     config = settings.config("text", level="char", context=64)
     config.model.update(position="learned", num_layers=4, model_dim=128, num_heads=4)
     config.optimizer.update(learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=100)
-    config.train.update(steps=1000, batch_size=12, seeds=5, eval_every=250)
+    config.train.update(steps=800, batch_size=12, seeds=5, eval_every=200)
     return config
 
 
 def sweep_heads():
-    for heads in (1, 8, 16, 32):
+    for heads in (1, 8, 32):
         yield {"model.num_heads": heads}
 
 
