@@ -11,7 +11,7 @@ hypothesis.settings.register_profile(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=25,
+    max_examples=12,
     phases=set(hypothesis.Phase) - {hypothesis.Phase.explain},
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )

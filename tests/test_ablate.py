@@ -40,11 +40,8 @@ def test_a_sweep_from_start_to_report(config, tmp_path):
     assert "model.num_heads is 2 there, 1 here" in other.stderr
     assert times == {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()}
 
-    retried = ablate(f"--config={config}", f"--workdir={work}", "--retry_failed")
-    assert "1 of 3 cells to train" in retried.stdout
 
-
-@pytest.mark.parametrize("flags, message", [
+MISTAKES = [
     (["--config.model.num_head=3"], "no setting 'num_head'; did you mean 'num_heads'?"),
     (["--config.model.num_heads=many"], "invalid literal for int()"),
     (["--config.model.num_heads=3"], "num_heads must divide model_dim"),
@@ -52,7 +49,13 @@ def test_a_sweep_from_start_to_report(config, tmp_path):
     (["--config.task.path=missing.txt"], "no setting 'path'"),
     (["--sweep=colour"], "has no sweep_colour; it has position, rate"),
     (["stray"], "cannot use 'stray'"),
-])  # fmt: skip
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [MISTAKES[0], *(pytest.param(*x, marks=pytest.mark.slow) for x in MISTAKES[1:])],
+)
 def test_a_mistake_is_one_line_and_writes_nothing(config, tmp_path, flags, message):
     work = tmp_path / "work"
     done = ablate(f"--config={config}", f"--workdir={work}", *flags)
@@ -79,7 +82,7 @@ def test_mistakes_about_files(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize("arg", ["", ":any"])
+@pytest.mark.parametrize("arg", [pytest.param("", marks=pytest.mark.slow), ":any"])
 def test_a_dry_run_lists_the_cells_and_writes_nothing(arg, config, tmp_path):
     flags = (f"--config={config}{arg}", f"--workdir={tmp_path / 'work'}")
     done = ablate(*flags, "--dry_run", "--product")

@@ -335,8 +335,9 @@ def derivatives(mechanism, order, **options):
 @pytest.mark.parametrize(
     "mechanism, dtype, order",
     [(m, "float32", 1) for m in MECHANISMS]
-    + [(m, "bfloat16", 1) for m in LEARNED[1:]]
-    + [(m, "float32", 2) for m in LEARNED[1:]]
+    + [pytest.param(m, "bfloat16", 1, marks=pytest.mark.slow) for m in LEARNED[1:]]
+    + [(LEARNED[1], "float32", 2)]
+    + [pytest.param(m, "float32", 2, marks=pytest.mark.slow) for m in LEARNED[2:]]
     + [(Mechanism(), "bfloat16", 2)],
     ids=str,
 )
@@ -608,6 +609,7 @@ def test_gradient_leaf_by_leaf(mechanism, x64):
         np.testing.assert_allclose(jnp.sum(g * t), want, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow  # in test_tiled.py is a faster one
 def test_every_order(x64):
     """jvp, vjp, hvp each way, reverse over reverse, linearize and vmap of them, third order."""
     function, point, tangent = derivative_case(Mechanism(scores.Cosine(2.0)))

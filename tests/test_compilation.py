@@ -188,6 +188,7 @@ def test_a_cell_tells_how_long_its_programs_let_it_wait(tmp_path, monkeypatch):
     assert cells.outcome(cells.folder(tmp_path, "base"))["compile_seconds"] == 5.0
 
 
+@pytest.mark.slow
 def test_the_first_step_is_timed_with_and_without_programs_kept():
     seconds = first_step.measure(tiny(), repeats=1)
     (cold,), (warm,) = seconds["cold"], seconds["warm"]

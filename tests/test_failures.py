@@ -10,7 +10,10 @@ import pytest
 from launching import CONFIG, ablate, children, ended, read, start, wait_for
 
 
-@pytest.mark.parametrize("kind, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "kind, status",
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_the_same_command_goes_on(config, tmp_path, kind, status):
     work = tmp_path / "work"
     flags = [f"--config={config}", "--sweep=position", f"--workdir={work}"]

@@ -190,7 +190,7 @@ def test_compiled_size_of_a_scanned_model_does_not_grow_with_depth():
     assert size(12, False) > 3 * size(2, False)
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_remat_keeps_less_and_computes_the_same(scan):
     text, kept, found = tokens(2, 32), [], []
     for remat in (False, True):

@@ -684,6 +684,7 @@ def test_the_parameters_of_a_remote_run_load_in_one_line(run, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 
+@pytest.mark.slow
 def test_the_report_of_a_remote_run_is_that_of_a_local_one(run, tmp_path, capsys):
     local = write_run(tmp_path / "run", CELLS[:2], layers=1, heads=1)
     for path in local.rglob("*"):

@@ -59,7 +59,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, stop_at):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("heads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_result_tells_its_memory_and_what_generation_costs(tmp_path, heads):
     result = run(tiny(**{"model.num_kv_heads": heads, "decoding.timed_tokens": 5}), tmp_path)
     assert result["cache_bytes_per_token"] == 2 * 2 * heads * 4 * 4  # layers, keys and values of 4
@@ -238,7 +238,7 @@ def test_what_a_run_writes(tmp_path):
         assert kinds["self"].query == kinds["self"].key and len(kinds["self"].key) == 8
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_an_encoder_decoder_trains_and_shows_its_cross_attention(tmp_path, scan):
     config = tiny("reverse", **{"model.scan_layers": scan, "model.position": "sinusoidal"})
     result = run(config, tmp_path)
