@@ -8,7 +8,7 @@ ones.
         --workdir=runs/heads --config.task.path=input.txt
 
 Scaled down from translation with 512 channels to characters of tiny Shakespeare (`input.txt` of
-github.com/karpathy/char-rnn) with 128: heads of 128, 32 (the base), 16 and 4 channels.
+github.com/karpathy/char-rnn) with 128: heads of 128, 32 (the base) and 4 channels.
 """
 
 from experiments import settings
@@ -24,7 +24,7 @@ def get_config(arg=""):
 
 
 def sweep_heads():
-    for heads in (1, 8, 32):
+    for heads in (1, 32):
         yield {"model.num_heads": heads}
 
 
