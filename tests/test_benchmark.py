@@ -481,6 +481,7 @@ def scaled():
     return (lambda x, keep: jnp.where(keep, jnp.sin(x), 0)), (jnp.ones(5), jnp.ones(5, bool))
 
 
+@pytest.mark.slow
 def test_a_function_of_the_users_own():
     suite = config("quick")
     suite.update(function=f"{__name__}:scaled", isolate=False, seconds=0.0)

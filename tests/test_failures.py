@@ -100,6 +100,7 @@ def test_a_cell_whose_process_dies_is_tried_once_more_and_then_a_failure(config,
     assert result["status"] == "failed" and "TimeoutError: at step" in result["error"]
 
 
+@pytest.mark.slow
 def test_successive_halving_drops_the_worse_and_keeps_the_base(tmp_path):
     path = tmp_path / "config.py"
     path.write_text(
@@ -132,6 +133,7 @@ def sweep_rate():
     assert "at step 50" in report or "at step 100" in report
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_sweep_and_it_goes_on_with_space(config, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -53,6 +53,7 @@ def assert_equal(ours, theirs):
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_cells_of_a_sweep_start_alike_and_see_the_same(seen):
     ours, our_batches, our_result = seen(tiny(), "base")
     theirs, their_batches, their_result = seen(tiny(**{"optimizer.learning_rate": 0.1}), "rate")

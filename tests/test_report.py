@@ -61,7 +61,7 @@ class Page(html.parser.HTMLParser):
 
 def page_of(path):
     """The page of a run directory, without writing its figures."""
-    return Page(report.live_page([path], ""))
+    return Page(report.page([results.load(path)], {}))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_the_page_has_the_effects_of_a_product(tmp_path):
     )
     assert page.tags.count("table") == 3
     assert f"term degrees of freedom F p partial η² score 1, 10 {effect.f:.2f} <0.001" in shown
-    text = report.live_page([write_run(tmp_path / "part", grid()[:-1])], "")
+    text = report.page([results.load(write_run(tmp_path / "part", grid()[:-1]))], {})
     assert "No analysis of variance: it needs every cell" in text
 
 
@@ -177,9 +177,8 @@ def test_the_metric_on_other_splits(tmp_path, experiment):
     base, b = (line.get_ydata().tolist() for line in panel.get_lines())
     assert base == pytest.approx([2.1, 3.2]) and b == pytest.approx([2.1, 2.5])
     assert plots.split_plot(experiment, "text") is None
-    text = report.live_page([path], "")
-    assert "label|text.position=b|split" in text
-    shown = " ".join("".join(Page(text).text).split())
+    assert b"label|text.position=b|split" in plots.render(figure, ["svg"])["svg"]
+    shown = " ".join("".join(page_of(path).text).split())
     assert "cell validation/loss length_64/loss text (base) 2.100 ± 0.248 3.200 ± 0.497" in shown
 
 

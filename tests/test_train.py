@@ -288,6 +288,7 @@ def test_a_seed_does_not_depend_on_the_others_or_on_how_they_run(tmp_path):
     assert runs["two"][0] != runs["two"][1]
 
 
+@pytest.mark.slow
 def test_learning_rates_share_one_program_and_parts_do_not():
     programs.compile_program.cache_clear()
     base = program(tiny())
