@@ -91,7 +91,7 @@ def learning_curves(experiment: results.Experiment, base: str) -> "Figure":
     return figure
 
 
-def _style(cell, variants: Sequence[str]) -> dict[str, Any]:
+def _style(cell: results.Cell, variants: Sequence[str]) -> dict[str, Any]:
     """How the line of a cell is drawn; `variants` are the ids of those that are not the base."""
     if cell.axis is None:
         return {"color": INK, "linewidth": 2.2, "zorder": 3}

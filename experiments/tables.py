@@ -114,7 +114,7 @@ def splits_table(rows: Sequence[results.Row]) -> list[list[str]]:
     for row in (row for row in rows if row.reported):
         found = [(row.metrics.get(name), results.decimals(rows, name)) for name in names]
         texts = [
-            results.plus_minus(one.mean, one.interval, digits) if one else ""
+            results.plus_minus(one.mean, one.interval, digits).replace("-", "−") if one else ""
             for one, digits in found
         ]
         table.append([row.cell.label, *texts])

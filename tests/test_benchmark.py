@@ -258,12 +258,16 @@ def test_phases_of_compiling():
     found = compiling.phases(SMALL, repeats=1)
     for name in ("trace", "lower", "compile", "warm"):
         assert 0 < found[f"{name}_seconds"] < 60
-    cold = sum(found[f"{name}_seconds"] for name in ("trace", "lower", "compile"))
-    assert found["warm_seconds"] < 3 * cold  # one measurement, on a machine that does other things
     assert found["instructions"] > found["fusions"] >= 0
     assert found["stablehlo_bytes"] > 1000 and found["executable_bytes"] > 1000
     assert found["compiled"] == {"first": 1, "equal": 0, "new": 0, "different": 1}
     assert found["fault"] == ""
+
+
+@pytest.mark.slow  # a comparison of times
+def test_a_program_that_was_kept_is_faster_there():
+    found = compiling.phases(SMALL, repeats=5)
+    assert found["warm_seconds"] < found["trace_seconds"] + found["compile_seconds"]
 
 
 class Unequal:
