@@ -65,6 +65,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(config, tmp_path, flags, messa
     assert "Traceback" not in done.stderr and not work.exists()
 
 
+@pytest.mark.slow
 def test_mistakes_about_files(tmp_path):
     quick = ROOT / "configs/quickstart.py"
     for flags, message in [

@@ -898,6 +898,7 @@ def kept(shape=(3, 9, 11), H=4, K=2, dtype="float32", key=0, rate=0.25):
     return mask
 
 
+@pytest.mark.slow
 def test_dropout_masks():
     """They are a function of key, example, head, row and column: of no other size, nor dtype."""
     mask = kept()

@@ -120,8 +120,8 @@ def test_a_decode_step_is_the_last_row_of_all():
 
 @pytest.mark.parametrize("change", [
     {"seeds": 2, "remat_layers": True, "scan_layers": True},
-    {"library": "flax.linen", "architecture": "encoder_decoder", "num_layers": 1},
     *(pytest.param(change, marks=pytest.mark.slow) for change in (
+        {"library": "flax.linen", "architecture": "encoder_decoder", "num_layers": 1},
         {"seeds": 2, "seeds_impl": "vmap"},
         {"library": "flax.linen"},
         {"architecture": "encoder_decoder", "num_layers": 1},
@@ -333,6 +333,7 @@ def test_a_wrong_gradient_is_seen(monkeypatch):
 # Processes with limits.
 
 
+@pytest.mark.slow
 def test_what_breaks_a_limit_is_stopped():
     limits = {"seconds": 20, "bytes": 2**29}
     with pytest.raises(isolate.Stopped, match="needed more than 0.5 GiB") as stopped:
@@ -508,6 +509,7 @@ def test_resident_memory_is_measured():
     assert 2**25 < row["resident_bytes"] < 2**28
 
 
+@pytest.mark.slow
 def test_tuning_writes_what_attend_uses(tmp_path, monkeypatch):
     table, said = tmp_path / "table.json", []
     line = tuning.tune(table, said.append, length=128, seconds=0.0)

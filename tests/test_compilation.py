@@ -133,6 +133,7 @@ def test_a_sweep_compiles_each_program_once_and_nothing_else(events, tmp_path, m
     assert events["backend_compile_duration"] == inside["compiled"], "something compiled beside"
 
 
+@pytest.mark.slow
 def test_the_next_program_is_compiled_ahead_once_and_a_killed_child_does_no_harm(kept, events):
     base, rate = tiny(), tiny(**{"optimizer.learning_rate": 0.1})
     other, third = tiny(**{"model.score": "dot"}), tiny(**{"model.score": "cosine"})

@@ -48,6 +48,7 @@ def test_a_signal_while_it_compiles_ends_it_at_once(config, tmp_path):
     assert not (work / "cells/base/metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_two_launchers_share_a_sweep_and_do_no_cell_twice(config, tmp_path):
     work = tmp_path / "work"
     flags = [f"--config={config}", "--config.train.steps=100"]

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import attention
 from attention import models
@@ -65,6 +66,7 @@ def test_parameters_are_made_where_a_mesh_puts_them():
     assert table.shape == (16, 8) and table.sharding.spec[1] == "data"
 
 
+@pytest.mark.slow
 def test_the_score_of_ones_own_runs_tiled():
     scope = {"attention": attention, "dataclasses": dataclasses, "jnp": jnp}
     exec(block("class Manhattan"), scope)
@@ -88,6 +90,7 @@ def test_the_score_of_ones_own_runs_tiled():
     assert "tiled: runs" in attention.explain(mechanism, long, long, long)
 
 
+@pytest.mark.slow
 def test_the_decoding_example_runs():
     config = TransformerConfig(7, model_dim=8, num_layers=1, num_heads=2)
     model, source = EncoderDecoder(config), jnp.ones((2, 3), jnp.int32)

@@ -447,6 +447,7 @@ def scalars(directory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["recall", pytest.param("reverse", marks=pytest.mark.slow)])
 def test_the_tiled_kernel_trains_as_the_dense_one(tmp_path, task):
     """Causal, padded and cross-attention, weights for the maps among what is asked for."""
