@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 from attention.checks import check, check_arrays, check_aux, check_block_sizes, check_dropout
+from attention.integers import index_array, label_array
 from attention.kernels import dense, tiled
 from attention.mechanism import Mechanism
 from attention.parts import Array, Params, Tile
@@ -54,8 +55,9 @@ def attend(
       value: [..., S, K, V].
       bias: added to the scores, broadcastable to [..., H, T, S].
       mask: bool, True = may attend, broadcastable to [..., H, T, S]; on top of mechanism.mask.
-      query_positions, key_positions: [..., T], [..., S] int; 0, 1, 2 ... unless given.
-      query_lengths, key_lengths: [...] int, for `masks.Padding`.
+      query_positions, key_positions: [..., T], [..., S] int; 0, 1, 2 ... unless given. Any integer
+        dtype; where the array is traced, uint32 must be below 2³¹.
+      query_lengths, key_lengths: [...] int, for `masks.Padding`; T or S and more: all are real.
       query_segments, key_segments: [..., T], [..., S] int, for `masks.Segments`; where T = S the
         keys' are those of the queries unless given.
       prefix_lengths: [...] int, for `masks.Prefix()`.
@@ -72,7 +74,7 @@ def attend(
         'row_max' [..., T, H] = max_j s_ij, a constant for derivatives,
         'entropy' [..., T, H] = −Σ_j w_ij log w_ij in nats,
         'column_sums' [..., S, H] = Σ_i w_ij.
-      weight_rows: [R] int, indices of queries.
+      weight_rows: [R] int, indices of queries; NaN for those that are traced and none.
 
     Returns:
       out [..., T, H, V] in the query's dtype; with `aux` the pair (out, dict of what was asked).
@@ -99,7 +101,11 @@ def attend(
         "prefix_lengths": prefix_lengths,
     }
     pairs = {name: jnp.asarray(x) for name, x in pairs.items() if x is not None}
-    data = {name: jnp.asarray(x) for name, x in data.items() if x is not None}
+    data = {
+        name: (label_array if name.endswith("segments") else index_array)(name, x)
+        for name, x in data.items()
+        if x is not None
+    }
     check(mechanism, params, query, key, value, pairs, data)
     check_dropout(dropout_rate, dropout_key)
     check_aux(aux, _AUX, weight_rows, query.shape[-3])
@@ -117,9 +123,9 @@ def attend(
         dropout_key=dropout_key if dropout_rate > 0 else None,
         dropout_rate=float(dropout_rate),
         implementation=implementation,
-        block_sizes=None if block_sizes is None else tuple(block_sizes),
+        block_sizes=None if block_sizes is None else tuple(map(int, block_sizes)),
         aux=aux,
-        weight_rows=None if weight_rows is None else jnp.asarray(weight_rows),
+        weight_rows=None if weight_rows is None else index_array("weight_rows", weight_rows),
     )
     return (out, extra) if aux else out
 
@@ -244,10 +250,11 @@ def _attend(
             options = {
                 k: x if x is None or len(x) == 1 else x[weight_rows] for k, x in options.items()
             }
-            _, found = dense.attend_head(
+            _, rows = dense.attend_head(
                 mechanism, *inputs, tile.at_rows(weight_rows), **options, aux=("weights",)
             )
-            extra["row_weights"] = found["weights"]
+            real = (weight_rows >= 0) & (weight_rows < T)
+            extra["row_weights"] = jnp.where(real[:, None], rows["weights"], jnp.nan)
         return out, extra
 
     def at_once(B):

@@ -37,8 +37,6 @@ def check(mechanism, params, query, key, value, pairs, data):
                 f"combine it with masks.{reader}()"
             )
     for name, x in data.items():
-        if not jnp.issubdtype(x.dtype, jnp.integer):
-            raise ValueError(f"{name} must be integers, got {x.dtype}")
         if name.endswith("lengths"):
             _check_broadcast(name, x, tuple(batch), "[...]")
         else:
@@ -128,6 +126,8 @@ def check_block_sizes(block_sizes, implementation):
         raise ValueError(
             f"block_sizes={block_sizes} are for implementation='tiled', but {implementation!r} runs"
         )
-    fine = len(block_sizes) == 2 and all(isinstance(b, int) and b > 0 for b in block_sizes)
+    fine = np.shape(block_sizes) == (2,) and all(
+        isinstance(b, int | np.integer) and b > 0 for b in block_sizes
+    )
     if not fine:
         raise ValueError(f"block_sizes must be (queries, keys), 1 or more each; got {block_sizes}")

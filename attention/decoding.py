@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention.attend import attend as attend_all
+from attention.integers import count_array, whole_number
 from attention.mechanism import Mechanism
 from attention.parts import Array, Params
 
@@ -35,7 +36,7 @@ class Cache(NamedTuple):
     Attributes:
       key: [..., S, K, D], of which the first `length` are filled.
       value: [..., S, K, V].
-      length: [...] int32, of each example. More than S: tokens were lost, see `append`.
+      length: [...] int32, of each example. More than S: it cannot be trusted, see `append`.
     """
 
     key: Array
@@ -53,13 +54,12 @@ def empty(
 ) -> Cache:
     """A cache for texts of up to S = max_length tokens: batch axes, K, D, and V (D unless given).
 
-    Raises ValueError where a size is not positive.
+    Raises ValueError where a size is no whole number or not positive.
     """
     value_dim = head_dim if value_dim is None else value_dim
     sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
     for name, size in {"max_length": max_length, **sizes}.items():
-        if size < 1:
-            raise ValueError(f"{name} must be 1 or more, got {size}")
+        whole_number(name, size, 1)
     slots = (*batch, max_length, num_kv_heads)
     return Cache(
         jnp.zeros((*slots, head_dim), dtype),
@@ -77,9 +77,11 @@ def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None)
 
     A cache is never wrapped around, and what it holds stays: what comes beyond slot S is lost.
     Where that is known (T > S, or the lengths are not traced) it raises; otherwise `length` exceeds
-    S and all that `attend` returns for the example from now on is NaN.
+    S and all that `attend` returns for the example from now on is NaN. So it does for traced
+    `lengths` that are not 0 to T.
 
-    Raises ValueError where the shapes or dtypes do not fit, or the cache is known to be too short.
+    Raises ValueError where the shapes or dtypes do not fit, lengths are known not to be 0 to T, or
+    the cache is known to be too short.
     """
     key, value = jnp.asarray(key), jnp.asarray(value)
     *batch, S, _, _ = cache.key.shape
@@ -92,7 +94,8 @@ def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None)
                 f"batch axes {tuple(batch)}, as the cache, and T ≥ 1 as in the other; got "
                 f"{new.dtype} {new.shape}"
             )
-    length = cache.length + jnp.asarray(T if lengths is None else lengths, jnp.int32)
+    added = jnp.int32(T) if lengths is None else counts("lengths", lengths, tuple(batch), T, S)
+    length = cache.length + added
     longest = 0 if lengths is not None else T
     if not isinstance(length, jax.core.Tracer):
         longest = int(np.max(length))
@@ -111,6 +114,18 @@ def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None)
         write = jax.vmap(write)
     written = (write(cache.key, key, cache.length), write(cache.value, value, cache.length))
     return Cache(*written, length)
+
+
+def counts(name: str, lengths: Any, batch: tuple[int, ...], most: int, slots: int) -> Array:
+    """How many of `most` keys each example has, [...] int32; traced and none of that: slots + 1.
+
+    A cache of more keys than slots makes `attend` return NaN.
+
+    Raises ValueError, naming `name`, unless they are integers that broadcast to the batch axes; and
+    unless they are 0 to `most` where that is known.
+    """
+    lengths = count_array(name, lengths, batch, most)
+    return jnp.where((lengths < 0) | (lengths > most), slots + 1, lengths)
 
 
 def positions(cache: Cache, count: int) -> Array:
@@ -162,7 +177,8 @@ def attend(
             f"its keys; pass those of all {S} slots, [..., {S}]"
         )
     if query_positions is None:
-        start = cache.length - (T if lengths is None else jnp.asarray(lengths, jnp.int32))
+        batch = cache.length.shape
+        start = cache.length - (T if lengths is None else counts("lengths", lengths, batch, T, S))
         query_positions = positions(cache._replace(length=start), T)
     if options.get("key_positions") is None:
         options["key_positions"] = jnp.arange(S, dtype=jnp.int32)

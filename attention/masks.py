@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.parts import FAR, FULL, Mask, Range, expect
+from attention.integers import INT32_MAX, clip_to, difference
+from attention.parts import FULL, Mask, check_counts, expect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,26 +33,32 @@ class Causal(Mask):
         return tile.distance >= 0
 
     def block(self, extent):
-        return extent.distance.within(0, FAR)
+        return extent.distance.within(low=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class SlidingWindow(Mask):
-    """i − left ≤ j ≤ i + right; right = left unless given.  Beltagy et al. 2020, sec. 3.1."""
+    """i − left ≤ j ≤ i + right; right = left unless given.  Beltagy et al. 2020, sec. 3.1.
+
+    Keys to each side are counted, 0 or more; 2³¹ − 1 or more is no limit.
+    """
 
     left: int
     right: int | None = None
 
     def __post_init__(self):
-        if self.left < 0 or (self.right is not None and self.right < 0):
-            raise ValueError(f"a window counts keys to each side, 0 or more; got {self}")
+        check_counts(self, left=0, right=0)
+
+    def _sides(self):
+        return self.left, self.left if self.right is None else self.right
 
     def tile(self, tile):
-        right = self.left if self.right is None else self.right
-        return (tile.distance <= self.left) & (tile.distance >= -right)
+        left, right = (clip_to(side, tile.distance) for side in self._sides())
+        return (tile.distance <= left) & (tile.distance >= -right)
 
     def block(self, extent):
-        return extent.distance.within(-(self.left if self.right is None else self.right), self.left)
+        left, right = self._sides()
+        return extent.distance.within(-right, left)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +72,21 @@ class Prefix(Mask):
     length: int | None = None
 
     def __post_init__(self):
-        if self.length is not None and self.length < 0:
-            raise ValueError(f"length counts keys, 0 or more; got {self.length}")
+        check_counts(self, length=0)
 
     @property
     def needs(self):
         return frozenset() if self.length is not None else frozenset({("prefix_lengths",)})
 
     def tile(self, tile):
-        length = tile.prefix_length if self.length is None else self.length
-        return tile.key_positions[None, :] < length
+        if self.length is None:
+            return tile.key_positions[None, :] < tile.prefix_length
+        return tile.key_positions[None, :] <= clip_to(self.length - 1, tile.key_positions)
 
     def block(self, extent):
-        length = extent.prefix_length if self.length is None else Range(self.length, self.length)
-        return (extent.key_positions - length).within(-FAR, -1)
+        if self.length is None:
+            return (extent.key_positions - extent.prefix_length).within(high=-1)
+        return extent.key_positions.within(high=self.length - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +108,8 @@ class Padding(Mask):
         return real
 
     def block(self, extent):
-        keys = (extent.key_index - extent.key_length).within(-FAR, -1)
-        return _fewer(keys, (extent.query_index - extent.query_length).within(-FAR, -1))
+        keys = (extent.key_index - extent.key_length).within(high=-1)
+        return _fewer(keys, (extent.query_index - extent.query_length).within(high=-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +122,7 @@ class Segments(Mask):
         return tile.query_segments[:, None] == tile.key_segments[None, :]
 
     def block(self, extent):
-        return (extent.query_segments - extent.key_segments).within(0, 0)
+        return extent.query_segments.equals(extent.key_segments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +132,14 @@ class BlockLocal(Mask):
     size: int
 
     def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f"a block holds 1 position or more; got {self}")
+        check_counts(self, size=1, most=INT32_MAX)
 
     def tile(self, tile):
         return tile.query_positions[:, None] // self.size == tile.key_positions[None] // self.size
 
     def block(self, extent):
         query, key = extent.query_positions // self.size, extent.key_positions // self.size
-        return (query - key).within(0, 0)
+        return query.equals(key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,20 +149,20 @@ class Dilated(Mask):
     rate: int
 
     def __post_init__(self):
-        if self.rate < 1:
-            raise ValueError(f"the rate is 1 (every key) or more; got {self}")
+        check_counts(self, rate=1, most=INT32_MAX)
 
     def tile(self, tile):
-        return tile.distance % self.rate == 0
+        # Of remainders, since the distance of two positions may be too large for their dtype.
+        i, j = tile.query_positions % self.rate, tile.key_positions % self.rate
+        return i[:, None] == j[None, :]
 
     def block(self, extent):
-        low, high = extent.distance
-        next_multiple = low + -low % self.rate
-        return (
-            1
-            + ((self.rate == 1) | ((low == high) & (next_multiple == low)))
-            - (next_multiple > high)
-        )
+        rate, query, key = self.rate, extent.query_positions, extent.key_positions
+        to_multiple = (key.high % rate - query.low % rate) % rate  # from the lowest distance
+        single = (query.low == query.high) & (key.low == key.high)
+        beyond = difference(to_multiple, difference(query.high, query.low))
+        empty = beyond > difference(key.high, key.low)
+        return 1 + ((rate == 1) | (single & (to_multiple == 0))) - empty
 
 
 def _fewer(left, right):

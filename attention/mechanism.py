@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from attention import masks, normalizers, positions, scores
+from attention.integers import whole_number
 from attention.parts import Array, Mask, Normalizer, Params, Position, Score, expect
 
 _KINDS = {
@@ -54,8 +55,9 @@ class Mechanism:
         `key` is a `jax.random` key, `head_dim` is D and `value_dim` V (D unless given).
         """
         value_dim = head_dim if value_dim is None else value_dim
-        if num_heads < 1:
-            raise ValueError(f"num_heads must be 1 or more, got {num_heads}")
+        num_heads = whole_number("num_heads", num_heads, 1)
+        head_dim = whole_number("head_dim", head_dim, 1)
+        value_dim = whole_number("value_dim", value_dim, 1)
 
         def one_head(key):
             for_score, for_position, for_normalizer = jax.random.split(key, 3)

@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention.integers import clip_to, difference, whole_number
+
 Array = jax.Array
 Params = Any
 
@@ -64,8 +66,9 @@ class Tile:
 
     @property
     def distance(self) -> Array:
-        """i − j, [t, s]: how far each key lies behind each query."""
-        return self.query_positions[:, None] - self.key_positions[None, :]
+        """i − j, [t, s]: how far each key lies behind each query; beyond ±(2³¹ − 1) it is that."""
+        i, j = self.query_positions[:, None], self.key_positions[None, :]
+        return i - j if self.consecutive else difference(i, j)
 
     def at_rows(self, rows: Array) -> "Tile":
         """The tile of some of its rows."""
@@ -95,26 +98,35 @@ class Tile:
 
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
-FAR = 2**29  # beyond every distance between positions, and small enough to add without overflow
+FAR = 2**60  # beyond every position and distance, and small enough for NumPy to add a few
 
 
 class Range(NamedTuple):
-    """Whole numbers from `low` to `high`, both included; arrays for many ranges at once."""
+    """Whole numbers from `low` to `high`, both included; arrays for many ranges at once.
+
+    An end of a difference of JAX arrays that is the largest of their dtype means: so far or more.
+    """
 
     low: Any
     high: Any
 
     def __sub__(self, other: "Range") -> "Range":
-        return Range(self.low - other.high, self.high - other.low)
+        return Range(difference(self.low, other.high), difference(self.high, other.low))
 
     def __floordiv__(self, divisor: int) -> "Range":
         return Range(self.low // divisor, self.high // divisor)
 
-    def within(self, low: Any, high: Any) -> Any:
+    def within(self, low: int = -FAR, high: int = FAR) -> Any:
         """FULL if all of the range is in [low, high], EMPTY if nothing is, PARTIAL otherwise."""
+        low, high = clip_to(low, self.low), clip_to(high, self.high)
         return (
             1 + ((self.low >= low) & (self.high <= high)) - ((self.high < low) | (self.low > high))
         )
+
+    def equals(self, other: "Range") -> Any:
+        """FULL if both are the same single number, EMPTY if they share none, PARTIAL otherwise."""
+        single = (self.low == self.high) & (other.low == other.high) & (self.low == other.low)
+        return 1 + single - ((self.high < other.low) | (self.low > other.high))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +167,33 @@ def expect(name: str, part: Any, kind: type) -> None:
             f"{name} must be an attention.{kind.__name__}, got {part!r}{hint}; a name becomes a "
             "part with attention.parse"
         )
+
+
+def check_counts(part: Any, most: int | None = None, **least: int) -> None:
+    """Makes ints of the fields of a part that `least` names; None stays.
+
+    Raises ValueError unless they are whole numbers from their `least` to `most`.
+    """
+    for name, smallest in least.items():
+        value = getattr(part, name)
+        if value is not None:
+            label = f"{name} of {type(part).__name__}"
+            object.__setattr__(part, name, whole_number(label, value, smallest, most))
+
+
+def check_numbers(part: Any, *names: str, positive: bool = True) -> None:
+    """Raises ValueError unless those fields of a part are finite numbers, above 0 if `positive`."""
+    for name in names:
+        value = getattr(part, name)
+        if value is not None and not (
+            isinstance(value, float | int | np.number)
+            and np.isfinite(value)
+            and (value > 0 or not positive)
+        ):
+            expected = "positive" if positive else "finite"
+            raise ValueError(
+                f"{name} of {type(part).__name__} must be a {expected} number; got {value!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

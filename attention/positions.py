@@ -6,12 +6,14 @@ relative ones add a term to the scores (`tile`). Learned arrays are per head. `a
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.parts import Array, Position, expect
+from attention.integers import index_array
+from attention.parts import Array, Position, check_counts, check_numbers, expect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,29 @@ def _sum(terms):
     return sum(terms[1:], terms[0]) if terms else None
 
 
+def angles(positions: Array | np.ndarray, frequencies: np.ndarray, dtype: Any) -> Array:
+    """positions [...] · frequencies [m] radians, whole turns left out: [..., m] of `dtype`.
+
+    A float32 product would be off by 2⁻²⁴ of itself, 0.3 at position 2²⁴. So what a position turns
+    is counted in 2⁻³² turns by integers that wrap at one turn, exactly, and the 2⁻⁶⁴ below them are
+    small enough for float32: the result is right to 10⁻⁶ for every int32 position.
+
+    Raises ValueError where positions are no numbers that fit.
+    """
+    if not jnp.issubdtype(jnp.result_type(positions), jnp.floating):
+        positions = index_array("positions", positions)
+    if positions.dtype != jnp.int32 or dtype == jnp.float64:
+        wide = jnp.promote_types(positions.dtype, dtype)
+        return (positions.astype(wide)[..., None] * frequencies.astype(wide)).astype(dtype)
+    turns = [int(2**64 * (f / (2 * np.pi) % 1)) % 2**64 for f in frequencies.tolist()]
+    upper = np.array([n >> 32 for n in turns], np.uint32)
+    lower = np.array([n % 2**32 / 2**64 for n in turns], np.float32)
+    wrapped = jax.lax.bitcast_convert_type(positions, jnp.uint32)[..., None] * upper
+    nearest = jax.lax.bitcast_convert_type(wrapped, jnp.int32)  # from −½ to ½ turn
+    turned = nearest.astype(dtype) * 2.0**-32 + positions.astype(dtype)[..., None] * lower
+    return 2 * np.pi * turned
+
+
 # Absolute: added to the embeddings.
 
 
@@ -79,13 +104,16 @@ class Sinusoidal(Position):
     base: float = 10000.0
     scale: float = 1.0
 
+    def __post_init__(self):
+        check_numbers(self, "base")
+        check_numbers(self, "scale", positive=False)
+
     def embed(self, params, x, positions):
         model_dim = x.shape[-1]
         frequencies = self.base ** (-np.arange(0, model_dim, 2) / model_dim)
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
-        angles = jnp.asarray(positions, dtype)[..., None] * frequencies.astype(dtype)
-        waves = jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-        waves = waves.reshape(*angles.shape[:-1], -1)[..., :model_dim]
+        turned = angles(positions, frequencies, jnp.promote_types(x.dtype, jnp.float32))
+        waves = jnp.stack([jnp.sin(turned), jnp.cos(turned)], axis=-1)
+        waves = waves.reshape(*turned.shape[:-1], -1)[..., :model_dim]
         return x + (self.scale * waves).astype(x.dtype)
 
 
@@ -99,16 +127,22 @@ class Learned(Position):
     length: int = 512
     stddev: float = 0.02
 
+    def __post_init__(self):
+        check_counts(self, length=1)
+        check_numbers(self, "stddev", positive=False)
+
     def init_embed(self, key, model_dim):
         return {"table": self.stddev * jax.random.normal(key, (self.length, model_dim))}
 
     def embed(self, params, x, positions):
-        known = isinstance(positions, np.ndarray)
-        if known and (positions.max() >= self.length or positions.min() < 0):
-            raise ValueError(
-                f"{self} has no vector for position {positions.max()}: set length to the longest "
-                "text or more"
-            )
+        if isinstance(positions, np.ndarray) and positions.size:
+            for end in positions.min(), positions.max():
+                if not 0 <= end < self.length:
+                    raise ValueError(
+                        f"{self} has no vector for position {end}: set length to the longest text "
+                        "or more"
+                    )
+        positions = index_array("positions", positions)
         rows = (
             jnp.asarray(params["table"])
             .at[positions]
@@ -125,6 +159,9 @@ class Linear:
     """Position interpolation, every frequency / factor.  Chen et al. 2023, eq. 4."""
 
     factor: float
+
+    def __post_init__(self):
+        check_numbers(self, "factor")
 
     def frequencies(self, frequencies: np.ndarray, base: float) -> np.ndarray:
         """Angle per position of each pair, rescaled."""
@@ -164,6 +201,9 @@ class YaRN(Linear):
     slow: float = 1.0
 
     def __post_init__(self):
+        super().__post_init__()
+        check_counts(self, original_length=1)
+        check_numbers(self, "fast", "slow")
         if not self.fast > self.slow:
             raise ValueError(f"fast must exceed slow, in turns; got {self.fast} and {self.slow}")
 
@@ -194,6 +234,11 @@ class RoPE(Position):
     fraction: float = 1.0
     scaling: Linear | None = None
 
+    def __post_init__(self):
+        check_numbers(self, "base", "fraction")
+        if self.scaling is not None and not isinstance(self.scaling, Linear):
+            raise ValueError(f"scaling of RoPE is Linear, NTK, YaRN or None; got {self.scaling!r}")
+
     def frequencies(self, head_dim: int) -> np.ndarray:
         """Angle per position of each pair.  ValueError unless fraction · D is even and positive."""
         width = round(head_dim * self.fraction)
@@ -212,12 +257,11 @@ class RoPE(Position):
 
 def _turn(x: Array, positions: Array, frequencies: np.ndarray, amplitude: float | Array) -> Array:
     pairs = len(frequencies)
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    angles = positions[:, None].astype(dtype) * frequencies.astype(dtype)
-    cos, sin = amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
+    turned = angles(positions, frequencies, jnp.promote_types(x.dtype, jnp.float32))
+    cos, sin = amplitude * jnp.cos(turned), amplitude * jnp.sin(turned)
     a, b, rest = jnp.split(x, (pairs, 2 * pairs), axis=-1)
-    turned = [a * cos - b * sin, b * cos + a * sin, rest]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    vectors = [a * cos - b * sin, b * cos + a * sin, rest]
+    return jnp.concatenate(vectors, axis=-1).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +276,9 @@ class XPos(Position):
     base: float = 10000.0
     gamma: float = 0.4
     scale_base: float = 512.0
+
+    def __post_init__(self):
+        check_numbers(self, "base", "gamma", "scale_base")
 
     def rotate(self, params, x, positions, side):
         frequencies = RoPE(self.base).frequencies(x.shape[-1])
@@ -258,8 +305,8 @@ class Shaw(Position):
     stddev: float = 0.02
 
     def __post_init__(self):
-        if self.clip < 0:
-            raise ValueError(f"clip is a distance, 0 or more; got {self.clip}")
+        check_counts(self, clip=0)
+        check_numbers(self, "stddev", positive=False)
 
     def init(self, key, head_dim, value_dim):
         for_key, for_value = jax.random.split(key)
@@ -299,6 +346,8 @@ class T5(Position):
     stddev: float = 0.02
 
     def __post_init__(self):
+        check_counts(self, num_buckets=1, max_distance=1)
+        check_numbers(self, "stddev", positive=False)
         exact = self._one_way() // 2
         if exact < 1 or self.max_distance <= exact:
             raise ValueError(
@@ -411,6 +460,10 @@ class FIRE(Position):
     hidden: int = 32
     threshold: float = 512.0
 
+    def __post_init__(self):
+        check_counts(self, hidden=1)
+        check_numbers(self, "threshold")
+
     def init(self, key, head_dim, value_dim):
         for_in, for_bias, for_out = jax.random.split(key, 3)
         return {
@@ -444,6 +497,10 @@ class CoPE(Position):
     max_position: int = 64
     stddev: float = 0.02
     whole_row = True
+
+    def __post_init__(self):
+        check_counts(self, max_position=1)
+        check_numbers(self, "stddev", positive=False)
 
     def init(self, key, head_dim, value_dim):
         return {"table": self.stddev * jax.random.normal(key, (self.max_position + 1, head_dim))}

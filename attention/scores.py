@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attention.parts import Array, Params, Score, Tile, expect
+from attention.parts import Array, Params, Score, Tile, check_counts, check_numbers, expect
 
 
 def _normal(key, shape, fan_in):
@@ -34,6 +34,9 @@ class ScaledDot(Score):
     """s(q, k) = scale · q · k, scale = 1/√D unless given.  Vaswani et al. 2017, eq. 1."""
 
     scale: float | None = None
+
+    def __post_init__(self):
+        check_numbers(self, "scale", positive=False)
 
     def prepare(self, params, query, key):
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
@@ -66,6 +69,9 @@ class Additive(Score):
 
     hidden: int = 64
 
+    def __post_init__(self):
+        check_counts(self, hidden=1)
+
     def init(self, key, head_dim):
         for_query, for_key, for_out = jax.random.split(key, 3)
         return {
@@ -91,6 +97,9 @@ class Location(Score):
 
     max_length: int = 512
 
+    def __post_init__(self):
+        check_counts(self, max_length=1)
+
     def init(self, key, head_dim):
         return {"kernel": _normal(key, (self.max_length, head_dim), head_dim)}
 
@@ -111,6 +120,9 @@ class Cosine(Score):
     """
 
     scale: float = 12.0
+
+    def __post_init__(self):
+        check_numbers(self, "scale", positive=False)
 
     def init(self, key, head_dim):
         return {"scale": jnp.asarray(self.scale)}
@@ -176,6 +188,10 @@ class Scale(_Wrapper):
 
     factor: float
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_numbers(self, "factor", positive=False)
+
     def tile(self, params, query, key, tile):
         return self.factor * self.score.tile(params, query, key, tile)
 
@@ -203,8 +219,7 @@ class SoftCap(_Wrapper):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.cap > 0:
-            raise ValueError(f"cap must be positive, got {self.cap}")
+        check_numbers(self, "cap")
 
     def tile(self, params: Params, query: Array, key: Array, tile: Tile) -> Array:
         return self.cap * jnp.tanh(self.score.tile(params, query, key, tile) / self.cap)

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attention.integers import index_array, whole_number
 from attention.parts import Array, accumulator
 
 State = Any
@@ -107,9 +108,10 @@ def sample(
 
     Raises ValueError as `greedy`, and for temperature ≤ 0, top_k < 1 or top_p outside (0, 1].
     """
+    if top_k is not None:
+        top_k = whole_number("top_k", top_k, 1)
     for name, x, good, wanted in (
         ("temperature", temperature, lambda x: x > 0, "more than 0 (as it nears 0: `greedy`)"),
-        ("top_k", top_k, lambda x: x >= 1, "1 or more"),
         ("top_p", top_p, lambda x: 0 < x <= 1, "in (0, 1]"),
     ):
         if x is not None and not isinstance(x, jax.core.Tracer) and not good(x):
@@ -197,10 +199,9 @@ def beam_search(
 
     Raises ValueError as `greedy`, and for beam_size < 1.
     """
-    if beam_size < 1:
-        raise ValueError(f"beam_size must be 1 or more, got {beam_size}")
+    beam = whole_number("beam_size", beam_size, 1)
     begin = _check(state, begin, max_length)
-    B, beam = len(begin), beam_size
+    B = len(begin)
     dtype, vocab = (like := _logits(step, state, begin)).dtype, like.shape[-1]
     length_penalty = jnp.asarray(length_penalty, dtype)
 
@@ -278,11 +279,10 @@ def _logits(step, state, begin):
 
 
 def _check(state, begin, max_length):
-    begin = jnp.asarray(begin)
-    if begin.ndim != 1 or not jnp.issubdtype(begin.dtype, jnp.integer):
+    begin = index_array("begin", begin)
+    if begin.ndim != 1:
         raise ValueError(f"begin must be [B] integers, got {begin.dtype} {begin.shape}")
-    if max_length < 1:
-        raise ValueError(f"max_length must be 1 or more, got {max_length}")
+    whole_number("max_length", max_length, 1)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != len(begin):
             raise ValueError(

@@ -237,7 +237,7 @@ def test_a_full_cache_keeps_what_it_holds_and_is_seen():
     (lambda c, p, x: decoding.append(c, x[0], x), "key must be"),
     (lambda c, p, x: decoding.append(c, x, x[:, :, :1]), "value must be"),
     (lambda c, p, x: decoding.append(c, x.astype(jnp.bfloat16), x), "key must be float32"),
-    (lambda c, p, x: decoding.empty((1,), 0, K, D), "max_length must be 1 or more"),
+    (lambda c, p, x: decoding.empty((1,), 0, K, D), "max_length must be a whole number, 1 or more"),
     (lambda c, p, x: decoding.attend(
         Mechanism(mask=masks.Segments()), p, c, x, query_segments=jnp.zeros(1, int)
     ), "without key_segments"),

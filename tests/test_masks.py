@@ -179,7 +179,7 @@ def test_a_mask_asks_for_what_it_needs(name):
     ],
 )
 def test_impossible_sizes(mask, arguments):
-    with pytest.raises(ValueError, match=r"got .*" + str(arguments[-1])):
+    with pytest.raises(ValueError, match=f"got {arguments[-1]}"):
         mask(*arguments)
 
 
@@ -205,7 +205,8 @@ def block_of(data, rows, columns):
 def known_to(xp, extent):
     """The same ranges as arrays [1, 1] of NumPy or JAX."""
     ends = ((f.name, getattr(extent, f.name)) for f in dataclasses.fields(extent))
-    return Extent(**{name: Range(*(xp.full((1, 1), x) for x in x)) for name, x in ends})
+    most = FAR if xp is np else 2**30
+    return Extent(**{name: Range(*(xp.full((1, 1), min(x, most)) for x in x)) for name, x in ends})
 
 
 PRECISE = ("full", "causal", "window", "window, sides", "prefix", "prefix each", "padding, keys")

@@ -499,7 +499,7 @@ def test_yarn_frequencies():
 @pytest.mark.parametrize(
     "position, head_dim",
     [(positions.RoPE(), 7), (positions.RoPE(fraction=0.25), 12), (positions.RoPE(fraction=1.5), 8)]
-    + [(positions.RoPE(fraction=0.0), 8), (positions.XPos(), 5)],
+    + [(positions.RoPE(fraction=0.01), 8), (positions.XPos(), 5)],
     ids=str,
 )
 def test_a_width_that_cannot_turn(position, head_dim):

@@ -466,7 +466,7 @@ def test_equal_configs_are_equal():
     (lambda: Bahdanau(num_heads=0), "num_heads must be 1 or more, got 0"),
     (lambda: Bahdanau(scores.Dot()), "mechanism must be an attention.Mechanism, got Dot"),
     (lambda: Luong(window=3), "window must be None, LocalM"),
-    (lambda: LocalM(0), "width counts states to each side, 1 or more; got 0"),
+    (lambda: LocalM(0), "width of LocalM must be a whole number, 1 or more; got 0"),
 ])  # fmt: skip
 def test_bad_configs_are_refused(make, message):
     with pytest.raises(ValueError, match=message):

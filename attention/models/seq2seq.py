@@ -19,6 +19,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.typing import Out
 
 from attention import decoding, masks, positions, scores
@@ -27,7 +28,7 @@ from attention.mechanism import Mechanism
 from attention.nn.blocks import Embedding
 from attention.nn.multi_head import Dense, MultiHeadAttention, param_if_any
 from attention.nn.partition import by_batch, named
-from attention.parts import Array, Score, accumulator
+from attention.parts import Array, Score, accumulator, check_counts
 
 State = dict[str, Any]
 
@@ -74,8 +75,7 @@ class _Window:
     width: int
 
     def __post_init__(self):
-        if self.width < 1:
-            raise ValueError(f"width counts states to each side, 1 or more; got {self.width}")
+        check_counts(self, width=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -587,17 +587,16 @@ class RNNEncoderDecoder(nn.Module):
         """source [B, S] -> the state before the first token: arrays with B as the leading axis.
 
         `max_length`, the number of tokens that may follow, bounds the state of other models; this
-        one's does not grow.
+        one's does not grow. Logits are NaN for traced lengths that are not 0 to S.
         """
         del max_length
         if jnp.ndim(source) != 2:
             raise ValueError(f"source must be [B, S], got {jnp.shape(source)}")
         B, S = source.shape
-        lengths = (
-            jnp.full((B,), S, jnp.int32) if source_lengths is None else jnp.asarray(source_lengths)
-        )
-        if lengths.shape != (B,):
-            raise ValueError(f"source_lengths must be [B={B}], got {lengths.shape}")
+        lengths = np.full(B, S) if source_lengths is None else source_lengths
+        if jnp.shape(lengths) != (B,):
+            raise ValueError(f"source_lengths must be [B={B}], got {jnp.shape(lengths)}")
+        lengths = decoding.counts("source_lengths", lengths, (B,), S, S)
         memory, carries = self.encoder(source, lengths, deterministic=deterministic)
         return self.decoder.start(memory, lengths, carries)
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from attention import decoding, masks
 from attention.decoding import Cache
+from attention.integers import index_array
 from attention.mechanism import Mechanism
 from attention.nn.multi_head import Dense, MultiHeadAttention, param_if_any
 from attention.nn.partition import by_batch, named
@@ -111,10 +112,16 @@ class Embedding(nn.Module):
         )
 
     def __call__(self, tokens: Array, positions: Array | None = None) -> Array:
-        """tokens [..., T] int, positions [..., T] int (0, 1, 2 ... unless given) -> [..., T, M]."""
+        """tokens [..., T] int, positions [..., T] int (0, 1, 2 ... unless given) -> [..., T, M].
+
+        A token that is not 0 to vocab_size − 1 gives NaN.  ValueError unless tokens are integers.
+        """
+        tokens = index_array("tokens", tokens)
         # NumPy's, not traced: so `embed` can refuse a text that is too long for it.
         places = np.arange(tokens.shape[-1]) if positions is None else positions
-        x = jnp.take(self.table, tokens, axis=0).astype(self.dtype)
+        rows = jnp.asarray(self.table).at[tokens]
+        x = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        x = x.astype(self.dtype)
         return by_batch(self.position.embed(self.place, x, places))
 
     def logits(self, x: Array) -> Array:

@@ -131,11 +131,12 @@ class MultiHeadAttention(nn.Module):
         """Keys and values of a context [..., S, C], projected once to be attended to many times.
 
         `lengths` [...] is how many of an example's S are real, all unless given. Where x is of
-        another width than the context, `head_dim` must be set.
+        another width than the context, `head_dim` must be set. Raises ValueError for lengths that
+        are known not to be 0 to S; where they are traced, such an example gives NaN.
         """
         parts = self._parts(context.shape[-1])
         *batch, S, _ = context.shape
-        length = jnp.broadcast_to(jnp.asarray(S if lengths is None else lengths, jnp.int32), batch)
+        length = decoding.counts("lengths", S if lengths is None else lengths, tuple(batch), S, S)
         return Cache(parts.key(context), parts.value(context), length)
 
     def _append(self, cache, parts, x, context, lengths, data):

@@ -1,0 +1,118 @@
+"""Integers that say where things are: positions, segments, lengths, indices and counts.
+
+Arithmetic on them is int32 (int64 under `jax_enable_x64`) whatever dtype they come in, and never
+wraps: what does not fit is refused where it is known, and differences saturate.
+"""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+INT32_MAX = 2**31 - 1
+
+
+def index_array(name: str, x: Any) -> jax.Array:
+    """x, integers of any dtype, as an array of int32, or of int64 where x has that under x64.
+
+    Traced uint32 is taken to be below 2³¹.
+
+    Raises ValueError, naming `name`, unless x is integers that fit that dtype.
+    """
+    known = _known(x)
+    dtype = _signed(name, x if known is None else known)
+    if known is not None and known.size:
+        limits = np.iinfo(dtype)
+        for end in known.min(), known.max():
+            if not limits.min <= end <= limits.max:
+                raise ValueError(
+                    f"{name} must fit {dtype}, {limits.min} … {limits.max}; got {end}: subtract "
+                    "an offset, or set jax_enable_x64"
+                )
+    return jnp.asarray(x if known is None else known, dtype)
+
+
+def label_array(name: str, x: Any) -> jax.Array:
+    """`index_array` of numbers that are only compared for equality: all of uint32 fits int32."""
+    if getattr(x, "dtype", None) == np.uint32:
+        x = jax.lax.bitcast_convert_type(jnp.asarray(x), jnp.int32)
+    return index_array(name, x)
+
+
+def _known(x):
+    """The numbers of x as a NumPy array, or None: traced, on a device, or sure to fit."""
+    if not isinstance(x, jax.Array):
+        return np.asarray(x)
+    traced = isinstance(x, jax.core.Tracer)
+    risky = jnp.issubdtype(x.dtype, jnp.unsignedinteger) and x.dtype.itemsize >= 4
+    return np.asarray(x) if risky and not traced and x.is_fully_addressable else None
+
+
+def _signed(name, x):
+    # NumPy keeps Python integers beyond 64 bits as objects.
+    if x.dtype != object and not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, got {x.dtype}")
+    if x.dtype == object and not all(isinstance(n, int) for n in x.flat):
+        raise ValueError(f"{name} must be integers, got {x}")
+    wide = x.dtype.itemsize >= 8 or x.dtype == np.uint32
+    return np.dtype(np.int64 if wide and jax.config.jax_enable_x64 else np.int32)
+
+
+def count_array(name: str, x: Any, shape: tuple[int, ...], most: int) -> jax.Array:
+    """x, how many of `most` each example has, as int32 of `shape`, the batch axes.
+
+    Traced numbers outside 0 … most are returned as they are.
+
+    Raises ValueError, naming `name`, for those that are known, for other dtypes and shapes.
+    """
+    counts = index_array(name, x)
+    if not isinstance(counts, jax.core.Tracer) and counts.size and counts.is_fully_addressable:
+        known = np.asarray(counts)
+        for end in known.min(), known.max():
+            if not 0 <= end <= most:
+                raise ValueError(f"{name} must be in 0 … {most}, got {end}")
+    try:
+        return jnp.broadcast_to(counts, shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} must be [...] with batch axes {shape}, got {counts.shape}"
+        ) from None
+
+
+def whole_number(name: str, x: Any, least: int = 0, most: int | None = None) -> int:
+    """x as an int.  ValueError, naming `name`, unless it is a whole number in least … most."""
+    top = "or more" if most is None else f"… {most}"
+    try:
+        number = operator.index(x)
+    except TypeError:
+        number = None
+    if number is None or isinstance(x, bool) or number < least or number > (most or number):
+        raise ValueError(f"{name} must be a whole number, {least} {top}; got {x!r}")
+    return number
+
+
+def clip_to(bound: Any, like: Any) -> Any:
+    """bound, or the nearest number to it that the dtype of `like` holds, where that is JAX's."""
+    if not isinstance(like, jax.Array) or isinstance(bound, jax.Array):
+        return bound
+    limits = jnp.iinfo(like.dtype)
+    nearest = np.clip(np.asarray(bound), int(limits.min), int(limits.max))
+    return np.asarray(nearest).astype(like.dtype)
+
+
+def difference(a: Any, b: Any) -> Any:
+    """a − b; of JAX arrays the nearest number to it that their dtype and its negative hold.
+
+    A number beside a JAX array is first cut to what that array's dtype holds.
+    """
+    arrays = [x for x in (a, b) if isinstance(x, jax.Array)]
+    if not arrays:
+        return a - b
+    dtype = jnp.result_type(*arrays)
+    limit = jnp.iinfo(dtype).max
+    a, b = (jnp.asarray(clip_to(x, arrays[0]), dtype) for x in (a, b))
+    wrapped = a - b
+    saturated = jnp.where((a >= b) & (wrapped < 0), limit, jnp.maximum(wrapped, -limit))
+    return jnp.where((a < b) & (wrapped >= 0), -limit, saturated)
