@@ -216,15 +216,15 @@ def _attend(
         "head": jnp.arange(H).reshape(1, K, G),
     }
     for name, x in pairs.items():
-        x = _flatten_batch(x, batch, 3)
+        x = flatten_batch(x, batch, 3)
         arrays[name] = x.reshape(x.shape[0], *by_group(x.shape[1]), *x.shape[2:])
     for name, x in data.items():
-        x = _flatten_batch(x, batch, 0 if name.endswith("lengths") else 1)
+        x = flatten_batch(x, batch, 0 if name.endswith("lengths") else 1)
         arrays[name] = x[:, None, None]
     if dropout_key is not None and dropout_key.ndim == 0:
         arrays["dropout_key"] = jax.random.split(dropout_key, (B, K, G))
     elif dropout_key is not None:
-        x = _flatten_batch(dropout_key, batch, 1)
+        x = flatten_batch(dropout_key, batch, 1)
         arrays["dropout_key"] = x.reshape(x.shape[0], *by_group(x.shape[1]))
 
     def one_head(arrays):
@@ -263,8 +263,7 @@ def _attend(
         if "row_weights" in aux:
             inputs[1] = inputs[1][weight_rows]
             options = {
-                k: x if x is None or x.shape[0] == 1 else x[weight_rows]
-                for k, x in options.items()
+                k: x if x is None or x.shape[0] == 1 else x[weight_rows] for k, x in options.items()
             }
             _, found = dense.attend_head(
                 mechanism, *inputs, tile.at_rows(weight_rows), **options, aux=("weights",)
@@ -309,7 +308,7 @@ def _no_pairs(query, key, value, weight_rows):
     }
 
 
-def _flatten_batch(x, batch, rest):
+def flatten_batch(x, batch, rest):
     """[..., *rest axes] broadcastable to the batch axes -> [B or 1, *rest]."""
     x = x.reshape((1,) * (rest - x.ndim) + x.shape)
     lead, tail = x.shape[: x.ndim - rest], x.shape[x.ndim - rest :]
