@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 from jax.sharding import AxisType, PartitionSpec
 
 from attention.checks import check, check_arrays, check_aux, check_block_sizes, check_dropout
 from attention.integers import index_array, label_array
 from attention.kernels import dense, tiled
 from attention.mechanism import Mechanism
-from attention.parts import Array, Params, Tile
+from attention.parts import Array, Params, Tile, accumulator
 
 _KERNELS = {"dense": dense, "tiled": tiled}
 _AUX = ("weights", "row_weights", "lse", "row_max", "entropy", "column_sums")
@@ -45,12 +46,14 @@ def attend(
     """Attention of every head of every example: o_i = Σ_j w_ij v_j.
 
     Under `jax.set_mesh` with an axis 'data' each of its devices goes over examples of its own where
-    a kernel goes over them one by one.
+    a kernel goes over them one by one. Under `jax.export` the batch axes may be symbolic, and for
+    the dense kernel T, S and H too; where they are, None chooses that one.
 
     Args:
       mechanism: what to compute; see `Mechanism`.
       params: what `mechanism.init` returned; leaves [H, ...].
-      query: [..., T, H, D] of a floating dtype; any number of leading batch axes, also none.
+      query: [..., T, H, D] of a floating dtype; any number of leading batch axes, also none. T, S
+        and batch axes may be 0.
       key: [..., S, K, D]; H must be a multiple of K, query head h uses key head h // (H/K).
       value: [..., S, K, V].
       bias: added to the scores, broadcastable to [..., H, T, S].
@@ -63,6 +66,8 @@ def attend(
       prefix_lengths: [...] int, for `masks.Prefix()`.
       dropout_rate, dropout_key: the share of weights to drop, 0 to 1 and static, and the
         `jax.random` key. What is dropped depends on the key, example, head, row and column alone.
+        Keys of examples and heads instead, broadcastable to [..., H], are taken as they are: where
+        two are equal, the same is dropped.
       implementation: 'dense' (all T·S scores in memory), 'tiled' (memory linear in T and S) or
         None: the faster one; `explain` tells which and why.
       block_sizes: queries and keys of a tile; 'tiled' only, and chosen unless given. Results do not
@@ -107,11 +112,16 @@ def attend(
         if x is not None
     }
     check(mechanism, params, query, key, value, pairs, data)
-    check_dropout(dropout_rate, dropout_key)
+    if dropout_key is not None and not _is_key(dropout_key):
+        dropout_key = jax.random.wrap_key_data(dropout_key)
+    check_dropout(dropout_rate, dropout_key, query.shape)
     check_aux(aux, _AUX, weight_rows, query.shape[-3])
     aux = tuple(aux)
     implementation, _ = _choose(mechanism, query, key, implementation, aux)
     check_block_sizes(block_sizes, implementation)
+    if 0 in (*query.shape[:-2], key.shape[-3]):
+        out, extra = _no_pairs(query, key, value, weight_rows)
+        return (out, {name: extra[name] for name in aux}) if aux else out
     out, extra = _attend(
         mechanism,
         params,
@@ -147,7 +157,7 @@ def explain(
     chosen, why = _choose(mechanism, query, key, implementation, tuple(aux))
     lines = [str(mechanism)]
     for name, kernel in _KERNELS.items():
-        reason = kernel.unsupported(tuple(aux))
+        reason = kernel.unsupported(query, key, tuple(aux))
         rest = f"cannot: {reason}" if reason else "could, was not chosen"
         lines.append(f"  {name}: {f'runs: {why}' if name == chosen else rest}")
     return "\n".join(lines)
@@ -160,12 +170,12 @@ def _choose(mechanism, query, key, implementation, aux):
             f"implementation must be None or one of {', '.join(_KERNELS)}; got {implementation!r}"
         )
     if implementation is not None:
-        if reason := _KERNELS[implementation].unsupported(aux):
+        if reason := _KERNELS[implementation].unsupported(query, key, aux):
             raise ValueError(
                 f"implementation={implementation!r} cannot serve {mechanism}: {reason}"
             )
         return implementation, "asked for"
-    if reason := tiled.unsupported(aux):
+    if reason := tiled.unsupported(query, key, aux):
         return "dense", f"tiled cannot: {reason}"
     faster, why = tiled.faster_than_dense(mechanism, query, key)
     return ("tiled" if faster else "dense"), why
@@ -198,6 +208,10 @@ def _attend(
         """[..., T, h, D] -> [B, h, T, D]."""
         return jnp.swapaxes(x.reshape(B, *x.shape[-3:]), 1, 2)
 
+    def by_group(heads):
+        """The axes that stand for an axis of all query heads, or of 1."""
+        return (1, 1) if heads == 1 else (K, G)
+
     # Every array gets three leading axes: example, key head, query head of its group. Those of
     # size 1 are shared, not repeated.
     arrays = {
@@ -208,16 +222,19 @@ def _attend(
         "head": jnp.arange(H).reshape(1, K, G),
     }
     for name, x in pairs.items():
-        x = _flatten_batch(x, batch, 3)
-        arrays[name] = x.reshape(len(x), *((1, 1) if x.shape[1] == 1 else (K, G)), *x.shape[2:])
+        x = flatten_batch(x, batch, 3)
+        arrays[name] = x.reshape(x.shape[0], *by_group(x.shape[1]), *x.shape[2:])
     for name, x in data.items():
-        x = _flatten_batch(x, batch, 0 if name.endswith("lengths") else 1)
+        x = flatten_batch(x, batch, 0 if name.endswith("lengths") else 1)
         arrays[name] = x[:, None, None]
-    if dropout_key is not None:
+    if dropout_key is not None and dropout_key.ndim == 0:
         arrays["dropout_key"] = jax.random.split(dropout_key, (B, K, G))
+    elif dropout_key is not None:
+        x = flatten_batch(dropout_key, batch, 1)
+        arrays["dropout_key"] = x.reshape(x.shape[0], *by_group(x.shape[1]))
 
     def one_head(arrays):
-        rows, columns = np.arange(T), np.arange(S)
+        rows, columns = (jnp.arange(n) if is_symbolic_dim(n) else np.arange(n) for n in (T, S))
         tile = Tile(
             query_index=rows,
             key_index=columns,
@@ -230,7 +247,11 @@ def _attend(
             query_segments=arrays.get("query_segments"),
             key_segments=arrays.get("key_segments"),
             prefix_length=arrays.get("prefix_lengths"),
-            consecutive=not {"query_positions", "key_positions"} & data.keys(),
+            consecutive=not (
+                {"query_positions", "key_positions"} & data.keys()
+                or is_symbolic_dim(T)
+                or is_symbolic_dim(S)
+            ),
         )
         inputs = [arrays[name] for name in ("params", "query", "key", "value")]
         options = {name: arrays.get(name) for name in ("bias", "mask")}
@@ -248,7 +269,7 @@ def _attend(
         if "row_weights" in aux:
             inputs[1] = inputs[1][weight_rows]
             options = {
-                k: x if x is None or len(x) == 1 else x[weight_rows] for k, x in options.items()
+                k: x if x is None or x.shape[0] == 1 else x[weight_rows] for k, x in options.items()
             }
             _, rows = dense.attend_head(
                 mechanism, *inputs, tile.at_rows(weight_rows), **options, aux=("weights",)
@@ -263,7 +284,7 @@ def _attend(
         shapes = (jax.ShapeDtypeStruct((B, *x.shape[-3:]), x.dtype) for x in (query, key))
         return tiled.examples_at_once(mechanism, *shapes)
 
-    parts = _splits(B) if at_once(B) < B else 1
+    parts = _splits(B) if at_once(B) != B else 1
     lift = functools.partial(_lift, one_head, sizes=(B // parts, K, G), at_once=at_once(B // parts))
     out, extra = _on_each_part(lift, arrays) if parts > 1 else lift(arrays)
     out = jnp.swapaxes(out.reshape(B, H, T, -1), 1, 2).reshape(*batch, T, H, -1)
@@ -274,11 +295,31 @@ def _attend(
     return out, extra
 
 
-def _flatten_batch(x, batch, rest):
+def _is_key(x):
+    return jnp.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
+
+
+def _no_pairs(query, key, value, weight_rows):
+    """What `attend` returns, and all aux, where no query meets a key: one of the sizes is 0."""
+    *batch, T, H, _ = query.shape
+    rows, S = () if weight_rows is None else weight_rows, key.shape[-3]
+    wide = accumulator(query.dtype)
+    nothing = jnp.full((*batch, T, H), -jnp.inf, wide)
+    return jnp.zeros((*batch, T, H, value.shape[-1]), query.dtype), {
+        "weights": jnp.zeros((*batch, H, T, S), wide),
+        "row_weights": jnp.zeros((*batch, H, len(rows), S), wide),
+        "lse": nothing,
+        "row_max": nothing,
+        "entropy": jnp.zeros((*batch, T, H), wide),
+        "column_sums": jnp.zeros((*batch, S, H), wide),
+    }
+
+
+def flatten_batch(x, batch, rest):
     """[..., *rest axes] broadcastable to the batch axes -> [B or 1, *rest]."""
     x = x.reshape((1,) * (rest - x.ndim) + x.shape)
     lead, tail = x.shape[: x.ndim - rest], x.shape[x.ndim - rest :]
-    if math.prod(lead) > 1:
+    if any(n != 1 for n in lead):
         x = jnp.broadcast_to(x, (*batch, *tail))
     return x.reshape(-1, *tail)
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 from attention.mechanism import params_shape
 
@@ -44,8 +45,9 @@ def check(mechanism, params, query, key, value, pairs, data):
             if x.ndim == 0 or x.shape[-1] != length:
                 raise ValueError(f"{name} must be [..., {letter}={length}], got {x.shape}")
             _check_broadcast(name, x, (*batch, length), f"[..., {letter}]")
-    expected = params_shape(mechanism, H, D, value.shape[-1])
-    wanted, got = jax.tree.map(jnp.shape, expected), jax.tree.map(jnp.shape, params)
+    one_head = params_shape(mechanism, 1, D, value.shape[-1])  # of H, which may be symbolic
+    wanted = jax.tree.map(lambda x: (H, *x.shape[1:]), one_head)
+    got = jax.tree.map(jnp.shape, params)
     if wanted != got:
         raise ValueError(
             f"params do not fit {mechanism} with {H} heads of width {D}: expected shapes {wanted}, "
@@ -58,8 +60,13 @@ def check_arrays(query, key, value):
     """Raises ValueError unless the three fit each other; arrays or `jax.ShapeDtypeStruct`s."""
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if len(x.shape) < 3 or 0 in x.shape:
-            raise ValueError(f"{name} must be [..., length, heads, width], none 0; got {x.shape}")
+        if len(x.shape) < 3 or 0 in x.shape[-2:]:
+            raise ValueError(
+                f"{name} must be [..., length, heads, width], 1 or more heads and width; "
+                f"got {x.shape}"
+            )
+        if is_symbolic_dim(x.shape[-1]):
+            raise ValueError(f"the width of {name} (last axis) cannot be symbolic; got {x.shape}")
         if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
             raise ValueError(
                 f"{name} must be of a floating dtype of 16 bits or more, got {x.dtype}"
@@ -90,12 +97,15 @@ def _check_broadcast(name, x, shape, letters):
         raise ValueError(f"{name} must broadcast to {letters} = {shape}, got {x.shape}")
 
 
-def check_dropout(rate, key):
+def check_dropout(rate, key, query_shape):
     """Raises ValueError unless a share of weights can be dropped."""
-    if not 0 <= rate < 1:
-        raise ValueError(f"dropout_rate must be in [0, 1), got {rate}")
+    if not 0 <= rate <= 1:
+        raise ValueError(f"dropout_rate must be in [0, 1], got {rate}")
     if rate > 0 and key is None:
         raise ValueError(f"dropout_rate={rate} needs dropout_key, a jax.random key")
+    if key is not None:
+        *batch, _, H, _ = query_shape
+        _check_broadcast("dropout_key", key, (*batch, H), "[..., H]")
 
 
 def check_aux(aux, known, weight_rows, length):
@@ -114,7 +124,8 @@ def check_aux(aux, known, weight_rows, length):
         raise ValueError(f"weight_rows must be [R] integers, got {weight_rows}")
     if not isinstance(weight_rows, jax.core.Tracer):
         rows = np.asarray(weight_rows)
-        if len(rows) == 0 or rows.min() < 0 or rows.max() >= length:
+        beyond = not is_symbolic_dim(length) and rows.max(initial=0) >= length
+        if len(rows) == 0 or rows.min() < 0 or beyond:
             raise ValueError(f"weight_rows must be in 0 … {length - 1}, the queries; got {rows}")
 
 

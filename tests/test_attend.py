@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax import export
 
 import attention
 from attention import Mechanism, attend, masks, normalizers, positions, scores
@@ -723,8 +724,8 @@ Q, K, V = (5, 2, 4), (6, 1, 4), (6, 1, 3)
         (r"query must be .* got \(5, 4\)", {"query": (5, 4)}),
         (r"key must be .* got \(6, 4\)", {"key": (6, 4)}),
         (r"value must be .* got \(3,\)", {"value": (3,)}),
-        (r"query must be .* got \(0, 2, 4\)", {"query": (0, 2, 4)}),
-        (r"key must be .* got \(0, 1, 4\)", {"key": (0, 1, 4), "value": (0, 1, 3)}),
+        (r"query must be .* 1 or more heads.* got \(5, 0, 4\)", {"query": (5, 0, 4)}),
+        (r"value must be .* 1 or more heads.* got \(6, 1, 0\)", {"value": (6, 1, 0)}),
         (r"query and key .* width D", {"key": (6, 1, 3)}),
         (r"key and value must agree .*\(7, 1, 3\)", {"value": (7, 1, 3)}),
         (r"key and value must agree .*\(6, 2, 3\)", {"value": (6, 2, 3)}),
@@ -760,7 +761,9 @@ Q, K, V = (5, 2, 4), (6, 1, 4), (6, 1, 3)
         (r"query_lengths was given, but .* Full\(\) ignores it.*Padding", {"query_lengths": 3}),
         (r"query_segments was given.*Segments", {"query_segments": np.ones(5, int)}),
         (r"prefix_lengths was given.*Prefix\(\)", {"prefix_lengths": 3, "is": masks.Prefix(4)}),
-        (r"dropout_rate .* got 1.0", {"dropout_rate": 1.0}),
+        (r"dropout_rate .* got 1.5", {"dropout_rate": 1.5}),
+        (r"dropout_key must broadcast .* \(2,\), got \(3,\)",
+         {"dropout_rate": 0.1, "dropout_key": jax.random.split(jax.random.key(0), 3)}),
         (r"dropout_rate .* got -0.1", {"dropout_rate": -0.1}),
         (r"dropout_rate=0.1 needs dropout_key", {"dropout_rate": 0.1}),
         (r"aux .* weights, .*lse, .*entropy.* got logits", {"aux": ("lse", "logits")}),
@@ -920,6 +923,33 @@ def test_dropout_masks():
     assert abs(np.corrcoef(large[0].ravel(), large[1].ravel())[0, 1]) < 4 / math.sqrt(a.size / 4)
 
 
+@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+def test_dropout_keys_of_examples_and_heads(implementation):
+    """Keys [..., H] are taken as they are: one key splits into those of the default."""
+    query, key, value = qkv(H=2)
+    run = functools.partial(
+        attend, Mechanism(), NO_PARAMS, query, key, value, dropout_rate=0.5,
+        implementation=implementation,
+    )  # fmt: skip
+    one = jax.random.key(3)
+    keys = jax.random.split(one, (2, 2))
+    assert_close(run(dropout_key=keys), run(dropout_key=one))
+    by_head = run(dropout_key=keys[0])  # those of the first example
+    assert_close(by_head[0], run(dropout_key=one)[0])
+    assert_close(by_head, run(dropout_key=jnp.stack([keys[0], keys[0]])))
+
+
+@pytest.mark.parametrize("block_sizes", [None, (2, 3)])
+def test_dropout_of_all(block_sizes):
+    for implementation in ("dense", "tiled") if block_sizes is None else ("tiled",):
+        out, aux = attend(
+            Mechanism(mask=masks.Causal()), NO_PARAMS, *qkv(), dropout_rate=1.0,
+            dropout_key=jax.random.key(0), implementation=implementation,
+            block_sizes=block_sizes, aux=("lse",),
+        )  # fmt: skip
+        assert not out.any() and np.isfinite(aux["lse"]).all()
+
+
 def test_dropout():
     """Weights in aux are those before dropout; without a rate a key changes nothing."""
     mechanism, arrays = Mechanism(mask=masks.Causal()), qkv()
@@ -971,6 +1001,137 @@ def test_aux():
     out, aux = attend(Mechanism(), NO_PARAMS, query, key, value, aux=("entropy",))
     assert set(aux) == {"entropy"}
     assert isinstance(attend(Mechanism(), NO_PARAMS, query, key, value), jax.Array)
+
+
+# Sizes of 0, and those known only when an exported program runs.
+
+
+@pytest.mark.parametrize("batch, T, S", [((0,), 5, 6), ((2, 0), 5, 6), ((2,), 0, 6), ((2,), 5, 0)])
+def test_sizes_of_0(batch, T, S):
+    """No pair of a query and a key: zeros, lse −inf, whatever the mechanism and the kernel."""
+    mechanism = Mechanism(scores.Cosine(), positions.Shaw(2, value_side=True),
+                          masks.Causal() & masks.Padding() & masks.Segments(),
+                          normalizers.LearnedSink())  # fmt: skip
+    params = init(mechanism)
+    arrays = qkv(batch, T, S)
+    options = {"query_segments": np.zeros(T, int), "key_segments": np.zeros(S, int),
+               "key_lengths": 1, "bias": np.zeros((T, S), np.float32)}  # fmt: skip
+    rows = {} if T == 0 else {"aux": ("row_weights",), "weight_rows": np.array([0, 2])}
+    shapes = {"lse": (T, 2), "row_max": (T, 2), "entropy": (T, 2), "column_sums": (S, 2)}
+    for implementation, blocks in (None, None), ("dense", None), ("tiled", None), ("tiled", (2, 3)):
+        run = functools.partial(attend, mechanism, params, *arrays, implementation=implementation,
+                                block_sizes=blocks, **options)  # fmt: skip
+        out, aux = run(aux=tuple(shapes))
+        assert out.shape == (*batch, T, 2, 3) and out.dtype == np.float32 and not out.any()
+        for name, shape in shapes.items():
+            assert aux[name].shape == (*batch, *shape)
+            assert (aux[name] == (-np.inf if name in ("lse", "row_max") else 0)).all()
+        if rows:
+            assert run(**rows)[1]["row_weights"].shape == (*batch, 2, 2, S)
+    weights = attend(mechanism, params, *arrays, **options, aux=("weights",))[1]["weights"]
+    assert weights.shape == (*batch, 2, T, S)
+    gradients = jax.grad(lambda p, *x: attend(mechanism, p, *x, **options).sum(), (0, 1, 2, 3))
+    assert not any(x.any() for x in jax.tree.leaves(gradients(params, *arrays)))
+
+
+SYMBOLIC = Mechanism(
+    position=positions.ALiBi() + positions.Shaw(2, value_side=True),
+    mask=(masks.Causal() | masks.Prefix()) & masks.Padding() & masks.Segments(),
+    normalizer=normalizers.Sparsemax(),
+)
+
+
+def symbolic_call(sizes, make):
+    """Everything `attend` takes, of sizes b, t, s, h."""
+    b, t, s, h = sizes
+    return {
+        "query": make((b, t, h, 4), jnp.float32),
+        "key": make((b, s, h, 4), jnp.float32),
+        "value": make((b, s, h, 3), jnp.float32),
+        "bias": make((b, 1, t, s), jnp.float32),
+        "mask": make((t, s), bool),
+        "query_positions": make((b, t), jnp.int32),
+        "query_lengths": make((b,), jnp.int32),
+        "key_lengths": make((b,), jnp.int32),
+        "query_segments": make((b, t), jnp.int32),
+        "key_segments": make((s,), jnp.int32),
+        "prefix_lengths": make((b,), jnp.int32),
+    }
+
+
+def numbers(shape, dtype):
+    """Some of every kind: mostly True, lengths and positions from 0 to 6, few segments."""
+    x = np.random.default_rng(len(shape)).normal(size=shape)
+    return x > -1 if dtype == bool else x if dtype == jnp.float32 else abs(3 * x).astype(dtype)
+
+
+@pytest.mark.parametrize("mechanism", [Mechanism(mask=SYMBOLIC.mask), SYMBOLIC], ids=["dot", "all"])
+@pytest.mark.parametrize(
+    "sizes, implementation, block_sizes",
+    [
+        ("b,5,6,2", "dense", None),
+        ("b,5,6,2", "tiled", None),
+        ("b,5,6,2", "tiled", (2, 3)),
+        ("b,t,s,2", None, None),
+    ],
+)
+def test_exports_with_symbolic_sizes(sizes, implementation, block_sizes, mechanism):
+    """A program of symbolic sizes gives the numbers of `attend` of each."""
+    params = init(mechanism, V=3)
+    options = {"implementation": implementation, "block_sizes": block_sizes}
+
+    @jax.jit
+    def call(arrays):
+        aux = ("lse", "entropy", "column_sums", "row_weights")
+        rows = {"aux": aux, "weight_rows": np.array([3, 0])}
+        return attend(mechanism, params, **arrays, **options, **rows)
+
+    symbolic = export.symbolic_shape(sizes)
+    program = export.export(call)(symbolic_call(symbolic, jax.ShapeDtypeStruct))
+    for b, t, s in (2, 5, 6), (3, 4, 7):
+        _, fixed_t, fixed_s, _ = (n if isinstance(n, int) else None for n in symbolic)
+        arrays = symbolic_call((b, fixed_t or t, fixed_s or s, 2), numbers)
+        assert_close(program.call(arrays), call(arrays))
+
+
+def test_exports_with_symbolic_heads():
+    """Of a mechanism without params, as many key heads as query heads or one."""
+    for K in "h", "1":
+        shapes = ("b,t,h,4", f"b,s,{K},4", f"b,s,{K},4")
+        scope = export.SymbolicScope()
+        shapes = [export.symbolic_shape(x, scope=scope) for x in shapes]
+        run = jax.jit(functools.partial(attend, Mechanism(mask=masks.Causal()), NO_PARAMS))
+        program = export.export(run)(*(jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes))
+        arrays = qkv(H=2, K=2 if K == "h" else 1, V=4)
+        assert_close(program.call(*arrays), run(*arrays))
+
+
+@pytest.mark.parametrize(
+    "message, sizes, key_heads, options",
+    [
+        (r"'tiled' cannot serve .* only batch axes .* got query \(b, t, 2, 4\)", "b,t,6,2,4", 1,
+         {"implementation": "tiled"}),
+        (r"'tiled' cannot serve .* only batch axes", "b,5,s,2,4", 1, {"implementation": "tiled"}),
+        (r"query heads .* multiple .* got h and 2", "b,5,6,h,4", 2, {}),
+        (r"width of query .* symbolic", "b,5,6,2,d", 1, {}),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_symbolic(message, sizes, key_heads, options):
+    """It is said in one line."""
+    b, t, s, h, d = export.symbolic_shape(sizes)
+    shapes = (b, t, h, d), (b, s, key_heads, d), (b, s, key_heads, d)
+    arrays = [jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes]
+    run = functools.partial(attend, Mechanism(), NO_PARAMS, **options)
+    with pytest.raises(ValueError, match=message) as error:
+        export.export(jax.jit(run))(*arrays)
+    assert "\n" not in str(error.value)
+
+
+def test_a_symbolic_batch_is_decided_by_one_example():
+    b, t = export.symbolic_shape("b,t")
+    for n, runs in ((8, "dense"), (4096, "tiled"), (t, "dense")):
+        x = jax.ShapeDtypeStruct((b, n, 2, 4), jnp.float32)
+        assert f"{runs}: runs" in attention.explain(Mechanism(), x, x, x)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+import re
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -11,8 +13,10 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import export
 
-from attention import dot_product_attention
+from attention import attend, dot_product_attention
+from attention.kernels import vendor
 
 THEIRS = inspect.signature(jax.nn.dot_product_attention).parameters
 OURS = inspect.signature(dot_product_attention).parameters
@@ -45,7 +49,7 @@ OPTIONS = st.fixed_dictionaries(
         "is_causal": st.booleans(),
         "query_seq_lengths": LENGTHS,
         "key_value_seq_lengths": LENGTHS,
-        "local_window_size": st.none() | st.sampled_from([2, (1, 3), (2, 0), (0, 0)]),
+        "local_window_size": st.none() | st.sampled_from([2, (1, 3), (2, 0), (-1, 3)]),
     }
 )
 PAIRS = {  # what broadcasts to [B, H, T, S], as 4 axes
@@ -215,16 +219,317 @@ def test_dropout():
         ),
         (r"scale .*\(2, 1\)", {"scale": np.ones((2, 1))}),
         (r"local_window_size .*\(1, 2, 3\)", {"local_window_size": (1, 2, 3)}),
-        (r"window .*-1", {"local_window_size": -1}),
+        (r"local_window_size .* got 2.5", {"local_window_size": 2.5}),
+        (r"local_window_size .* got \(2.0, 1\)", {"local_window_size": (2.0, 1)}),
         (r"implementation must be .* got 'flash'", {"implementation": "flash"}),
+        (r"implementation='cudnn' .* backend is cpu", {"implementation": "cudnn"}),
         (r"dropout_rate=0.5 needs dropout_(rng|key)", {"dropout_rate": 0.5}),
+        (r"mask is float32 .*negative.*bias", {"mask": np.float32([0, -1e9, 0, 0, 0, 0, 0])}),
+        (r"mask is int.*negative.*bias", {"mask": jnp.full((T, 1), -1)}),
+        (r"bias is bool.*mask", {"bias": np.ones((T, S), bool)}),
+        (r"bias must be .*floating.* got complex64", {"bias": np.ones((T, S), "complex64")}),
+        (r"query must be .* got \(5, 4\)", {"query": np.ones((T, D)), "scale": np.ones(1)}),
+        (r"query must be .*floating.* got complex64", {"query": np.ones((B, T, 2, D)) * 1j}),
+        (r"precision=highest", {"precision": "highest"}),
+        (r"precision=HIGH", {"precision": jax.lax.Precision.HIGH}),
+        (r"precision=\('default', 'high'\)", {"precision": ("default", "high")}),
+        (r"einsum_dot_general", {"einsum_dot_general": jax.lax.dot_general}),
+        (r"qk_attn_weights_einsum", {"qk_attn_weights_einsum": jnp.einsum}),
+        (r"attn_weights_value_einsum", {"attn_weights_value_einsum": jnp.einsum}),
     ],
 )
 def test_bad_input(message, options):
     """One line that names the argument, what was expected and what came."""
+    arrays = {"query": np.ones((B, T, 2, D)), "key": np.ones((B, S, 1, D))}
     with pytest.raises(ValueError, match=message) as error:
-        dot_product_attention(np.ones((B, T, 2, D)), *np.ones((2, B, S, 1, D)), **options)
+        dot_product_attention(**{**arrays, "value": arrays["key"], **options})
     assert "\n" not in str(error.value)
+
+
+def test_float64_is_not_narrowed(x64):
+    x = normal(0, T, 2, D, dtype="float64")
+    with pytest.raises(ValueError, match="force_fp32_for_softmax"):
+        dot_product_attention(x, x, x, force_fp32_for_softmax=True)
+    assert dot_product_attention(x, x, x).dtype == np.float64
+
+
+# What jax.nn or Linen take beside that.
+
+ARRAYS = normal(0, B, T, 2, D), normal(1, B, S, 2, D), normal(2, B, S, 2, D)
+
+
+def band(left, right):
+    i, j = np.arange(T)[:, None], np.arange(S)
+    return (i - left <= j) & (j <= i + right)
+
+
+@pytest.mark.parametrize("size", [np.int64(2), np.array([2, 2]), [2, 2], jnp.int32(2), -1], ids=str)
+def test_windows_of_any_integers(size):
+    """One number or two, of any integer type; traced ones too."""
+    want = dot_product_attention(*ARRAYS, mask=band(*np.broadcast_to(size, 2)))
+    traced = jax.jit(lambda size: dot_product_attention(*ARRAYS, local_window_size=size))
+    for got in dot_product_attention(*ARRAYS, local_window_size=size), traced(size):
+        close(got, want)
+
+
+@pytest.mark.parametrize("block_sizes", [None, (2, 3)])
+@pytest.mark.parametrize("window", [(-1, 3), (3, -2), (-2, 1)], ids=str)
+def test_negative_windows_in_blocks(window, block_sizes, monkeypatch):
+    """They move the window to one side, and nothing is left of one that ends before it begins."""
+    in_blocks = functools.partial(attend, block_sizes=block_sizes)
+    monkeypatch.setattr("attention.drop_in.attend", in_blocks)
+    run = functools.partial(dot_product_attention, *ARRAYS, implementation="tiled")
+    close(run(local_window_size=window), run(mask=band(*window)))
+
+
+def test_scale_of_one_element():
+    want = dot_product_attention(*ARRAYS, scale=0.3)
+    close(dot_product_attention(*ARRAYS, scale=np.float32([0.3])), want)
+    close(jax.nn.dot_product_attention(*ARRAYS, scale=np.float32([0.3])), want)
+
+
+def test_integer_bias():
+    bias = np.random.default_rng(0).integers(-4, 4, (T, S))
+    close(dot_product_attention(*ARRAYS, bias), jax.nn.dot_product_attention(*ARRAYS, bias))
+
+
+@pytest.mark.parametrize("batch", [(), (1,)])
+def test_mask_of_more_examples(batch):
+    """It repeats the inputs, as in Linen; so does a bias."""
+    arrays = [x[0].reshape(*batch, *x.shape[1:]) for x in ARRAYS]
+    mask, bias = normal(3, 3, 1, T, S) > -1, normal(4, 3, 2, 1, S)
+    want = nn.dot_product_attention(*arrays, bias, mask)
+    assert want.shape == (3, T, 2, D)
+    close(dot_product_attention(*arrays, bias, mask), want)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+def test_promotion(implementation):
+    """Mixed dtypes promote as in Linen, and gradients come in those of the arrays."""
+    run = functools.partial(dot_product_attention, implementation=implementation)
+
+    def grad(*arrays, **options):
+        loss = lambda *x: run(*x, **options).sum().astype(float)  # noqa: E731
+        return jax.grad(loss, (0, 1, 2))(*arrays)
+
+    for dtypes, dtype in (
+        (("bfloat16", "float32", "bfloat16"), None),
+        (("float16", "bfloat16", "float16"), None),
+        (("float32", "float32", "float32"), jnp.bfloat16),
+        (("int32", "int32", "int32"), None),
+    ):
+        arrays = [x.astype(jnp.dtype(d)) for x, d in zip(ARRAYS, dtypes, strict=True)]
+        out = functools.partial(run, dtype=dtype)
+        theirs = functools.partial(nn.dot_product_attention, dtype=dtype)
+        assert jax.eval_shape(out, *arrays) == jax.eval_shape(theirs, *arrays)
+        if "float" in dtypes[0]:
+            gradients = jax.eval_shape(functools.partial(grad, dtype=dtype), *arrays)
+            assert [x.dtype for x in gradients] == list(dtypes)
+    arrays = [
+        x.astype(d) for x, d in zip(ARRAYS, (jnp.bfloat16, "float32", "float32"), strict=True)
+    ]
+    close(run(*arrays), nn.dot_product_attention(*arrays))
+
+
+@pytest.mark.parametrize("empty", ["batch", "query", "key"])
+def test_sizes_of_0(empty):
+    """The empty or zero result, as in jax.nn; no gradient; of a bias and mask as well."""
+    b, t, s = (0 if name == empty else n for name, n in (("batch", 2), ("query", 5), ("key", 7)))
+    arrays = np.ones((b, t, 4, D), "float32"), *np.ones((2, b, s, 2, D), "float32")
+    options = {"bias": np.ones((b, 1, t, s)), "mask": np.ones((t, s)) > 0,
+               "key_value_seq_lengths": np.ones(b, "int32"), "is_causal": True}  # fmt: skip
+    want = jax.nn.dot_product_attention(*arrays, **options)
+    for implementation in None, "xla", "dense", "tiled":
+        out, lse = dot_product_attention(
+            *arrays, **options, implementation=implementation, return_residual=True
+        )
+        assert out.dtype == want.dtype
+        np.testing.assert_array_equal(out, want)
+        assert lse.shape == want.shape[:-1] and np.isneginf(lse).all()
+    gradients = jax.grad(lambda *x: dot_product_attention(*x, **options).sum(), (0, 1, 2))(*arrays)
+    for x, gradient in zip(arrays, gradients, strict=True):
+        np.testing.assert_array_equal(gradient, np.zeros_like(x))
+
+
+@pytest.mark.parametrize("implementation, rate", [("dense", 1 - 1e-12), ("tiled", 1)])
+def test_dropout_of_all(implementation, rate):
+    """A rate that rounds to 1 leaves nothing, where a division by 0 would make it NaN."""
+    options = {"dropout_rng": jax.random.key(0), "implementation": implementation}
+
+    def loss(*arrays):
+        return dot_product_attention(*arrays, dropout_rate=rate, **options).sum()
+
+    value, gradients = jax.value_and_grad(loss, (0, 1, 2))(*ARRAYS)
+    assert value == 0 and not any(map(np.any, gradients))
+
+
+@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+def test_broadcast_dropout(implementation):
+    """Flax's option: the same weights are dropped in all heads of all examples."""
+    arrays = [np.repeat(normal(n, 1, T, 1, D), 2, 2).repeat(3, 0) for n in range(3)]
+
+    def run(key):
+        return dot_product_attention(
+            *arrays, dropout_rng=key, dropout_rate=0.5, broadcast_dropout=True,
+            implementation=implementation,
+        )  # fmt: skip
+
+    out = run(jax.random.key(0))
+    np.testing.assert_array_equal(out, run(jax.random.PRNGKey(0)))
+    np.testing.assert_array_equal(out, np.broadcast_to(out[:1, :, :1], out.shape))
+    assert (abs(out - run(jax.random.key(1))) > 1e-3).any()
+
+
+def test_xla_is_the_choice_among_ours():
+    np.testing.assert_array_equal(
+        dot_product_attention(*ARRAYS, implementation="xla"), dot_product_attention(*ARRAYS)
+    )
+
+
+def test_exports_with_symbolic_sizes():
+    """One exported program for all sizes, whatever the call has of masks."""
+
+    def call(query, key, value, bias, mask, lengths, scale):
+        return dot_product_attention(
+            query, key, value, bias, mask, scale=scale, is_causal=True, local_window_size=(3, 1),
+            query_seq_lengths=lengths, key_value_seq_lengths=lengths, return_residual=True,
+        )  # fmt: skip
+
+    def arrays(b, t, s, make):
+        shapes = (b, t, 4, D), (b, s, 2, D), (b, s, 2, D), (1, 4, t, s)
+        floats = [make(shape, jnp.float32) for shape in shapes]
+        return *floats, make((b, 1, 1, s), bool), make((b,), jnp.int32), make((), jnp.float32)
+
+    symbolic = arrays(*export.symbolic_shape("b,t,s"), jax.ShapeDtypeStruct)
+    program = export.export(jax.jit(call))(*symbolic)
+    for sizes in (2, 5, 7), (3, 4, 9):
+        own = arrays(*sizes, lambda shape, dtype: (3 * normal(0, *shape)).astype(dtype))
+        jax.tree.map(close, program.call(*own), call(*own))
+
+
+# cuDNN: no GPU here, so why it cannot serve, and what is handed to it.
+
+
+def gpu(capability="9.0", version="PJRT C API\ncuda 12080"):
+    client = SimpleNamespace(platform_version=version)
+    return SimpleNamespace(platform="gpu", client=client, compute_capability=capability)
+
+
+@pytest.mark.parametrize(
+    "reason, options",
+    [
+        (None, {}),
+        (None, {"shape": (2, 6, 4, 256)}),
+        (None, {"window": (3, 0), "shape": (2, 5, 4, 64)}),
+        (None, {"window": (3, 2), "is_causal": True, "shape": (2, 5, 4, 64)}),
+        (None, {"bias": True, "scale": 0.3, "dtype": "float16"}),
+        ("no NVIDIA GPU: its backend is cpu", {"device": jax.devices("cpu")[0]}),
+        ("no NVIDIA GPU: its backend is gpu", {"device": gpu("90", "PJRT C API\nrocm 60300")}),
+        ("float16 and bfloat16, got float32", {"dtype": "float32"}),
+        ("at most 128 .* got 256", {"shape": (2, 6, 4, 256), "device": gpu("8.9")}),
+        ("multiple of 8 .* got 12", {"shape": (2, 6, 4, 12)}),
+        ("at most 256 .* got 264", {"shape": (2, 6, 4, 264), "device": gpu("10.3")}),
+        ("value .* 64; got 32", {"value_dim": 32}),
+        ("even T and S only, got 5 and 5", {"mask": True, "shape": (2, 5, 4, 64)}),
+        ("window to the right .* got 5 and 5", {"window": (3, 1), "shape": (2, 5, 4, 64)}),
+        ("not by dropout_rng", {"dropout_rate": 0.1}),
+        ("module is to sow", {"weights": True}),
+        ("symbolic", {"shape": (*export.symbolic_shape("b"), 6, 4, 64)}),
+    ],
+)  # fmt: skip
+def test_why_cudnn_cannot_serve(reason, options):
+    options = {"shape": (2, 6, 4, 64), "dtype": "bfloat16", "device": gpu(), **options}
+    shape, dtype = options.pop("shape"), jnp.dtype(options.pop("dtype"))
+    query = jax.ShapeDtypeStruct(shape, dtype)
+    value = jax.ShapeDtypeStruct((*shape[:-1], options.pop("value_dim", shape[-1])), dtype)
+    pairs = [options.pop(name, None) for name in ("bias", "mask")]
+    got = vendor.cudnn_unsupported(query, query, value, *pairs, **options)
+    if reason is None:
+        assert got is None
+    else:
+        assert got and "\n" not in got
+        assert re.search(reason, got)
+
+
+@pytest.fixture
+def handed(monkeypatch):
+    """What is handed to cuDNN by way of jax.nn; its plain program answers, with masks filled in."""
+    calls, plain = [], jax.nn.dot_product_attention
+
+    def fused(query, key, value, bias, mask, *, implementation, **options):
+        assert implementation == "cudnn"
+        calls.append({"bias": bias, "mask": mask, **options})
+        return plain(query, key, value, bias, mask, **options)
+
+    def unsupported(*arrays_and_device, **options):
+        return on_device(*arrays_and_device[:-1], gpu(), **options)
+
+    on_device = vendor.cudnn_unsupported
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    monkeypatch.setattr(vendor, "cudnn_unsupported", unsupported)
+    return calls
+
+
+SMALL = [normal(n, 2, t, h, 8, dtype="bfloat16") for n, t, h in ((0, 6, 4), (1, 8, 2), (2, 8, 2))]
+ROWS = np.arange(6)[:, None] != 2  # query 2 sees nothing
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"is_causal": True, "scale": np.float32(0.3)}, {"is_causal": True, "scale": 0.3}),
+        ({"local_window_size": (2, 0)}, {"is_causal": True, "local_window_size": (2, 0)}),
+        (
+            {"local_window_size": 2, "is_causal": True, "key_value_seq_lengths": np.array([3, 0])},
+            {"is_causal": True, "local_window_size": (2, 0)},
+        ),
+        ({"local_window_size": 1, "mask": ROWS}, {"local_window_size": None, "is_causal": False}),
+        ({"bias": normal(3, 1, 4, 6, 8), "mask": ROWS, "query_seq_lengths": np.array([1, 6])}, {}),
+    ],
+    ids=["causal", "window", "lengths", "mask", "bias"],
+)
+def test_cudnn(handed, options, expected):
+    """To our contracts: rows without keys are absent, whatever the padding holds."""
+    arrays = [np.array(x) for x in SMALL]
+    if "key_value_seq_lengths" in options:
+        arrays[1][0, 3:] = arrays[2][0, 3:] = np.nan
+
+    def run(implementation):
+        def call(*arrays):
+            out, lse = dot_product_attention(
+                *arrays, **options, return_residual=True, implementation=implementation
+            )
+            real = jnp.where(jnp.isfinite(lse), lse, 0)
+            return jnp.sum(out.astype("float32") ** 2) + real.sum(), (out, lse)
+
+        (_, aux), gradients = jax.jit(jax.value_and_grad(call, (0, 1, 2), has_aux=True))(*arrays)
+        return *aux, *gradients
+
+    got, want = run("cudnn"), run(None)
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        np.testing.assert_array_equal((ours == 0).all(-1), (theirs == 0).all(-1))
+        close(ours, theirs, 0.07)
+    (call, *_) = handed
+    assert "mask" not in options or call["mask"].shape == (2, 4, 6, 8)
+    assert call["bias"] is None or call["bias"].dtype == jnp.bfloat16
+    for name, value in expected.items():
+        assert call[name] == pytest.approx(value) if name == "scale" else call[name] == value
+
+
+def test_cudnn_refuses_before_it_runs(handed):
+    """What `attend` refuses, and the gradient of a bias that cuDNN would get wrong."""
+    run = functools.partial(dot_product_attention, *SMALL, implementation="cudnn")
+    with pytest.raises(ValueError, match=r"bias must broadcast .* got \(6, 2\)"):
+        run(np.ones((6, 2), np.float32))
+    assert not handed
+    bias = normal(3, 2, 1, 6, 8)
+    with pytest.raises(ValueError, match="no gradient of a bias"):
+        jax.grad(lambda bias: run(bias).sum().astype(float))(bias)
+    one = jax.grad(lambda bias: run(bias).sum().astype(float))(bias[:1])
+    assert one.shape == (1, 1, 6, 8) and one.any()
+    empty = np.zeros((0, 6, 4, 8), jnp.bfloat16)
+    assert dot_product_attention(empty, empty, empty, implementation="cudnn").shape == empty.shape
 
 
 # Flax.
@@ -323,19 +628,85 @@ def test_linen_in_bfloat16():
     close(out, own.apply(variables, X), 0.05)
 
 
+def test_linen_sows_in_the_dtype_of_the_module():
+    module = linen(dot_product_attention, dtype=jnp.bfloat16)
+
+    def sown(x):
+        variables = module.init(jax.random.key(0), x)
+        return module.apply(variables, x, sow_weights=True, mutable=["intermediates"])[1]
+
+    (weights,) = jax.eval_shape(sown, X)["intermediates"]["attention_weights"]
+    assert weights.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("module", [nn.MultiHeadDotProductAttention, nn.MultiHeadAttention])
+@pytest.mark.parametrize(
+    "message, options",
+    [
+        ("precision=highest", {"precision": "highest"}),
+        (
+            "qk_attn_weights_einsum",
+            {
+                "qk_attn_weights_einsum_cls": lambda: jnp.einsum,
+                "attn_weights_value_einsum_cls": lambda: jnp.einsum,
+            },
+        ),
+    ],
+)
+def test_linen_options_that_would_be_dropped(module, message, options):
+    ours = module(num_heads=2, qkv_features=8, attention_fn=dot_product_attention, **options)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(ours.init, jax.random.key(0), X)
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_linen_broadcasts_dropout(broadcast):
+    """By default, as Flax does: equal examples then come out equal."""
+    module = linen(dot_product_attention, dropout_rate=0.5, broadcast_dropout=broadcast)
+    x = np.repeat(X[:1], 3, 0)
+    variables = jax.jit(linen().init)(jax.random.key(0), x)
+    rngs = {"dropout": jax.random.key(1)}
+    out = module.apply(variables, x, deterministic=False, rngs=rngs)
+    assert (abs(out - out[:1]).max() < 1e-6) == broadcast
+
+
+def nnx_module(**options):
+    options = {"decode": False, "rngs": nnx.Rngs(0), **options}
+    return nnx.MultiHeadAttention(num_heads=2, in_features=6, qkv_features=8, **options)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_nnx(is_causal):
-    """Its module passes arguments that are Flax's own; leave them out and ours serves."""
-
-    def attention_fn(*args, broadcast_dropout, dtype, precision, **kwargs):
-        assert dtype is None and precision is None
-        return dot_product_attention(*args, **kwargs)
-
-    def module(**kwargs):
-        return nnx.MultiHeadAttention(
-            num_heads=2, in_features=6, qkv_features=8, decode=False, rngs=nnx.Rngs(0), **kwargs
-        )
-
-    own, ours = module(), module(attention_fn=attention_fn)
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 1, "normalize_qk": True}], ids=str)
+def test_nnx(is_causal, options):
+    """Its module is served as it is."""
+    own = nnx_module(**options)
+    ours = nnx_module(attention_fn=dot_product_attention, **options)
     mask = MASK[..., :5]
     close(ours(X, mask=mask, is_causal=is_causal), own(X, mask=mask, is_causal=is_causal))
+
+
+def test_nnx_decodes():
+    """Step by step through Flax's cache, with its own attention and with ours."""
+    own, ours = nnx_module(decode=True), nnx_module(decode=True, attention_fn=dot_product_attention)
+    for module in own, ours:
+        module.init_cache(X.shape)
+    for t in range(2):
+        close(ours(X[:, t : t + 1]), own(X[:, t : t + 1]))
+
+
+def test_nnx_sows_and_drops():
+    """The weights before dropout, in the module's dtype; equal examples are dropped alike."""
+    x = np.repeat(X[:1], 3, 0)
+    options = {"dtype": jnp.bfloat16, "dropout_rate": 0.5}
+    module = nnx_module(attention_fn=dot_product_attention, **options)
+
+    @nnx.capture(nnx.Intermediate)
+    def forward(module, x):
+        return module(x, deterministic=False, sow_weights=True)
+
+    out, state = forward(module, x)
+    (weights,) = state["attention_weights"]
+    assert weights.shape == (3, 2, 5, 5) and weights.dtype == jnp.bfloat16
+    close(weights.sum(-1), 1, 0.02)
+    close(out, np.broadcast_to(out[:1], out.shape))
+    assert (abs(out - module(x, deterministic=True)) > 1e-2).any()

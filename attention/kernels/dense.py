@@ -16,9 +16,9 @@ from attention.normalizers import logsumexp
 from attention.parts import Array, Params, Tile, accumulator
 
 
-def unsupported(aux: tuple[str, ...]) -> str | None:
-    """Why this kernel cannot serve a call that asks for such aux: it always can."""
-    del aux
+def unsupported(query: Array, key: Array, aux: tuple[str, ...]) -> str | None:
+    """Why this kernel cannot serve such arrays and aux: it always can."""
+    del query, key, aux
     return None
 
 
@@ -142,7 +142,7 @@ def attend_rows(
     aux: tuple[str, ...] = (),
 ) -> tuple[Array, dict[str, Array]]:
     """`attend_head` of any rows, and of all the columns that they may see, once prepared."""
-    shape = (len(tile.query_index), len(tile.key_index))
+    shape = (*tile.query_index.shape, *tile.key_index.shape)
     visible = jnp.broadcast_to(mechanism.mask.tile(tile), shape)
     if mask is not None:
         visible &= mask
@@ -208,8 +208,11 @@ def drop(weights: Array, dropout_key: Array, rate: float, tile: Tile) -> Array:
 
     Which are dropped is a function of key, row and column, of no tiling.
     """
+    threshold = round(rate * 2**32)
+    if threshold == 2**32:
+        return jnp.zeros_like(weights)
     fold = jax.random.fold_in
     by_row = jax.vmap(fold, (None, 0))(dropout_key, tile.query_index)
     by_pair = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(by_row, tile.key_index)
     bits = jax.random.key_data(by_pair)[..., 0]
-    return jnp.where(bits >= jnp.uint32(round(rate * 2**32)), weights / (1 - rate), 0)
+    return jnp.where(bits >= jnp.uint32(threshold), weights / (1 - rate), 0)

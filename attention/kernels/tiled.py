@@ -26,6 +26,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 from attention.kernels import blocks, dense
 from attention.kernels.tuned import tuned
@@ -34,17 +35,24 @@ from attention.normalizers import Softmax
 from attention.parts import EMPTY, Array, OnlineNormalizer, Params, Tile
 
 
-def unsupported(aux: tuple[str, ...]) -> str | None:
-    """Why this kernel cannot serve a call that asks for such aux, or None."""
+def unsupported(query: Array, key: Array, aux: tuple[str, ...]) -> str | None:
+    """Why this kernel cannot serve such arrays and aux, or None."""
+    sizes = (*query.shape[-3:], *key.shape[-3:])
+    if any(map(is_symbolic_dim, sizes)):
+        return (
+            "its blocks are laid out while tracing, so only batch axes can be symbolic; got query "
+            f"{query.shape}, key {key.shape}"
+        )
     if "weights" in aux:
         return "the aux 'weights' are all T·S numbers; 'row_weights' are some"
     return None
 
 
 def faster_than_dense(mechanism: Mechanism, query: Array, key: Array) -> tuple[bool, str]:
-    """Whether this kernel is the faster one for such arrays, and why."""
+    """Whether this kernel is the faster one for such arrays, and why; a symbolic batch counts 1."""
     *batch, T, H, D = query.shape
-    size = math.prod(batch) * H * T * key.shape[-3]
+    examples = math.prod(1 if is_symbolic_dim(n) else n for n in batch)
+    size = examples * H * T * key.shape[-3]
     above = tuned().tiled_above
     if size > above / 1024:  # else no score is wide enough
         size *= blocks.numbers_per_pair(mechanism, H, D)
@@ -57,15 +65,15 @@ def examples_at_once(mechanism: Mechanism, query: Array, key: Array) -> int:
     """Of how many examples tiles are computed together, by a vmap; a loop goes over the others.
 
     query [B, T, H, D], key [B, S, K, D]. On a CPU as many as fit the cache, for small operations
-    leave cores idle. And what blocks to visit is told for one example at a time, should it depend
-    on data.
+    leave cores idle; of a symbolic B, one. And what blocks to visit is told for one example at a
+    time, should it depend on data.
     """
     B, T, H, D = query.shape
     if mechanism.mask.needs:
         return 1
     if jax.default_backend() != "cpu":
         return B
-    if blocks.numbers_per_pair(mechanism, H, D) > 4:
+    if is_symbolic_dim(B) or blocks.numbers_per_pair(mechanism, H, D) > 4:
         return 1
     numbers = H * min(T, 512) * min(key.shape[1], 512)
     most = max(1, min(B, _CACHED // numbers))

@@ -279,7 +279,8 @@ class ReadLast(nn.Module):
         """x [B, T, M], a context of `keep` -> [B, T, M]."""
         last, weights = context["last"], context["weights"]
         shape = (len(weights), 1, x.shape[1], weights.shape[1])
-        self.sow("intermediates", "weights", jnp.broadcast_to(weights[:, None, None], shape))
+        weights = jnp.broadcast_to(weights[:, None, None], shape)
+        self.sow("intermediates", "weights", weights.astype(x.dtype))
         return jnp.broadcast_to(last[:, None], x.shape)
 
 
@@ -368,7 +369,7 @@ class SingleHead(nn.Module):
         out = decoding.attend(mechanism, self.learned, context, query[:, :, None], **seen, **data)
         if sow:
             out, aux = out
-            self.sow("intermediates", "weights", aux["weights"])
+            self.sow("intermediates", "weights", aux["weights"].astype(self.dtype))
         return out[:, :, 0].astype(self.dtype)
 
     def _features(self, query, key):

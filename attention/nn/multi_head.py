@@ -43,7 +43,7 @@ class MultiHeadAttention(nn.Module):
 
     Self-attention (c = x) or cross-attention (another c). The mechanism's learned arrays are the
     parameter tree 'mechanism'. When the collection 'intermediates' is mutable, the weights
-    [..., H, T, S] are sown there as 'weights'.
+    [..., H, T, S] are sown there as 'weights', in the dtype of the computation.
 
     Attributes:
       num_heads: H.
@@ -123,7 +123,8 @@ class MultiHeadAttention(nn.Module):
             out = attend(self.mechanism, parts.mechanism, query, key, value, **options)
         if sow:
             out, aux = out
-            self.sow("intermediates", "weights", *aux.values())
+            (weights,) = aux.values()
+            self.sow("intermediates", "weights", weights.astype(query.dtype))
         out = parts.out(out.reshape(*out.shape[:-2], -1))
         return out if cache is None else (out, cache)
 
