@@ -79,8 +79,8 @@ class Finding:
       claim: it.
       difference, interval: mean of right − left over seeds, half width of its 95% interval.
       verdict: 'holds' or 'contradicted' where the one-sided p of the claim or of its opposite is
-        below 0.05 after Holm's correction for all claims of the sweep; 'open' where the seeds tell
-        neither; 'missing' where a cell has no result.
+        below 0.05 after Holm's correction for all claims of the sweep; 'open' where neither is
+        significant; 'missing' where a cell has no result.
       p: the one that decided, else that of the claim.
       seeds: how many pairs there were.
     """
@@ -122,7 +122,7 @@ def test(
 def _p(claim, difference):
     if claim.kind == "less":
         return statistics.one_sided(difference, claim.margin)
-    # Both tests must tell: of a mean above −margin, and of one below margin.
+    # Both tests must be significant: of a mean above −margin, and of one below margin.
     return max(statistics.one_sided(d, -claim.margin) for d in _both_ways(difference))
 
 
@@ -130,7 +130,7 @@ def _p_against(claim, difference):
     forth, back = _both_ways(difference)
     if claim.kind == "less":
         return statistics.one_sided(back, -claim.margin)
-    # Either may tell, so both count.
+    # Either may be significant, so both count.
     return min(1.0, 2 * min(statistics.one_sided(d, claim.margin) for d in (forth, back)))
 
 

@@ -1,4 +1,4 @@
-"""Figures of a run directory: learning curves, one plot an axis, attention maps.
+"""Figures of a run directory: plots and learning curves by axis, costs, attention maps.
 
 Every function returns a `matplotlib.figure.Figure` of its own: nothing here touches pyplot or
 leaves global state behind. `render` makes PNG and PDF of it for papers, and SVG for the report,
@@ -9,6 +9,7 @@ import contextlib
 import io
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
 
 INK = "#1b1e23"
 COLORS = {"better": "#1b7fc4", "worse": "#d1580f", "": "#858b95"}
-# Okabe and Ito's eight, told apart by colour-blind readers, evened out for light and dark pages.
+# Okabe and Ito's eight, for colour-blind readers, too; evened out for light and dark pages.
 LINES = ["#0f7fc1", "#e29a08", "#0c9c73", "#d6589f", "#55b1e3", "#d1580f", "#8d6cc9", "#a49a1a"]
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
+WIDTH = 4.4
+"""Inches of a figure of one panel: a third of a page, and still legible on a telephone."""
 _STYLE = {
     "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
+    "axes.titlesize": 11,  # not bold: a second font makes a PDF half as slow again to write
     "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -45,49 +47,45 @@ _STYLE = {
 }
 
 
-def learning_curves(experiment: results.Experiment, base: str) -> "Figure":
-    """The primary metric against steps: a panel an axis, the base cell's curve in each.
+def learning_curves(experiment: results.Experiment, base: str, axis: str) -> "Figure":
+    """The primary metric against steps, of the base cell and the cells of an axis ('' for none).
 
     Lines are means over seeds, bands reach from the lowest to the highest seed. In the SVG what
-    belongs to a cell has an id '<kind>|<cell>|<panel>', the kinds being 'line', 'band', 'handle'
+    belongs to a cell has an id '<kind>|<cell>|<axis>', the kinds being 'line', 'band', 'handle'
     and 'label' (of the legend), by which a page can hide it. Validation where
     it was logged, else training. Of a metric where lower is better the view is fitted to the
-    second half of training: the fall before it would leave no room to tell the cells apart.
+    second half of training: the fall before it would leave no room for the differences of cells.
     """
-    axes = experiment.axes(base) or [""]
-    counts = [len(experiment.group(base, axis or None)) for axis in axes]
-    heights = [max(2.5, 0.7 + 0.2 * count) for count in counts]  # of the legends
-    points = max(20, min(200, 6000 // max(1, sum(counts))))
+    shown = sum(len(experiment.group(base, axis)) for axis in experiment.axes(base) or [""])
+    points = max(20, min(200, 6000 // max(1, shown)))  # so that a page of many cells stays small
+    # The metric is that of the whole group, so that all its figures show the same.
     metric, lower, curves = _curves(experiment.group(base), points)
+    group = experiment.group(base, axis)
+    variants = [cell.id for cell in group if cell.axis is not None]
+    lines: list[Any] = []
+    names: list[tuple[str, str]] = []
+    limits = []
     with paper_style():
-        figure = new_figure(10, 0.5 + sum(heights))
-        ratios = {"height_ratios": heights}
-        panels = figure.subplots(len(axes), 1, sharex=True, squeeze=False, gridspec_kw=ratios)[:, 0]
-        for number, (panel, axis) in enumerate(zip(panels, axes, strict=True)):
-            lines: list[Any] = []
-            names: list[tuple[str, str]] = []
-            limits = []
-            group = experiment.group(base, axis)
-            variants = [cell.id for cell in group if cell.axis is not None]
-            for cell in (cell for cell in group if cell.id in curves):
-                steps, values = curves[cell.id]
-                id = f"{cell.id}|{number}"
-                base_name = _base_name(experiment, base, axis)
-                names.append((base_name if cell.axis is None else str(cell.value), id))
-                style = _style(cell, variants)
-                mean = values.mean(axis=1)
-                lines += panel.plot(steps, mean, gid=f"line|{id}", **style)
-                if values.shape[1] > 1:
-                    low, high = values.min(axis=1), values.max(axis=1)
-                    soft = {"color": style["color"], "alpha": 0.13, "lw": 0}
-                    panel.fill_between(steps, low, high, gid=f"band|{id}", **soft)
-                limits.append(mean[steps >= 0.5 * steps[-1]] if lower else mean)
-            _zoom(panel, limits)
-            panel.set(title=_plain(axis), ylabel=_plain(metric))
-            panel.grid(color=INK, alpha=0.12, linewidth=0.6)
-            if lines:
-                _switches(panel, lines, names)
-        panels[-1].set_xlabel("step")
+        figure = new_figure(WIDTH, 2.6)
+        panel = figure.subplots()
+        for cell in (cell for cell in group if cell.id in curves):
+            steps, values = curves[cell.id]
+            id = f"{cell.id}|{axis}"
+            base_name = _base_name(experiment, base, axis)
+            names.append((base_name if cell.axis is None else str(cell.value), id))
+            style = _style(cell, variants)
+            mean = values.mean(axis=1)
+            lines += panel.plot(steps, mean, gid=f"line|{id}", **style)
+            if values.shape[1] > 1:
+                low, high = values.min(axis=1), values.max(axis=1)
+                soft = {"color": style["color"], "alpha": 0.13, "lw": 0}
+                panel.fill_between(steps, low, high, gid=f"band|{id}", **soft)
+            limits.append(mean[steps >= 0.5 * steps[-1]] if lower else mean)
+        _zoom(panel, limits)
+        panel.set(title=_plain(axis), xlabel="step", ylabel=_plain(metric))
+        panel.grid(color=INK, alpha=0.12, linewidth=0.6)
+        if lines:
+            _switches(figure, lines, names)
     return figure
 
 
@@ -99,28 +97,42 @@ def _style(cell: results.Cell, variants: Sequence[str]) -> dict[str, Any]:
     return {"color": LINES[i], "linewidth": 1.5, "linestyle": _DASHES[turn % len(_DASHES)]}
 
 
-def _switches(panel: "Axes", lines: Sequence[Any], names: Sequence[tuple[str, str]]) -> None:
-    """A legend of lines, by (name, id), beside the panel; a page can make it toggle them."""
-    outside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.03)}
-    plain = [_plain(_short(name)) for name, _ in names]
-    legend = panel.legend(lines, plain, handlelength=1.6, **outside)
+def _switches(figure: "Figure", lines: Sequence[Any], names: Sequence[tuple[str, str]]) -> None:
+    """A legend of lines, by (name, id); a page can make it toggle them."""
+    legend = legend_below(figure, lines, [_short(name) for name, _ in names])
     parts = zip(names, legend.legend_handles, legend.get_texts(), strict=True)
     for (_, id), handle, label in parts:
         handle.set_gid(f"handle|{id}")
         label.set_gid(f"label|{id}")
 
 
+def legend_below(figure: "Figure", lines: Sequence[Any], names: Sequence[str]) -> Any:
+    """A legend below all panels, for which the figure grows: they keep the whole width."""
+    plain = [wrapped(name, 54) for name in names]
+    longest = max(len(line) for name in plain for line in name.splitlines())
+    columns = max(1, min(4, 60 // (6 + longest)))
+    rows = sum(name.count("\n") for name in plain) + math.ceil(len(plain) / columns)
+    figure.set_figheight(figure.get_figheight() + 0.19 * rows)
+    where = {"loc": "outside lower left", "ncols": columns}
+    return figure.legend(lines, plain, handlelength=1.6, fontsize=8, **where)
+
+
+def wrapped(text: str, width: int) -> str:
+    """`text` as Matplotlib draws it literally, in lines of at most `width` characters."""
+    return textwrap.fill(_plain(text), width)
+
+
 def axis_plot(experiment: results.Experiment, base: str, axis: str) -> "Figure":
     """Each value of an axis: mean (dot), 95% interval (line) and single seeds (faint dots).
 
     A dashed line marks the mean of the base cell. Blue is better and orange worse than the base
-    where the paired difference is told from none after Holm's correction, grey is neither.
+    where the paired difference is significant (p < 0.05, Holm), grey is neither.
     """
     group = experiment.group(base, axis)
     rows = [row for row in results.summarize(experiment) if row.cell in group]
     title = next((results.metric_title(rows).split(",")[0] for row in rows if row.reported), "")
     with paper_style():
-        figure = new_figure(6.2, 0.85 + 0.3 * len(rows))
+        figure = new_figure(WIDTH, 0.85 + 0.3 * len(rows))
         panel = figure.subplots()
         for y, row in enumerate(rows):
             estimate = row.reported
@@ -148,7 +160,7 @@ def axis_plot(experiment: results.Experiment, base: str, axis: str) -> "Figure":
         names = [str(row.cell.value) for row in rows]
         if rows and rows[0].cell.axis is None:
             names[0] = _base_name(experiment, base, axis)
-        panel.set_yticks(range(len(rows)), [_plain(name) for name in names])
+        panel.set_yticks(range(len(rows)), [_plain(_short(name)) for name in names])
         panel.set_ylim(len(rows) - 0.4, -0.6)
         panel.set(title=_plain(axis), xlabel=_plain(title))
         panel.grid(axis="x", color=INK, alpha=0.12, linewidth=0.6)
@@ -157,53 +169,44 @@ def axis_plot(experiment: results.Experiment, base: str, axis: str) -> "Figure":
     return figure
 
 
-def cost_plot(experiment: results.Experiment, base: str) -> "Figure | None":
-    """The reported metric against what a cell costs: parameters, milliseconds a step, memory.
+def cost_plot(experiment: results.Experiment, base: str, cost: str) -> "Figure | None":
+    """The reported metric against one of `results.COSTS` of a cell.
 
     Dots are means over seeds with their 95% intervals. Those that no cheaper cell is as good as are
-    joined and named, and so is the base. None where no cell is done, panels only for costs that
-    differ by more than 1%. A dot's id in the SVG is 'cost|<cell>|<panel>'.
+    joined and named, and so is the base. None where no cell is done, where one has no such cost,
+    and where all have the same within 1%. A dot's id in the SVG is 'cost|<cell>|<cost>'.
     """
     rows = [row for row in results.summarize(experiment) if row.cell.base == base and row.reported]
-    if not rows:
-        return None
-    costs = {}
-    for name, cost in results.COSTS.items():
-        found = {row.cell.id: cost(row.cell.result) for row in rows}
-        if None not in found.values() and max(found.values()) > 1.01 * min(found.values()):
-            costs[name] = found
-    if not costs:
+    found = {row.cell.id: results.COSTS[cost](row.cell.result) for row in rows}
+    values = list(found.values())
+    if not rows or None in values or max(values) <= 1.01 * min(values):
         return None
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     lower = rows[0].cell.result["lower_is_better"]
+    best = _front([(found[row.cell.id], row.reported.mean) for row in rows], lower)
     with paper_style():
-        figure = new_figure(3.3 * len(costs) + 0.6, 3.1)
-        panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
-        for number, (panel, (name, found)) in enumerate(zip(panels, costs.items(), strict=True)):
-            best = _front([(found[row.cell.id], row.reported.mean) for row in rows], lower)
-            for i, row in enumerate(rows):
-                color = INK if row.cell.axis is None else COLORS[row.verdict]
-                interval = 0 if math.isnan(row.reported.interval) else row.reported.interval
-                place = found[row.cell.id], row.reported.mean
-                gid = f"cost|{row.cell.id}|{number}"
-                panel.errorbar(*place, yerr=interval, color=color, lw=1, alpha=0.6)
-                panel.plot(*place, "o", color=color, markersize=5, gid=gid)
-                if i in best or row.cell.axis is None:
-                    text = "base" if row.cell.axis is None else str(row.cell.value)
-                    where = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7}
-                    panel.annotate(_plain(text), place, **where)
-            steps = [(found[rows[i].cell.id], rows[i].reported.mean) for i in best]
-            panel.plot(*zip(*steps, strict=True), color=INK, lw=0.8, alpha=0.5, ls=":", zorder=0)
-            values = list(found.values())
-            if min(values) > 0 and max(values) > 20 * min(values):
-                panel.set_xscale("log")
-            else:
-                panel.xaxis.set_major_locator(MaxNLocator(4))
-                panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-            panel.set_xlabel(name)
-            panel.grid(color=INK, alpha=0.12, linewidth=0.6)
-        panels[0].set_ylabel(_plain(rows[0].metric))
+        figure = new_figure(WIDTH, 3.1)
+        panel = figure.subplots()
+        for i, row in enumerate(rows):
+            color = INK if row.cell.axis is None else COLORS[row.verdict]
+            interval = 0 if math.isnan(row.reported.interval) else row.reported.interval
+            place = found[row.cell.id], row.reported.mean
+            panel.errorbar(*place, yerr=interval, color=color, lw=1, alpha=0.6)
+            panel.plot(*place, "o", color=color, markersize=5, gid=f"cost|{row.cell.id}|{cost}")
+            if i in best or row.cell.axis is None:
+                text = "base" if row.cell.axis is None else _short(str(row.cell.value))
+                where = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7}
+                panel.annotate(_plain(text), place, **where)
+        steps = [(found[rows[i].cell.id], rows[i].reported.mean) for i in best]
+        panel.plot(*zip(*steps, strict=True), color=INK, lw=0.8, alpha=0.5, ls=":", zorder=0)
+        if min(values) > 0 and max(values) > 20 * min(values):
+            panel.set_xscale("log")
+        else:
+            panel.xaxis.set_major_locator(MaxNLocator(4))
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.set(xlabel=cost, ylabel=_plain(rows[0].metric))
+        panel.grid(color=INK, alpha=0.12, linewidth=0.6)
     return figure
 
 
@@ -215,7 +218,7 @@ def split_plot(experiment: results.Experiment, base: str) -> "Figure | None":
     if not names:
         return None
     with paper_style():
-        figure = new_figure(8, max(3.0, 0.7 + 0.2 * len(rows)))
+        figure = new_figure(WIDTH, 2.6)
         panel = figure.subplots()
         lines = []
         variants = [row.cell.id for row in rows if row.cell.axis is not None]
@@ -233,7 +236,7 @@ def split_plot(experiment: results.Experiment, base: str) -> "Figure | None":
         panel.set_xticks(range(len(names)), [_plain(name.rpartition("/")[0]) for name in names])
         panel.set_ylabel(_plain(names[0].rpartition("/")[2]))
         panel.grid(color=INK, alpha=0.12, linewidth=0.6)
-        _switches(panel, lines, [(row.cell.label, f"{row.cell.id}|split") for row in rows])
+        _switches(figure, lines, [(row.cell.label, f"{row.cell.id}|split") for row in rows])
     return figure
 
 
@@ -278,14 +281,18 @@ def score_maps(
 
 
 def of_report(experiment: results.Experiment) -> Iterator[tuple[str, "Figure"]]:
-    """The figures that the report shows: `<base>-curves`, `<base>-by-<axis>`, `<base>-cost`,
-    `<base>-by-split`."""
+    """The figures that the report shows: `<base>-by-<axis>`, `<base>-curves-<axis>`,
+    `<base>-cost-<cost>`, `<base>-by-split`; without an axis `<base>-curves`."""
     for base in experiment.bases():
-        yield f"{base}-curves", learning_curves(experiment, base)
-        for axis in experiment.axes(base):
+        axes = experiment.axes(base)
+        for axis in axes:
             yield f"{base}-by-{axis}", axis_plot(experiment, base, axis)
-        if figure := cost_plot(experiment, base):
-            yield f"{base}-cost", figure
+            yield f"{base}-curves-{axis}", learning_curves(experiment, base, axis)
+        if not axes:
+            yield f"{base}-curves", learning_curves(experiment, base, "")
+        for cost in results.COSTS:
+            if figure := cost_plot(experiment, base, cost):
+                yield f"{base}-cost-{cost}", figure
         if figure := split_plot(experiment, base):
             yield f"{base}-by-split", figure
 
@@ -305,8 +312,9 @@ def render(figure: "Figure", kinds: Sequence[str] = ("png", "pdf", "svg")) -> di
     with paper_style(), warnings.catch_warnings():
         # A token in a script that the font lacks is drawn as a box; the SVG has the letter.
         warnings.filterwarnings("ignore", "Glyph")
-        figure.draw_without_rendering()
-        figure.set_layout_engine(None)  # the layout is settled: not again for each format
+        if layout := figure.get_layout_engine():
+            layout.execute(figure)
+            figure.set_layout_engine(None)  # it is settled: not again for each format
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         how: dict[str, dict[str, Any]] = {
             "png": {"dpi": 160, "facecolor": "white"},
@@ -375,8 +383,8 @@ def heat_maps(
             rotation = 0 if max(map(len, key)) == 1 else 90
             panel.set_xticks(range(len(key)), [_token(token) for token in key], rotation=rotation)
         for j, panel in enumerate(panels[0]):
-            panel.set_title(f"head {j + 1}", fontsize=8, fontweight="normal", loc="center")
-        figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=10, fontweight="bold")
+            panel.set_title(f"head {j + 1}", fontsize=8, loc="center")
+        figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=11)
         figure.supxlabel("key", fontsize=8)
         figure.supylabel("query", fontsize=8)
         length = min(1.0, 1.6 / (height * len(rows)))

@@ -179,9 +179,9 @@ def _group(
         "pairs": results.pairwise(rows),
         "digits": digits,
         "bootstrap": lambda ends: _bootstrap(ends, digits),
-        "axis_plots": [_inline(drawings, f"{base}-by-{axis}") for axis in axes],
-        "curves": _inline(drawings, f"{base}-curves"),
-        "cost": _inline(drawings, f"{base}-cost"),
+        "axis_plots": _inline(drawings, *(f"{base}-by-{axis}" for axis in axes)),
+        "curves": _inline(drawings, f"{base}-curves", *(f"{base}-curves-{axis}" for axis in axes)),
+        "cost_plots": _inline(drawings, *(f"{base}-cost-{cost}" for cost in results.COSTS)),
         "by_split": _inline(drawings, f"{base}-by-split"),
         "maps": maps,
         "maps_json": _json({**maps, "labels": {row.cell.id: row.cell.label for row in rows}}),
@@ -232,11 +232,11 @@ def _json(content: Any) -> Any:
     return markupsafe.Markup(json.dumps(content, allow_nan=False).replace("<", "\\u003c"))
 
 
-def _inline(drawings: Mapping[str, str], name: str) -> Any:
-    """A drawing as markup, escaped by Matplotlib; '' where there is no such figure."""
+def _inline(drawings: Mapping[str, str], *names: str) -> list[Any]:
+    """Those of the drawings that there are, as markup, escaped by Matplotlib."""
     import markupsafe
 
-    return markupsafe.Markup(drawings.get(name, ""))
+    return [markupsafe.Markup(drawings[name]) for name in names if name in drawings]
 
 
 def publish(

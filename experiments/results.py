@@ -6,7 +6,7 @@ their noise, so the paired differences usually vary less than the two means do.
 
 What is chosen is chosen by the primary metric, on validation; what is reported is the same metric
 on the test split, where there is one. A group's differences of the reported metric are one family
-of comparisons: which of them are told from none is corrected for their number (Holm).
+of comparisons: which of them are significant is corrected for their number (Holm).
 """
 
 import csv
@@ -27,8 +27,8 @@ import numpy as np
 from experiments import claims, maps, statistics, storage
 from experiments.claims import Claim
 
-# Standard deviations of the paired difference: seeds that tell only larger ones from none are too
-# few. At two, 98% of the seeds of a normal distribution are on one side of zero already.
+# Standard deviations of the paired difference: seeds with which only larger ones are significant
+# are too few. At two, 98% of the seeds of a normal distribution are on one side of zero already.
 _TOO_LARGE = 2.0
 _NAN = float("nan")
 _FACTS = ("num_params", "compile_seconds", "steps_per_second", "memory_bytes")
@@ -253,7 +253,7 @@ class Row:
 
     @property
     def significant(self) -> bool:
-        """Whether the seeds tell it from the base: a corrected p-value below 0.05."""
+        """Whether it differs from the base significantly: a corrected p-value below 0.05."""
         return self.p_holm < statistics.LEVEL
 
     @property
@@ -358,7 +358,7 @@ def too_few_seeds(rows: Sequence[Row]) -> str:
     seeds = min(len(comparison.differences) for comparison in compared)
     if seeds == 1:
         return (
-            "a single seed does not tell a difference from chance: take more seeds "
+            "one seed has no spread to test a difference by: take more seeds "
             "(--config.train.seeds=10)"
         )
     count = sum(not math.isnan(comparison.p) for comparison in compared)
@@ -368,7 +368,7 @@ def too_few_seeds(rows: Sequence[Row]) -> str:
     more = max(10, 2 * seeds)
     return (
         f"with {seeds} seeds and {count} comparison{'s' if count > 1 else ''} only differences "
-        f"above {smallest:.1f} standard deviations can be told from none: take more seeds "
+        f"above {smallest:.1f} standard deviations can be significant: take more seeds "
         f"({more} seeds: {statistics.smallest_effect(more, count):.1f})"
     )
 
@@ -430,11 +430,10 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
     gap = sign * comparison.difference
     size = f"by {plus_minus(abs(gap), comparison.interval, digits)}{unit(best.metric)}"
     if math.isnan(best.p_holm):
-        certain = "; a single seed does not tell it from chance"
+        certain = " (one seed: no test)"
     else:
-        certain = f" ({p_equals(best.p_holm)} after Holm's correction)"
-        if not best.significant:
-            certain += ", which the seeds do not tell from chance"
+        what = "significantly different" if best.significant else "no significant difference"
+        certain = f" ({what}: {p_equals(best.p_holm)}, Holm)"
     if sign * best.primary.comparison.difference >= 0:
         close = f"{'worse' if gap > 0 else 'better'} {size}{certain}"
         close = f"{value} comes closest, {close}" if gap else f"{value} equals it"
@@ -447,7 +446,7 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
         sentence = f"{value} {verb} {name} {size}{certain}: {score(best)}"
     worse = [str(row.cell.value) for row in done if row.verdict == "worse" and row is not best]
     if worse:
-        sentence += f"; clearly worse than the base: {'; '.join(worse)}"
+        sentence += f"; significantly worse than the base (p < 0.05, Holm): {'; '.join(worse)}"
     return f"{sentence}{note}."
 
 
@@ -655,8 +654,8 @@ def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
 def table(rows: Sequence[Row]) -> list[Any]:
     """One rich Table a group; see `show`, which prints them.
 
-    A star marks a difference from the base cell that is told from none after Holm's correction,
-    green where the cell is better and red where it is worse. Below the table stands whether the
+    A star marks a cell that differs significantly from the base cell (p < 0.05, Holm), green where
+    it is better and red where it is worse. Below the table stands whether the
     seeds are too few, and why its failed cells failed.
     """
     from rich import box

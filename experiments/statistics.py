@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 LEVEL = 0.05
-"""The chance of a false alarm that a test accepts."""
+"""The significance level: a test's probability of a false positive."""
 
 _NAN = float("nan")
 
@@ -149,7 +149,7 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 
 def smallest_effect(seeds: int, comparisons: int) -> float:
-    """The |d_z| from which Holm's first step tells a difference from none: t_{n−1} / √n.
+    """The |d_z| from which a difference is significant at Holm's first step: t_{n−1} / √n.
 
     t is the quantile of 1 − 0.05 / (2 · comparisons), so the smallest of the p-values is below 0.05
     after the correction.  A true effect of this size is found half of the time or so.  nan below

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from experiments import results
 
-STAR = "p < 0.05 in a paired t-test against the base, after Holm's correction"
+STAR = "significantly different from the base (paired t-test, p < 0.05, Holm)"
 
 
 def markdown(experiments: Sequence[results.Experiment]) -> str:
@@ -165,10 +165,10 @@ def _side(side):
 
 CLAIMS_NOTE = (
     "A claim holds, or is contradicted, where the paired one-sided t-test of it, or of its "
-    "opposite, has p < 0.05 after Holm's correction for all claims of the sweep; else it is open. "
-    "Holding and contradiction are two families of tests: where truth is at the margin, one of "
-    "them is told wrongly somewhere in one of ten sweeps. Equality within a margin is tested by "
-    "two such tests."
+    "opposite, has p < 0.05 after Holm's correction for all claims of the sweep; else it is open: "
+    "neither is significant. Holding and contradiction are two families of tests: where truth is "
+    "at the margin, there is a false positive in up to one of ten sweeps. Equality within a margin "
+    "is equivalence, tested by two such tests (TOST)."
 )
 
 

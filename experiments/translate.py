@@ -8,6 +8,7 @@ columns the source's; of all layers and heads, or of `--layer`, `--head` (from 1
 """
 
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from absl import flags
 
 from experiments import cli, heads, plots, results, tasks, train, trained
 from experiments.program import translator
+from experiments.tasks import textfiles
 
 
 class Translator(trained.Trained):
@@ -110,11 +112,12 @@ def main(_):
     """Translates what the flags say."""
     with cli.user_errors():
         if _TEXT.value is not None:
-            texts = _TEXT.value.splitlines()
+            text = textfiles.decode(os.fsencode(_TEXT.value), "--text")
         elif _INPUT.value is not None and _INPUT.value != "-":
-            texts = Path(_INPUT.value).read_text("utf-8").splitlines()
+            text = textfiles.read(Path(_INPUT.value))
         else:
-            texts = sys.stdin.read().splitlines()
+            text = textfiles.decode(sys.stdin.buffer.read(), "standard input")
+        texts = textfiles.lines(text)
         if not texts:
             raise ValueError(
                 "nothing to translate: give --text, --input or lines on standard input"

@@ -12,10 +12,12 @@ import threading
 import matplotlib.image
 import numpy as np
 import pytest
+import test_benchmark
 from test_explorer import keep
 from test_results import CELLS, write_run
 
 from experiments import report, results, watching
+from experiments.bench import page as bench_page
 
 pytestmark = pytest.mark.slow
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -89,10 +91,10 @@ def test_the_filter_shows_what_has_all_its_words(page):
 
 
 def test_a_name_of_the_legend_hides_its_curve(page):
-    label = page.locator("[id='label|text.score=additive|0']")
-    line = page.locator("[id='line|text.score=additive|0']")
-    other = page.locator("[id='line|text|0']")
-    band = page.locator("[id='band|text.score=additive|0']")
+    label = page.locator("[id='label|text.score=additive|score']")
+    line = page.locator("[id='line|text.score=additive|score']")
+    other = page.locator("[id='line|text|score']")
+    band = page.locator("[id='band|text.score=additive|score']")
     assert line.is_visible() and band.is_visible() and label.get_attribute("aria-checked") == "true"
     label.click()
     assert not line.is_visible() and not band.is_visible() and other.is_visible()
@@ -211,6 +213,69 @@ def test_the_page_fits_a_telephone(page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+    """The page of a benchmark with all its figures, and with long names."""
+    found = test_benchmark.results_of(*([4.0**i, 3.9**i, 4.1**i] for i in range(4)))
+    for row in found["comparisons"][0]["rows"]:
+        row["name"] = f"{row['name']} of the contenders that have rather long names, with options"
+    return bench_page.write(found, tmp_path_factory.mktemp("benchmark"))
+
+
+@pytest.fixture(params=[360, 768, 1300, 2560])
+def width(request):
+    """Pixels: of a telephone, a tablet, a laptop's window, a large screen."""
+    return request.param
+
+
+@pytest.fixture(params=["report", "benchmark"])
+def sized(request, width, browser, run, benchmark):
+    """A page in a window of some width."""
+    found = browser.new_page(viewport={"width": width, "height": 900})
+    found.goto(f"file://{run[0] / 'report.html' if request.param == 'report' else benchmark}")
+    yield found
+    found.close()
+
+
+def test_figures_fit_their_boxes(sized, width):
+    assert sized.evaluate("document.documentElement.scrollWidth") <= width
+    figures = sized.locator("figure")
+    sizes = figures.evaluate_all("all => all.map(e => [e.scrollWidth, e.clientWidth])")
+    assert len(sizes) > 4 and all(inner <= outer for inner, outer in sizes)
+    # All that is written in a figure is inside of it, and large enough to read.
+    texts = figures.evaluate_all(
+        """all => all.flatMap(figure => {
+          const box = figure.getBoundingClientRect();
+          return [...figure.querySelectorAll("svg text")].map(text => {
+            const own = text.getBoundingClientRect();
+            return [own.left - box.left, box.right - own.right, Math.max(own.width, own.height)];
+          });
+        })"""
+    )
+    assert len(texts) > 40
+    assert all(min(left, right) >= -1 and size > 5 for left, right, size in texts)
+
+
+def test_the_page_uses_the_width_it_has(sized, width):
+    places = sized.locator("figure").evaluate_all("all => all.map(e => e.offsetTop)")
+    beside = max(map(places.count, places))
+    assert width // 900 < beside <= max(1, width // 400)
+    assert sized.locator(".figures").first.evaluate("e => e.clientWidth") > 0.9 * width - 20
+
+
+def test_tables_keep_their_first_column_in_sight(sized, width):
+    moved = sized.locator(".scroll").evaluate_all(
+        """all => all.flatMap(box => {
+          box.scrollLeft = 10000;
+          const left = box.getBoundingClientRect().left;
+          return [...box.querySelectorAll("tr > :first-child")].map(
+            cell => [box.scrollLeft, cell.getBoundingClientRect().left - left]);
+        })"""
+    )
+    assert len(moved) > 4 and max(abs(place) for _, place in moved) < 1
+    assert width > 360 or max(scrolled for scrolled, _ in moved) > 50
+
+
 def test_it_is_printed(page):
     page.emulate_media(media="print")
     page.set_viewport_size({"width": 1000, "height": 700})  # A4, landscape, within its margins
@@ -260,7 +325,7 @@ def test_a_live_page_follows_the_sweep(browser, tmp_path, monkeypatch):
         page.goto(f"http://127.0.0.1:{server.server_port}/")
         assert "2 of 3 cells done" in page.text_content("header")
         page.locator("#group1-cells th button").first.click()
-        page.locator("[id='label|text.score=additive|0']").click()
+        page.locator("[id='label|text.score=additive|score']").click()
         cell = tmp_path / "cells/text.heads=2"
         cell.mkdir()
         for name in ("config.json", "result.json"):
@@ -268,7 +333,7 @@ def test_a_live_page_follows_the_sweep(browser, tmp_path, monkeypatch):
             (cell / name).write_text(json.dumps(other))
         sync_api.expect(page.locator("header")).to_contain_text("3 of 3 cells", timeout=30_000)
         assert page.locator("#group1-cells th").first.get_attribute("aria-sort") == "ascending"
-        hidden = page.locator("[id='label|text.score=additive|0']")
+        hidden = page.locator("[id='label|text.score=additive|score']")
         assert hidden.get_attribute("aria-checked") == "false"
         (tmp_path / "sweep.json").rename(tmp_path / "kept.json")
         page.goto(f"http://127.0.0.1:{server.server_port}/?now")

@@ -1,6 +1,7 @@
 """Figures and the report of a run directory: what they show, and that they need nothing else."""
 
 import html.parser
+import pathlib
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from test_results import CELLS, DISAGREE, LONGER, SCRIPT, grid, write_run
 
 from experiments import maps, plots, report, results
 
+AXES = ["score", "heads", "position"]
 VOID = {"meta", "br", "img", "hr", "input", "link"}
 
 
@@ -151,6 +153,39 @@ def test_the_page_has_the_effects_of_a_product(tmp_path):
     assert "No analysis of variance: it needs every cell" in text
 
 
+def test_figures_are_as_wide_as_their_boxes(workdir):
+    page = (workdir / "report.html").read_text("utf-8")
+    drawings = re.findall("<svg[^>]*>", page)
+    widths = [float(re.search(r'width="([\d.]+)pt"', drawing)[1]) for drawing in drawings]
+    assert len(drawings) == 10 and all("viewBox" in drawing for drawing in drawings)
+    assert max(widths) <= 72 * plots.WIDTH < 330  # legible where it shrinks to a telephone's width
+    rules = re.findall(r"svg \{([^}]*)\}", page)
+    assert "width: 100%" in rules[0] and "height: auto" in rules[0]
+    assert "max-width: none" not in "".join(rules)
+    assert not re.search(r"<figure[^>]*scroll|figure[^}]*overflow-x", page)
+
+
+OUTDATED = (
+    r"\b(tell|told)s? (\w+ )?(apart|from)\b|\bas well( as)?\b|from chance|clearly (better|worse)"
+)
+
+
+def test_significance_is_stated_in_the_words_of_statistics(workdir, capsys):
+    """In the page, report.md, LaTeX, on the terminal, and in what is published of results."""
+    results.show(results.summarize(results.load(workdir)))
+    texts = [capsys.readouterr().out]
+    root = pathlib.Path(report.__file__).parents[1]
+    files = [workdir / "report.html", workdir / "report.md", root / "README.md"]
+    files += [*(workdir / "tables").iterdir(), *(root / "results").glob("*.md")]
+    texts += [file.read_text("utf-8") for file in files]
+    for text in texts:
+        assert re.search(OUTDATED, " ".join(text.split())) is None
+    page, markdown = texts[1:3]
+    for text in (page, markdown):
+        assert "significantly different: p = 0.007, Holm" in text
+    assert "p < 0.05, Holm" in markdown
+
+
 def test_sort_keys_are_numbers(page):
     keys = [value for name, value in page.attributes if name == "data-sort"]
     numbers = [float(key) for key in keys if key]
@@ -159,10 +194,10 @@ def test_sort_keys_are_numbers(page):
 
 def test_plots_are_there_and_not_empty(workdir):
     names = {path.name for path in (workdir / "plots").iterdir()}
-    stems = [f"text-by-{axis}" for axis in ("score", "heads", "position")]
-    stems += ["text-curves", "text-attention-maps", "text-score-maps"]
-    stems += ["recall-curves", "recall-by-position", "recall-attention-maps"]
-    stems += ["text-cost", "recall-cost"]
+    axes = [f"text-{kind}-{axis}" for kind in ("by", "curves") for axis in AXES]
+    stems = [*axes, "recall-by-position", "recall-curves-position", "text-score-maps"]
+    stems += [f"{base}-attention-maps" for base in ("text", "recall")]
+    stems += [f"{base}-cost-memory,_MiB" for base in ("text", "recall")]
     assert names == {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg", "pdf")}
     for stem in stems:
         pixels = matplotlib.image.imread(workdir / "plots" / f"{stem}.png")
@@ -183,11 +218,11 @@ def test_the_metric_on_other_splits(tmp_path, experiment):
 
 
 def test_learning_curves(experiment):
-    figure = plots.learning_curves(experiment, "text")
-    score, heads, position = figure.axes
-    assert [panel.get_title("left") for panel in figure.axes] == ["score", "heads", "position"]
-    assert score.get_ylabel() == "validation/loss" and position.get_xlabel() == "step"
-    names = [text.get_text() for text in score.get_legend().get_texts()]
+    figures = [plots.learning_curves(experiment, "text", axis) for axis in AXES]
+    score, heads, position = (panel for figure in figures for panel in figure.axes)
+    assert [panel.get_title("left") for panel in (score, heads, position)] == AXES
+    assert score.get_ylabel() == "validation/loss" and score.get_xlabel() == "step"
+    names = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert names == ["scaled_dot (base)", "additive", SCRIPT]
     base, additive, _ = score.get_lines()
     assert base.get_xdata().tolist() == [20, 40, 60, 80, 100]
@@ -202,7 +237,7 @@ def test_learning_curves(experiment):
 
 
 def test_learning_curves_of_accuracy_show_all_of_training(experiment):
-    (panel,) = plots.learning_curves(experiment, "recall").axes
+    (panel,) = plots.learning_curves(experiment, "recall", "position").axes
     low, high = panel.get_ylim()
     drawn = np.concatenate([line.get_ydata() for line in panel.get_lines()])
     assert low < drawn.min() and drawn.max() < high
@@ -214,7 +249,7 @@ def test_learning_curves_fall_back_to_training_and_need_no_seeds(tmp_path):
         path = cell.path / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(line for line in lines if "train" in line))
-    (panel,) = plots.learning_curves(experiment, "text").axes
+    (panel,) = plots.learning_curves(experiment, "text", "score").axes
     assert panel.get_ylabel() == "train/loss"
     assert len(panel.get_lines()) == 2 and not panel.collections
 
@@ -224,7 +259,7 @@ def test_long_curves_are_thinned(tmp_path):
     with open(experiment.cells[0].path / "metrics.jsonl", "w") as file:
         for step in range(5000):
             file.write(f'{{"step": {step}, "validation/loss": [1.0, NaN, {step}]}}\n')
-    (panel,) = plots.learning_curves(experiment, "text").axes
+    (panel,) = plots.learning_curves(experiment, "text", "score").axes
     steps = panel.get_lines()[0].get_xdata()
     assert len(steps) == 200 and (steps[0], steps[-1]) == (0, 4999)
 
@@ -233,14 +268,15 @@ def test_a_long_legend_has_room(tmp_path, recwarn):
     names = [f"{'long name ' * 8}{i}" for i in range(29)]
     cells = [("text", "score", name, {"model.score": name}, [2.0, 2.1, 2.2]) for name in names]
     experiment = results.load(write_run(tmp_path, [CELLS[0], *cells]))
-    figure = plots.learning_curves(experiment, "text")
+    figure = plots.learning_curves(experiment, "text", "score")
     plots.render(figure, ["png"])
-    (panel,) = figure.axes
-    box = panel.get_legend().get_window_extent()
+    (panel,), (legend,) = figure.axes, figure.legends
+    box = legend.get_window_extent()
     page = figure.bbox
     assert page.y0 <= box.y0 and box.y1 <= page.y1 and box.x1 <= page.x1
-    assert panel.get_position().width > 0.4 and not recwarn.list
-    labels = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert panel.get_position().width > 0.7 and not recwarn.list
+    assert panel.get_window_extent().height > 150  # pixels, 100 an inch
+    labels = [text.get_text() for text in legend.get_texts()]
     assert max(map(len, labels)) == 40 and len(set(labels)) == 30
 
 
@@ -396,8 +432,8 @@ assert {key: rc[key] for key in before} == before
 
 def test_cost_against_quality_joins_what_nothing_as_cheap_is_better_than(tmp_path):
     experiment = results.load(write_run(tmp_path, CELLS[:4]))  # each takes a MiB more
-    figure = plots.cost_plot(experiment, "text")
-    (panel,) = figure.axes  # parameters and steps a second are the same in all
+    assert plots.cost_plot(experiment, "text", "parameters") is None  # the same in all
+    (panel,) = plots.cost_plot(experiment, "text", "memory, MiB").axes
     assert panel.get_xlabel() == "memory, MiB" and panel.get_ylabel() == "validation/loss"
     texts = [text.get_text() for text in panel.texts]
     assert texts == ["base", "additive"]  # the base is the cheapest, additive better than all
@@ -405,15 +441,15 @@ def test_cost_against_quality_joins_what_nothing_as_cheap_is_better_than(tmp_pat
     assert front.get_xdata() == pytest.approx([41, 42])
     assert front.get_ydata() == pytest.approx([2.1, 2.0])
     higher = results.load(write_run(tmp_path / "recall", CELLS[-3:]))
-    (panel,) = plots.cost_plot(higher, "recall").axes
+    (panel,) = plots.cost_plot(higher, "recall", "memory, MiB").axes
     assert [text.get_text() for text in panel.texts] == ["base", "learned"]
     failed = results.load(write_run(tmp_path / "none", [(*CELLS[0][:4], "no")]))
-    assert plots.cost_plot(failed, "text") is None
+    assert plots.cost_plot(failed, "text", "memory, MiB") is None
 
 
 def test_what_belongs_to_a_cell_has_its_id_in_the_drawing(workdir):
-    drawing = (workdir / "plots" / "text-curves.svg").read_text("utf-8")
+    page = (workdir / "report.html").read_text("utf-8")
     for kind in ("line", "band", "handle", "label"):
-        assert drawing.count(f'id="{kind}|text|') == 3  # a panel an axis
-        assert f'id="{kind}|text.score=additive|0"' in drawing
-    assert 'id="cost|text|0"' in (workdir / "plots" / "text-cost.svg").read_text("utf-8")
+        assert page.count(f'id="{kind}|text|') == 3  # a figure an axis
+        assert page.count(f'id="{kind}|text.score=additive|score"') == 1
+    assert page.count('id="cost|text|memory, MiB"') == 1

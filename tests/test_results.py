@@ -154,7 +154,7 @@ def test_p_values_are_corrected_within_a_group(tmp_path):
 
 
 def test_a_star_is_lost_to_the_number_of_comparisons(tmp_path):
-    """−0.10, −0.08, −0.12 has p = 0.013: alone it is told from none, one of five it is not."""
+    """−0.10, −0.08, −0.12 has p = 0.013: alone it is significant, one of five it is not."""
     slight = ("text", "score", "slight", {}, [1.9, 2.02, 2.08])
     others = [("text", "score", f"x{i}", {}, [2.5, 2.1 - i / 10, 1.9]) for i in range(4)]
     alone = rows_of(results.load(write_run(tmp_path / "a", [CELLS[0], slight])))
@@ -212,7 +212,7 @@ def test_validation_chooses_and_test_is_reported(tmp_path):
     sentence = results.finding(experiment, found, "score")
     assert sentence == (
         "a did best on validation; on test it is worse than the base (scaled_dot) by "
-        "0.203 ± 0.014 nats (p < 0.001 after Holm's correction)."
+        "0.203 ± 0.014 nats (significantly different: p < 0.001, Holm)."
     )
     assert results.metric_title(found).startswith("test/loss (lower is better), mean ± 95%")
     assert "+0.203 ± 0.014 *" in text_of(found, 100)
@@ -227,7 +227,10 @@ def test_no_value_beats_the_base_on_validation(tmp_path):
     experiment = results.load(write_run(tmp_path, DISAGREE[::2]))
     sentence = results.finding(experiment, results.summarize(experiment), "score")
     assert sentence.startswith("no value beats the base (scaled_dot) on validation, test/loss 3.1")
-    assert "; b comes closest, better by 0.197 ± 0.014 nats (p < 0.001" in sentence
+    assert (
+        "; b comes closest, better by 0.197 ± 0.014 nats (significantly different: p < 0.001"
+        in sentence
+    )
 
 
 def test_a_group_is_reported_on_one_split(tmp_path):
@@ -238,18 +241,18 @@ def test_a_group_is_reported_on_one_split(tmp_path):
     assert "validation/loss (lower is better; no test split)" in results.metric_title(rows)
 
 
-def test_too_few_seeds_are_told(tmp_path, experiment):
+def test_too_few_seeds_are_warned_of(tmp_path, experiment):
     text = [row for row in results.summarize(experiment) if row.cell.base == "text"]
     # t of 2 degrees of freedom at 1 − 0.05 / 6 is 7.6488, over √3; of 9 it is 2.9333, over √10
     assert results.too_few_seeds(text) == (
         "with 3 seeds and 3 comparisons only differences above 4.4 standard deviations can be "
-        "told from none: take more seeds (10 seeds: 0.9)"
+        "significant: take more seeds (10 seeds: 0.9)"
     )
     cells = [(*cell[:4], np.arange(8.0) + i**2 * np.eye(8)[i]) for i, cell in enumerate(CELLS[:3])]
     many = results.summarize(results.load(write_run(tmp_path / "8", cells, seeds=8)))
     assert results.too_few_seeds(many) == ""
     one = results.summarize(results.load(write_run(tmp_path / "1", CELLS[:3], seeds=1)))
-    assert results.too_few_seeds(one).startswith("a single seed does not tell")
+    assert results.too_few_seeds(one).startswith("one seed has no spread to test")
     assert results.too_few_seeds(many[:1]) == results.too_few_seeds([]) == ""
 
 
@@ -457,12 +460,12 @@ def test_findings(tmp_path):
     text = [cell for cell in CELLS if cell[0] == "text"]
     found = findings(tmp_path, text)
     assert found["score"] == (
-        "additive beats the base (scaled_dot) by 0.100 ± 0.025 nats (p = 0.007 after Holm's "
-        "correction): validation/loss 2.000 ± 0.237 nats."
+        "additive beats the base (scaled_dot) by 0.100 ± 0.025 nats (significantly different: "
+        "p = 0.007, Holm): validation/loss 2.000 ± 0.237 nats."
     )
     assert found["heads"] == (
         "no value beats the base (4), validation/loss 2.100 ± 0.248 nats; 2 comes closest, worse "
-        "by 0.200 ± 0.000 nats (p < 0.001 after Holm's correction) (8 not run)."
+        "by 0.200 ± 0.000 nats (significantly different: p < 0.001, Holm) (8 not run)."
     )
     assert found["position"] == "no value has a result yet (none failed)."
 
@@ -473,10 +476,10 @@ def test_findings_name_what_is_worse_and_what_is_uncertain(tmp_path):
     diverged = ("text", "score", "general", {}, [2.0, math.nan, 2.0])
     sentence = findings(tmp_path, [CELLS[0], slight, clear, diverged])["score"]
     assert sentence.startswith("dot is ahead of the base by 0.033")
-    assert (
-        "(p = 0.667 after Holm's correction), which the seeds do not tell from chance" in sentence
+    assert "(no significant difference: p = 0.667, Holm)" in sentence
+    assert sentence.endswith(
+        "; significantly worse than the base (p < 0.05, Holm): location (general diverged)."
     )
-    assert sentence.endswith("clearly worse than the base: location (general diverged).")
 
 
 def test_findings_without_base_or_interval(tmp_path):
@@ -486,7 +489,9 @@ def test_findings_without_base_or_interval(tmp_path):
         "with."
     )
     sentence = findings(tmp_path / "b", CELLS[:2], seeds=1)["score"]
-    assert sentence.startswith("additive is ahead of the base (scaled_dot) by 0.100 nats; a single")
+    assert sentence.startswith(
+        "additive is ahead of the base (scaled_dot) by 0.100 nats (one seed: no"
+    )
     same = ("text", "score", "dot", {}, [2.0, 2.1, 2.2])
     assert "no value beats the base" in (
         text := findings(tmp_path / "c", [CELLS[0], same])["score"]
@@ -497,9 +502,9 @@ def test_findings_without_base_or_interval(tmp_path):
 def test_findings_where_higher_is_better(tmp_path):
     experiment = results.load(write_run(tmp_path, CELLS[-3:]))
     sentence = results.finding(experiment, results.summarize(experiment), "position")
-    assert sentence.startswith("learned beats the base (rope) by 0.010 ± 0.000 (p < 0.001 after")
+    assert sentence.startswith("learned beats the base (rope) by 0.010 ± 0.000 (significantly")
     assert "): validation/accuracy 0.933 ± 0.063; " in sentence
-    assert sentence.endswith("clearly worse than the base: none.")
+    assert sentence.endswith("; significantly worse than the base (p < 0.05, Holm): none.")
 
 
 def test_findings_of_claims_are_about_the_reported_metric(tmp_path):

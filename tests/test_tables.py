@@ -19,7 +19,7 @@ def test_latex_has_a_row_a_cell_and_bold_what_is_best(tmp_path):
     assert len(lines) == 1 + 4 and {line.count("&") for line in lines} == {8}
     assert r"\begin{tabular}{lrrrrrrrr}" in text
     assert r"score=additive & \textbf{2.000 $\pm$ 0.237} & $-$0.100 $\pm$ 0.025* & 0.007" in text
-    assert r"text (base) & 2.100 $\pm$ 0.248 & " in text  # told from the best
+    assert r"text (base) & 2.100 $\pm$ 0.248 & " in text  # which is the best
     assert r"score=$<$script$>$x & 2.400 $\pm$ " in text and text.count("textbf") == 1
     assert SCRIPT not in text and r"\_" in tables._escape("a_b")
 

@@ -1,9 +1,11 @@
 """Tasks: examples that depend on (seed, index) alone, right answers, no shared examples."""
 
+import bz2
 import collections
 import dataclasses
 import gzip
 import hashlib
+import lzma
 import pathlib
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import tasks
-from experiments.tasks import hashing
+from experiments.tasks import hashing, tfds_sets
 
 SYNTHETIC = ["recall", "copy", "reverse", "sort"]
 MASK = 2**64 - 1
@@ -381,21 +383,21 @@ def test_text_split_and_windows(level, tmp_path):
 def test_text_exact_window_at_the_end(tmp_path):
     # 100 bytes: 10 for validation, 9 predictions, so windows of 3 fit three times and none is lost.
     file = tmp_path / "a.txt"
-    file.write_bytes(bytes(range(100)))
+    file.write_bytes(bytes(range(1, 101)))
     task = tasks.Text(path=str(file), context=3)
     assert task.eval_splits()["validation"]["targets"].tolist() == [
-        [91, 92, 93],
-        [94, 95, 96],
-        [97, 98, 99],
+        [92, 93, 94],
+        [95, 96, 97],
+        [98, 99, 100],
     ]
 
 
 def test_text_starts_reach_both_ends_and_no_further(tmp_path):
     file = tmp_path / "a.txt"
-    file.write_bytes(bytes(range(40)))  # 36 for training
+    file.write_bytes(bytes(range(1, 41)))  # 36 for training
     task = tasks.Text(path=str(file), context=3)
     starts = task.batch(1, np.arange(3300))["inputs"][:, 0]
-    counts = np.bincount(starts)
+    counts = np.bincount(starts - 1)
     assert len(counts) == 33
     assert np.all(abs(counts - 100) < 45)
 
@@ -425,14 +427,44 @@ def test_text_of_a_folder_is_its_files_in_order(tmp_path):
     assert tokens_of(path=str(tmp_path)) == "\n".join(expected).encode()
 
 
-def test_text_compressed_or_plain_is_the_same(tmp_path):
-    text = "naïve ".encode() * 50
-    (tmp_path / "a.txt").write_bytes(text)
-    (tmp_path / "b.gz").write_bytes(gzip.compress(text))
-    plain, packed = (tasks.Text(path=str(tmp_path / name)) for name in ("a.txt", "b.gz"))
-    assert plain.fingerprint == packed.fingerprint
-    assert tokens_of(path=str(tmp_path / "b.gz")) == text
-    (tmp_path / "c.txt").write_bytes(text[:-1] + b"!")
+TEXT = "naïve\x0c\u2028\n".encode() * 50
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("b.gz", gzip.compress(TEXT)),
+        ("b.bz2", bz2.compress(TEXT)),
+        ("b.xz", lzma.compress(TEXT)),
+        ("b.txt", gzip.compress(TEXT)),
+        ("b", lzma.compress(TEXT)),
+        ("b.gz", bz2.compress(TEXT)),
+        ("b.gz", gzip.compress(gzip.compress(TEXT))),
+        ("b.txt", b"\xef\xbb\xbf" + TEXT),
+        ("b.txt", TEXT.replace(b"\n", b"\r\n")),
+        ("b.txt", TEXT.replace(b"\n", b"\r")),
+        ("b.xz", lzma.compress(b"\xef\xbb\xbf" + TEXT.replace(b"\n", b"\r\n"))),
+    ],
+)
+@pytest.mark.parametrize("level", ["byte", "char"])
+def test_text_is_the_same_however_it_is_stored(level, name, content, tmp_path):
+    (tmp_path / "a.txt").write_bytes(TEXT)
+    (tmp_path / name).write_bytes(content)
+    plain, stored = (tasks.Text(path=str(tmp_path / n), level=level) for n in ("a.txt", name))
+    assert plain.fingerprint == stored.fingerprint and plain.vocab_size == stored.vocab_size
+    if level == "byte":
+        assert tokens_of(path=str(tmp_path / name)) == TEXT
+
+
+def test_text_keeps_a_carriage_return_within_a_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"10%\r20%\n" * 30)
+    assert tokens_of(path=str(tmp_path / "a.txt")) == b"10%\r20%\n" * 30
+
+
+def test_text_fingerprints(tmp_path):
+    (tmp_path / "a.txt").write_bytes(TEXT)
+    plain = tasks.Text(path=str(tmp_path / "a.txt"))
+    (tmp_path / "c.txt").write_bytes(TEXT[:-1] + b"!")
     fingerprints = {
         plain.fingerprint,
         tasks.Text(path=str(tmp_path / "c.txt")).fingerprint,
@@ -486,12 +518,50 @@ def test_text_unreadable(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"not packed", gzip.compress(b"abc" * 100)[:-9]], ids=["no", "cut"]
+    "content",
+    [b"not packed", gzip.compress(TEXT)[:-9], bz2.compress(TEXT)[:-9], lzma.compress(TEXT)[:-9]],
+    ids=["no", "gzip", "bzip2", "xz"],
 )
 def test_text_damaged(content, tmp_path):
     (tmp_path / "a.gz").write_bytes(content)
     with one_line(OSError, "a.gz"):
         tasks.Text(path=str(tmp_path / "a.gz")).eval_splits()
+
+
+NO_TEXT = {
+    "UTF-16 text": "text".encode("utf-16"),
+    "UTF-32 text": "text".encode("utf-32"),
+    "NUL": "no mark\n".encode("utf-16-le"),
+    "a PNG image": b"\x89PNG\r\n\x1a\n\x00",
+    "a PDF document": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n",
+    "a zip archive": b"PK\x03\x04\x14\x00\x00",
+    "a tar archive": gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TEXT)
+def test_what_is_no_text_is_named(kind, tmp_path):
+    (tmp_path / "a.txt").write_text("fine " * 100)
+    (tmp_path / "b.txt").write_bytes(NO_TEXT[kind])
+    for path in (tmp_path, tmp_path / "b.txt"):
+        with one_line(ValueError, str(tmp_path / "b.txt"), kind, "convert"):
+            tasks.Text(path=str(path)).eval_splits()
+
+
+def test_zstandard_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "compression", None)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a").write_bytes(bytes.fromhex("28b52ffd2003190000616263"))
+    with one_line(ValueError, str(tmp_path / "a"), "Zstandard", "pip install zstandard"):
+        tasks.Text(path=str(tmp_path / "a")).eval_splits()
+
+
+def test_zstandard(tmp_path):
+    if sys.version_info < (3, 14):
+        pytest.importorskip("zstandard")
+    (tmp_path / "a.txt").write_bytes(bytes.fromhex("28b52ffd2003190000616263"))
+    with one_line(ValueError, "has 2 bytes"):
+        tasks.Text(path=str(tmp_path / "a.txt")).eval_splits()
 
 
 def test_text_empty_folder(tmp_path):
@@ -583,6 +653,15 @@ def test_tfds_set_with_a_single_split_and_another_name(builders, tmp_path):
 def test_tfds_set_with_no_clear_text(builders, tmp_path):
     with one_line(ValueError, "verses_twice", "first", "second"):
         tasks.Text(tfds="verses_twice", data_dir=str(tmp_path)).eval_splits()
+
+
+def test_tfds_text_is_read_as_a_file_is(builders, tmp_path, monkeypatch):
+    examples = [{"poem": "\ufeffone\r\n".encode()}, {"poem": b"two\r"}, {"poem": b"th\0ree"}]
+    monkeypatch.setattr(tfds_sets, "open_splits", lambda *_: {"train": examples})
+    fields = {"tfds": "verses_whole", "data_dir": str(tmp_path), "context": 2}
+    assert tokens_of(**fields, tfds_records=2) == b"one\n\ntwo\n"
+    with one_line(ValueError, "verses_whole train[2]", "NUL"):
+        tasks.Text(**fields).eval_splits()
 
 
 def test_tfds_own_builder_without_tensorflow(tfds, tmp_path, monkeypatch):

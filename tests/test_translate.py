@@ -1,5 +1,6 @@
 """From training on parallel text to translations and heat maps, as a user runs it."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -179,5 +180,9 @@ def test_the_command(trained, tmp_path):
         [*command, f"--heatmap={png}"], input="21.11.26\n", text=True, capture_output=True
     )
     assert done.returncode == 0 and done.stdout.count("\n") == 1 and png.exists()
+    lines = tmp_path / "lines"
+    lines.write_bytes(gzip.compress("\ufeff21.11.26\r\n21.11.\u202826\r\n".encode()))
+    done = subprocess.run([*command, f"--input={lines}"], text=True, capture_output=True)
+    assert done.returncode == 0 and done.stdout.count("\n") == 2, done.stderr
     done = subprocess.run([*command, "--text="], text=True, capture_output=True)
     assert done.returncode == 1 and done.stderr.startswith("error: nothing to translate")

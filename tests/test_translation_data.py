@@ -1,10 +1,12 @@
 """Translation's data: what is read, how it becomes batches, and how translations are scored."""
 
+import bz2
 import collections
 import dataclasses
 import datetime
 import gzip
 import itertools
+import lzma
 import math
 import re
 import subprocess
@@ -19,7 +21,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from experiments import data, settings, tasks
-from experiments.tasks import bleu, buckets, hashing, phrases, vocabulary
+from experiments.tasks import bleu, buckets, hashing, phrases, tfds_sets, vocabulary
 
 
 @pytest.fixture(autouse=True)
@@ -29,13 +31,16 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "attention"
 
 
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
 def write(folder, **files):
-    """Text files of lines; `__` stands for a dot in a name, a name on `gz` is compressed."""
+    """Text files of lines; `__` stands for a dot in a name, 'gz' and the like compress."""
     folder.mkdir(exist_ok=True)
     for name, lines in files.items():
         path = folder / name.replace("__", ".")
         content = "".join(f"{line}\n" for line in lines).encode()
-        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+        path.write_bytes(COMPRESS.get(path.suffix, bytes)(content))
     return str(folder)
 
 
@@ -295,7 +300,9 @@ def test_generated_examples_are_the_same_everywhere():
     [
         (("train", "valid", "test"), {}),
         (("train__lc__norm__tok", "val__lc__norm__tok", "test_2016_flickr__lc__norm__tok"), {}),
-        (("train", "dev", "test__2016"), {"gz": True}),
+        (("train", "dev", "test__2016"), {"end": "__gz"}),
+        (("train", "dev", "test__2016"), {"end": "__bz2"}),
+        (("train", "dev", "test__2016"), {"end": "__xz"}),
         (("iwslt__train", "iwslt__dev", "iwslt__test"), {"prefix": "iwslt."}),
         (("iwslt-train", "iwslt-dev", "iwslt-test"), {"prefix": "iwslt"}),
         (("train", "tst2012", "tst2013"), {"validation": "tst2012", "test": "tst2013"}),
@@ -304,7 +311,7 @@ def test_generated_examples_are_the_same_everywhere():
 )
 def test_files_by_their_names(names, fields, tmp_path):
     fields = dict(fields)
-    end = "__gz" if fields.pop("gz", False) else ""
+    end = fields.pop("end", "")
     prefix, extra = fields.pop("prefix", ""), fields.pop("extra", None)
     texts = {
         f"{name}__{code}{end}": lines
@@ -342,6 +349,25 @@ def test_lines_end_at_newlines_alone(tmp_path):
     assert texts == {"one\\u2028two\\x85three", "four"}
 
 
+def test_compressed_files_and_line_ends_whatever_their_names(tmp_path):
+    lines = ["one\u2028two\x85three\x0cfour", "five\rsix", "seven"]
+    text = "".join(f"{line}\n" for line in lines).encode()
+    alike = [text, b"\xef\xbb\xbf" + text, text.replace(b"\n", b"\r\n")]
+    for content in [*alike, *(compress(text) for compress in COMPRESS.values())]:
+        write(tmp_path / "c", train__en=["1", "2", "3"], dev__en=["1", "2", "3"])
+        (tmp_path / "c" / "train.de").write_bytes(content)
+        (tmp_path / "c" / "dev.de").write_bytes(content)
+        task = make(str(tmp_path / "c"), length=20 + len(content))
+        assert task.sources("validation") == lines
+    (tmp_path / "c" / "train.de").write_bytes(b"one\rtwo\rthree\r")
+    task = make(str(tmp_path / "c"), length=17)
+    assert sorted(decoded(task, row)[0] for row in task.batch(0, np.arange(3))["source"]) == [
+        "one",
+        "three",
+        "two",
+    ]
+
+
 BAD_FILES = {
     "unequal": (
         {"train__de": "ab", "train__en": "abc"},
@@ -355,6 +381,9 @@ BAD_FILES = {
     ),
     "no lines": ({"train__de": "", "train__en": ""}, ValueError, ["train.de is empty"]),
     "utf-8": ({"train__de": b"ok\nb\xffd\n"}, ValueError, ["train.de:2", "byte 4"]),
+    "utf-16": ({"train__de": "ab\n".encode("utf-16")}, ValueError, ["train.de is UTF-16 text"]),
+    "nul": ({"train__de": b"a\nb\0c\n"}, ValueError, ["train.de:2 holds NUL", "byte 3"]),
+    "an image": ({"train__de": b"\x89PNG\r\n\x1a\n"}, ValueError, ["train.de is a PNG image"]),
     "not gzip": ({"train__de__gz": b"a\nb\n", "train__de": None}, OSError, ["train.de.gz"]),
     "no validation": (
         {"valid__de": None, "valid__en": None},
@@ -454,6 +483,21 @@ def test_tokenise_and_back(tokenizer):
     assert learnt.decode([tasks.PAD, tasks.BEGIN, *rows[0], tasks.END]) == TEXT[0]
     ids, counts = learnt.encode(["cat 語"])
     assert vocabulary.UNK in ids.tolist()
+
+
+@pytest.mark.parametrize("tokenizer", vocabulary.SUBWORDS)
+def test_subwords_of_every_line_and_character(tokenizer):
+    """Long lines, what SentencePiece keeps for itself, its own names of tokens, spaces."""
+    own = ["▁a▁ ▁", "▅ ▅b", "a\x1fb", "\ufdd0\ufdd1 \ufdd4", "<s> a </s>", "<unk>", "<pad>"]
+    lines = [*own, "a  b", "tab\tand\u2028more", "long " + "ö" * 2500 + " end", *TEXT]
+    learnt = vocabulary.learn(tokenizer, lines, None)
+    ids, counts = learnt.encode(lines)
+    assert vocabulary.UNK not in ids.tolist()
+    rows = np.split(ids, np.cumsum(counts)[:-1])
+    assert [learnt.decode(row) for row in rows] == lines
+    assert {"▅", "\x1f", "ö"} <= set("".join(learnt.labels))
+    # A text of nothing but long lines.
+    assert set("".join(vocabulary.learn(tokenizer, ["ab" * 2500], None).labels)) >= {"a", "b"}
 
 
 def test_frequent_tokens_come_first():
@@ -877,6 +921,16 @@ def test_tfds_translation_set(ted):
     ):
         with one_line(ValueError, *words):
             tasks.create(ted | fields).summary()
+
+
+def test_tfds_sentences_are_read_as_files_are(ted, monkeypatch):
+    pairs = [{"pt": "\ufeffum\r\n".encode(), "en": b"one"}, {"pt": b"d\0is", "en": b"two"}]
+    splits = {"train": pairs[:1], "validation": pairs[:1]}
+    monkeypatch.setattr(tfds_sets, "open_splits", lambda *_: splits)
+    assert tasks.create(ted).sources("validation") == ["um"]
+    splits["validation"] = pairs
+    with one_line(ValueError, "pt_to_en validation[1]", "NUL"):
+        tasks.create(ted | {"length": 13}).summary()
 
 
 def test_tfds_download_fails(ted, tfds, monkeypatch):

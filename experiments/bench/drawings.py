@@ -81,17 +81,18 @@ def exponent(x: np.ndarray, y: np.ndarray) -> float:
 def growth(lines: dict[str, tuple[np.ndarray, np.ndarray]], axis: str, measured: str) -> "Figure":
     """Log-log, a line each, with the fitted exponent in the legend."""
     with plots.paper_style():
-        figure = plots.new_figure(7.5, 3.6)
+        figure = plots.new_figure(plots.WIDTH, 3.0)
         panel = figure.subplots()
+        names, drawn = [], []
         for i, (name, (x, y)) in enumerate(sorted(lines.items())):
-            label = f"{name}: {AXES[axis]}^{exponent(x, y):.2f}"
-            panel.loglog(x, y, "o-", color=plots.LINES[i % len(plots.LINES)], label=label)
+            names.append(f"{name}: {AXES[axis]}^{exponent(x, y):.2f}")
+            drawn += panel.loglog(x, y, "o-", color=plots.LINES[i % len(plots.LINES)])
         ticks = sorted({v for x, _ in lines.values() for v in x})
         panel.set_xticks(ticks, [f"{v:g}" for v in ticks])
         panel.minorticks_off()
         panel.set(xlabel=AXES[axis], ylabel=_MEASURED[measured])
         panel.grid(color=plots.INK, alpha=0.12, linewidth=0.6)
-        panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1.03))
+        plots.legend_below(figure, drawn, names)
     return figure
 
 
@@ -103,20 +104,23 @@ def phases(found: dict[str, Any]) -> "Figure":
         for row in comparison["rows"]
         if "trace_seconds" in row
     ]
+    names = [plots.wrapped(name, 28) for name, _ in bars]
+    height = 0.15 * max(2.3, *(1 + name.count("\n") for name in names))
     with plots.paper_style():
-        figure = plots.new_figure(9, 0.9 + 0.34 * len(bars))
+        figure = plots.new_figure(plots.WIDTH, 0.9 + height * len(bars))
         panel = figure.subplots()
         places = np.arange(len(bars))[::-1]
         left = np.zeros(len(bars))
+        drawn = {}
         for phase, color in zip(("trace", "lower", "compile"), plots.LINES, strict=False):
             width = np.array([row[f"{phase}_seconds"] for _, row in bars])
-            panel.barh(places + 0.16, width, 0.42, left=left, color=color, label=phase)
+            drawn[phase] = panel.barh(places + 0.16, width, 0.42, left=left, color=color)
             left += width
         warm = [row.get("warm_seconds", 0) for _, row in bars]  # not every program can be cached
-        panel.barh(places - 0.22, warm, 0.26, color=plots.LINES[3], label="all, warm cache")
-        panel.set_yticks(places, [name for name, _ in bars])
+        drawn["all, warm cache"] = panel.barh(places - 0.22, warm, 0.26, color=plots.LINES[3])
+        panel.set_yticks(places, names, fontsize=8)
         panel.set_xlabel("seconds")
-        panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1.03))
+        plots.legend_below(figure, list(drawn.values()), list(drawn))
     return figure
 
 
@@ -132,17 +136,18 @@ def roofline(found: dict[str, Any], rows: list[dict]) -> "Figure":
             name = row["work"].get("library", "attention")
             points.setdefault(name, []).append((row["flops"] / row["io_bytes"], row["gflops"]))
     with plots.paper_style():
-        figure = plots.new_figure(7.5, 3.6)
+        figure = plots.new_figure(plots.WIDTH, 3.0)
         panel = figure.subplots()
-        for i, (name, own) in enumerate(sorted(points.items())):
+        drawn = []
+        for i, (_, own) in enumerate(sorted(points.items())):
             x, y = np.array(own).T
-            panel.loglog(x, y, "o", color=plots.LINES[i % len(plots.LINES)], label=name)
+            drawn += panel.loglog(x, y, "o", color=plots.LINES[i % len(plots.LINES)])
         every = np.array([x for own in points.values() for x, _ in own])
         x = np.geomspace(every.min() / 2, every.max() * 2, 50)
         flops = next(peaks[name] for name in peaks if name.endswith("_flops"))
         roof = np.minimum(flops, x * peaks["copy_bytes"]) / 1e9
-        panel.loglog(x, roof, color=plots.INK, linewidth=1, label="products, copies")
+        drawn += panel.loglog(x, roof, color=plots.INK, linewidth=1)
         panel.set(xlabel="FLOPs of the definition a byte of inputs and results", ylabel="GFLOP/s")
         panel.grid(color=plots.INK, alpha=0.12, linewidth=0.6)
-        panel.legend(loc="upper left", bbox_to_anchor=(1.01, 1.03))
+        plots.legend_below(figure, drawn, [*sorted(points), "products, copies"])
     return figure

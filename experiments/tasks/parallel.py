@@ -1,14 +1,12 @@
 """Parallel text: sentences in two languages, line by line, from files or through TFDS."""
 
 import collections
-import gzip
 import pathlib
 import re
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from experiments.tasks import tfds_sets
+from experiments.tasks import textfiles, tfds_sets
 
 _PREFIXES = {"train": ("train",), "validation": ("valid", "val", "dev"), "test": ("test",)}
 
@@ -41,11 +39,11 @@ class Corpus(NamedTuple):
 def read_files(
     path: str, source: str | None, target: str | None, stems: Mapping[str, str | None]
 ) -> Corpus:
-    """The corpus of the files `<stem>.<language>`, UTF-8, plain or .gz, a sentence a line.
+    """The corpus of the files `<stem>.<language>`, UTF-8, plain or compressed, a sentence a line.
 
     A split is the one stem that begins with train, with valid, val or dev, or with test, and that
     both languages have: train.de and train.en, or test_2016_flickr.lc.norm.tok.de.gz and its
-    fellow.  Of a plain file and a .gz of the same name the plain one is read.
+    fellow.  Of a plain file and a compressed one of the same name the plain one is read.
 
     Args:
       path: the folder of the files, or what their paths begin with: 'data/iwslt14.'.
@@ -64,7 +62,7 @@ def read_files(
     names = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
     files: dict[str, dict[str, pathlib.Path]] = collections.defaultdict(dict)
     for name in names:
-        stem, _, language = name.removesuffix(".gz").rpartition(".")
+        stem, _, language = textfiles.plain_name(name).rpartition(".")
         if stem and name.startswith(prefix) and (folder / name).is_file():
             files[stem].setdefault(language, folder / name)
     if not files:
@@ -117,7 +115,7 @@ def _choose(split, folder, files, candidates, pair):
         return None
     if missing:
         raise FileNotFoundError(
-            f"the {split} split lacks {folder / missing[0]} (plain or .gz)"
+            f"the {split} split lacks {folder / missing[0]} (plain or compressed)"
             f"; files there: {_listed(files)}"
         )
     beginnings = " or ".join(_PREFIXES[split])
@@ -134,7 +132,7 @@ def _listed(files, most=12):
 
 
 def _read_pair(*files):
-    source, target = map(_read_lines, files)
+    source, target = (textfiles.lines(textfiles.read(file)) for file in files)
     if len(source) != len(target):
         raise ValueError(
             f"{files[0]} has {len(source)} lines, {files[1]} has {len(target)}: line n of one must "
@@ -154,24 +152,6 @@ def _read_pair(*files):
             "remove such lines from both"
         )
     return Pairs(source, target)
-
-
-def _read_lines(file):
-    try:
-        data = file.read_bytes()
-        data = gzip.decompress(data) if file.suffix == ".gz" else data
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{file}:{line} is not UTF-8 text (byte {error.start} of the file): convert it"
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot read the text file {file}: {reason}") from error
-    # Not splitlines: U+2028 and others are part of a sentence, and would shift one side only.
-    lines = text.removeprefix("\ufeff").split("\n")
-    return [line.strip() for line in (lines if lines[-1] else lines[:-1])]
 
 
 def read_tfds(
@@ -226,7 +206,16 @@ def read_tfds(
             f"the TFDS set {name!r} has no split 'validation', it has "
             f"{', '.join(builder.info.splits)}: choose one by validation="
         )
-    read = {split: list(_decoded(examples, source, target)) for split, examples in sources.items()}
+    read = {
+        split: [
+            tuple(
+                tfds_sets.text(example, code, f"{name} {split}[{i}]").strip()
+                for code in (source, target)
+            )
+            for i, example in enumerate(examples)
+        ]
+        for split, examples in sources.items()
+    }
     full = {split: [pair for pair in pairs if all(pair)] for split, pairs in read.items()}
     for split, pairs in full.items():
         if not pairs:
@@ -238,9 +227,3 @@ def read_tfds(
         folder=None,
         tokenised=False,
     )
-
-
-def _decoded(examples: Sequence[Mapping], source, target):
-    for example in examples:
-        texts = (example[source], example[target])
-        yield tuple((t.decode() if isinstance(t, bytes) else str(t)).strip() for t in texts)

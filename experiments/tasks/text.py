@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import gzip
 import hashlib
 import itertools
 import pathlib
@@ -10,12 +9,11 @@ import re
 import sys
 import sysconfig
 import typing
-import zlib
 from typing import ClassVar
 
 import numpy as np
 
-from experiments.tasks import hashing, tfds_sets
+from experiments.tasks import hashing, textfiles, tfds_sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +29,8 @@ class Text:
     whole part of the text in consecutive windows, without the incomplete last one.
 
     Attributes:
-      path: a text file, plain or .gz, or a folder, of which all files are joined in the order of
-        their paths, hidden ones left out.
+      path: a text file, plain or compressed (see `textfiles.read`), or a folder, of which all files
+        are joined in the order of their paths, hidden ones left out.
       tfds: name of a TFDS text set, 'tiny_shakespeare' or 'lm1b:1.1.0'; downloaded and prepared if
         it is not there yet.  TensorFlow is not needed.
       tfds_records: take this many examples of each TFDS split, from the first on; None for all.
@@ -43,8 +41,8 @@ class Text:
       eval_lengths: for each n, a split 'length_<n>': the validation part in windows of n tokens.
 
     Raises ValueError for fields that make no sense together.  Everything that needs the text raises
-    FileNotFoundError or another OSError if it cannot be read, and ValueError if it is not UTF-8, or
-    shorter than a window.
+    FileNotFoundError or another OSError if it cannot be read, and ValueError if it is not UTF-8
+    text, or shorter than a window.
     """
 
     path: str | None = None
@@ -195,40 +193,27 @@ def _windows(tokens, starts, length):
 def _read_standard_library():
     folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
     # Not every *.py there: distributions add modules that differ between machines.
-    files = sorted(folder / f"{name}.py" for name in sys.stdlib_module_names)
-    files = [file for file in files if file.is_file()]
-    if not files:
+    modules = sorted(folder / f"{name}.py" for name in sys.stdlib_module_names)
+    modules = [file for file in modules if file.is_file()]
+    if not modules:
         raise FileNotFoundError(
             f"this Python has no source code of its standard library in {folder}: give path= or "
             "tfds="
         )
-    return "\n".join(map(_read_file, files))
+    return "\n".join(map(textfiles.read, modules))
 
 
 def _read_path(path):
     path = pathlib.Path(path).expanduser()
     if path.is_file():
-        return _read_file(path)
+        return textfiles.read(path)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no text file or folder at path={str(path)!r}")
-    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    visible = sorted(name for name in files if not re.search(r"(^|/)\.", name))
+    names = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    visible = sorted(name for name in names if not re.search(r"(^|/)\.", name))
     if not visible:
         raise ValueError(f"the folder path={str(path)!r} holds no files: give one with texts")
-    return "\n".join(_read_file(files[name]) for name in visible)
-
-
-def _read_file(file):
-    try:
-        data = file.read_bytes()
-        return (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} is not UTF-8 text (byte {error.start}): convert it, or leave it out"
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot read the text file {file}: {reason}") from error
+    return "\n".join(textfiles.read(path / name) for name in visible)
 
 
 def _read_tfds(name, records, data_dir):
@@ -246,9 +231,10 @@ def _read_tfds(name, records, data_dir):
             f"{tfds_sets.one_line(features)}"
         )
     key = "text" if "text" in of_text else of_text[0]
-    return {split: _join(source, key, records) for split, source in sources.items()}
-
-
-def _join(source, key, records):
-    texts = [example[key] for example in itertools.islice(source, records)]
-    return "\n".join(t.decode("utf-8") if isinstance(t, bytes) else str(t) for t in texts)
+    taken = {split: itertools.islice(source, records) for split, source in sources.items()}
+    return {
+        split: "\n".join(
+            tfds_sets.text(e, key, f"{name} {split}[{i}]") for i, e in enumerate(examples)
+        )
+        for split, examples in taken.items()
+    }

@@ -10,6 +10,8 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.tasks import textfiles
+
 
 def find(name: str, data_dir: str | None) -> Any:
     """The builder of the TFDS set `name`, which may carry a config and version: 'a/config:1.0.0'.
@@ -95,6 +97,16 @@ def _file_functions_without_tensorflow(builder):
         yield
     finally:
         module.tf = original
+
+
+def text(example: Mapping[str, Any], key: str, name: str) -> str:
+    """A text feature of an example, as `textfiles.decode`; TFDS gives bytes, but str of its mocks.
+
+    Raises:
+      ValueError: as `textfiles.decode`; messages call the example `name`.
+    """
+    value = example[key]
+    return textfiles.decode(value if isinstance(value, bytes) else str(value).encode(), name)
 
 
 def one_line(value: Any) -> str:

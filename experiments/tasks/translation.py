@@ -34,8 +34,8 @@ class Translation:
     `length` tokens.  `summary` counts both.
 
     Attributes:
-      path: a folder of files `<stem>.<language>`, plain or .gz, a sentence a line, or what their
-        paths begin with; see `parallel.read_files`.
+      path: a folder of files `<stem>.<language>`, plain or compressed, a sentence a line, or what
+        their paths begin with; see `parallel.read_files`.
       tfds: name of a TFDS translation set, 'ted_hrlr_translate/pt_to_en'; downloaded and prepared
         if it is not there yet.  TensorFlow is not needed.
       data_dir: where TFDS data sets live; None for TFDS's own default.
@@ -224,8 +224,8 @@ class Translation:
         return [self._words(text) for text in self._split(split).target]
 
     def encode_source(self, text: str) -> np.ndarray:
-        """Ids of a sentence, with END: int32 [S]."""
-        return with_end(*self._data.encode_source([text])).ids
+        """Ids of a sentence, with END: int32 [S]; as in files, without white space at its ends."""
+        return with_end(*self._data.encode_source([text.strip()])).ids
 
     def detokenize(self, ids: np.ndarray) -> str:
         """The text of target ids [T] up to the first END, or all where there is none."""

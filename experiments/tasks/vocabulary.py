@@ -63,31 +63,49 @@ class Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """A SentencePiece model (Kudo & Richardson 2018, arXiv:1808.06226), serialised."""
+    """A SentencePiece model (Kudo & Richardson 2018, arXiv:1808.06226), serialised.
+
+    `decode` gives back every character of a text whose characters are all known, but NUL.
+    """
 
     model: bytes
 
     @functools.cached_property
     def labels(self) -> tuple[str, ...]:
-        """The piece of each id from 4 on; "▁" stands for the space before a word."""
-        return tuple(self._processor.id_to_piece(list(range(4, len(self._processor)))))
+        """The piece of each id from 4 on; "▁" stands for a space, or for itself."""
+        pieces = self._processor.id_to_piece(list(range(4, len(self._processor))))
+        return tuple(map(_unescaped, pieces))
 
     def encode(self, lines: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """As `Tokens.encode`."""
-        split = self._processor.encode(list(lines))
+        split = self._processor.encode([line.translate(_ESCAPES) for line in lines])
         counts = np.fromiter(map(len, split), np.int64, len(split))
         ids = itertools.chain.from_iterable(split)
         return np.fromiter(ids, np.int32, counts.sum()), counts
 
     def decode(self, ids: Sequence[int]) -> str:
         """As `Tokens.decode`."""
-        return self._processor.decode([int(i) for i in ids if i >= UNK])
+        return _unescaped(self._processor.decode([int(i) for i in ids if i >= UNK]))
 
     @functools.cached_property
     def _processor(self) -> Any:
         import sentencepiece
 
         return sentencepiece.SentencePieceProcessor(model_proto=self.model)
+
+
+# SentencePiece keeps three characters for itself: its space, its unknown and its end of a sentence.
+# Unicode keeps these code points from all texts; one that is in a text all the same comes behind
+# the first of them.
+_RESERVED = {"▁": "\ufdd1", "▅": "\ufdd2", "\x1f": "\ufdd3"}
+_ESCAPE = "\ufdd0"
+_ESCAPES = str.maketrans(_RESERVED | {code: _ESCAPE + code for code in "\ufdd0\ufdd1\ufdd2\ufdd3"})
+_CHARACTERS = {code: character for character, code in _RESERVED.items()}
+
+
+def _unescaped(text):
+    found = "\ufdd0([\ufdd0-\ufdd3])|[\ufdd1-\ufdd3]"
+    return re.sub(found, lambda match: match[1] or _CHARACTERS[match[0]], text)
 
 
 Vocabulary = Tokens | Pieces
@@ -131,6 +149,7 @@ def learn(
         return Tokens(tuple(kept[: None if max_size is None else max_size - 4]), tokenizer)
     import sentencepiece
 
+    escaped = [line.translate(_ESCAPES) for line in lines]
     size = max_size or _MOST_SUBWORDS
     options = {
         "model_type": tokenizer,
@@ -142,16 +161,21 @@ def learn(
         "unk_id": UNK,
         # Every character is a piece, unless those of a language that has thousands leave too little
         # room for words: then the rarest, 1 of 2000, are UNK.
-        "character_coverage": 1.0 if 4 * len(set().union(*lines)) <= size else 0.9995,
-        # Else a model could not write what the default, NFKC, changes: １, ﬁ, ….
+        "character_coverage": 1.0 if 4 * len(set().union(*escaped)) <= size else 0.9995,
+        # Else a model could not write what the defaults change: １, ﬁ, …, and two spaces.
         "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        # Else the text's own "<s>", "<unk>", … are left out, and "<" is unknown.
+        **{f"{name}_piece": f"{_ESCAPE}{name}" for name in ("pad", "bos", "eos", "unk")},
         "num_threads": 1,  # with more, what is learnt is a matter of luck
+        # Longer lines are left out: none is.
+        "max_sentence_length": max(len(line.encode()) for line in escaped),
     }
     digest = hashlib.sha256(repr((sentencepiece.__version__, options)).encode())
     digest.update("\n".join(lines).encode())
     name = f"vocabulary.{tokenizer}.{size}.{digest.hexdigest()[:16]}.model"
     folders = [place for place in (folder, cache_folder()) if place is not None]
-    return _kept(name, folders, lambda: Pieces(_learn_subwords(lines, options)))
+    return _kept(name, folders, lambda: Pieces(_learn_subwords(escaped, options)))
 
 
 def _learn_subwords(lines, options):
