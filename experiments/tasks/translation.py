@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from experiments.ranges import at_least, between, check_fields, each, field, one_of
 from experiments.tasks import bleu, buckets, hashing, parallel, phrases, vocabulary
 from experiments.tasks.sequences import Examples, with_end
 from experiments.tasks.transduction import END
@@ -60,7 +61,7 @@ class Translation:
         split at spaces already (tokenizer 'word' or 'none', or files named '.tok.'), 'char' for
         generated text and for languages without spaces, 'zh' for Chinese, else '13a'.
 
-    Raises ValueError for fields that make no sense together.  Everything that needs the text raises
+    Raises ValueError for fields out of their range or that make no sense together.  Everything that needs the text raises
     FileNotFoundError, OSError or ValueError as `parallel.read_files`, `parallel.read_tfds` and
     `vocabulary.learn` do.
     """
@@ -73,23 +74,24 @@ class Translation:
     train: str | None = None
     validation: str | None = None
     test: str | None = None
-    synthetic: str | None = None
-    synthetic_pairs: int = 20_000
-    synthetic_eval: int = 500
-    synthetic_seed: int = 0
-    tokenizer: str | None = None
-    max_vocab_size: int | None = None
-    min_count: int = 1
+    synthetic: str | None = field(None, one_of(*phrases.KINDS))
+    synthetic_pairs: int = field(20_000, at_least(1))
+    synthetic_eval: int = field(500, at_least(1))
+    synthetic_seed: int = field(0, between(0, 2**32 - 1))
+    tokenizer: str | None = field(None, one_of(*vocabulary.TOKENIZERS))
+    max_vocab_size: int | None = field(None, at_least(5))
+    min_count: int = field(1, at_least(1))
     joint: bool = True
-    length: int = 64
-    buckets: tuple[int, ...] = ()
-    bleu_tokenize: str | None = None
+    length: int = field(64, at_least(2))
+    buckets: tuple[int, ...] = field((), each(at_least(2)))
+    bleu_tokenize: str | None = field(None, one_of(*bleu.TOKENIZERS))
 
     architecture: ClassVar[str] = "encoder_decoder"
     primary: ClassVar[str] = "validation/bleu"
     lower_is_better: ClassVar[bool] = False
 
     def __post_init__(self):
+        check_fields(self)
         places = {name: getattr(self, name) for name in ("path", "tfds", "synthetic")}
         given = [f"{name}={value!r}" for name, value in places.items() if value is not None]
         if len(given) > 1:
@@ -100,32 +102,21 @@ class Translation:
             value = getattr(self, name)
             if value is not None and self._generated:
                 raise ValueError(f"{name}={value!r} is about a text of yours: give path or tfds")
-        choices = {
-            "synthetic": phrases.KINDS,
-            "tokenizer": vocabulary.TOKENIZERS,
-            "bleu_tokenize": bleu.TOKENIZERS,
-        }
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value is not None and value not in known:
-                raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(known)}")
-        least = {"synthetic_pairs": 1, "synthetic_eval": 1, "min_count": 1, "length": 2}
-        for name, number in (least | {"max_vocab_size": 5}).items():
-            value = getattr(self, name)
-            if value is not None and value < number:
-                raise ValueError(f"{name}={value} must be at least {number}")
+        for own in dataclasses.fields(self):
+            value = getattr(self, own.name)
+            if own.name.startswith("synthetic_") and value != own.default and not self._generated:
+                raise ValueError(
+                    f"{own.name}={value} is about a generated text: leave it at {own.default}, or "
+                    "give no path or tfds"
+                )
         if self.min_count > 1 and self._tokenizer in vocabulary.SUBWORDS:
             raise ValueError(
                 f"min_count={self.min_count} is for whole words and characters; subwords "
                 f"(tokenizer {self._tokenizer!r}) are chosen by max_vocab_size"
             )
         lengths = self.buckets
-        if lengths and (
-            list(lengths) != sorted(set(lengths)) or lengths[0] < 2 or lengths[-1] != self.length
-        ):
-            raise ValueError(
-                f"buckets={lengths} must ascend from at least 2 to length={self.length}"
-            )
+        if lengths and (list(lengths) != sorted(set(lengths)) or lengths[-1] != self.length):
+            raise ValueError(f"buckets={lengths} must ascend to length={self.length}")
 
     @property
     def vocab_size(self) -> int:
