@@ -81,12 +81,13 @@ def limit(flag: flags.FlagHolder, allowed: Range) -> None:
 def config(flag: flags.FlagHolder) -> tuple[ConfigDict, dict[str, Any]]:
     """The config of a flag, and by dotted name the settings that other flags have changed.
 
-    ValueError where its file returns none.
+    ValueError where its file returns none, OSError where there is no such file.
     """
-    if not isinstance(flag.value, ConfigDict):
+    if not hasattr(flag.value, "task"):
+        kind = type(flag.value).__name__
         raise ValueError(
-            f"get_config() must return settings.config(...), changed as you like; it returned "
-            f"{flag.value!r}"
+            "get_config() must return what settings.config(task) does, with some settings changed; "
+            f"it returned a {kind} without a task"
         )
     changed = config_flags.get_override_values(flags.FLAGS[flag.name])
     return flag.value, {name.removeprefix(f"{flag.name}."): x for name, x in changed.items()}

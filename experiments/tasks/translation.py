@@ -61,9 +61,9 @@ class Translation:
         split at spaces already (tokenizer 'word' or 'none', or files named '.tok.'), 'char' for
         generated text and for languages without spaces, 'zh' for Chinese, else '13a'.
 
-    Raises ValueError for fields out of their range or that make no sense together.  Everything that needs the text raises
-    FileNotFoundError, OSError or ValueError as `parallel.read_files`, `parallel.read_tfds` and
-    `vocabulary.learn` do.
+    Raises ValueError for fields that are out of their range or make no sense together.  Everything
+    that needs the text raises FileNotFoundError, OSError or ValueError as `parallel.read_files`,
+    `parallel.read_tfds` and `vocabulary.learn` do.
     """
 
     path: str | None = None
