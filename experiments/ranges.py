@@ -80,7 +80,7 @@ def _is(like, x):
     return math.isfinite(x) and (isinstance(like, int) or abs(x) <= _LARGEST)
 
 
-def field(default: Any, allowed: Range) -> Any:
+def ranged(default: Any, allowed: Range) -> Any:
     """A field of a dataclass with its range, which `check_fields` checks."""
     return dataclasses.field(default=default, metadata={"range": allowed})
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from experiments.ranges import at_least, check_fields, each, field
+from experiments.ranges import at_least, check_fields, each, ranged
 from experiments.tasks import hashing
 
 
@@ -30,12 +30,12 @@ class Recall:
     length or the vocabulary.
     """
 
-    vocab_size: int = field(64, at_least(4))
-    length: int = field(32, at_least(3))
-    num_pairs: int = field(4, at_least(1))
-    power: float = field(0.01, at_least(0.0))
-    num_eval: int = field(512, at_least(1))
-    test_lengths: tuple[int, ...] = field((), each(at_least(3)))
+    vocab_size: int = ranged(64, at_least(4))
+    length: int = ranged(32, at_least(3))
+    num_pairs: int = ranged(4, at_least(1))
+    power: float = ranged(0.01, at_least(0.0))
+    num_eval: int = ranged(512, at_least(1))
+    test_lengths: tuple[int, ...] = ranged((), each(at_least(3)))
 
     architecture: ClassVar[str] = "decoder"
     primary: ClassVar[str] = "validation/accuracy"

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from experiments.ranges import at_least, check_fields, each, field
+from experiments.ranges import at_least, check_fields, each, ranged
 from experiments.tasks import hashing
 
 PAD, BEGIN, END = range(3)
@@ -31,11 +31,11 @@ class Transduction:
     Raises ValueError for a field out of its range, and if min_length is more than length.
     """
 
-    vocab_size: int = field(32, at_least(NUM_SPECIAL + 1))
-    length: int = field(16, at_least(2))
-    min_length: int = field(2, at_least(2))
-    num_eval: int = field(512, at_least(1))
-    test_lengths: tuple[int, ...] = field((), each(at_least(2)))
+    vocab_size: int = ranged(32, at_least(NUM_SPECIAL + 1))
+    length: int = ranged(16, at_least(2))
+    min_length: int = ranged(2, at_least(2))
+    num_eval: int = ranged(512, at_least(1))
+    test_lengths: tuple[int, ...] = ranged((), each(at_least(2)))
 
     architecture: ClassVar[str] = "encoder_decoder"
     primary: ClassVar[str] = "validation/accuracy"

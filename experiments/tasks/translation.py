@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from experiments.ranges import at_least, between, check_fields, each, field, one_of
+from experiments.ranges import at_least, between, check_fields, each, one_of, ranged
 from experiments.tasks import bleu, buckets, hashing, parallel, phrases, vocabulary
 from experiments.tasks.sequences import Examples, with_end
 from experiments.tasks.transduction import END
@@ -74,17 +74,17 @@ class Translation:
     train: str | None = None
     validation: str | None = None
     test: str | None = None
-    synthetic: str | None = field(None, one_of(*phrases.KINDS))
-    synthetic_pairs: int = field(20_000, at_least(1))
-    synthetic_eval: int = field(500, at_least(1))
-    synthetic_seed: int = field(0, between(0, 2**32 - 1))
-    tokenizer: str | None = field(None, one_of(*vocabulary.TOKENIZERS))
-    max_vocab_size: int | None = field(None, at_least(5))
-    min_count: int = field(1, at_least(1))
+    synthetic: str | None = ranged(None, one_of(*phrases.KINDS))
+    synthetic_pairs: int = ranged(20_000, at_least(1))
+    synthetic_eval: int = ranged(500, at_least(1))
+    synthetic_seed: int = ranged(0, between(0, 2**32 - 1))
+    tokenizer: str | None = ranged(None, one_of(*vocabulary.TOKENIZERS))
+    max_vocab_size: int | None = ranged(None, at_least(5))
+    min_count: int = ranged(1, at_least(1))
     joint: bool = True
-    length: int = field(64, at_least(2))
-    buckets: tuple[int, ...] = field((), each(at_least(2)))
-    bleu_tokenize: str | None = field(None, one_of(*bleu.TOKENIZERS))
+    length: int = ranged(64, at_least(2))
+    buckets: tuple[int, ...] = ranged((), each(at_least(2)))
+    bleu_tokenize: str | None = ranged(None, one_of(*bleu.TOKENIZERS))
 
     architecture: ClassVar[str] = "encoder_decoder"
     primary: ClassVar[str] = "validation/bleu"
