@@ -242,7 +242,6 @@ if __name__ == "__main__":
         "resources", "", "Of each cell, for Ray (num_gpus=1) or submitit (timeout_min=60)."
     )
     _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Write TensorBoard events as well.")
-    flags.mark_flag_as_required("config")
     cli.limit(_MINUTES, at_least(0.0))
     cli.limit(_HALVING, exactly(0) | at_least(2))
     cli.limit(_WORKERS, at_least(0))

@@ -81,8 +81,10 @@ def limit(flag: flags.FlagHolder, allowed: Range) -> None:
 def config(flag: flags.FlagHolder) -> tuple[ConfigDict, dict[str, Any]]:
     """The config of a flag, and by dotted name the settings that other flags have changed.
 
-    ValueError where its file returns none, OSError where there is no such file.
+    ValueError where none is given or its file returns none, OSError where there is no such file.
     """
+    if not flags.FLAGS[flag.name].present:
+        raise ValueError(f"--{flag.name} says what to train: give a file such as those in configs/")
     if not hasattr(flag.value, "task"):
         kind = type(flag.value).__name__
         raise ValueError(

@@ -509,7 +509,6 @@ if __name__ == "__main__":
     _COORDINATOR = flags.DEFINE_string("coordinator", None, "Elsewhere: host:port of process 0,")
     _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many there are,")
     _PROCESS_ID = flags.DEFINE_integer("process_id", None, "and which this is, from 0.")
-    flags.mark_flag_as_required("config")
     cli.limit(_NUM_PROCESSES, at_least(1))
     cli.limit(_PROCESS_ID, at_least(0))
     cli.keep_compiled()

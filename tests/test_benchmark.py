@@ -100,7 +100,7 @@ def test_peers_say_what_they_cannot(change, message):
     (lambda: Kernel(score="nope"), "nope"),
     (lambda: Kernel(heads=0), "heads=0 must be a whole number of at least 1"),
     (lambda: Model(seeds=0), "seeds=0 must be a whole number of at least 1"),
-    (lambda: benchmark.cases(config("quick", seconds=-1.0)), "seconds=-1.0 must be a finite number"),
+    (lambda: benchmark.cases(config("quick", seconds=-1.0)), "seconds=-1.0 must be a finite"),
     (lambda: benchmark.cases(config("quick", time_limit=0.0)), "time_limit=0.0 must be .* above 0"),
     (lambda: config("slow"), r"configs.benchmark\.py takes :quick, :kernels, .* got 'slow'"),
     (lambda: Kernel(dtype="float64").build(), "JAX_ENABLE_X64"),
