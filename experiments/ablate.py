@@ -188,12 +188,13 @@ def _launch(workdir, swept, expected, executor, stop):
             return
         for cell in swept:
             train.check_directory(cells.folder(workdir, cell.id), cell.config)
-    retried = ("failed",) if _HALVING.value else ("failed", "dropped")
-    retried = retried if _RETRY.value else ()
+    retried = ()
+    if _RETRY.value:
+        retried = ("failed",) if _HALVING.value else ("failed", "dropped")
     options = {"max_minutes": _MINUTES.value, "tensorboard": _TENSORBOARD.value}
     jobs = [cells.Job(cell.id, **options) for cell in swept]
-    outcomes = [_outcome(workdir, job) for job in jobs]
-    todo = [x for x in outcomes if not x or x["status"] in retried]
+    status = {job: (_outcome(workdir, job) or {}).get("status") for job in jobs}
+    todo = [job for job in jobs if status[job] in (None, *retried)]
     if not todo and (workdir / "report.html").exists():
         results.show(results.summarize(results.load(workdir)))
         print(f"all {len(swept)} cells were done already: {workdir / 'report.html'}")

@@ -4,11 +4,10 @@ The check, the error and the documentation of a setting all come from its `Range
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-_LARGEST = 3.4e38  # of float32
+_LARGEST = 3.4e38  # what float32 holds
 
 
 class Range(NamedTuple):
@@ -31,27 +30,23 @@ class Range(NamedTuple):
 
 def at_least(low: float) -> Range:
     """Whole numbers from `low` on, or finite numbers where `low` is a float."""
-    return Range(f"{_kind(low)} of at least {low:g}", lambda x: _is(low, x) and low <= x)
+    kind, text = (_whole, "whole") if isinstance(low, int) else (_finite, "finite")
+    return Range(f"a {text} number of at least {low:g}", lambda x: kind(x) and low <= x)
 
 
 def above(low: float) -> Range:
     """Finite numbers greater than `low`."""
-    return Range(f"a finite number above {low:g}", lambda x: _is(0.0, x) and low < x)
+    return Range(f"a finite number above {low:g}", lambda x: _finite(x) and low < x)
+
+
+def between(low: int, high: int) -> Range:
+    """Whole numbers from `low` to `high`, both included."""
+    return Range(f"a whole number from {low} to {high}", lambda x: _whole(x) and low <= x <= high)
 
 
 def exactly(value: float) -> Range:
     """One number, which may be infinite."""
     return Range(f"{value:g}", lambda x: not isinstance(x, bool) and x == value)
-
-
-def share() -> Range:
-    """Numbers from 0 to 1, without 1."""
-    return Range("a number in [0, 1)", lambda x: _is(0.0, x) and 0 <= x < 1)
-
-
-def between(low: int, high: int) -> Range:
-    """Whole numbers from `low` to `high`, both included."""
-    return Range(f"a whole number from {low} to {high}", lambda x: _is(low, x) and low <= x <= high)
 
 
 def one_of(*names: str) -> Range:
@@ -64,20 +59,18 @@ def each(of: Range) -> Range:
     return Range(f"a list, each {of.text}", lambda x: all(map(of.holds, x)))
 
 
-NUMBER = Range("a finite number", lambda x: _is(0.0, x))
+def _whole(x):
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _finite(x):
+    return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= _LARGEST
+
+
+NUMBER = Range("a finite number", _finite)
+FRACTION = Range("a number in [0, 1)", lambda x: _finite(x) and 0 <= x < 1)
 TEXT = Range("a text", lambda x: isinstance(x, str))
 SWITCH = Range("true or false", lambda x: isinstance(x, bool))
-
-
-def _kind(low):
-    return "a whole number" if isinstance(low, int) else "a finite number"
-
-
-def _is(like, x):
-    """Whether x is a whole number, where `like` is one, or a number that float32 can hold."""
-    if isinstance(x, bool) or not isinstance(x, int if isinstance(like, int) else int | float):
-        return False
-    return math.isfinite(x) and (isinstance(like, int) or abs(x) <= _LARGEST)
 
 
 def ranged(default: Any, allowed: Range) -> Any:

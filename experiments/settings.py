@@ -23,6 +23,7 @@ from attention.parts import Position
 from attention.positions import Sum
 from experiments import results, tasks
 from experiments.ranges import (
+    FRACTION,
     NUMBER,
     SWITCH,
     TEXT,
@@ -31,15 +32,14 @@ from experiments.ranges import (
     at_least,
     exactly,
     one_of,
-    share,
 )
 
 
 class Reader(NamedTuple):
     """What reads a setting: where `reads` a config is true, which `when` says in words.
 
-    Elsewhere a value other than the default is an error. One that is `inherited` may be there all
-    the same, for variants of a sweep that read what its base does not.
+    Elsewhere a value other than the default is an error. What is `inherited` may be there all the
+    same: a variant of a sweep has it from a base that reads it.
     """
 
     when: str
@@ -105,8 +105,8 @@ SETTINGS: dict[str, Any] = {
         "head_dim": Setting(int, at_least(1), "model_dim // num_heads unless given", TRANSFORMER),
         "mlp_dim": Setting(int, at_least(1), "4 · model_dim unless given", TRANSFORMER),
         "norm": Setting("pre", one_of("pre", "post"), reader=TRANSFORMER),
-        "dropout_rate": Setting(0.0, share()),
-        "attention_dropout_rate": Setting(0.0, share(), reader=TRANSFORMER),
+        "dropout_rate": Setting(0.0, FRACTION),
+        "attention_dropout_rate": Setting(0.0, FRACTION, reader=TRANSFORMER),
         "use_bias": Setting(False, SWITCH, reader=TRANSFORMER),
         "tie_embeddings": Setting(True, SWITCH),
         "init_stddev": Setting(0.02, above(0.0)),
@@ -133,12 +133,12 @@ SETTINGS: dict[str, Any] = {
         "learning_rate": Setting(1e-3, at_least(0.0), "the largest"),
         "final_learning_rate": Setting(1e-4, at_least(0.0)),
         "warmup_steps": Setting(50, at_least(0), "train.steps or more: the rate only rises"),
-        "b1": Setting(0.9, share()),
-        "b2": Setting(0.99, share()),
+        "b1": Setting(0.9, FRACTION),
+        "b2": Setting(0.99, FRACTION),
         "weight_decay": Setting(0.1, at_least(0.0)),
         "clip_norm": Setting(1.0, above(0.0) | exactly(math.inf), "inf: not clipped"),
-        "label_smoothing": Setting(0.0, share()),
-        "ema_decay": Setting(0.0, share(), "a model is judged by this mean of its parameters"),
+        "label_smoothing": Setting(0.0, FRACTION),
+        "ema_decay": Setting(0.0, FRACTION, "a model is judged by this mean of its parameters"),
     },
     "decoding": {
         "beam_size": Setting(5, at_least(1), reader=TRANSLATION),
@@ -218,8 +218,8 @@ def check(config: ConfigDict) -> None:
 def check_read(config: ConfigDict, changed: Collection[str] = ()) -> None:
     """Raises ValueError where a setting is not at its default though nothing reads it.
 
-    `changed` are the dotted names of those that a sweep or a flag has set: of them none may be
-    there that is `Reader.inherited` from elsewhere.
+    `changed` are the dotted names of those that a sweep or a flag has set itself; they are not
+    inherited (see `Reader`).
     """
     for name, setting in _flat(SETTINGS):
         value, reader = get(config, name), setting.reader
