@@ -229,6 +229,14 @@ def check_read(config: ConfigDict, changed: Collection[str] = ()) -> None:
         raise ValueError(
             f"{name}={value!r} is read only with {reader.when}: leave it at {default!r}"
         )
+    if config.task.get("path") or config.task.get("tfds"):
+        defaults = task_config(config.task.name)
+        for name, value in config.task.items():
+            if name.startswith("synthetic_") and value != defaults[name]:
+                raise ValueError(
+                    f"task.{name}={value!r} is read only where the text is generated, without path "
+                    f"and tfds: leave it at {defaults[name]!r}"
+                )
     if config.model.architecture == "rnn" and ATTENTION.reads(config):
         position = attention.parse("position", config.model.position)
         for part in position.parts if isinstance(position, Sum) else (position,):

@@ -78,6 +78,28 @@ def test_a_mistake_is_one_line_and_writes_nothing(config, tmp_path, flags, messa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("module, flags, message", [
+    ("train", ["--process_id=1"], "go with --coordinator=host:port"),
+    ("train", ["--coordinator=localhost:1", "--num_processes=2", "--process_id=2"],
+     "--process_id=2 must be below --num_processes=2"),
+    ("train", ["--config.model.norm=middle"], "model.norm='middle' must be one of pre, post"),
+    ("trained", ["--output=out", "--seed=-1"], "--seed=-1: must be a whole number of at least 0"),
+    ("translate", ["--text=a", "--beam_size=0"], "--beam_size=0: must be a whole number of at"),
+    ("translate", ["--text=a", "--input=b"], "--text and --input both say what to translate"),
+    ("translate", ["--text=a", "--layer=1"], "say what to draw: give --heatmap"),
+    ("report", ["--watch", "--port=70000"], "--port=70000: must be a whole number from 0 to 65535"),
+    ("benchmark", ["--threshold=nan"], "--threshold=nan: must be a finite number above 0"),
+    ("benchmark", ["--config.rounds=0"], "rounds=0 must be a whole number of at least 1"),
+])  # fmt: skip
+def test_a_mistake_in_another_command_is_one_line(config, tmp_path, module, flags, message):
+    flags = [f"--config={config}", *flags] if module == "train" else flags
+    done = ablate(*flags, f"--workdir={tmp_path / 'work'}", module=module)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last and not (tmp_path / "work").exists()
+
+
+@pytest.mark.slow
 def test_mistakes_about_files(tmp_path):
     quick = ROOT / "configs/quickstart.py"
     for flags, message in [

@@ -153,10 +153,13 @@ def test_a_table_of_positions_bounds_the_sentence():
         translator.encode(["1" * 40])
 
 
-def test_an_rnn_wants_two_sequences():
+def test_what_an_rnn_or_a_text_does_not_read_is_refused():
     own = settings.override(settings.config("recall"), {"model.architecture": "rnn"})
     with pytest.raises(ValueError, match="one sequence to another"):
         train.build(own)
+    text = settings.override(config(), {"task.path": "a"})
+    with one_line(ValueError, "task.synthetic_pairs=60 is read only where the text is generated"):
+        settings.check_read(text)
     for changes, message in (
         ({"model.rnn.attention": "bahdanu"}, "must be one of bahdanau, luong, none"),
         (

@@ -102,13 +102,6 @@ class Translation:
             value = getattr(self, name)
             if value is not None and self._generated:
                 raise ValueError(f"{name}={value!r} is about a text of yours: give path or tfds")
-        for own in dataclasses.fields(self):
-            value = getattr(self, own.name)
-            if own.name.startswith("synthetic_") and value != own.default and not self._generated:
-                raise ValueError(
-                    f"{own.name}={value} is about a generated text: leave it at {own.default}, or "
-                    "give no path or tfds"
-                )
         if self.min_count > 1 and self._tokenizer in vocabulary.SUBWORDS:
             raise ValueError(
                 f"min_count={self.min_count} is for whole words and characters; subwords "
