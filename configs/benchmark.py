@@ -21,13 +21,15 @@
 
 from ml_collections import ConfigDict
 
+from experiments import settings
+
 CAUSAL = {"mask": "causal"}
 GRADIENT = {"derivative": "gradient"}
 TORCH, NN = {"library": "torch"}, {"library": "jax.nn"}
 TILED, DENSE = {"implementation": "tiled"}, {"implementation": "dense"}
 
 
-def get_config(arg="quick"):
+def get_config(arg=""):
     suites = {
         "quick": quick,
         "kernels": kernels,
@@ -39,9 +41,7 @@ def get_config(arg="quick"):
         "profiles": profiles,
         "choices": choices,
     }
-    arg = arg or "quick"
-    if arg not in suites:
-        raise ValueError(f"the suites are {', '.join(suites)}; got {arg!r}")
+    arg = settings.argument(__file__, arg, suites)
     config = ConfigDict(
         {
             "suite": arg,

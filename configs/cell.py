@@ -8,9 +8,9 @@ import json
 from experiments import settings, storage
 
 
-def get_config(arg=""):
+def get_config(arg):
     """`arg` is the folder of the cell."""
-    path = storage.path(arg or ".") / "config.json"
+    path = storage.path(arg) / "config.json"
     text = storage.read(path)
     if text is None:
         raise ValueError(f"configs/cell.py takes the folder of a cell: there is no {path}")

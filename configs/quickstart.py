@@ -10,7 +10,7 @@ one layer at an accuracy of about 0.25 (one of the four values it has seen), two
 from experiments import settings
 
 
-def get_config(arg=""):
+def get_config():
     config = settings.config("text", context=64, max_eval_examples=256)
     config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=30)
     config.train.update(steps=180, batch_size=16, eval_every=60, log_every=20)

@@ -9,7 +9,7 @@ with two, after 250 steps.
 from experiments import settings
 
 
-def get_config(arg=""):
+def get_config():
     config = settings.config("recall", vocab_size=64, length=32, num_pairs=4)
     config.model.update(num_heads=1, tie_embeddings=False, init_stddev=0.125)
     config.optimizer.update(learning_rate=2e-3, final_learning_rate=2e-3)

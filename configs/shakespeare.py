@@ -12,7 +12,7 @@ alibi 1.86, none 2.05. At lengths never trained on: configs/reference/extrapolat
 from experiments import settings
 
 
-def get_config(arg=""):
+def get_config():
     config = settings.config("text", level="char", context=64)
     config.model.update(position="learned(length=64)", num_layers=4, model_dim=128, num_heads=4)
     config.optimizer.update(learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=100)

@@ -5,10 +5,12 @@ python -m experiments.train --config=configs/transduction.py:reverse --workdir=r
 
 from experiments import settings
 
+TASKS = ("copy", "reverse", "sort")
 
-def get_config(arg="copy"):
-    """`arg` is the task: 'copy', 'reverse' or 'sort'."""
-    config = settings.config(arg or "copy")
+
+def get_config(arg=""):
+    """`arg` is one of `TASKS`."""
+    config = settings.config(settings.argument(__file__, arg, TASKS))
     config.model.update(position="sinusoidal", init_stddev=0.125)
     config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4)
     config.train.update(steps=600, batch_size=64)

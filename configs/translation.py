@@ -15,11 +15,9 @@ from experiments import settings
 ARCHITECTURES = ("transformer", "rnn", "rnn_no_attention", "tiny")
 
 
-def get_config(arg="transformer"):
+def get_config(arg=""):
     """`arg` is one of `ARCHITECTURES`."""
-    arg = arg or "transformer"
-    if arg not in ARCHITECTURES:
-        raise ValueError(f"configs/translation.py takes :{', :'.join(ARCHITECTURES)}; got {arg!r}")
+    arg = settings.argument(__file__, arg, ARCHITECTURES)
     config = settings.config("translation")
     if arg == "tiny":
         config.task.update(length=32, buckets=(32,))
@@ -45,39 +43,45 @@ def get_config(arg="transformer"):
         config.optimizer.update(learning_rate=3e-3, final_learning_rate=1e-5, warmup_steps=1000)
         return config
     config.model.update(
-        architecture="rnn",
-        score="additive(hidden=256)",
-        position="none",
-        num_layers=1,
-        model_dim=256,
-        num_heads=1,
-        dropout_rate=0.3,
-        init_stddev=0.1,
+        architecture="rnn", num_layers=1, model_dim=256, dropout_rate=0.3, init_stddev=0.1
     )
+    config.model.update(score="additive(hidden=256)", position="none", num_heads=1)
     config.model.rnn.attention = "none" if arg == "rnn_no_attention" else "bahdanau"
     config.optimizer.update(learning_rate=2e-3, final_learning_rate=1e-5, warmup_steps=200)
     return config
 
 
-def sweep_score():
-    for score in ("dot", "additive(hidden=32)", "general", "cosine"):
-        yield {"model.score": score}
+def sweep_score(config):
+    if attends(config):
+        for score in ("dot", "additive(hidden=32)", "general", "cosine"):
+            yield {"model.score": score}
 
 
-def sweep_heads():
-    for heads in (1, 2, 8):
-        yield {"model.num_heads": heads}
+def sweep_heads(config):
+    if attends(config):
+        for heads in (1, 2, 8):
+            yield {"model.num_heads": heads}
 
 
-def sweep_position():
-    for position in ("none", "learned", "rope", "shaw"):
-        yield {"model.position": position}
+def sweep_position(config):
+    if attends(config):
+        yield {"model.position": "none"}
+        if config.model.architecture == "transformer":  # an RNN adds nothing to embeddings
+            yield {"model.position": "learned"}
+        for position in ("rope", "shaw"):
+            yield {"model.position": position}
 
 
-def sweep_attention():
+def sweep_attention(config):
     """Of the RNN: --config=configs/translation.py:rnn."""
-    yield {"model.rnn.attention": "none"}
-    for score in ("dot", "general", "additive(hidden=256)", "location"):
-        yield {"model.rnn.attention": "luong", "model.score": score}
-    for window in ("local_m", "local_p"):
-        yield {"model.rnn.attention": "luong", "model.score": "general", "model.rnn.window": window}
+    if config.model.architecture == "rnn":
+        yield {"model.rnn.attention": "none"}
+        for score in ("dot", "general", "additive(hidden=256)", "location"):
+            yield {"model.rnn.attention": "luong", "model.score": score}
+        local = {"model.rnn.attention": "luong", "model.score": "general"}
+        for window in ("local_m", "local_p"):
+            yield {**local, "model.rnn.window": window}
+
+
+def attends(config):
+    return config.model.architecture == "transformer" or config.model.rnn.attention != "none"

@@ -4,7 +4,8 @@
 
 The same command goes on where a killed sweep stopped, and finds a finished one done. Started twice,
 on one machine or on several that share the work directory, it does no cell twice. The cells are
-trained by this machine's devices, by a Ray cluster or by SLURM: see `experiments.executors`.
+trained by this machine's devices, by a Ray cluster or by SLURM: see `experiments.executors`. The
+exit status is 1 where a cell has failed.
 """
 
 import collections
@@ -40,6 +41,7 @@ from experiments import (
     train,
 )
 from experiments.progress import Progress
+from experiments.ranges import at_least, exactly
 from experiments.stopping import Stop, Stopped
 
 
@@ -142,17 +144,12 @@ def _outcome(workdir, job):
 
 def main(argv):
     del argv
-    config = _CONFIG.value
     with cli.user_errors():
+        config, given = cli.config(_CONFIG)
         workdir = storage.path(_WORKDIR.value)
-        flag = flags.FLAGS["config"]
-        path, _, _ = config_flags.get_config_filename(flag).partition(":")
-        bases, axes, expected = sweep.load(path, _SWEEP.value)
-        given = config_flags.get_override_values(flag)
-        given = {name.removeprefix("config."): value for name, value in given.items()}
+        path, _, _ = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+        bases, axes, expected = sweep.load(path, _SWEEP.value, config)
         swept = sweep.expand(config, bases, axes, product=_PRODUCT.value, given=given)
-        if _HALVING.value:
-            halving.rungs(len(swept), 1, _HALVING.value)
         size = max(math.prod(mesh_sizes(cell.config.mesh).values()) for cell in swept)
         # The devices are for those who train; checking needs as many, of whatever kind.
         jax.config.update("jax_platforms", "cpu")
@@ -191,22 +188,24 @@ def _launch(workdir, swept, expected, executor, stop):
             return
         for cell in swept:
             train.check_directory(cells.folder(workdir, cell.id), cell.config)
-        if _RETRY.value:
-            statuses = ("failed",) if _HALVING.value else ("failed", "dropped")
-            for cell in swept:
-                cells.forget(cells.folder(workdir, cell.id), statuses)
+    retried = ()
+    if _RETRY.value:
+        retried = ("failed",) if _HALVING.value else ("failed", "dropped")
     options = {"max_minutes": _MINUTES.value, "tensorboard": _TENSORBOARD.value}
     jobs = [cells.Job(cell.id, **options) for cell in swept]
-    todo = [job for job in jobs if not _outcome(workdir, job)]
+    status = {job: (_outcome(workdir, job) or {}).get("status") for job in jobs}
+    todo = [job for job in jobs if status[job] in (None, *retried)]
     if not todo and (workdir / "report.html").exists():
         results.show(results.summarize(results.load(workdir)))
         print(f"all {len(swept)} cells were done already: {workdir / 'report.html'}")
-        return
+        return _end(workdir, jobs)
     if todo:
         with executor:
             with cli.user_errors():
                 for cell in swept:
                     train.check(cell.config)
+                for cell in swept:
+                    cells.forget(cells.folder(workdir, cell.id), retried)
                 open_workdir(workdir, swept, expected)
             print(f"{len(todo)} of {len(swept)} cells to train in {workdir}", flush=True)
             stop.unsaved = True  # those who train are asked to save
@@ -215,6 +214,14 @@ def _launch(workdir, swept, expected, executor, stop):
             pursue(workdir, jobs, executor, stop)
             stop.unsaved = False
     report.publish(workdir)
+    _end(workdir, jobs)
+
+
+def _end(workdir, jobs):
+    """Ends the program with status 1 where cells have failed."""
+    outcomes = [_outcome(workdir, job) for job in jobs]
+    if failed := sum(found["status"] == "failed" for found in outcomes if found):
+        sys.exit(f"error: {failed} of {len(jobs)} cells failed; --retry_failed tries them again")
 
 
 if __name__ == "__main__":
@@ -236,4 +243,7 @@ if __name__ == "__main__":
         "resources", "", "Of each cell, for Ray (num_gpus=1) or submitit (timeout_min=60)."
     )
     _TENSORBOARD = flags.DEFINE_bool("tensorboard", False, "Write TensorBoard events as well.")
+    cli.limit(_MINUTES, at_least(0.0))
+    cli.limit(_HALVING, exactly(0) | at_least(2))
+    cli.limit(_WORKERS, at_least(0))
     cli.run(main)

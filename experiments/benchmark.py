@@ -23,6 +23,15 @@ from ml_collections import config_flags
 
 from experiments import cli, results
 from experiments.bench import compare, isolate, machine, tables, tuning
+from experiments.ranges import above, at_least
+
+_RANGES = {
+    "seconds": at_least(0.0),
+    "precision": at_least(0.0),
+    "rounds": at_least(1),
+    "time_limit": above(0.0),
+    "memory_limit": above(0.0),
+}
 
 
 def run(config: Any, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -45,7 +54,12 @@ def run(config: Any, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
 
 
 def cases(config: Any) -> list[dict[str, Any]]:
-    """The comparisons wanted: of the suite those with `only` in their title, or the function."""
+    """The comparisons wanted: of the suite those with `only` in their title, or the function.
+
+    ValueError for what cannot be compared, or a limit of the config that is out of its range.
+    """
+    for name, allowed in _RANGES.items():
+        allowed.check(name, config[name])
     if config.function:
         contender = {"kind": "function", "name": config.function}
         suite = [{"title": config.function, "contenders": (contender,)}]
@@ -123,6 +137,7 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", "runs/benchmark", "Where results go.")
     _COMPARE = flags.DEFINE_string("compare", None, "Another results.json, to tell what changed.")
     _THRESHOLD = flags.DEFINE_float("threshold", 1.1, "Slower than this times --compare is bad.")
+    cli.limit(_THRESHOLD, above(0.0))
     _TUNE = flags.DEFINE_bool("tune", False, "Search block sizes and write what attend uses.")
     _TABLE = flags.DEFINE_string("table", str(tuning.TABLE), "Where --tune writes to.")
     cli.run(main)

@@ -7,12 +7,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
 
 from experiments import leases
+from experiments.ranges import Range
 from experiments.stopping import Stop
+
+# ml_collections' traceback of a config whose get_config() has no parameter, or one more.
+_CONFIG_ARGUMENT = re.compile(
+    r"flag --\w+=(?P<path>[^:]*):?(?P<arg>.*?): Error whilst .*get_config\(\) "
+    r"(takes 0 positional|missing 1 required positional argument: '(?P<missing>\w+)')",
+    re.DOTALL,
+)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -63,6 +72,29 @@ def keep_compiled() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def limit(flag: flags.FlagHolder, allowed: Range) -> None:
+    """Makes the values of a flag that are out of a range an error, None aside."""
+    text = f"must be {allowed.text}"
+    flags.register_validator(flag.name, lambda x: x is None or allowed.holds(x), text)
+
+
+def config(flag: flags.FlagHolder) -> tuple[ConfigDict, dict[str, Any]]:
+    """The config of a flag, and by dotted name the settings that other flags have changed.
+
+    ValueError where none is given or its file returns none, OSError where there is no such file.
+    """
+    if not flags.FLAGS[flag.name].present:
+        raise ValueError(f"--{flag.name} says what to train: give a file such as those in configs/")
+    if not hasattr(flag.value, "task"):
+        kind = type(flag.value).__name__
+        raise ValueError(
+            "get_config() must return what settings.config(task) does, with some settings changed; "
+            f"it returned a {kind} without a task"
+        )
+    changed = config_flags.get_override_values(flags.FLAGS[flag.name])
+    return flag.value, {name.removeprefix(f"{flag.name}."): x for name, x in changed.items()}
+
+
 def _drop_halves(folder):
     """Removes programs that a killed process has not written to the end.
 
@@ -90,12 +122,17 @@ def _parse(argv):
 
 def fail(error: BaseException) -> NoReturn:
     """Ends the program with an error of one line."""
+    wrong = _CONFIG_ARGUMENT.search(str(error))
     if "\n" in str(error):
         while cause := error.__cause__ or error.__context__:
             error = cause
     text = " ".join(str(error).split())
     if misspelt := re.search(r'Did you mean "(.*)" instead of "(.*)"\?', text):
         text = f"no setting {misspelt[2]!r}; did you mean {misspelt[1]!r}?"
+    elif wrong and wrong["missing"]:
+        text = f"{wrong['path']} needs an argument: --config={wrong['path']}:{wrong['missing']}"
+    elif wrong:
+        text = f"{wrong['path']} takes no argument; got {wrong['arg']!r}"
     elif isinstance(error, KeyError | AttributeError):
         text = f"no setting {text.strip(chr(39) + chr(34))!r}"
     print(f"error: {text}", file=sys.stderr)

@@ -24,6 +24,8 @@ def initialize(
     """
     # Else jax would take SIGTERM for itself, and the process live on.
     jax.config.update("jax_enable_preemption_service", False)
+    if num_processes is not None and (process_id or 0) >= num_processes:
+        raise ValueError(f"--process_id={process_id} must be below --num_processes={num_processes}")
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except ValueError as error:

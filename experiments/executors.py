@@ -23,6 +23,7 @@ from typing import Any
 
 from experiments import cells
 from experiments.progress import Progress
+from experiments.ranges import at_least
 from experiments.stopping import Stop, Stopped
 
 _TRIES = 2  # of a cell whose process dies
@@ -220,9 +221,6 @@ def create(name: str, workdir: Any, workers: int, devices: int, resources: str) 
         return Local(workdir, workers, devices)
     from experiments import clusters
 
-    package = {"ray": "ray", "slurm": "submitit"}[name]
-    if not importlib.util.find_spec(package):
-        raise ImportError(f"--executor={name} needs {package}: pip install 'attention[cluster]'")
     found: dict[str, Any] = {}
     for part in filter(None, resources.split(",")):
         key, _, value = part.partition("=")
@@ -232,6 +230,11 @@ def create(name: str, workdir: Any, workers: int, devices: int, resources: str) 
             found[key] = float(value) if "." in value else int(value)
         except ValueError:
             found[key] = value
+        if not isinstance(found[key], str):
+            at_least(0.0).check(f"--resources={key}", found[key])
+    package = {"ray": "ray", "slurm": "submitit"}[name]
+    if not importlib.util.find_spec(package):
+        raise ImportError(f"--executor={name} needs {package}: pip install 'attention[cluster]'")
     kinds = {"ray": clusters.Ray, "slurm": clusters.Slurm}
     return kinds[name](workdir, workers, found)
 

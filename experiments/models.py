@@ -8,19 +8,20 @@ from ml_collections import ConfigDict
 import attention
 from attention.models import EncoderDecoder, LanguageModel, seq2seq
 from attention.nn import TransformerConfig
-from experiments import tasks
+from experiments import settings, tasks
 
 
 def build(config: ConfigDict) -> tuple[tasks.Task, Any]:
-    """The task and the Linen model of a config.  ValueError for whatever does not fit together."""
+    """The task and the Linen model of a config.
+
+    ValueError for whatever is out of range or does not fit together.
+    """
+    settings.check(config)
     task = tasks.create(config.task)
     m = config.model
     kinds = ("score", "position", "mask", "normalizer")
     parts = {kind: attention.parse(kind, m[kind]) for kind in kinds}
-    makes = {"transformer": transformer, "rnn": rnn}
-    if m.architecture not in makes:
-        raise ValueError(f"model.architecture is one of {', '.join(makes)}; got {m.architecture!r}")
-    return task, makes[m.architecture](task, m, parts)
+    return task, {"transformer": transformer, "rnn": rnn}[m.architecture](task, m, parts)
 
 
 def transformer(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
@@ -51,18 +52,7 @@ def rnn(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
             "model.architecture='rnn' goes from one sequence to another; the task "
             f"{type(task).__name__} has only one: use 'transformer'"
         )
-    for name in ("num_kv_heads", "head_dim", "mlp_dim", "implementation"):
-        if m[name] is not None:
-            raise ValueError(f"model.{name}={m[name]!r} is about a Transformer: leave it out")
-    for name in ("attention_dropout_rate", "use_bias", "remat_layers"):
-        if m[name]:
-            raise ValueError(f"model.{name}={m[name]!r} is about a Transformer: leave it out")
     own, heads = m.rnn, m.num_heads
-    if own.window != "none" and own.attention != "luong":
-        raise ValueError(
-            f"model.rnn.window={own.window!r} is Luong's: set model.rnn.attention='luong', not "
-            f"{own.attention!r}"
-        )
     mechanism = attention.Mechanism(**{**parts, "mask": attention.masks.Padding()})
     windows = {
         "none": None,
@@ -74,12 +64,6 @@ def rnn(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
         "bahdanau": lambda: seq2seq.Bahdanau(mechanism, heads),
         "luong": lambda: seq2seq.Luong(mechanism, heads, windows[own.window], own.input_feeding),
     }
-    for name, value, known in (
-        ("attention", own.attention, reads),
-        ("window", own.window, windows),
-    ):
-        if value not in known:
-            raise ValueError(f"model.rnn.{name} is one of {', '.join(known)}; got {value!r}")
     sizes = ("model_dim", "num_layers", "dropout_rate", "tie_embeddings", "init_stddev")
     return seq2seq.RNNEncoderDecoder(
         seq2seq.RNNConfig(

@@ -25,6 +25,7 @@ from typing import Any
 from absl import flags
 
 from experiments import cli, explorer, plots, results, storage, tables, watching
+from experiments.ranges import between
 
 _LARGEST = 4_700_000  # characters of a page, of which the maps take what is left
 
@@ -49,7 +50,7 @@ def write_report(
     drawings = {}
     for name, figure in [*plots.of_report(joined), *plots.of_attention(joined)]:
         for kind, content in plots.render(figure).items():
-            results.replace(folder / "plots" / f"{results.file_name(name)}.{kind}", content)
+            results.replace(folder / "plots" / f"{results.file_name(name, 200)}.{kind}", content)
             if kind == "svg":
                 drawings[name] = content.decode()
     results.write_csv(rows, folder / "results.csv")
@@ -57,7 +58,7 @@ def write_report(
     results.replace(folder / "report.md", tables.markdown(experiments))
     for base in joined.bases():
         group = [row for row in rows if row.cell.base == base]
-        path = folder / "tables" / f"{results.file_name(base)}.tex"
+        path = folder / "tables" / f"{results.file_name(base, 200)}.tex"
         results.replace(path, tables.latex(group))
     results.replace(folder / "report.html", page(experiments, drawings, output=output))
     return folder / "report.html"
@@ -279,4 +280,5 @@ if __name__ == "__main__":
     _OUTPUT = flags.DEFINE_string("output", None, "Where to write to, unless into the directory.")
     _WATCH = flags.DEFINE_bool("watch", False, "Serve the live page on 127.0.0.1 instead.")
     _PORT = flags.DEFINE_integer("port", 0, "Of --watch; 0: any that is free.")
+    cli.limit(_PORT, between(0, 65535))
     cli.run(main)

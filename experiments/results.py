@@ -12,6 +12,7 @@ of comparisons: which of them are significant is corrected for their number (Hol
 import csv
 import dataclasses
 import functools
+import hashlib
 import io
 import json
 import math
@@ -759,9 +760,16 @@ def replace(path: str | os.PathLike[str], content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def file_name(text: str) -> str:
-    """`text` with whatever a file name cannot hold everywhere as '_'."""
-    return re.sub(r"[^\w.=,×+-]+", "_", text)
+def file_name(text: str, longest: int = 255) -> str:
+    """`text` with whatever a file name cannot hold everywhere as '_'.
+
+    One of more than `longest` bytes ends in a hash of all of it.
+    """
+    name = re.sub(r"[^\w.=,×+-]+", "_", text)
+    if len(name.encode()) <= longest:
+        return name
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return f"{name.encode()[: longest - 17].decode(errors='ignore')}-{digest}"
 
 
 def _read_json(path: Path, *required: str) -> dict[str, Any]:

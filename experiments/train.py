@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,6 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from attention.models import LanguageModel
 from experiments import (
     checkpoints,
     cli,
@@ -47,32 +47,26 @@ from experiments.program import (
     evaluate,
 )
 from experiments.progress import Cell, Progress
+from experiments.ranges import at_least
 from experiments.stopping import Stop, Stopped
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, changed: Collection[str] = ()) -> None:
     """Raises ValueError where the config cannot be trained; compiles nothing.
 
-    Reads the task's data and traces the model on the longest input it will meet.
+    Reads the task's data and traces the model on the longest input it will meet. `changed` as of
+    `settings.check_read`.
     """
     task, model = build(config)
+    settings.check_read(config, changed)
     longest = max(task.eval_splits().values(), key=lambda split: split["inputs"].shape[1])
     row = {name: x[:1] for name, x in longest.items()}
-    jax.eval_shape(lambda: model.init(jax.random.key(0), *data.model_inputs(row)))
-    devices.check(config, model, data.model_inputs(row))
-    c = config.train
-    if c.seeds_impl not in ("vmap", "map"):
-        raise ValueError(f"train.seeds_impl is 'vmap' or 'map', got {c.seeds_impl!r}")
-    for name in ("log_every", "eval_every", "checkpoint_every"):
-        if c[name] < 1:
-            raise ValueError(f"train.{name} is a number of steps, 1 or more: got {c[name]}")
-    if config.decoding.timed_tokens and not isinstance(model, LanguageModel):
-        raise ValueError(
-            f"decoding.timed_tokens={config.decoding.timed_tokens} times a language model, and the "
-            f"task {config.task.name!r} trains a {type(model).__name__}: set it to 0"
-        )
-    if c.explosion and c.explosion <= 1:
-        raise ValueError(f"train.explosion is a factor above 1, or 0 for none: got {c.explosion}")
+    inputs = data.model_inputs(row)
+    jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs))
+    if tokens := config.decoding.timed_tokens:
+        text = np.zeros((1, tokens), np.int32)
+        jax.eval_shape(lambda: model.init(jax.random.key(0), text))
+    devices.check(config, model, inputs)
 
 
 def learning_rates(config: ConfigDict) -> np.ndarray:
@@ -462,15 +456,18 @@ def _check_losses(losses, first, explosion, step):
 def main(argv):
     del argv
     with cli.user_errors():
+        config, changed = cli.config(_CONFIG)
         if _DISTRIBUTED.value or _COORDINATOR.value:
             devices.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        elif (_NUM_PROCESSES.value, _PROCESS_ID.value) != (None, None):
+            raise ValueError("--num_processes and --process_id go with --coordinator=host:port")
         if jax.process_index():
             sys.stdout = open(os.devnull, "w")
         directory = storage.path(_WORKDIR.value)
-        check(_CONFIG.value)
-        check_directory(directory, _CONFIG.value)
-        claim(directory, _CONFIG.value)
-        task, _ = build(_CONFIG.value)
+        check(config, changed)
+        check_directory(directory, config)
+        claim(directory, config)
+        task, _ = build(config)
         if isinstance(task, tasks.Translates):
             print(task.summary())
     path = directory / "result.json"
@@ -482,7 +479,7 @@ def main(argv):
             with lease, stop, Progress(cells=1) as progress:
                 cell = progress.cell(str(directory))
                 with mirrors.mirror(directory, stop) as here:
-                    result = train(_CONFIG.value, here, cell, stop, tensorboard=_TENSORBOARD.value)
+                    result = train(config, here, cell, stop, tensorboard=_TENSORBOARD.value)
                 write(path, json.dumps(result, indent=2))
                 cell.finish(f"trained in {result['train_seconds']} s")
         except (leases.Taken, storage.Unreachable) as error:
@@ -512,5 +509,7 @@ if __name__ == "__main__":
     _COORDINATOR = flags.DEFINE_string("coordinator", None, "Elsewhere: host:port of process 0,")
     _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many there are,")
     _PROCESS_ID = flags.DEFINE_integer("process_id", None, "and which this is, from 0.")
+    cli.limit(_NUM_PROCESSES, at_least(1))
+    cli.limit(_PROCESS_ID, at_least(0))
     cli.keep_compiled()
     cli.run(main)

@@ -20,6 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from experiments import checkpoints, cli, mirrors, settings, storage, train
+from experiments.ranges import at_least
 
 
 class Trained(NamedTuple):
@@ -90,4 +91,5 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "Of a trained model.", required=True)
     _OUTPUT = flags.DEFINE_string("output", None, "The file to write.", required=True)
     _SEED = flags.DEFINE_integer("seed", 0, "Which of the trained seeds, from 0.")
+    cli.limit(_SEED, at_least(0))
     cli.run(main)

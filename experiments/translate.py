@@ -20,6 +20,7 @@ from absl import flags
 
 from experiments import cli, heads, plots, results, tasks, train, trained
 from experiments.program import translator
+from experiments.ranges import at_least
 from experiments.tasks import textfiles
 
 
@@ -111,6 +112,10 @@ def draw(
 def main(_):
     """Translates what the flags say."""
     with cli.user_errors():
+        if _TEXT.value is not None and _INPUT.value is not None:
+            raise ValueError("--text and --input both say what to translate: give one of them")
+        if _HEATMAP.value is None and (_LAYER.value or _HEAD.value or _MEAN.value):
+            raise ValueError("--layer, --head and --mean say what to draw: give --heatmap")
         if _TEXT.value is not None:
             text = textfiles.decode(os.fsencode(_TEXT.value), "--text")
         elif _INPUT.value is not None and _INPUT.value != "-":
@@ -145,5 +150,9 @@ if __name__ == "__main__":
     _LAYER = flags.DEFINE_integer("layer", None, "Draw this layer alone, from 1.")
     _HEAD = flags.DEFINE_integer("head", None, "Draw this head alone, from 1.")
     _MEAN = flags.DEFINE_bool("mean", False, "Draw the mean of layers and heads.")
+    cli.limit(_BEAM, at_least(1))
+    cli.limit(_SEED, at_least(0))
+    cli.limit(_LAYER, at_least(1))
+    cli.limit(_HEAD, at_least(1))
     cli.keep_compiled()
     cli.run(main)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = """
 from experiments import settings
 
-def get_config(arg=""):
+def get_config():
     config = settings.config("recall", vocab_size=16, length=8, num_pairs=2, num_eval=20)
     config.model.update(model_dim=8, num_layers=1, num_heads=2)
     config.train.update(steps=20, batch_size=4, seeds=2, eval_every=10, log_every=5)

@@ -45,8 +45,10 @@ SUITES = (
 )
 
 
-def config(suite):
-    return runpy.run_path(str(ROOT / "configs" / "benchmark.py"))["get_config"](suite)
+def config(suite, **changes):
+    found = runpy.run_path(str(ROOT / "configs" / "benchmark.py"))["get_config"](suite)
+    found.update(changes)
+    return found
 
 
 # Contenders.
@@ -96,6 +98,11 @@ def test_peers_say_what_they_cannot(change, message):
     (lambda: compare.measure([SMALL], ("speed",)), "measures are of .* got speed"),
     (lambda: compare.read({"lenght": 3}), "a kernel cannot be made of .*'lenght'"),
     (lambda: Kernel(score="nope"), "nope"),
+    (lambda: Kernel(heads=0), "heads=0 must be a whole number of at least 1"),
+    (lambda: Model(seeds=0), "seeds=0 must be a whole number of at least 1"),
+    (lambda: benchmark.cases(config("quick", seconds=-1.0)), "seconds=-1.0 must be a finite"),
+    (lambda: benchmark.cases(config("quick", time_limit=0.0)), "time_limit=0.0 must be .* above 0"),
+    (lambda: config("slow"), r"configs.benchmark\.py takes :quick, :kernels, .* got 'slow'"),
     (lambda: Kernel(dtype="float64").build(), "JAX_ENABLE_X64"),
 ])  # fmt: skip
 def test_bad_works_are_refused(make, message):

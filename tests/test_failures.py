@@ -55,7 +55,8 @@ def test_two_launchers_share_a_sweep_and_do_no_cell_twice(config, tmp_path):
     flags += ["--config.train.checkpoint_every=50", f"--workdir={work}"]
     runs = [start(*flags) for _ in range(2)]
     outputs = [run.communicate(timeout=200) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert [run.returncode for run in runs] == [1, 1], outputs
+    assert all(errors.endswith("tries them again\n") for _, errors in outputs)
     said = "".join(output for output, _ in outputs)
     for cell, line in (
         ("base", "base: validation/accuracy"),
@@ -88,7 +89,7 @@ def test_a_cell_whose_process_dies_is_tried_once_more_and_then_a_failure(config,
         if not deaths:
             wait_for(lambda held=held: read(work / "cells/base/lease.json")["pid"] != held, run)
     output, errors = run.communicate(timeout=60)
-    assert run.returncode == 0, errors
+    assert run.returncode == 1 and errors.startswith("error: 1 of 1 cells failed"), errors
     assert "once more, from the last checkpoint" in output
     result = read(work / "cells/base/result.json")
     assert result["status"] == "failed"
@@ -96,7 +97,7 @@ def test_a_cell_whose_process_dies_is_tried_once_more_and_then_a_failure(config,
     assert "base (base) failed: its process died" in output
 
     again = ablate(*flags, "--retry_failed", "--max_minutes=0.01")
-    assert again.returncode == 0, again.stderr
+    assert again.returncode == 1 and again.stderr.startswith("error: 1 of 1 cells failed")
     result = read(work / "cells/base/result.json")
     assert result["status"] == "failed" and "TimeoutError: at step" in result["error"]
 
@@ -121,7 +122,7 @@ def sweep_rate():
         "--config.optimizer.warmup_steps=5",
     ]
     done = ablate(*flags, f"--workdir={work}")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1 and "error: 1 of 4 cells failed" in done.stderr
     found = {p.parent.name: read(p) for p in work.glob("cells/*/result.json")}
     status = {id: x["status"] for id, x in found.items()}
     assert status["base"] == "done" and status["base.rate=1e+30"] == "failed"

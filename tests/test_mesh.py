@@ -321,7 +321,7 @@ import sys
 sys.path.insert(0, {tests!r})
 import meshes
 
-def get_config(arg=""):
+def get_config():
     return meshes.tiny(**{changes!r})
 """
 

@@ -132,7 +132,11 @@ def test_bad_sizes_are_refused(make, message):
         run(make(), jnp.ones((1, 3, 8)))
 
 
-@pytest.mark.parametrize("change", [{"norm": "middle"}, {"num_heads": 3}, {"num_kv_heads": 3}])
+@pytest.mark.parametrize("change", [
+    {"norm": "middle"}, {"num_heads": 3}, {"num_kv_heads": 3}, {"num_heads": 0},
+    {"num_kv_heads": 0}, {"num_layers": 0}, {"mlp_dim": -1}, {"dropout_rate": 1.0},
+    {"attention_dropout_rate": float("nan")},
+])  # fmt: skip
 def test_bad_configs_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         dataclasses.replace(SMALL, **change)

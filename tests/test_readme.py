@@ -106,8 +106,9 @@ def test_the_config_of_ones_own_is_a_sweep(tmp_path):
     path.write_text(block("def get_config"))
     scope = {}
     exec(path.read_text(), scope)
-    bases, axes, _ = sweep.load(str(path), "all")
-    cells = sweep.expand(scope["get_config"](), bases, axes)
+    config = scope["get_config"]()
+    bases, axes, _ = sweep.load(str(path), "all", config)
+    cells = sweep.expand(config, bases, axes)
     assert len(cells) == 5
     for cell in cells:
         train.build(cell.config)

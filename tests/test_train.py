@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers import Silent
+from helpers import Silent, one_line
 
 from experiments import checkpoints, data, maps, settings, stopping, tasks, train, trained
 from experiments import program as programs
@@ -69,7 +69,7 @@ def test_a_result_tells_its_memory_and_what_generation_costs(tmp_path, heads):
 
 
 def test_generation_is_timed_of_language_models_only():
-    with pytest.raises(ValueError, match="timed_tokens=5 .*'reverse' .*set it to 0"):
+    with pytest.raises(ValueError, match="timed_tokens=5 .*recall, text: leave it at 0"):
         train.check(tiny("reverse", **{"decoding.timed_tokens": 5}))
 
 
@@ -367,15 +367,94 @@ def test_training_solves_a_task_it_can(tmp_path):
     ({"model.num_heads": 3}, "num_heads must divide"),
     ({"model.num_heads": 8, "model.position": "rope"}, "even"),
     ({"model.position": "learned(length=4)"}, "no vector for position"),
-    ({"train.seeds_impl": "pmap"}, "seeds_impl"),
-    ({"train.checkpoint_every": 0}, "train.checkpoint_every is a number of steps, 1 or more"),
-    ({"train.explosion": 0.5}, "train.explosion is a factor above 1, or 0"),
+    ({"train.steps": 0}, "train.steps=0 must be a whole number of at least 1"),
+    ({"model.norm": "post", "model.rnn.cell": "lstm"}, "only with model.architecture='rnn'"),
+    ({"decoding.timed_tokens": 20, "model.position": "learned(length=8)"}, "position 19"),
     ({"model.implementation": "flash"}, "implementation must be"),
     ({"task.num_pairs": 5}, "cannot hold num_pairs=5"),
 ])  # fmt: skip
 def test_bad_settings_are_found_before_anything_is_compiled(change, message):
     with pytest.raises(ValueError, match=message):
         train.check(tiny(**change))
+
+
+def with_value(name, value):
+    """The default settings with one that need not be of its type."""
+    found = settings.config("recall")
+    *path, last = name.split(".")
+    with found.ignore_type():
+        settings.get(found, ".".join(path))[last] = value
+    return found
+
+
+NUMBERS = [
+    f"{group}.{name}"
+    for group in ("model", "optimizer", "decoding", "train")
+    for name, value in settings.config("recall")[group].items()
+    if isinstance(value, int | float) and not isinstance(value, bool)
+]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), -1, None, "4"], ids=str)
+def test_every_number_has_a_range(value):
+    assert len(NUMBERS) > 25
+    for name in NUMBERS:
+        if (name, value) != ("decoding.length_penalty", -1):  # for short translations: a choice
+            with one_line(ValueError, f"{name}=", " must be "):
+                settings.check(with_value(name, value))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("train.seeds", 0), ("train.seeds", True), ("train.steps", 0), ("train.batch_size", 0),
+    ("train.eval_batch_size", 0),
+    ("train.log_every", 0), ("train.eval_every", 0), ("train.checkpoint_every", 0),
+    ("train.explosion", 0.5), ("train.seeds_impl", "pmap"), ("model.init_stddev", 0.0),
+    ("model.num_layers", 0), ("model.model_dim", 0), ("model.num_heads", 0), ("model.mlp_dim", 0),
+    ("model.num_kv_heads", 0), ("model.head_dim", 0), ("model.norm", "middle"),
+    ("model.dropout_rate", 1.0), ("model.attention_dropout_rate", 1.5), ("model.dtype", "fp32"),
+    ("model.use_bias", None), ("model.architecture", "cnn"), ("model.score", None),
+    ("model.rnn.cell", "rnn"), ("model.rnn.window_width", 0), ("model.rnn.attention", "bahdanu"),
+    ("optimizer.learning_rate", float("inf")), ("optimizer.b1", 1.0), ("optimizer.b2", 1.0),
+    ("optimizer.ema_decay", 1.0), ("optimizer.label_smoothing", 1.0), ("optimizer.clip_norm", 0.0),
+    ("decoding.beam_size", 0),
+])  # fmt: skip
+def test_a_setting_out_of_its_range_is_named_with_what_is_expected(name, value):
+    with one_line(ValueError, f"{name}={value!r} must be "):
+        settings.check(with_value(name, value))
+
+
+def test_float64_needs_x64():
+    with one_line(ValueError, "model.dtype='float64' needs JAX_ENABLE_X64=1"):
+        settings.check(tiny(**{"model.dtype": "float64"}))
+    with jax.enable_x64(True):
+        settings.check(tiny(**{"model.dtype": "float64"}))
+
+
+def test_the_ends_of_a_range_are_in_it():
+    fine = {"optimizer.learning_rate": 0.0, "optimizer.clip_norm": float("inf"), "train.steps": 1}
+    fine |= {"train.explosion": 0.0, "optimizer.b1": 0.0, "model.num_kv_heads": 2}
+    settings.check(tiny(**fine))
+
+
+def test_all_settings_are_listed_with_range_and_default():
+    table = settings.table()
+    assert "| train.steps | 500 | a whole number of at least 1 |" in table
+    assert "| model.norm | 'pre' | one of pre, post | read only with model.arch" in table
+    assert "| task.num_pairs | 4 | a whole number of at least 1 | of task.name='recall' |" in table
+    config = settings.config("translation").to_dict()
+    for group in ("model", "optimizer", "decoding", "train", "task"):
+        for name in config[group]:
+            assert name in ("name", "rnn") or f"| {group}.{name} | " in table
+
+
+def test_a_directory_from_before_settings_were_checked_still_loads():
+    config = settings.config("copy")
+    config.model.update(architecture="rnn", position="learned", mask="full", norm="post")
+    found = settings.read(settings.complete(settings.describe(config)))
+    assert found.model.norm == "post"
+    train.build(found)
+    with pytest.raises(ValueError, match="model.mask='full' is read only with"):
+        train.check(found)
 
 
 def test_a_directory_of_another_experiment_is_left_alone(tmp_path):

@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import Silent
+from helpers import Silent, one_line
 
 from experiments import checkpoints, maps, results, settings, train, translate
 from experiments.program import better
@@ -154,23 +154,36 @@ def test_a_table_of_positions_bounds_the_sentence():
         translator.encode(["1" * 40])
 
 
-def test_an_rnn_wants_two_sequences():
+def test_what_an_rnn_or_a_text_does_not_read_is_refused():
     own = settings.override(settings.config("recall"), {"model.architecture": "rnn"})
     with pytest.raises(ValueError, match="one sequence to another"):
         train.build(own)
+    text = settings.override(config(), {"task.path": "a"})
+    with one_line(ValueError, "task.synthetic_pairs=60 is read only where the text is generated"):
+        settings.check_read(text)
     for changes, message in (
-        ({"model.rnn.attention": "bahdanu"}, "model.rnn.attention is one of none, bahdanau"),
+        ({"model.rnn.attention": "bahdanu"}, "must be one of bahdanau, luong, none"),
         (
             {"model.rnn.window": "local", "model.rnn.attention": "luong"},
-            "model.rnn.window is one of none, local_m",
+            "must be one of none, local_m",
         ),
-        ({"model.rnn.window": "local_m"}, "is Luong's"),
-        ({"model.rnn.cell": "gru", "model.use_bias": True}, "about a Transformer"),
-        ({"model.rnn.cell": "gru", "model.mlp_dim": 8}, "about a Transformer"),
-        ({"model.architecture": "cnn"}, "model.architecture is one of transformer, rnn"),
+        ({"model.rnn.window": "local_m"}, "only with model.rnn.attention='luong'"),
+        ({"model.rnn.window_width": 3}, "only with a model.rnn.window"),
+        ({"model.position": "learned"}, "added to embeddings"),
+        ({"model.position": "rope + sinusoidal"}, "added to embeddings"),
+        *(
+            ({name: value}, f"{name}={value!r} is read only with model.architecture='transformer'")
+            for name, value in {
+                "model.mask": "causal & sliding_window(8)",
+                "model.norm": "post",
+                "model.scan_layers": True,
+                "model.use_bias": True,
+                "model.mlp_dim": 8,
+            }.items()
+        ),
     ):
-        with pytest.raises(ValueError, match=message):
-            train.build(config("rnn", **changes) if "rnn" in str(changes) else config(**changes))
+        with one_line(ValueError, message):
+            train.check(config("rnn", **changes))
 
 
 def test_the_command(trained, tmp_path):

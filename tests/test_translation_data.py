@@ -449,6 +449,7 @@ def test_bad_languages_and_places(tmp_path):
         ({"bleu_tokenize": "14a"}, ["'14a'", "13a"]),
         ({"length": 1}, ["length=1"]),
         ({"synthetic_pairs": 0}, ["synthetic_pairs=0"]),
+        ({"synthetic_seed": -1}, ["synthetic_seed=-1", "from 0 to"]),
         ({"max_vocab_size": 4}, ["max_vocab_size=4", "at least 5"]),
         ({"tokenizer": "bpe", "min_count": 2}, ["min_count=2", "'bpe'"]),
         ({"buckets": [32, 16]}, ["(32, 16)", "length=64"]),

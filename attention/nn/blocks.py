@@ -45,6 +45,8 @@ class TransformerConfig:
         with scan_layers only: else XLA finds that it computes the same twice, and does not.
       dtype, param_dtype: of the computation and of the parameters.
       implementation: the attention kernel; see `attention.attend`.
+
+    Raises ValueError where they are out of range or do not fit together.
     """
 
     vocab_size: int
@@ -70,6 +72,13 @@ class TransformerConfig:
     implementation: str | None = None
 
     def __post_init__(self):
+        sizes = ("vocab_size", "model_dim", "num_layers", "num_heads")
+        for name in (*sizes, "num_kv_heads", "head_dim", "mlp_dim"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"{name} must be 1 or more, got {size}")
+        for name in ("dropout_rate", "attention_dropout_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm must be 'pre' or 'post', got {self.norm!r}")
         if self.head_dim is None and self.model_dim % self.num_heads:

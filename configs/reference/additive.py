@@ -18,7 +18,7 @@ from experiments.claims import equal, less
 WIDTHS = (16, 64, 256)
 
 
-def get_config(arg=""):
+def get_config():
     config = settings.config("text", level="char", context=64)
     config.model.update(model_dim=64, num_heads=1, head_dim=16, position="rope")
     config.model.update(tie_embeddings=False, init_stddev=0.125)

@@ -18,7 +18,7 @@ from experiments.claims import equal, less
 PAIRS, WIDTHS = (2, 4, 8), (8, 16, 32)
 
 
-def get_config(arg=""):
+def get_config():
     config = settings.config("recall", vocab_size=32, length=32, num_pairs=2)
     config.model.update(num_heads=1, tie_embeddings=False, init_stddev=0.125)
     config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-3, warmup_steps=30)

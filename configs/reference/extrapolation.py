@@ -19,7 +19,7 @@ LENGTHS = (128, 256, 512)
 POSITIONS = ("rope", "alibi", "none", "sinusoidal(scale=0.02)")
 
 
-def get_config(arg=""):
+def get_config():
     config = settings.config("text", level="char", context=64, eval_lengths=LENGTHS)
     config.model.update(position="learned", num_layers=4, model_dim=128, num_heads=4)
     config.optimizer.update(learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=100)

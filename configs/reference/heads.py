@@ -15,7 +15,7 @@ from experiments import settings
 from experiments.claims import equal, less
 
 
-def get_config(arg=""):
+def get_config():
     config = settings.config("text", level="char", context=64)
     config.model.update(position="learned", num_layers=4, model_dim=128, num_heads=4)
     config.optimizer.update(learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=100)

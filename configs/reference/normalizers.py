@@ -18,7 +18,7 @@ from experiments.claims import equal, less
 NORMALIZERS = ("softmax_off_by_one", "learned_sink", "sigmoid", "entmax15")
 
 
-def get_config(arg=""):
+def get_config():
     config = settings.config("text", level="char", context=64)
     config.model.update(model_dim=128)
     config.optimizer.update(learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=100)

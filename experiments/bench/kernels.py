@@ -23,6 +23,7 @@ from experiments.bench.work import (
     torch,
     torch_device,
 )
+from experiments.ranges import at_least, check_fields, ranged
 
 PARTS = ("score", "position", "mask", "normalizer")
 
@@ -54,20 +55,21 @@ class Kernel(Work):
     position: str = "none"
     mask: str = "none"
     normalizer: str = "softmax"
-    length: int = 1024
-    source_length: int | None = None
-    heads: int = 8
-    kv_heads: int | None = None
-    width: int = 64
-    value_width: int | None = None
-    batch: int = 1
-    documents: int = 0
+    length: int = ranged(1024, at_least(1))
+    source_length: int | None = ranged(None, at_least(1))
+    heads: int = ranged(8, at_least(1))
+    kv_heads: int | None = ranged(None, at_least(1))
+    width: int = ranged(64, at_least(1))
+    value_width: int | None = ranged(None, at_least(1))
+    batch: int = ranged(1, at_least(1))
+    documents: int = ranged(0, at_least(0))
     derivative: str = "none"
     batching: str = "axes"
     dtype: str = "float32"
     inputs: str | None = None
 
     def __post_init__(self):
+        check_fields(self)
         check_choices(
             self,
             library=("attention", *PEERS),

@@ -19,6 +19,7 @@ from experiments.bench.work import (
     torch,
     torch_device,
 )
+from experiments.ranges import at_least, check_fields, ranged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,24 +45,25 @@ class Model(Work):
     library: str = "attention"
     architecture: str = "decoder"
     derivative: str = "train"
-    num_layers: int = 4
-    model_dim: int = 128
-    num_heads: int = 4
-    num_kv_heads: int | None = None
-    vocab_size: int = 256
-    context: int = 256
-    batch: int = 32
+    num_layers: int = ranged(4, at_least(1))
+    model_dim: int = ranged(128, at_least(1))
+    num_heads: int = ranged(4, at_least(1))
+    num_kv_heads: int | None = ranged(None, at_least(1))
+    vocab_size: int = ranged(256, at_least(1))
+    context: int = ranged(256, at_least(1))
+    batch: int = ranged(32, at_least(1))
     score: str = "scaled_dot"
     position: str = "learned"
     normalizer: str = "softmax"
     implementation: str | None = None
     scan_layers: bool = False
     remat_layers: bool = False
-    seeds: int = 1
+    seeds: int = ranged(1, at_least(1))
     seeds_impl: str = "map"
     dtype: str = "float32"
 
     def __post_init__(self):
+        check_fields(self)
         check_choices(
             self,
             library=("attention", "flax.linen", "torch"),

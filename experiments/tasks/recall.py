@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from experiments.ranges import at_least, check_fields, each, ranged
 from experiments.tasks import hashing
 
 
@@ -25,25 +26,23 @@ class Recall:
     power=1 is uniform.  The authors' 0.01 makes late queries rare, as repeats are in language.
     (In their code earlier keys tend to be asked earlier, and only every second position is used.)
 
-    Raises ValueError if the pairs and queries do not fit into a length or the vocabulary.
+    Raises ValueError for a field out of its range, and if the pairs and queries do not fit into a
+    length or the vocabulary.
     """
 
-    vocab_size: int = 64
-    length: int = 32
-    num_pairs: int = 4
-    power: float = 0.01
-    num_eval: int = 512
-    test_lengths: tuple[int, ...] = ()
+    vocab_size: int = ranged(64, at_least(4))
+    length: int = ranged(32, at_least(3))
+    num_pairs: int = ranged(4, at_least(1))
+    power: float = ranged(0.01, at_least(0.0))
+    num_eval: int = ranged(512, at_least(1))
+    test_lengths: tuple[int, ...] = ranged((), each(at_least(3)))
 
     architecture: ClassVar[str] = "decoder"
     primary: ClassVar[str] = "validation/accuracy"
     lower_is_better: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.num_pairs < 1 or self.num_eval < 1:
-            raise ValueError(
-                f"num_pairs={self.num_pairs} and num_eval={self.num_eval} must be at least 1"
-            )
+        check_fields(self)
         for length in (self.length, *self.test_lengths):
             if length < 3 * self.num_pairs:
                 raise ValueError(
@@ -55,8 +54,6 @@ class Recall:
                 f"vocab_size={self.vocab_size} has too few keys for num_pairs={self.num_pairs} and "
                 f"filler: give at least {2 * self.num_pairs + 2} or fewer pairs"
             )
-        if not 0 <= self.power < float("inf"):
-            raise ValueError(f"power={self.power} must be finite and not negative; 1 is uniform")
 
     @property
     def max_length(self) -> int:

@@ -13,7 +13,12 @@ from typing import ClassVar
 
 import numpy as np
 
+<<<<<<< HEAD
 from experiments.tasks import hashing, textfiles, tfds_sets
+=======
+from experiments.ranges import at_least, check_fields, each, one_of, ranged
+from experiments.tasks import hashing, tfds_sets
+>>>>>>> settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,31 +52,25 @@ class Text:
 
     path: str | None = None
     tfds: str | None = None
-    tfds_records: int | None = None
+    tfds_records: int | None = ranged(None, at_least(1))
     data_dir: str | None = None
-    level: str = "byte"
-    context: int = 64
-    max_eval_examples: int | None = None
-    eval_lengths: tuple[int, ...] = ()
+    level: str = ranged("byte", one_of("byte", "char"))
+    context: int = ranged(64, at_least(1))
+    max_eval_examples: int | None = ranged(None, at_least(1))
+    eval_lengths: tuple[int, ...] = ranged((), each(at_least(1)))
 
     architecture: ClassVar[str] = "decoder"
     primary: ClassVar[str] = "validation/loss"
     lower_is_better: ClassVar[bool] = True
 
     def __post_init__(self):
+        check_fields(self)
         if self.path is not None and self.tfds is not None:
             raise ValueError(f"path={self.path!r} and tfds={self.tfds!r}: give one of them")
         if self.tfds is None and (self.data_dir, self.tfds_records) != (None, None):
             raise ValueError(
                 "data_dir and tfds_records say where and what of a tfds set: give tfds"
             )
-        if self.level not in ("byte", "char"):
-            raise ValueError(f"level={self.level!r} is unknown; choose 'byte' or 'char'")
-        for name in ("context", "max_eval_examples", "tfds_records"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if min((1, *self.eval_lengths)) < 1:
-            raise ValueError(f"eval_lengths={self.eval_lengths} must be at least 1")
 
     @property
     def vocab_size(self) -> int:

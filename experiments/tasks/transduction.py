@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from experiments.ranges import at_least, check_fields, each, ranged
 from experiments.tasks import hashing
 
 PAD, BEGIN, END = range(3)
@@ -24,34 +25,28 @@ class Transduction:
     as in Sutskever et al. 2014 (arXiv:1409.3215), and are uniform in [min_length, length]; the
     sequences of split 'length_<n>' have exactly n tokens.
 
-    Raises ValueError if there is no symbol, or a length leaves none in a sequence.
+    The least vocabulary has one symbol beside pad, begin and end, the least length one before the
+    end token.
+
+    Raises ValueError for a field out of its range, and if min_length is more than length.
     """
 
-    vocab_size: int = 32
-    length: int = 16
-    min_length: int = 2
-    num_eval: int = 512
-    test_lengths: tuple[int, ...] = ()
+    vocab_size: int = ranged(32, at_least(NUM_SPECIAL + 1))
+    length: int = ranged(16, at_least(2))
+    min_length: int = ranged(2, at_least(2))
+    num_eval: int = ranged(512, at_least(1))
+    test_lengths: tuple[int, ...] = ranged((), each(at_least(2)))
 
     architecture: ClassVar[str] = "encoder_decoder"
     primary: ClassVar[str] = "validation/accuracy"
     lower_is_better: ClassVar[bool] = False
 
     def __post_init__(self):
-        if self.vocab_size <= NUM_SPECIAL:
+        check_fields(self)
+        if self.min_length > self.length:
             raise ValueError(
-                f"vocab_size={self.vocab_size} leaves no symbol beside pad, begin and end: give at "
-                f"least {NUM_SPECIAL + 1}"
-            )
-        if not 2 <= self.min_length <= self.length:
-            raise ValueError(
-                f"min_length={self.min_length} must be at least 2 (a symbol and the end token) and "
-                f"at most length={self.length}"
-            )
-        if min((2, *self.test_lengths)) < 2 or self.num_eval < 1:
-            raise ValueError(
-                f"test_lengths={self.test_lengths} must be at least 2, num_eval={self.num_eval} "
-                "at least 1"
+                f"min_length={self.min_length} must be at most length={self.length}: lower it, or "
+                "raise length"
             )
 
     def transform(self, symbols: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from experiments.ranges import at_least, between, check_fields, each, one_of, ranged
 from experiments.tasks import bleu, buckets, hashing, parallel, phrases, vocabulary
 from experiments.tasks.sequences import Examples, with_end
 from experiments.tasks.transduction import END
@@ -60,9 +61,9 @@ class Translation:
         split at spaces already (tokenizer 'word' or 'none', or files named '.tok.'), 'char' for
         generated text and for languages without spaces, 'zh' for Chinese, else '13a'.
 
-    Raises ValueError for fields that make no sense together.  Everything that needs the text raises
-    FileNotFoundError, OSError or ValueError as `parallel.read_files`, `parallel.read_tfds` and
-    `vocabulary.learn` do.
+    Raises ValueError for fields that are out of their range or make no sense together.  Everything
+    that needs the text raises FileNotFoundError, OSError or ValueError as `parallel.read_files`,
+    `parallel.read_tfds` and `vocabulary.learn` do.
     """
 
     path: str | None = None
@@ -73,23 +74,24 @@ class Translation:
     train: str | None = None
     validation: str | None = None
     test: str | None = None
-    synthetic: str | None = None
-    synthetic_pairs: int = 20_000
-    synthetic_eval: int = 500
-    synthetic_seed: int = 0
-    tokenizer: str | None = None
-    max_vocab_size: int | None = None
-    min_count: int = 1
+    synthetic: str | None = ranged(None, one_of(*phrases.KINDS))
+    synthetic_pairs: int = ranged(20_000, at_least(1))
+    synthetic_eval: int = ranged(500, at_least(1))
+    synthetic_seed: int = ranged(0, between(0, 2**32 - 1))
+    tokenizer: str | None = ranged(None, one_of(*vocabulary.TOKENIZERS))
+    max_vocab_size: int | None = ranged(None, at_least(5))
+    min_count: int = ranged(1, at_least(1))
     joint: bool = True
-    length: int = 64
-    buckets: tuple[int, ...] = ()
-    bleu_tokenize: str | None = None
+    length: int = ranged(64, at_least(2))
+    buckets: tuple[int, ...] = ranged((), each(at_least(2)))
+    bleu_tokenize: str | None = ranged(None, one_of(*bleu.TOKENIZERS))
 
     architecture: ClassVar[str] = "encoder_decoder"
     primary: ClassVar[str] = "validation/bleu"
     lower_is_better: ClassVar[bool] = False
 
     def __post_init__(self):
+        check_fields(self)
         places = {name: getattr(self, name) for name in ("path", "tfds", "synthetic")}
         given = [f"{name}={value!r}" for name, value in places.items() if value is not None]
         if len(given) > 1:
@@ -100,32 +102,14 @@ class Translation:
             value = getattr(self, name)
             if value is not None and self._generated:
                 raise ValueError(f"{name}={value!r} is about a text of yours: give path or tfds")
-        choices = {
-            "synthetic": phrases.KINDS,
-            "tokenizer": vocabulary.TOKENIZERS,
-            "bleu_tokenize": bleu.TOKENIZERS,
-        }
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value is not None and value not in known:
-                raise ValueError(f"{name}={value!r} is unknown; choose from {', '.join(known)}")
-        least = {"synthetic_pairs": 1, "synthetic_eval": 1, "min_count": 1, "length": 2}
-        for name, number in (least | {"max_vocab_size": 5}).items():
-            value = getattr(self, name)
-            if value is not None and value < number:
-                raise ValueError(f"{name}={value} must be at least {number}")
         if self.min_count > 1 and self._tokenizer in vocabulary.SUBWORDS:
             raise ValueError(
                 f"min_count={self.min_count} is for whole words and characters; subwords "
                 f"(tokenizer {self._tokenizer!r}) are chosen by max_vocab_size"
             )
         lengths = self.buckets
-        if lengths and (
-            list(lengths) != sorted(set(lengths)) or lengths[0] < 2 or lengths[-1] != self.length
-        ):
-            raise ValueError(
-                f"buckets={lengths} must ascend from at least 2 to length={self.length}"
-            )
+        if lengths and (list(lengths) != sorted(set(lengths)) or lengths[-1] != self.length):
+            raise ValueError(f"buckets={lengths} must ascend to length={self.length}")
 
     @property
     def vocab_size(self) -> int:
