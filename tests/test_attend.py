@@ -1062,7 +1062,7 @@ def symbolic_call(sizes, make):
 def numbers(shape, dtype):
     """Some of every kind: mostly True, lengths and positions from 0 to 6, few segments."""
     x = np.random.default_rng(len(shape)).normal(size=shape)
-    return x > -1 if dtype == bool else x if dtype == jnp.float32 else abs(3 * x).astype(dtype)
+    return x > -1 if dtype is bool else x if dtype is jnp.float32 else abs(3 * x).astype(dtype)
 
 
 @pytest.mark.parametrize("mechanism", [Mechanism(mask=SYMBOLIC.mask), SYMBOLIC], ids=["dot", "all"])

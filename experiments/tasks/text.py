@@ -13,12 +13,8 @@ from typing import ClassVar
 
 import numpy as np
 
-<<<<<<< HEAD
-from experiments.tasks import hashing, textfiles, tfds_sets
-=======
 from experiments.ranges import at_least, check_fields, each, one_of, ranged
-from experiments.tasks import hashing, tfds_sets
->>>>>>> settings
+from experiments.tasks import hashing, textfiles, tfds_sets
 
 
 @dataclasses.dataclass(frozen=True)
