@@ -675,8 +675,9 @@ def nnx_module(**options):
     return nnx.MultiHeadAttention(num_heads=2, in_features=6, qkv_features=8, **options)
 
 
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 1, "normalize_qk": True}], ids=str)
+@pytest.mark.parametrize(
+    "is_causal, options", [(False, {}), (True, {"num_kv_heads": 1, "normalize_qk": True})]
+)
 def test_nnx(is_causal, options):
     """Its module is served as it is."""
     own = nnx_module(**options)

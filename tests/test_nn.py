@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from attention import Mechanism, masks, normalizers, positions, scores
 from attention.models import Encoder, EncoderDecoder, LanguageModel
@@ -105,6 +106,45 @@ def test_weights_are_sown_when_asked_for():
     (weights,) = sown["intermediates"]["weights"]
     assert weights.shape == (3, 2, 5, 5)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", [None, "tiled"])
+def test_sown_weights_are_in_the_dtype_of_the_module(implementation):
+    module = MultiHeadAttention(2, dtype=jnp.bfloat16, implementation=implementation)
+
+    def sown(x):
+        return module.apply(module.init(KEY, x), x, mutable=["intermediates"])[1]
+
+    (weights,) = jax.eval_shape(sown, jnp.ones((3, 5, 8)))["intermediates"]["weights"]
+    assert weights.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+def test_multi_head_attention_exports_with_a_symbolic_batch(implementation):
+    module = MultiHeadAttention(2, Mechanism(mask=masks.Padding()), implementation=implementation)
+    x, lengths = jax.random.normal(KEY, (3, 5, 8)), np.array([1, 5, 0], np.int32)
+    variables, want = run(module, x, query_lengths=lengths)
+
+    @jax.jit
+    def call(x, lengths):
+        return module.apply(variables, x, query_lengths=lengths)
+
+    (b,) = export.symbolic_shape("b")
+    shapes = (jax.ShapeDtypeStruct((b, *a.shape[1:]), a.dtype) for a in (x, lengths))
+    program = export.export(call)(*shapes)
+    for n in 2, 3:
+        np.testing.assert_allclose(program.call(x[:n], lengths[:n]), want[:n], atol=2e-6)
+
+
+def test_a_language_model_exports_with_a_symbolic_batch():
+    model = LanguageModel(SMALL)
+    text = tokens(3, 6)
+    variables, want = run(model, text)
+    (b,) = export.symbolic_shape("b")
+    call = jax.jit(functools.partial(model.apply, variables))
+    program = export.export(call)(jax.ShapeDtypeStruct((b, 6), text.dtype))
+    for n in 2, 3:
+        np.testing.assert_allclose(program.call(text[:n]), want[:n], atol=2e-5)
 
 
 def test_dropout_acts_only_when_not_deterministic():

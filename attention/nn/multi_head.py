@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from attention import decoding
 from attention.attend import attend
 from attention.decoding import Cache
+from attention.integers import whole_number
 from attention.mechanism import Mechanism
 from attention.nn.partition import named
 from attention.parts import Array
@@ -155,8 +156,11 @@ class MultiHeadAttention(nn.Module):
 
     @nn.compact
     def _parts(self, model_dim):
-        H = self.num_heads
-        K = H if self.num_kv_heads is None else self.num_kv_heads
+        H = whole_number("num_heads", self.num_heads, 1)
+        K = H if self.num_kv_heads is None else whole_number("num_kv_heads", self.num_kv_heads, 1)
+        for name in ("head_dim", "value_dim"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), 1)
         if self.head_dim is None and model_dim % H:
             raise ValueError(
                 f"num_heads must divide the model width or head_dim be given: got {H} heads for "
