@@ -482,7 +482,7 @@ def main(argv):
                     result = train(config, here, cell, stop, tensorboard=_TENSORBOARD.value)
                 write(path, json.dumps(result, indent=2))
                 cell.finish(f"trained in {result['train_seconds']} s")
-        except (leases.Taken, storage.Unreachable) as error:
+        except (leases.Taken, storage.Unreachable, FloatingPointError) as error:
             cli.fail(error)
         except (Stopped, KeyboardInterrupt):
             cli.leave(stop)

@@ -316,6 +316,9 @@ def test_rows_of_weights_that_are_none():
     np.testing.assert_allclose(weights[2], 1 / 3, rtol=1e-6)
 
 
+KEY, ONES = jax.random.key(0), np.ones((3, 4), "f")
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -345,6 +348,9 @@ def test_rows_of_weights_that_are_none():
         (lambda: seq2seq.LocalM(0), "width of LocalM"),
         (lambda: Mechanism().init(None, num_heads=0, head_dim=2), "num_heads must be a whole"),
         (lambda: Mechanism().init(None, num_heads=1, head_dim=2.5), "head_dim must be a whole"),
+        (lambda: MultiHeadAttention(0).init(KEY, ONES), "num_heads must be a whole number, 1 or"),
+        (lambda: MultiHeadAttention(2, num_kv_heads=0).init(KEY, ONES), "num_kv_heads must be"),
+        (lambda: MultiHeadAttention(2, value_dim=1.5).init(KEY, ONES), "value_dim must be a whole"),
         (lambda: decoding.empty((1,), 2.5, 1, 1), "max_length must be a whole number, 1 or more"),
         (lambda: search.greedy(None, {}, np.zeros(1, int), 0, 1), "max_length must be a whole"),
         (lambda: search.greedy(None, {}, np.zeros(1), 1, 1), "begin must be integers"),

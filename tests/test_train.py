@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import jax
+import launching
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -141,6 +142,16 @@ def test_a_loss_that_explodes_ends_the_run(tmp_path):
     changes |= {"train.explosion": 2.0, "train.checkpoint_every": 100}
     with pytest.raises(FloatingPointError, match="2 times what it was at first, at step"):
         run(tiny(**changes), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_diverged_run_is_an_error_of_one_line(config, tmp_path):
+    rate = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_steps=0")
+    ended = launching.ablate(
+        f"--config={config}", f"--workdir={tmp_path / 'run'}", *rate, module="train"
+    )
+    assert ended.returncode == 1
+    assert "error: the loss of the seeds is" in ended.stderr and "Traceback" not in ended.stderr
 
 
 def test_a_run_that_takes_too_long_can_go_on(tmp_path):
