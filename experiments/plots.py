@@ -56,11 +56,11 @@ def learning_curves(experiment: results.Experiment, base: str, axis: str) -> "Fi
     it was logged, else training. Of a metric where lower is better the view is fitted to the
     second half of training: the fall before it would leave no room for the differences of cells.
     """
-    shown = sum(len(experiment.group(base, axis)) for axis in experiment.axes(base) or [""])
-    points = max(20, min(200, 6000 // max(1, shown)))  # so that a page of many cells stays small
-    # The metric is that of the whole group, so that all its figures show the same.
-    metric, lower, curves = _curves(experiment.group(base), points)
+    everyone = experiment.group(base)
+    # A page of many cells stays small; the base cell is in the figure of every axis.
+    points = max(20, min(200, 6000 // (len(everyone) + len(experiment.axes(base)))))
     group = experiment.group(base, axis)
+    metric, lower, curves = _curves(everyone, group, points)
     variants = [cell.id for cell in group if cell.axis is not None]
     lines: list[Any] = []
     names: list[tuple[str, str]] = []
@@ -109,7 +109,7 @@ def _switches(figure: "Figure", lines: Sequence[Any], names: Sequence[tuple[str,
 def legend_below(figure: "Figure", lines: Sequence[Any], names: Sequence[str]) -> Any:
     """A legend below all panels, for which the figure grows: they keep the whole width."""
     plain = [wrapped(name, 54) for name in names]
-    longest = max(len(line) for name in plain for line in name.splitlines())
+    longest = max(len(line) for name in plain for line in name.split("\n"))
     columns = max(1, min(4, 60 // (6 + longest)))
     rows = sum(name.count("\n") for name in plain) + math.ceil(len(plain) / columns)
     figure.set_figheight(figure.get_figheight() + 0.19 * rows)
@@ -119,7 +119,7 @@ def legend_below(figure: "Figure", lines: Sequence[Any], names: Sequence[str]) -
 
 def wrapped(text: str, width: int) -> str:
     """`text` as Matplotlib draws it literally, in lines of at most `width` characters."""
-    return textwrap.fill(_plain(text), width)
+    return "\n".join(map(_plain, textwrap.wrap(text, width)))
 
 
 def axis_plot(experiment: results.Experiment, base: str, axis: str) -> "Figure":
@@ -397,14 +397,13 @@ def heat_maps(
 
 
 def _curves(
-    cells: Sequence[results.Cell], points: int
+    everyone: Sequence[results.Cell], cells: Sequence[results.Cell], points: int
 ) -> tuple[str, bool, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """The metric, whether lower is better; of each cell steps [N] and values [N, seeds].
-
-    N is `points` at most.
+    """The metric of a group `everyone`, whether lower is better; of each of `cells` steps [N] and
+    values [N, seeds], N `points` at most.
     """
     logged = {cell.id: results.read_curves(cell) for cell in cells}
-    done = [cell.result for cell in cells if cell.status == "done"]
+    done = [cell.result for cell in everyone if cell.status == "done"]
     metric = done[0]["primary"] if done else "validation/loss"
     if not any(metric in curves for curves in logged.values()):
         metric = re.sub("^[^/]*", "train", metric)

@@ -656,8 +656,8 @@ def table(rows: Sequence[Row]) -> list[Any]:
     """One rich Table a group; see `show`, which prints them.
 
     A star marks a cell that differs significantly from the base cell (p < 0.05, Holm), green where
-    it is better and red where it is worse. Below the table stands whether the
-    seeds are too few, and why its failed cells failed.
+    it is better and red where it is worse. Below the table stands whether the seeds are too few,
+    and why its failed cells failed.
     """
     from rich import box
     from rich.table import Table

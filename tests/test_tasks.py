@@ -430,24 +430,25 @@ def test_text_of_a_folder_is_its_files_in_order(tmp_path):
 TEXT = "naïve\x0c\u2028\n".encode() * 50
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("b.gz", gzip.compress(TEXT)),
-        ("b.bz2", bz2.compress(TEXT)),
-        ("b.xz", lzma.compress(TEXT)),
-        ("b.txt", gzip.compress(TEXT)),
-        ("b", lzma.compress(TEXT)),
-        ("b.gz", bz2.compress(TEXT)),
-        ("b.gz", gzip.compress(gzip.compress(TEXT))),
-        ("b.txt", b"\xef\xbb\xbf" + TEXT),
-        ("b.txt", TEXT.replace(b"\n", b"\r\n")),
-        ("b.txt", TEXT.replace(b"\n", b"\r")),
-        ("b.xz", lzma.compress(b"\xef\xbb\xbf" + TEXT.replace(b"\n", b"\r\n"))),
-    ],
-)
+STORED = {
+    "gzip": ("b.gz", gzip.compress(TEXT)),
+    "bzip2": ("b.bz2", bz2.compress(TEXT)),
+    "xz": ("b.xz", lzma.compress(TEXT)),
+    "gzip by another name": ("b.txt", gzip.compress(TEXT)),
+    "xz without a suffix": ("b", lzma.compress(TEXT)),
+    "bzip2 called gzip": ("b.gz", bz2.compress(TEXT)),
+    "gzip twice": ("b.gz", gzip.compress(gzip.compress(TEXT))),
+    "byte-order mark": ("b.txt", b"\xef\xbb\xbf" + TEXT),
+    "Windows": ("b.txt", TEXT.replace(b"\n", b"\r\n")),
+    "old Mac": ("b.txt", TEXT.replace(b"\n", b"\r")),
+    "all": ("b.xz", lzma.compress(b"\xef\xbb\xbf" + TEXT.replace(b"\n", b"\r\n"))),
+}
+
+
+@pytest.mark.parametrize("way", STORED)
 @pytest.mark.parametrize("level", ["byte", "char"])
-def test_text_is_the_same_however_it_is_stored(level, name, content, tmp_path):
+def test_text_is_the_same_however_it_is_stored(level, way, tmp_path):
+    name, content = STORED[way]
     (tmp_path / "a.txt").write_bytes(TEXT)
     (tmp_path / name).write_bytes(content)
     plain, stored = (tasks.Text(path=str(tmp_path / n), level=level) for n in ("a.txt", name))
