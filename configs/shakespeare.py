@@ -3,7 +3,7 @@
     python -m experiments.ablate --config=configs/shakespeare.py --workdir=runs/shakespeare \\
         --config.task.path=input.txt
 
-`input.txt` is the text of github.com/karpathy/char-rnn, plain or .gz; without a path,
+`input.txt` is the text of github.com/karpathy/char-rnn, plain or compressed; without a path,
 `--config.task.tfds=tiny_shakespeare` downloads it. Validation loss in nats over the whole
 validation part, expected at the trained length of 64: learned 1.90 (published: 1.88), rope 1.79,
 alibi 1.86, none 2.05. At lengths never trained on: configs/reference/extrapolation.py.

@@ -37,5 +37,5 @@ def claims():
     yield less("base", "base.heads=32", says="32 heads of 4 are worse than 4 of 32 (3 A)")
     yield less("base.heads=32", "base.heads=1", says="one head is worse than 32 (3 A)")
     sinusoidal = "base.position=sinusoidal_scale=0.02_"
-    says = "sinusoidal and learned positions do as well within 0.02 nats (3 E)"
+    says = "sinusoidal and learned positions are equivalent within 0.02 nats (3 E)"
     yield equal("base", sinusoidal, within=0.02, says=says)

@@ -1,8 +1,8 @@
 """Softmax, or a normaliser that may attend to nothing, or to few?
 
 Softmax off by one (Miller 2023) and learned sinks (Xiao et al. 2024) let a head attend to nothing,
-which softmax heads do by looking at the first token; sigmoid attention (Ramapuram et al. 2024) does
-as well as softmax; 1.5-entmax (Peters et al. 2019) does, too, with sparser weights.
+which softmax heads do by looking at the first token; sigmoid attention (Ramapuram et al. 2024) and
+1.5-entmax (Peters et al. 2019), whose weights are sparser, are reported to be equivalent.
 
     python -m experiments.ablate --config=configs/reference/normalizers.py --workers=2 \\
         --workdir=runs/normalizers --config.task.path=input.txt
@@ -50,10 +50,10 @@ def sweep_normalizer():
 
 def claims():
     for name in NORMALIZERS:
-        says = f"{name} does as well as softmax on text, within 0.02"
+        says = f"{name} is equivalent to softmax on text, within 0.02"
         yield equal("text", f"text.normalizer={name}", within=0.02, says=says)
     for name in NORMALIZERS:
-        says = f"{name} recalls as well as softmax, within 0.02"
+        says = f"{name} is equivalent to softmax on recall, within 0.02"
         yield equal("recall", f"recall.normalizer={name}", within=0.02, says=says)
     for name in NORMALIZERS[:2]:
         says = f"{name} gives the first token less than softmax (Miller 2023; Xiao et al. 2024)"
