@@ -5,9 +5,9 @@
         --workdir=runs/translation --config.task.path=multi30k \\
         --config.task.source=en --config.task.target=de
 
-`path` is a folder with train.en, train.de, valid.en ..., plain or compressed; without one, the pairs are
-dates as people write them and as ISO 8601 does, made up, which `:tiny` learns to write without a
-mistake in under two minutes on two CPU cores.
+`path` is a folder with train.en, train.de, valid.en ..., plain or compressed; without one, the
+pairs are dates as people write them and as ISO 8601 does, made up, which `:tiny` learns to write
+without a mistake in under two minutes on two CPU cores.
 """
 
 from experiments import settings
