@@ -6,12 +6,24 @@ that continue S − T earlier keys pass `query_positions=jnp.arange(S - T, S)` t
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from attention.integers import INT32_MAX, clip_to, difference
-from attention.parts import FULL, Mask, check_counts, expect
+from attention.parts import FULL, And, Mask, Not, Or, check_counts, fewer
+
+__all__ = [
+    "And",
+    "BlockLocal",
+    "Causal",
+    "Dilated",
+    "Full",
+    "Not",
+    "Or",
+    "Padding",
+    "Prefix",
+    "Segments",
+    "SlidingWindow",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +121,7 @@ class Padding(Mask):
 
     def block(self, extent):
         keys = (extent.key_index - extent.key_length).within(high=-1)
-        return _fewer(keys, (extent.query_index - extent.query_length).within(high=-1))
+        return fewer(keys, (extent.query_index - extent.query_length).within(high=-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,65 +175,3 @@ class Dilated(Mask):
         beyond = difference(to_multiple, difference(query.high, query.low))
         empty = beyond > difference(key.high, key.low)
         return 1 + ((rate == 1) | (single & (to_multiple == 0))) - empty
-
-
-def _fewer(left, right):
-    """The smaller of two block states, of NumPy arrays in NumPy."""
-    known = not (isinstance(left, jax.Array) or isinstance(right, jax.Array))
-    return (np if known else jnp).minimum(left, right)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pair(Mask):
-    left: Mask
-    right: Mask
-
-    def __post_init__(self):
-        expect("left", self.left, Mask)
-        expect("right", self.right, Mask)
-
-    @property
-    def needs(self):
-        return self.left.needs | self.right.needs
-
-
-@dataclasses.dataclass(frozen=True)
-class And(_Pair):
-    """Seen by both masks: `left & right`."""
-
-    def tile(self, tile):
-        return self.left.tile(tile) & self.right.tile(tile)
-
-    def block(self, extent):
-        return _fewer(self.left.block(extent), self.right.block(extent))
-
-
-@dataclasses.dataclass(frozen=True)
-class Or(_Pair):
-    """Seen by either mask: `left | right`."""
-
-    def tile(self, tile):
-        return self.left.tile(tile) | self.right.tile(tile)
-
-    def block(self, extent):
-        return FULL - _fewer(FULL - self.left.block(extent), FULL - self.right.block(extent))
-
-
-@dataclasses.dataclass(frozen=True)
-class Not(Mask):
-    """Seen where the mask is not: `~mask`."""
-
-    mask: Mask
-
-    def __post_init__(self):
-        expect("mask", self.mask, Mask)
-
-    @property
-    def needs(self):
-        return self.mask.needs
-
-    def tile(self, tile):
-        return ~self.mask.tile(tile)
-
-    def block(self, extent):
-        return FULL - self.mask.block(extent)

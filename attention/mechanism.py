@@ -1,12 +1,7 @@
-"""A mechanism: one score, one position, one mask, one normaliser; and how to name them in text."""
+"""A mechanism: one score, one position, one mask, one normaliser."""
 
-import ast
 import dataclasses
-import difflib
 import functools
-import importlib
-import operator
-from typing import Any
 
 import jax
 
@@ -14,15 +9,7 @@ from attention import masks, normalizers, positions, scores
 from attention.integers import whole_number
 from attention.parts import Array, Mask, Normalizer, Params, Position, Score, expect
 
-_KINDS = {
-    "score": (Score, scores, "ScaledDot"),
-    "position": (Position, positions, "NoPE"),
-    "mask": (Mask, masks, "Full"),
-    "normalizer": (Normalizer, normalizers, "Softmax"),
-}
-
-
-_NAMEABLE = (Score, Position, Mask, Normalizer, positions.Linear)
+PART_KINDS = {"score": Score, "position": Position, "mask": Mask, "normalizer": Normalizer}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +31,7 @@ class Mechanism:
     normalizer: Normalizer = normalizers.Softmax()
 
     def __post_init__(self):
-        for kind, (base, _, _) in _KINDS.items():
+        for kind, base in PART_KINDS.items():
             expect(kind, getattr(self, kind), base)
 
     def init(
@@ -80,107 +67,3 @@ def params_shape(mechanism: Mechanism, num_heads: int, head_dim: int, value_dim:
         mechanism.init, num_heads=num_heads, head_dim=head_dim, value_dim=value_dim
     )
     return jax.eval_shape(init, jax.random.key(0))
-
-
-def parse(kind: str, text: str) -> Any:
-    """The part that `text` describes; what configs use to name parts.
-
-    `kind` is 'score', 'position', 'mask' or 'normalizer'. `text` is an expression of names and
-    literals: a class name in any case, with or without underscores, and its hyper-parameters.
-
-        parse('score', 'soft_cap(additive(hidden=32), cap=30)')
-        parse('position', 'rope(base=500000, scaling=yarn(4, original_length=64))')
-        parse('mask', 'causal & (sliding_window(256) | prefix(4))')
-        parse('score', 'my_package.my_module:MyScore(3)')     # a part of one's own
-
-    'none' is the part that does nothing. Raises ValueError naming the known parts, nearest first.
-    """
-    if kind not in _KINDS:
-        raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}")
-    base, _, nothing = _KINDS[kind]
-    if text.strip().lower() == "none":
-        text = nothing
-    try:
-        tree = ast.parse(text.strip().replace(":", "."), mode="eval").body
-    except SyntaxError as error:
-        raise ValueError(f"{kind}: cannot read {text!r} ({error.msg})") from None
-    part = _evaluate(kind, tree)
-    part = _construct(kind, part, (), {}) if isinstance(part, type) else part
-    if not isinstance(part, base):
-        raise ValueError(f"{kind}: {text!r} is not an attention.{base.__name__}")
-    return part
-
-
-def _evaluate(kind: str, node: ast.expr) -> Any:
-    match node:
-        case ast.Name() | ast.Attribute():
-            return _find(kind, ast.unparse(node))
-        case ast.Call():
-            args = [_instance(kind, arg) for arg in node.args]
-            kwargs = {str(k.arg): _instance(kind, k.value) for k in node.keywords}
-            return _construct(kind, _evaluate(kind, node.func), args, kwargs)
-        case ast.BinOp(op=ast.BitAnd() | ast.BitOr() | ast.Add()):
-            left, right = _instance(kind, node.left), _instance(kind, node.right)
-            joined = Position if isinstance(node.op, ast.Add) else Mask
-            if not (isinstance(left, joined) and isinstance(right, joined)):
-                raise ValueError(
-                    f"{kind}: cannot read {ast.unparse(node)!r}; & and | join masks, + positions"
-                )
-            operate = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_, ast.Add: operator.add}
-            return operate[type(node.op)](left, right)
-        case ast.UnaryOp(op=ast.Invert()):
-            mask = _instance(kind, node.operand)
-            if not isinstance(mask, Mask):
-                raise ValueError(f"{kind}: cannot read {ast.unparse(node)!r}; ~ is for masks")
-            return ~mask
-        case _:
-            try:
-                return ast.literal_eval(node)
-            except ValueError:
-                raise ValueError(
-                    f"{kind}: cannot read {ast.unparse(node)!r}; write names, numbers and calls"
-                ) from None
-
-
-def _instance(kind, node):
-    part = _evaluate(kind, node)
-    return _construct(kind, part, (), {}) if isinstance(part, type) else part
-
-
-def _construct(kind, cls, args, kwargs):
-    if not isinstance(cls, type):
-        raise ValueError(f"{kind}: {cls} cannot be called")
-    try:
-        return cls(*args, **kwargs)
-    except TypeError as error:
-        names = ", ".join(f.name for f in dataclasses.fields(cls))
-        raise ValueError(
-            f"{kind}: {error}; {cls.__name__} takes {names or 'no arguments'}"
-        ) from None
-
-
-def _find(kind: str, name: str) -> type:
-    base, module, _ = _KINDS[kind]
-    if "." in name:
-        where, _, attribute = name.rpartition(".")
-        try:
-            found = getattr(importlib.import_module(where), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{kind}: cannot import {name!r}: {error}") from None
-        # Text from a config may name a part, but never call anything else.
-        if not (isinstance(found, type) and issubclass(found, _NAMEABLE)):
-            raise ValueError(f"{kind}: {name!r} is not an attention.{base.__name__}")
-        return found
-    known = {
-        cls.__name__.lower(): cls
-        for cls in vars(module).values()
-        if isinstance(cls, type) and cls.__module__ == module.__name__
-        if not cls.__name__.startswith("_")
-    }
-    plain = name.replace("_", "").lower()
-    if plain in known:
-        return known[plain]
-    parts = [cls.__name__ for cls in known.values() if issubclass(cls, base)]
-    near = difflib.get_close_matches(plain, [p.lower() for p in parts], n=3, cutoff=0.4)
-    parts.sort(key=lambda p: near.index(p.lower()) if p.lower() in near else len(near))
-    raise ValueError(f"{kind}: unknown {name!r}; known are {', '.join(parts)}, none")

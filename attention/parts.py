@@ -278,10 +278,54 @@ class Position:
         return None
 
     def __add__(self, other: "Position") -> "Position":
-        from attention.positions import Sum
-
         parts = [part.parts if isinstance(part, Sum) else (part,) for part in (self, other)]
         return Sum(parts[0] + parts[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sum(Position):
+    """Several schemes at once: rotations one after another, all other terms added."""
+
+    parts: tuple[Position, ...]
+
+    def __post_init__(self):
+        for part in self.parts:
+            expect("every term of a sum", part, Position)
+
+    @property
+    def whole_row(self):  # type: ignore[override]
+        return any(part.whole_row for part in self.parts)
+
+    def init(self, key, head_dim, value_dim):
+        keys = jax.random.split(key, len(self.parts))
+        return tuple(p.init(k, head_dim, value_dim) for p, k in zip(self.parts, keys, strict=True))
+
+    def init_embed(self, key, model_dim):
+        keys = jax.random.split(key, len(self.parts))
+        return tuple(p.init_embed(k, model_dim) for p, k in zip(self.parts, keys, strict=True))
+
+    def embed(self, params, x, positions):
+        for part, own in zip(self.parts, params, strict=True):
+            x = part.embed(own, x, positions)
+        return x
+
+    def rotate(self, params, x, positions, side):
+        for part, own in zip(self.parts, params, strict=True):
+            x = part.rotate(own, x, positions, side)
+        return x
+
+    def tile(self, params, query, key, tile):
+        pairs = zip(self.parts, params, strict=True)
+        return _sum(part.tile(own, query, key, tile) for part, own in pairs)
+
+    def mix(self, params, weights, tile):
+        pairs = zip(self.parts, params, strict=True)
+        return _sum(part.mix(own, weights, tile) for part, own in pairs)
+
+
+def _sum(terms):
+    terms = [term for term in terms if term is not None]
+    return sum(terms[1:], terms[0]) if terms else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,19 +353,75 @@ class Mask(abc.ABC):
         return PARTIAL
 
     def __and__(self, other: "Mask") -> "Mask":
-        from attention.masks import And
-
         return And(self, other)
 
     def __or__(self, other: "Mask") -> "Mask":
-        from attention.masks import Or
-
         return Or(self, other)
 
     def __invert__(self) -> "Mask":
-        from attention.masks import Not
-
         return Not(self)
+
+
+def fewer(left, right):
+    """The smaller of two block states, of NumPy arrays in NumPy."""
+    known = not (isinstance(left, jax.Array) or isinstance(right, jax.Array))
+    return (np if known else jnp).minimum(left, right)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair(Mask):
+    left: Mask
+    right: Mask
+
+    def __post_init__(self):
+        expect("left", self.left, Mask)
+        expect("right", self.right, Mask)
+
+    @property
+    def needs(self):
+        return self.left.needs | self.right.needs
+
+
+@dataclasses.dataclass(frozen=True)
+class And(_Pair):
+    """Seen by both masks: `left & right`."""
+
+    def tile(self, tile):
+        return self.left.tile(tile) & self.right.tile(tile)
+
+    def block(self, extent):
+        return fewer(self.left.block(extent), self.right.block(extent))
+
+
+@dataclasses.dataclass(frozen=True)
+class Or(_Pair):
+    """Seen by either mask: `left | right`."""
+
+    def tile(self, tile):
+        return self.left.tile(tile) | self.right.tile(tile)
+
+    def block(self, extent):
+        return FULL - fewer(FULL - self.left.block(extent), FULL - self.right.block(extent))
+
+
+@dataclasses.dataclass(frozen=True)
+class Not(Mask):
+    """Seen where the mask is not: `~mask`."""
+
+    mask: Mask
+
+    def __post_init__(self):
+        expect("mask", self.mask, Mask)
+
+    @property
+    def needs(self):
+        return self.mask.needs
+
+    def tile(self, tile):
+        return ~self.mask.tile(tile)
+
+    def block(self, extent):
+        return FULL - self.mask.block(extent)
 
 
 @dataclasses.dataclass(frozen=True)

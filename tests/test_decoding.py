@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import itertools
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 
 import attention.nn.blocks
 from attention import Mechanism, decoding, masks, normalizers, positions, scores, search
-from attention.mechanism import params_shape
+from attention.mechanism import PART_KINDS, params_shape
 from attention.models import EncoderDecoder, LanguageModel
 from attention.nn import MultiHeadAttention, Stack, TransformerConfig
 
@@ -70,14 +71,14 @@ def test_every_part_is_decoded_here():
                 if dataclasses.is_dataclass(inner):
                     yield from parts_of(inner)
 
-    for kind, module in (
-        ("score", scores), ("position", positions), ("mask", masks), ("normalizer", normalizers)
-    ):  # fmt: skip
+    for (kind, base), module in zip(
+        PART_KINDS.items(), (scores, positions, masks, normalizers), strict=True
+    ):
         here = {cls for m in MECHANISMS for cls in parts_of(getattr(m, kind))}
         there = {
             cls
             for name, cls in vars(module).items()
-            if isinstance(cls, type) and cls.__module__ == module.__name__
+            if isinstance(cls, type) and issubclass(cls, base) and not inspect.isabstract(cls)
             if not name.startswith("_")
         }
         assert there - here <= {masks.Full}, kind

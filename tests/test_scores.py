@@ -17,7 +17,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import attention
-from attention import Mechanism, attend, masks, normalizers, positions, scores
+from attention import Mechanism, attend, masks, normalizers, parts, positions, scores
 
 B, T, S, H, K, D, V = 2, 3, 4, 2, 1, 8, 3
 QUERY_POSITIONS = np.array([[3, 5, 9], [0, 1, 7]])
@@ -183,11 +183,11 @@ def check_extremes(mechanism, dtype, **options):
 
 
 def public_classes(module):
-    """The dataclasses a module defines."""
+    """The parts a module offers, and what they are made from."""
     return {
         cls
         for name, cls in inspect.getmembers(module, dataclasses.is_dataclass)
-        if cls.__module__ == module.__name__ and not name.startswith("_")
+        if not (name.startswith("_") or inspect.isabstract(cls) or cls is parts.Tile)
     }
 
 
