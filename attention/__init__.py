@@ -4,14 +4,23 @@ The kernels need jax and numpy only; the Flax modules are in `attention.nn` and 
 """
 
 from attention import decoding, masks, normalizers, positions, scores, search
-from attention.attend import attend, explain
+from attention.api import attend, explain
 from attention.drop_in import dot_product_attention
 from attention.mechanism import Mechanism
 from attention.parsing import parse
-from attention.parts import Extent, Mask, Normalizer, OnlineNormalizer, Position, Range, Score, Tile
+from attention.parts import (
+    BlockBounds,
+    Mask,
+    Normalizer,
+    OnlineNormalizer,
+    Position,
+    Range,
+    Score,
+    Tile,
+)
 
 __all__ = [
-    "Extent",
+    "BlockBounds",
     "Mask",
     "Mechanism",
     "Normalizer",

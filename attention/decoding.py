@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.attend import attend as attend_all
+from attention.api import attend as attend_all
 from attention.integers import count_array, whole_number
 from attention.mechanism import Mechanism
 from attention.parts import Array, Params
@@ -183,7 +183,7 @@ def attend(
     if options.get("key_positions") is None:
         options["key_positions"] = jnp.arange(S, dtype=jnp.int32)
     if options.get("key_lengths") is None and isinstance(mechanism, Mechanism):
-        if any("key_lengths" in names for names in mechanism.mask.needs):
+        if any("key_lengths" in names for names in mechanism.mask.required_inputs):
             options["key_lengths"] = cache.length
     filled = jnp.arange(S) < cache.length[..., None, None, None]
     done = attend_all(

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention import masks, scores
-from attention.attend import attend, flatten_batch
-from attention.checks import check_arrays
+from attention.api import attend, flatten_batch
 from attention.kernels import vendor
 from attention.mechanism import Mechanism
 from attention.parts import Array
+from attention.validation import check_arrays
 
 
 def dot_product_attention(

@@ -33,7 +33,7 @@ class Full(Mask):
     def tile(self, tile):
         return jnp.ones((1, 1), bool)
 
-    def block(self, extent):
+    def block(self, bounds):
         return FULL
 
 
@@ -44,8 +44,8 @@ class Causal(Mask):
     def tile(self, tile):
         return tile.distance >= 0
 
-    def block(self, extent):
-        return extent.distance.within(low=0)
+    def block(self, bounds):
+        return bounds.distance.within(low=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +68,9 @@ class SlidingWindow(Mask):
         left, right = (clip_to(side, tile.distance) for side in self._sides())
         return (tile.distance <= left) & (tile.distance >= -right)
 
-    def block(self, extent):
+    def block(self, bounds):
         left, right = self._sides()
-        return extent.distance.within(-right, left)
+        return bounds.distance.within(-right, left)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Prefix(Mask):
         check_counts(self, length=0)
 
     @property
-    def needs(self):
+    def required_inputs(self):
         return frozenset() if self.length is not None else frozenset({("prefix_lengths",)})
 
     def tile(self, tile):
@@ -95,10 +95,10 @@ class Prefix(Mask):
             return tile.key_positions[None, :] < tile.prefix_length
         return tile.key_positions[None, :] <= clip_to(self.length - 1, tile.key_positions)
 
-    def block(self, extent):
+    def block(self, bounds):
         if self.length is None:
-            return (extent.key_positions - extent.prefix_length).within(high=-1)
-        return extent.key_positions.within(high=self.length - 1)
+            return (bounds.key_positions - bounds.prefix_length).within(high=-1)
+        return bounds.key_positions.within(high=self.length - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Padding(Mask):
     positions.
     """
 
-    needs = frozenset({("key_lengths", "query_lengths")})
+    required_inputs = frozenset({("key_lengths", "query_lengths")})
 
     def tile(self, tile):
         real = jnp.ones((1, 1), bool)
@@ -119,22 +119,22 @@ class Padding(Mask):
             real &= tile.query_index[:, None] < tile.query_length
         return real
 
-    def block(self, extent):
-        keys = (extent.key_index - extent.key_length).within(high=-1)
-        return fewer(keys, (extent.query_index - extent.query_length).within(high=-1))
+    def block(self, bounds):
+        keys = (bounds.key_index - bounds.key_length).within(high=-1)
+        return fewer(keys, (bounds.query_index - bounds.query_length).within(high=-1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Segments(Mask):
     """Same document only, for several packed in one row: pass `query_segments`, `key_segments`."""
 
-    needs = frozenset({("query_segments",), ("key_segments",)})
+    required_inputs = frozenset({("query_segments",), ("key_segments",)})
 
     def tile(self, tile):
         return tile.query_segments[:, None] == tile.key_segments[None, :]
 
-    def block(self, extent):
-        return extent.query_segments.equals(extent.key_segments)
+    def block(self, bounds):
+        return bounds.query_segments.equals(bounds.key_segments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +149,8 @@ class BlockLocal(Mask):
     def tile(self, tile):
         return tile.query_positions[:, None] // self.size == tile.key_positions[None] // self.size
 
-    def block(self, extent):
-        query, key = extent.query_positions // self.size, extent.key_positions // self.size
+    def block(self, bounds):
+        query, key = bounds.query_positions // self.size, bounds.key_positions // self.size
         return query.equals(key)
 
 
@@ -168,8 +168,8 @@ class Dilated(Mask):
         i, j = tile.query_positions % self.rate, tile.key_positions % self.rate
         return i[:, None] == j[None, :]
 
-    def block(self, extent):
-        rate, query, key = self.rate, extent.query_positions, extent.key_positions
+    def block(self, bounds):
+        rate, query, key = self.rate, bounds.query_positions, bounds.key_positions
         to_multiple = (key.high % rate - query.low % rate) % rate  # from the lowest distance
         single = (query.low == query.high) & (key.low == key.high)
         beyond = difference(to_multiple, difference(query.high, query.low))

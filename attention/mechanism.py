@@ -7,7 +7,7 @@ import jax
 
 from attention import masks, normalizers, positions, scores
 from attention.integers import whole_number
-from attention.parts import Array, Mask, Normalizer, Params, Position, Score, expect
+from attention.parts import Array, Mask, Normalizer, Params, Position, Score, check_part
 
 PART_KINDS = {"score": Score, "position": Position, "mask": Mask, "normalizer": Normalizer}
 
@@ -32,7 +32,7 @@ class Mechanism:
 
     def __post_init__(self):
         for kind, base in PART_KINDS.items():
-            expect(kind, getattr(self, kind), base)
+            check_part(kind, getattr(self, kind), base)
 
     def init(
         self, key: Array, *, num_heads: int, head_dim: int, value_dim: int | None = None

@@ -56,7 +56,7 @@ class Softmax(OnlineNormalizer):
         log_total = jnp.where(some, jnp.log(jnp.where(some, total, 1)), -jnp.inf)
         return (top, log_total), factor / jnp.where(some, total, 1)
 
-    def respond(self, params, tangent, statistic, change):
+    def statistic_jvp(self, params, tangent, statistic, change):
         top, log_total = statistic
         sink, sink_tangent = jax.jvp(self.sink, (params,), (tangent,))
         lost = jnp.exp(sink - top - jnp.where(log_total == -jnp.inf, 0, log_total))

@@ -130,7 +130,7 @@ class Range(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Extent:
+class BlockBounds:
     """What is known about a block of queries and keys without looking at each: ranges.
 
     The attributes of `Tile` that masks read, as `Range`s, of what can be told. Each end is an
@@ -159,7 +159,7 @@ def accumulator(dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def expect(name: str, part: Any, kind: type) -> None:
+def check_part(name: str, part: Any, kind: type) -> None:
     """Raises ValueError, naming `name`, unless `part` is of `kind`, one of the four parts."""
     if not isinstance(part, kind):
         hint = "; did you forget the ()?" if isinstance(part, type) else ""
@@ -290,7 +290,7 @@ class Sum(Position):
 
     def __post_init__(self):
         for part in self.parts:
-            expect("every term of a sum", part, Position)
+            check_part("every term of a sum", part, Position)
 
     @property
     def whole_row(self):  # type: ignore[override]
@@ -333,23 +333,23 @@ class Mask(abc.ABC):
     """Which keys a query may attend to. `&`, `|` and `~` combine masks.
 
     Attributes:
-      needs: keyword arguments of `attend` without which the mask means nothing: a set of tuples,
-        of each of which one must be given.
+      required_inputs: keyword arguments of `attend` without which the mask means nothing: a set of
+        tuples, of each of which one must be given.
     """
 
-    needs: ClassVar[frozenset[tuple[str, ...]]] = frozenset()
+    required_inputs: ClassVar[frozenset[tuple[str, ...]]] = frozenset()
 
     @abc.abstractmethod
     def tile(self, tile: Tile) -> Array:
         """[t, s] bool (or broadcastable to it), True = may attend."""
 
-    def block(self, extent: Extent) -> Any:
+    def block(self, bounds: BlockBounds) -> Any:
         """EMPTY, PARTIAL or FULL: does `tile` allow no pair of a block, or every pair?
 
         A kernel skips EMPTY blocks and does not evaluate the mask on FULL ones, so both are
         promises; PARTIAL, the default, promises nothing.
         """
-        del extent
+        del bounds
         return PARTIAL
 
     def __and__(self, other: "Mask") -> "Mask":
@@ -374,12 +374,12 @@ class _Pair(Mask):
     right: Mask
 
     def __post_init__(self):
-        expect("left", self.left, Mask)
-        expect("right", self.right, Mask)
+        check_part("left", self.left, Mask)
+        check_part("right", self.right, Mask)
 
     @property
-    def needs(self):
-        return self.left.needs | self.right.needs
+    def required_inputs(self):
+        return self.left.required_inputs | self.right.required_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,8 +389,8 @@ class And(_Pair):
     def tile(self, tile):
         return self.left.tile(tile) & self.right.tile(tile)
 
-    def block(self, extent):
-        return fewer(self.left.block(extent), self.right.block(extent))
+    def block(self, bounds):
+        return fewer(self.left.block(bounds), self.right.block(bounds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,8 +400,8 @@ class Or(_Pair):
     def tile(self, tile):
         return self.left.tile(tile) | self.right.tile(tile)
 
-    def block(self, extent):
-        return FULL - fewer(FULL - self.left.block(extent), FULL - self.right.block(extent))
+    def block(self, bounds):
+        return FULL - fewer(FULL - self.left.block(bounds), FULL - self.right.block(bounds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -411,17 +411,17 @@ class Not(Mask):
     mask: Mask
 
     def __post_init__(self):
-        expect("mask", self.mask, Mask)
+        check_part("mask", self.mask, Mask)
 
     @property
-    def needs(self):
-        return self.mask.needs
+    def required_inputs(self):
+        return self.mask.required_inputs
 
     def tile(self, tile):
         return ~self.mask.tile(tile)
 
-    def block(self, extent):
-        return FULL - self.mask.block(extent)
+    def block(self, bounds):
+        return FULL - self.mask.block(bounds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -473,7 +473,7 @@ class OnlineNormalizer(Normalizer):
     def finish(self, params: Params, state: Any) -> tuple[Any, Array | None]:
         """All columns were seen: -> the rows' `statistic`, factor [t] or None."""
 
-    def respond(
+    def statistic_jvp(
         self, params: Params, tangent: Params, statistic: Any, change: Array
     ) -> tuple[Any, Array | None]:
         """How a statistic answers a change: -> its tangent, the relative change of all weights [t].

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attention.parts import Array, Params, Score, Tile, check_counts, check_numbers, expect
+from attention.parts import Array, Params, Score, Tile, check_counts, check_numbers, check_part
 
 
 def _normal(key, shape, fan_in):
@@ -173,7 +173,7 @@ class _Wrapper(Score):
     score: Score
 
     def __post_init__(self):
-        expect("score", self.score, Score)
+        check_part("score", self.score, Score)
 
     def init(self, key, head_dim):
         return self.score.init(key, head_dim)

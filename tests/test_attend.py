@@ -195,7 +195,7 @@ def data_for(mask, batch, T, S, rng):
     shape = {"query_segments": (T,), "key_segments": (S,)}
     return {
         name: rng.integers(0, largest[name] + 1, (*batch, *shape.get(name, ())))
-        for names in mask.needs
+        for names in mask.required_inputs
         for name in names
     }
 

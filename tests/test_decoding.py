@@ -104,7 +104,7 @@ def params_of(mechanism, num_heads, head_dim, value_dim=None):
 
 
 def needs(mechanism, name):
-    return any(name in names for names in mechanism.mask.needs)
+    return any(name in names for names in mechanism.mask.required_inputs)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_a_module_keeps_a_context_and_refuses_what_a_cache_cannot_hold():
 
     @jax.jit
     def run():
-        kept = module.apply(variables, context, lengths, method="keep")
+        kept = module.apply(variables, context, lengths, method="precompute_kv")
         full = module.apply(variables, x, context, key_lengths=lengths)
         return kept, module.apply(variables, x, kept), full
 

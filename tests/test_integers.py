@@ -9,7 +9,7 @@ from attention import Mechanism, attend, decoding, masks, positions, scores, sea
 from attention.integers import difference
 from attention.models import EncoderDecoder, RNNEncoderDecoder, seq2seq
 from attention.nn import Embedding, MultiHeadAttention, TransformerConfig
-from attention.parts import EMPTY, FULL, Extent, Range, Tile
+from attention.parts import EMPTY, FULL, BlockBounds, Range, Tile
 
 NO_PARAMS = {"score": {}, "position": {}, "normalizer": {}}
 LOW, HIGH = -(2**31), 2**31 - 1
@@ -176,10 +176,10 @@ def test_blocks_of_far_positions(mask):
     for _ in range(60):
         i, j = (np.sort(rng.choice(pool, rng.integers(1, 4))) for _ in "ij")
         ranges = [Range(*jnp.array(x)[jnp.array([0, -1]), None].astype(jnp.int32)) for x in (i, j)]
-        extent = Extent(absent, absent, *ranges, *[absent] * 5)
+        bounds = BlockBounds(absent, absent, *ranges, *[absent] * 5)
         i, j = jnp.asarray(i, jnp.int32), jnp.asarray(j, jnp.int32)
         allowed = mask.tile(Tile(i, j, i, j, jnp.int32(0), 1))
-        state = int(np.squeeze(mask.block(extent)))
+        state = int(np.squeeze(mask.block(bounds)))
         assert state != EMPTY or not np.any(allowed)
         assert state != FULL or np.all(allowed)
 
@@ -261,8 +261,8 @@ def test_kept_contexts_check_their_lengths():
     variables = module.init(jax.random.key(0), x)
     for lengths in [4, 1], [0, -1], [0.5, 1]:
         with pytest.raises(ValueError, match="lengths must be"):
-            module.apply(variables, x, np.array(lengths), method="keep")
-    keep = jax.jit(lambda lengths: module.apply(variables, x, lengths, method="keep"))
+            module.apply(variables, x, np.array(lengths), method="precompute_kv")
+    keep = jax.jit(lambda lengths: module.apply(variables, x, lengths, method="precompute_kv"))
     out = module.apply(variables, x, context=keep(jnp.array([4, 1])), query_positions=np.arange(3))
     assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
 

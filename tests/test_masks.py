@@ -21,7 +21,7 @@ from test_scores import (
 )
 
 from attention import Mechanism, attend, masks, parts
-from attention.parts import FAR, Extent, Range, Tile
+from attention.parts import FAR, BlockBounds, Range, Tile
 
 EMPTY = {"score": {}, "position": {}, "normalizer": {}}
 
@@ -187,26 +187,28 @@ def test_impossible_sizes(mask, arguments):
 
 
 def block_of(data, rows, columns):
-    """The `Tile` of some rows and columns, and the `Extent` of that block."""
+    """The `Tile` of some rows and columns, and the `BlockBounds` of that block."""
     index = {"query": rows, "key": columns}
-    tile, extent = {}, {}
+    tile, bounds = {}, {}
     for side, places in index.items():
         tile[f"{side}_index"] = places
         for name in "positions", "segments":
             tile[f"{side}_{name}"] = data[f"{side}_{name}"][places]
     for name, x in tile.items():
-        extent[name] = Range(x.min(), x.max())
+        bounds[name] = Range(x.min(), x.max())
     for name in "query_length", "key_length", "prefix_length":
         tile[name] = data[f"{name}s"]
-        extent[name] = Range(tile[name], tile[name])
-    return Tile(**tile, head=np.int32(0), num_heads=1), Extent(**extent)
+        bounds[name] = Range(tile[name], tile[name])
+    return Tile(**tile, head=np.int32(0), num_heads=1), BlockBounds(**bounds)
 
 
-def known_to(xp, extent):
+def known_to(xp, bounds):
     """The same ranges as arrays [1, 1] of NumPy or JAX."""
-    ends = ((f.name, getattr(extent, f.name)) for f in dataclasses.fields(extent))
+    ends = ((f.name, getattr(bounds, f.name)) for f in dataclasses.fields(bounds))
     most = FAR if xp is np else 2**30
-    return Extent(**{name: Range(*(xp.full((1, 1), min(x, most)) for x in x)) for name, x in ends})
+    return BlockBounds(
+        **{name: Range(*(xp.full((1, 1), min(x, most)) for x in x)) for name, x in ends}
+    )
 
 
 PRECISE = ("full", "causal", "window", "window, sides", "prefix", "prefix each", "padding, keys")
@@ -233,17 +235,17 @@ def test_blocks(name):
             np.arange(a := rng.integers(0, length), rng.integers(a, length) + 1)
             for length in (ROWS, COLUMNS)
         )
-        tile, extent = block_of(data, rows, columns)
+        tile, bounds = block_of(data, rows, columns)
         if "padding" in name or "all" in name:  # lengths that are not given hide nothing
             absent = {"query_lengths", "key_lengths"} - set(arguments)
             singular = {argument.removesuffix("s") for argument in absent}
             tile = dataclasses.replace(tile, **dict.fromkeys(singular))
-            extent = dataclasses.replace(extent, **dict.fromkeys(singular, Range(FAR, FAR)))
+            bounds = dataclasses.replace(bounds, **dict.fromkeys(singular, Range(FAR, FAR)))
         allowed = np.broadcast_to(mask.tile(tile), (len(rows), len(columns)))
-        state = int(mask.block(extent))
+        state = int(mask.block(bounds))
         states.add(state)
         for xp in np, jax.numpy:
-            found = mask.block(known_to(xp, extent))
+            found = mask.block(known_to(xp, bounds))
             assert np.broadcast_to(found, (1, 1)).item() == state
             assert xp is not np or not isinstance(found, jax.Array)  # it is known while tracing
         assert state != parts.EMPTY or not allowed.any()

@@ -269,7 +269,7 @@ class LastScore(Score):
 class LastOnly(Mask):
     """Only the last real key is seen."""
 
-    needs = frozenset({("key_lengths",)})
+    required_inputs = frozenset({("key_lengths",)})
 
     def tile(self, tile):
         return tile.key_index[None] == tile.key_length - 1
@@ -318,7 +318,7 @@ def test_what_is_made_of_the_memory_once_changes_nothing(score, position):
     @jax.jit
     def run(query):
         variables = {"params": {"mechanism": params}}
-        kept = module.apply(variables, memory, LENGTHS, method="keep")
+        kept = module.apply(variables, memory, LENGTHS, method="precompute_kv")
         expected = attend(
             mechanism, params, *(x[:, :, None] for x in (query, memory, memory)),
             key_lengths=LENGTHS, query_positions=np.arange(S) + 1,

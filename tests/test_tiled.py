@@ -211,17 +211,19 @@ class AnyMask(attention.Mask):
     parts: tuple[attention.Mask, ...]
 
     @property
-    def needs(self):
-        return frozenset({("prefix_lengths",)}).union(*(part.needs for part in self.parts))
+    def required_inputs(self):
+        return frozenset({("prefix_lengths",)}).union(
+            *(part.required_inputs for part in self.parts)
+        )
 
     def tile(self, tile):
         return stacked(tile.prefix_length, [part.tile(tile) for part in self.parts])
 
-    def block(self, extent):
-        which = extent.prefix_length.low
+    def block(self, bounds):
+        which = bounds.prefix_length.low
         if isinstance(which, int):  # not known while tracing
             return PARTIAL
-        return stacked(which, [part.block(extent) for part in self.parts])
+        return stacked(which, [part.block(bounds) for part in self.parts])
 
 
 EVERY_SCORE = (*SCORES[:4], scores.Location(max_length=32), *SCORES[5:])
@@ -327,7 +329,9 @@ def test_every_mechanism(name, x64):
 
 
 def data_of(mask):
-    return {name: x for name, x in DATA.items() if any(name in names for names in mask.needs)}
+    return {
+        name: x for name, x in DATA.items() if any(name in names for names in mask.required_inputs)
+    }
 
 
 QUICK_MASKS = (masks.SlidingWindow(5, 1), masks.Causal() & masks.Segments())
@@ -780,7 +784,7 @@ LARGE = [
 def test_memory_is_linear(mechanism, order):
     def size(T):
         shape = jax.ShapeDtypeStruct((T,), jnp.int32)
-        data = {"query_segments": shape} if mechanism.mask.needs else {}
+        data = {"query_segments": shape} if mechanism.mask.required_inputs else {}
         return temporary(mechanism, T, order, **data)
 
     small, *more = map(size, (2048, 4096, 8192))
@@ -797,7 +801,7 @@ def visited(mask, length, block):
     """Pairs of blocks that the kernel looks at."""
     index = np.arange(length)
     tile = Tile(*(index,) * 4, np.int32(0), 1, consecutive=True)
-    row, start = blocks.cover(mask, tile, block)
+    row, start = blocks.visible_blocks(mask, tile, block)
     assert len(row) == len(start)
     return len(row)
 

@@ -4,7 +4,6 @@ A block is a run of rows that starts at a multiple of its length, and a run of c
 where the mask lets those rows begin to look: a window needs no more columns than it has.
 """
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -12,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.kernels import dense
+from attention.kernels.dense import numbers_per_pair
 from attention.kernels.tuned import tuned
-from attention.mechanism import Mechanism, params_shape
-from attention.parts import EMPTY, FAR, FULL, PARTIAL, Array, Extent, Mask, Range, Tile
+from attention.mechanism import Mechanism
+from attention.parts import EMPTY, FAR, FULL, PARTIAL, Array, BlockBounds, Mask, Range, Tile
 
 _GRAIN = 64  # blocks of columns start at multiples of it, or of a divisor that theirs shares
 
 
-class Visits(NamedTuple):
+class BlockSchedule(NamedTuple):
     """Pairs of blocks, by row.
 
     Attributes:
@@ -36,18 +35,18 @@ class Visits(NamedTuple):
     first: Array
 
 
-def visits(
+def block_schedule(
     mask: Mask, tile: Tile, block: tuple[int, int], row: np.ndarray, start: np.ndarray, masked: bool
-) -> dict[str, Visits]:
-    """The pairs of blocks that `cover` found, by what is known of them.
+) -> dict[str, BlockSchedule]:
+    """The pairs of blocks that `visible_blocks` found, by what is known of them.
 
     'full': the mask need not be evaluated, 'partial': it must, 'unknown': likewise, and the running
     program will know whether at all. `masked`: an array masks as well.
     """
     beyond = start + block[1] > len(tile.key_index)
     cap = np.where(beyond | masked, PARTIAL, FULL)
-    known = np.minimum(cap, mask.block(extent(tile, block, row, start, look=False)))
-    found = mask.block(extent(tile, block, row, start, look=True))
+    known = np.minimum(cap, mask.block(block_bounds(tile, block, row, start, look=False)))
+    found = mask.block(block_bounds(tile, block, row, start, look=True))
     rest = "unknown" if isinstance(found, jax.Array) else "partial"
     groups = {}
     for name, which in (("full", known == FULL), (rest, known != FULL)):
@@ -56,11 +55,11 @@ def visits(
             first = np.searchsorted(rows, np.arange(-(-len(tile.query_index) // block[0]) + 1))
             state = jnp.broadcast_to(found, row.shape)[which] if name == "unknown" else None
             arrays = (jnp.asarray(x, jnp.int32) for x in (rows, start[which], first))
-            groups[name] = Visits(*(next(arrays), next(arrays), state, next(arrays)))
+            groups[name] = BlockSchedule(*(next(arrays), next(arrays), state, next(arrays)))
     return groups
 
 
-def cover(mask: Mask, tile: Tile, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def visible_blocks(mask: Mask, tile: Tile, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Disjoint blocks that hold all that the mask, as far as it is known, lets be seen.
 
     -> row and start [pairs], ascending; greedily from the left.
@@ -69,7 +68,7 @@ def cover(mask: Mask, tile: Tile, block: tuple[int, int]) -> tuple[np.ndarray, n
     grain = math.gcd(s, _GRAIN)
     rows, columns = len(tile.query_index), len(tile.key_index)
     row, start = np.arange(-(-rows // t))[:, None], np.arange(0, columns, grain)[None]
-    state = mask.block(extent(tile, (t, grain), row, start, look=False))
+    state = mask.block(block_bounds(tile, (t, grain), row, start, look=False))
     seen = np.broadcast_to(state, (len(row), start.shape[1])) != EMPTY
     pairs = []
     for i, visible in enumerate(seen):
@@ -80,7 +79,9 @@ def cover(mask: Mask, tile: Tile, block: tuple[int, int]) -> tuple[np.ndarray, n
     return tuple(np.array(pairs or np.zeros((0, 2)), int).T)
 
 
-def extent(tile: Tile, block: tuple[int, int], row: Any, start: Any, look: bool) -> Extent:
+def block_bounds(
+    tile: Tile, block: tuple[int, int], row: Any, start: Any, look: bool
+) -> BlockBounds:
     """What masks may know of blocks: `row` and `start` broadcast against each other.
 
     `look`: also at what only the running program knows; else that may be anything.
@@ -106,7 +107,9 @@ def extent(tile: Tile, block: tuple[int, int], row: Any, start: Any, look: bool)
 
     both = [f"{side}_{name}" for name in ("index", "positions", "segments") for side in _SIDES]
     lengths = ("query_length", "key_length", "prefix_length")
-    return Extent(**{name: ends(name) for name in both}, **{name: length(name) for name in lengths})
+    return BlockBounds(
+        **{name: ends(name) for name in both}, **{name: length(name) for name in lengths}
+    )
 
 
 _SIDES = ("query", "key")
@@ -131,37 +134,6 @@ def sizes(mechanism: Mechanism, tile: Tile, head_dim: int, whole_rows: bool) -> 
 
     def cost(block):
         t, s = (min(b, n) for b, n in zip(block, (rows, columns), strict=True))
-        return len(cover(mechanism.mask, tile, (t, s))[0]) * t * s * measured.tiles[block]
+        return len(visible_blocks(mechanism.mask, tile, (t, s))[0]) * t * s * measured.tiles[block]
 
     return min(measured.tiles, key=cost)
-
-
-@functools.cache
-def numbers_per_pair(mechanism: Mechanism, num_heads: int, head_dim: int) -> int:
-    """How many numbers the largest array of a tile's scores holds for each query and key."""
-    n = 64
-    x = jax.ShapeDtypeStruct((n, head_dim), jnp.float32)
-    index: Any = np.arange(n)
-    none: Any = np.int32(0)
-    all_pairs: Any = np.ones((n, n), bool)
-    tile = Tile(*(index,) * 4, none, num_heads, consecutive=True, visible=all_pairs)
-
-    def inputs(params, x):
-        params = jax.tree.map(lambda leaf: leaf[0], params)
-        return dense.prepare(mechanism, params, x, x, x, jax.tree.map(jnp.asarray, tile))[0]
-
-    shapes = params_shape(mechanism, num_heads, head_dim, head_dim)
-    traced = jax.make_jaxpr(lambda inputs, tile: dense.score(mechanism, inputs, tile))(
-        jax.eval_shape(inputs, shapes, x), tile
-    )
-    return max(1, round(_largest(traced.jaxpr) / n**2))
-
-
-def _largest(jaxpr):
-    """Size of the largest array that a jaxpr computes."""
-    found = [0]
-    for equation in jaxpr.eqns:
-        found += [math.prod(getattr(var.aval, "shape", ())) for var in equation.outvars]
-        inner = (getattr(x, "jaxpr", x) for x in equation.params.values())
-        found += [_largest(x) for x in inner if hasattr(x, "eqns")]
-    return max(found)

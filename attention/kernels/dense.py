@@ -5,21 +5,36 @@ example; `attention.attend` lifts it over heads and batch.
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
-from attention.mechanism import Mechanism
+from attention.kernels.registry import Kernel, register
+from attention.kernels.tuned import tuned
+from attention.mechanism import Mechanism, params_shape
 from attention.normalizers import logsumexp
 from attention.parts import Array, Params, Tile, accumulator
 
 
-def unsupported(query: Array, key: Array, aux: tuple[str, ...]) -> str | None:
-    """Why this kernel cannot serve such arrays and aux: it always can."""
-    del query, key, aux
-    return None
+def cost(mechanism: Mechanism, query: Array, key: Array) -> tuple[float, str]:
+    """The numbers that scores and what makes them are at once, and why it runs if it does.
+
+    A symbolic batch counts as one example, symbolic lengths as short ones.
+    """
+    sizes = [1 if is_symbolic_dim(n) else n for n in (*query.shape[:-1], key.shape[-3])]
+    numbers = math.prod(sizes)
+    above = tuned().tiled_above
+    if numbers > above / 1024:  # else no score is wide enough
+        numbers *= numbers_per_pair(mechanism, query.shape[-2], query.shape[-1])
+    return numbers, (
+        f"scores and what makes them are {numbers:,} numbers at once; tiled is faster above "
+        f"{above:,}"
+    )
 
 
 def attend_head(
@@ -63,6 +78,30 @@ def attend_head(
     return out.astype(query.dtype), extra
 
 
+def row_weights(
+    mechanism: Mechanism,
+    params: Params,
+    query: Array,
+    key: Array,
+    value: Array,
+    tile: Tile,
+    rows: Array,
+    *,
+    bias: Array | None = None,
+    mask: Array | None = None,
+) -> Array:
+    """Weights [R, S] of the queries `rows` [R] int alone; NaN where a row is none."""
+    of_rows = {
+        name: x if x is None or x.shape[0] == 1 else x[rows]
+        for name, x in (("bias", bias), ("mask", mask))
+    }
+    _, extra = attend_head(
+        mechanism, params, query[rows], key, value, tile.at_rows(rows), **of_rows, aux=("weights",)
+    )
+    real = (rows >= 0) & (rows < query.shape[0])
+    return jnp.where(real[:, None], extra["weights"], jnp.nan)
+
+
 class Inputs(NamedTuple):
     """What a kernel computes with, everything that is O(T + S) done; in the accumulator's dtype.
 
@@ -79,7 +118,7 @@ class Inputs(NamedTuple):
     value: Array
 
 
-class Bad(NamedTuple):
+class NonFinite(NamedTuple):
     """Which queries [T], keys [S] and values [S] are not finite, bool."""
 
     query: Array
@@ -89,7 +128,7 @@ class Bad(NamedTuple):
 
 def prepare(
     mechanism: Mechanism, params: Params, query: Array, key: Array, value: Array, tile: Tile
-) -> tuple[Inputs, Bad]:
+) -> tuple[Inputs, NonFinite]:
     """Inputs of the arrays that `attend_head` is given, without NaN and inf, and where those were.
 
     What is masked is absent, even a NaN; but 0 · NaN is NaN, in products and in their gradients. So
@@ -107,7 +146,7 @@ def prepare(
     for i, x in enumerate(prepared):  # the square of a huge number is not finite either
         bad[i] |= ~jnp.isfinite(x).all(-1)
     features, key_features = (_without(bad[i], x) for i, x in enumerate(prepared))
-    return Inputs(params, query, key.T, features, key_features.T, value), Bad(*bad)
+    return Inputs(params, query, key.T, features, key_features.T, value), NonFinite(*bad)
 
 
 def _without(spoilt, x):
@@ -132,7 +171,7 @@ def mix(mechanism: Mechanism, inputs: Inputs, weights: Array, tile: Tile) -> Arr
 def attend_rows(
     mechanism: Mechanism,
     inputs: Inputs,
-    bad: Bad,
+    bad: NonFinite,
     tile: Tile,
     *,
     bias: Array | None = None,
@@ -189,7 +228,7 @@ def hide(inputs: Inputs, rows: Array, columns: Array) -> Inputs:
     )
 
 
-def sees(bad: Bad, visible: Array) -> Array:
+def sees(bad: NonFinite, visible: Array) -> Array:
     """What rows see: 0, 1 a value, 2 a query or key that is not finite: [t] int."""
     # A product: heads share what is visible, and would each reduce a copy of it.
     vectors = jnp.stack([bad.key, bad.value], axis=1).astype(jnp.float32)
@@ -216,3 +255,45 @@ def drop(weights: Array, dropout_key: Array, rate: float, tile: Tile) -> Array:
     by_pair = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(by_row, tile.key_index)
     bits = jax.random.key_data(by_pair)[..., 0]
     return jnp.where(bits >= jnp.uint32(threshold), weights / (1 - rate), 0)
+
+
+@functools.cache
+def numbers_per_pair(mechanism: Mechanism, num_heads: int, head_dim: int) -> int:
+    """How many numbers the largest array of a tile's scores holds for each query and key."""
+    n = 64
+    x = jax.ShapeDtypeStruct((n, head_dim), jnp.float32)
+    index: Any = np.arange(n)
+    none: Any = np.int32(0)
+    all_pairs: Any = np.ones((n, n), bool)
+    tile = Tile(*(index,) * 4, none, num_heads, consecutive=True, visible=all_pairs)
+
+    def inputs(params, x):
+        params = jax.tree.map(lambda leaf: leaf[0], params)
+        return prepare(mechanism, params, x, x, x, jax.tree.map(jnp.asarray, tile))[0]
+
+    shapes = params_shape(mechanism, num_heads, head_dim, head_dim)
+    traced = jax.make_jaxpr(lambda inputs, tile: score(mechanism, inputs, tile))(
+        jax.eval_shape(inputs, shapes, x), tile
+    )
+    return max(1, round(_largest(traced.jaxpr) / n**2))
+
+
+def _largest(jaxpr):
+    """Size of the largest array that a jaxpr computes."""
+    sizes = [0]
+    for equation in jaxpr.eqns:
+        sizes += [math.prod(getattr(var.aval, "shape", ())) for var in equation.outvars]
+        inner = (getattr(x, "jaxpr", x) for x in equation.params.values())
+        sizes += [_largest(x) for x in inner if hasattr(x, "eqns")]
+    return max(sizes)
+
+
+register(
+    Kernel(
+        "dense",
+        attend_head,
+        unsupported=lambda query, key, aux: None,
+        cost=cost,
+        chunk_size=lambda mechanism, query, key: query.shape[0],
+    )
+)

@@ -7,9 +7,9 @@ weights and c the statistic of a row,
     do_i = Σ_j (dw_ij v_j + w_ij dv_j) + r_i o_i
 
 where dw is taken at a fixed statistic by differentiating the tile function itself, and r, how the
-statistic's own change scales the row, comes from `OnlineNormalizer.respond`. The sum is a scan over
-the visible tiles that keeps nothing between them and is linear in the tangents; its transpose,
-which JAX derives, is the backward pass of flash attention, down to every learned array.
+statistic's own change scales the row, comes from `OnlineNormalizer.statistic_jvp`. The sum is a
+scan over the visible tiles that keeps nothing between them and is linear in the tangents; its
+transpose, which JAX derives, is the backward pass of flash attention, down to every learned array.
 
 Blocks that the mask rules out are not visited, and on those it leaves whole it is not evaluated.
 What can be told of causal masks or windows is told while tracing, what depends on data (lengths,
@@ -21,7 +21,6 @@ keys visible from it, through the dense kernel's own function.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +28,7 @@ import numpy as np
 from jax.export import is_symbolic_dim
 
 from attention.kernels import blocks, dense
+from attention.kernels.registry import Kernel, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
 from attention.normalizers import Softmax
@@ -48,20 +48,15 @@ def unsupported(query: Array, key: Array, aux: tuple[str, ...]) -> str | None:
     return None
 
 
-def faster_than_dense(mechanism: Mechanism, query: Array, key: Array) -> tuple[bool, str]:
-    """Whether this kernel is the faster one for such arrays, and why; a symbolic batch counts 1."""
-    *batch, T, H, D = query.shape
-    examples = math.prod(1 if is_symbolic_dim(n) else n for n in batch)
-    size = examples * H * T * key.shape[-3]
-    above = tuned().tiled_above
-    if size > above / 1024:  # else no score is wide enough
-        size *= blocks.numbers_per_pair(mechanism, H, D)
-    return size > above, (
-        f"scores and what makes them are {size:,} numbers at once; tiled is faster above {above:,}"
-    )
+def cost(mechanism: Mechanism, query: Array, key: Array) -> tuple[float, str]:
+    """So many numbers that the dense kernel holding as many is as fast, and why it runs if it does.
+
+    Measured; see `tuned`.
+    """
+    return tuned().tiled_above, dense.cost(mechanism, query, key)[1]
 
 
-def examples_at_once(mechanism: Mechanism, query: Array, key: Array) -> int:
+def chunk_size(mechanism: Mechanism, query: Array, key: Array) -> int:
     """Of how many examples tiles are computed together, by a vmap; a loop goes over the others.
 
     query [B, T, H, D], key [B, S, K, D]. On a CPU as many as fit the cache, for small operations
@@ -69,11 +64,11 @@ def examples_at_once(mechanism: Mechanism, query: Array, key: Array) -> int:
     time, should it depend on data.
     """
     B, T, H, D = query.shape
-    if mechanism.mask.needs:
+    if mechanism.mask.required_inputs:
         return 1
     if jax.default_backend() != "cpu":
         return B
-    if is_symbolic_dim(B) or blocks.numbers_per_pair(mechanism, H, D) > 4:
+    if is_symbolic_dim(B) or dense.numbers_per_pair(mechanism, H, D) > 4:
         return 1
     numbers = H * min(T, 512) * min(key.shape[1], 512)
     most = max(1, min(B, _CACHED // numbers))
@@ -110,7 +105,7 @@ def attend_head(
     inputs, bad = dense.prepare(mechanism, params, query, key, value, tile)
     t, s = block_sizes or blocks.sizes(mechanism, tile, query.shape[1], whole)
     block = (min(t, len(query)), min(s, len(key)))
-    row, start = blocks.cover(mechanism.mask, tile, block)
+    row, start = blocks.visible_blocks(mechanism.mask, tile, block)
     plan = _Plan(
         mechanism,
         block,
@@ -121,12 +116,12 @@ def attend_head(
         consecutive=tile.consecutive,
         dropout_rate=dropout_rate if dropout_key is not None else 0.0,
     )
-    arrays, data = _cut(plan, inputs, bad, tile, bias, mask)
+    arrays, data = to_blocks(plan, inputs, bad, tile, bias, mask)
     if whole:
         data["visits"] = _by_row(row, start, len(arrays["query"]))
     else:
         masked = mask is not None
-        data["visits"] = blocks.visits(mechanism.mask, tile, block, row, start, masked)
+        data["visits"] = blocks.block_schedule(mechanism.mask, tile, block, row, start, masked)
     if dropout_key is not None and plan.dropout_rate:
         data["dropout_key"] = jax.random.key_data(dropout_key)
     if not whole and ("unknown" in data["visits"] or mask is not None):
@@ -155,7 +150,7 @@ _BY_COLUMN = ("key_positions", "key_segments")
 _LENGTHS = ("query_length", "key_length", "prefix_length")
 
 
-def _cut(plan, inputs, bad, tile, bias, mask):
+def to_blocks(plan, inputs, bad, tile, bias, mask):
     """-> (what is differentiated, the rest), the vectors cut in blocks along a new leading axis."""
     rows = functools.partial(_blocks, size=plan.block[0])
 
@@ -230,7 +225,7 @@ def _tile(plan, data, row, start):
     )
 
 
-def _piece(plan, arrays, row, start):
+def block_inputs(plan, arrays, row, start):
     """Those of a tile: the `dense.Inputs` and the bias."""
     inputs = dense.Inputs(
         arrays["params"],
@@ -323,7 +318,7 @@ def _attend(plan, arrays, data):
     def attend_row(row):
         def visit(start, masked, carry):
             state, out, bad = carry
-            piece, tile = _piece(plan, arrays, row, start), _tile(plan, data, row, start)
+            piece, tile = block_inputs(plan, arrays, row, start), _tile(plan, data, row, start)
             visible = _visible(plan, data, tile, row, start) if masked else None
             logits = _logits(plan, piece, tile, visible)
             state, weights, factor = normalizer.update(params, state, logits)
@@ -356,7 +351,7 @@ def _bad(plan, bad, row, start, visible):
     if visible is None:
         worst = jnp.maximum(2 * of_key.any(), of_value.any())
         return jnp.where(of_query, 2, worst)
-    return dense.sees(dense.Bad(of_query, of_key, of_value), visible)
+    return dense.sees(dense.NonFinite(of_query, of_key, of_value), visible)
 
 
 @_attend.defjvp
@@ -385,7 +380,7 @@ def _attend_jvp(plan, primals, tangents):
             # pass, the outer one what it does hand over, two pieces, out of the scan's memory.
             @jax.checkpoint
             def found(arrays, tangents, statistic):
-                pieces = (_piece(plan, x, row, start) for x in (arrays, tangents))
+                pieces = (block_inputs(plan, x, row, start) for x in (arrays, tangents))
                 of_row = jax.tree.map(lambda x: _at(x, row), statistic)
                 function = functools.partial(change, row, start, name != "full")
                 return _when_visible(name, state, jax.checkpoint(function), *pieces, of_row)
@@ -397,7 +392,7 @@ def _attend_jvp(plan, primals, tangents):
     changed, total = sums
     flat = jax.tree.map(lambda x: x.reshape(-1), statistic)
     own = (x["params"]["normalizer"] for x in (arrays, tangents[0]))
-    answer, factor = plan.mechanism.normalizer.respond(*own, flat, total.reshape(-1))
+    answer, factor = plan.mechanism.normalizer.statistic_jvp(*own, flat, total.reshape(-1))
     if factor is not None:
         changed += factor.reshape(total.shape)[..., None] * out
     answer = jax.tree.map(lambda x: x.reshape(total.shape), answer)
@@ -441,7 +436,7 @@ def _summaries(plan, arrays, data, statistic, bad, asked):
     """Entropy and largest score of each row, weight of each column: a second look at each tile."""
 
     def summarise(row, start, masked, arrays, statistic):
-        piece = _piece(plan, arrays, row, start)
+        piece = block_inputs(plan, arrays, row, start)
         tile, logits, weights = _weigh(plan, data, piece, row, start, masked, statistic)
         real = (tile.query_index < plan.rows)[:, None]
         top = jax.lax.stop_gradient(jnp.max(logits, axis=1))
@@ -500,7 +495,7 @@ def _by_whole_rows(plan, arrays, data, aux):
         visible = (jnp.repeat(real, s) & (index < plan.columns))[None, :]
         if "mask" in data:
             visible &= pairs(data["mask"])
-        bad = dense.Bad(_at(data["bad"][0], row), *(x[index] for x in data["bad"][1:]))
+        bad = dense.NonFinite(_at(data["bad"][0], row), *(x[index] for x in data["bad"][1:]))
         inputs = dense.Inputs(
             arrays["params"],
             _at(arrays["query"], row),
@@ -535,3 +530,6 @@ def _by_whole_rows(plan, arrays, data, aux):
     if "column_sums" in aux:
         extra["column_sums"] = sums[: plan.columns]
     return out.reshape(-1, out.shape[-1]), extra
+
+
+register(Kernel("tiled", attend_head, unsupported, cost, chunk_size, has_blocks=True))

@@ -265,7 +265,7 @@ class RNNEncoder(nn.Module):
 class ReadLast(nn.Module):
     """The last state of the memory for every query: weights that are 1 at j = S − 1."""
 
-    def keep(self, context: Array, lengths: Array) -> dict[str, Array]:
+    def precompute_kv(self, context: Array, lengths: Array) -> dict[str, Array]:
         """context [B, S, M], of it `lengths` [B] real -> what calls need of it; 0 for length 0."""
         weights = jnp.arange(context.shape[1]) == lengths[:, None] - 1
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
@@ -276,7 +276,7 @@ class ReadLast(nn.Module):
         }
 
     def __call__(self, x: Array, context: dict[str, Array], **_) -> Array:
-        """x [B, T, M], a context of `keep` -> [B, T, M]."""
+        """x [B, T, M], a context of `precompute_kv` -> [B, T, M]."""
         last, weights = context["last"], context["weights"]
         shape = (len(weights), 1, x.shape[1], weights.shape[1])
         weights = jnp.broadcast_to(weights[:, None, None], shape)
@@ -342,7 +342,7 @@ class SingleHead(nn.Module):
 
         self.learned = param_if_any(self, "mechanism", init, "heads")
 
-    def keep(self, context: Array, lengths: Array) -> Cache:
+    def precompute_kv(self, context: Array, lengths: Array) -> Cache:
         """context [B, S, M], of it `lengths` [B] real -> what calls need of it.
 
         That is features of the keys where the score makes them without looking at the queries:
@@ -355,7 +355,7 @@ class SingleHead(nn.Module):
         return Cache(key[:, :, None], value[:, :, None], lengths.astype(jnp.int32))
 
     def __call__(self, x: Array, context: Cache, **data) -> Array:
-        """x [B, T, M], a context of `keep` -> [B, T, M].
+        """x [B, T, M], a context of `precompute_kv` -> [B, T, M].
 
         `data` are arguments of `attend`, which says what it raises.
         """
@@ -437,7 +437,7 @@ class RNNDecoder(nn.Module):
         tokens so far, 'carries' of the layers, and with input feeding 'fed' [B, M], the last h̃.
         """
         state = {
-            "memory": self.cross_attention.keep(memory, lengths),
+            "memory": self.cross_attention.precompute_kv(memory, lengths),
             "lengths": lengths,
             "step": jnp.zeros_like(lengths),
             "carries": carries,

@@ -85,7 +85,7 @@ class LanguageModel(nn.Module):
         NaN for a text longer than max_length.
         """
         data = {}
-        if any("query_segments" in names for names in self.config.decoder.mask.needs):
+        if any("query_segments" in names for names in self.config.decoder.mask.required_inputs):
             slots = state.self_attention.key.shape[-3]
             data = {
                 "query_segments": jnp.zeros(tokens.shape[-1], jnp.int32),

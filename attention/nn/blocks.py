@@ -247,9 +247,9 @@ class Block(nn.Module):
         x = residual(x, "mlp", parts["mlp"])
         return x if state is None else (x, state)
 
-    def keep(self, memory: Array, lengths: Array | None = None) -> Cache:
+    def precompute_kv(self, memory: Array, lengths: Array | None = None) -> Cache:
         """The cross-attention's keys and values of memory [..., S, M], of it `lengths` [...]."""
-        return self._parts(cross=True)["cross_attention"].keep(memory, lengths)
+        return self._parts(cross=True)["cross_attention"].precompute_kv(memory, lengths)
 
     @nn.compact
     def _parts(self, cross: bool) -> dict[str, Any]:
@@ -343,7 +343,7 @@ class Stack(nn.Module):
             return DecoderState(cache)
 
         def layer(block, carry, _):
-            return carry, block.keep(memory, lengths)
+            return carry, block.precompute_kv(memory, lengths)
 
         blocks, _ = self._parts()
         _, kept = self._layers(blocks, layer, (), None, axis=len(batch))

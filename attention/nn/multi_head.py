@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attention import decoding
-from attention.attend import attend
+from attention.api import attend
 from attention.decoding import Cache
 from attention.integers import whole_number
 from attention.mechanism import Mechanism
@@ -91,7 +91,7 @@ class MultiHeadAttention(nn.Module):
         With a `cache` x continues a text: its keys and values are appended, its queries attend to
         all that is there, and the result is (out, cache). `lengths` [...] is then how many of an
         example's T are real; what `data` tell of keys, they tell of all slots (see
-        `attention.decoding`). A context may be what `keep` made of it.
+        `attention.decoding`). A context may be what `precompute_kv` made of it.
 
         Raises ValueError where the widths and head counts do not fit, and as `attend` and
         `decoding.append` do.
@@ -129,7 +129,7 @@ class MultiHeadAttention(nn.Module):
         out = parts.out(out.reshape(*out.shape[:-2], -1))
         return out if cache is None else (out, cache)
 
-    def keep(self, context: Array, lengths: Array | None = None) -> Cache:
+    def precompute_kv(self, context: Array, lengths: Array | None = None) -> Cache:
         """Keys and values of a context [..., S, C], projected once to be attended to many times.
 
         `lengths` [...] is how many of an example's S are real, all unless given. Where x is of
@@ -145,7 +145,7 @@ class MultiHeadAttention(nn.Module):
         if context is not None:
             raise ValueError(
                 "a cache holds the keys of x itself and goes without a context; for one that is "
-                "attended to many times pass context=keep(context)"
+                "attended to many times pass context=precompute_kv(context)"
             )
         if data.get("query_positions") is not None and data.get("key_positions") is None:
             raise ValueError(

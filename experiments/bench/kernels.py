@@ -12,7 +12,8 @@ import numpy as np
 
 import attention
 from attention import decoding
-from attention.kernels import blocks, tiled
+from attention.api import choose
+from attention.kernels import blocks
 from attention.parts import Tile
 from experiments.bench.work import (
     Foreign,
@@ -179,8 +180,7 @@ class Kernel(Work):
             jax.ShapeDtypeStruct((self.batch, length, heads, self.width), dtype)
             for length, heads in ((self.length, self.heads), (self.keys, self.heads))
         )
-        faster, _ = tiled.faster_than_dense(self.mechanism(), query, key)
-        return "tiled" if faster else "dense"
+        return choose(self.mechanism(), query, key)[0].name
 
 
 _JUDGED = 1024  # so long that several tiles are summed, so short that float64 fits

@@ -65,7 +65,7 @@ def visited(work: Kernel, size: tuple[int, int]) -> int:
     """How many pairs the tiles of that size hold that the mask does not rule out."""
     index = np.arange(work.length)
     tile = Tile(index, index, index, index, np.int32(0), work.heads, consecutive=True)
-    return len(blocks.cover(work.mechanism().mask, tile, size)[0]) * size[0] * size[1]
+    return len(blocks.visible_blocks(work.mechanism().mask, tile, size)[0]) * size[0] * size[1]
 
 
 def crossing(base: Kernel, say: Callable[[str], None], seconds: float) -> int:

@@ -10,13 +10,13 @@ import numpy as np
 from jax.export import is_symbolic_dim
 from jax.sharding import AxisType, PartitionSpec
 
-from attention.checks import check, check_arrays, check_aux, check_block_sizes, check_dropout
 from attention.integers import index_array, label_array
-from attention.kernels import dense, tiled
+from attention.kernels.dense import row_weights
+from attention.kernels.registry import KERNELS, Kernel
 from attention.mechanism import Mechanism
 from attention.parts import Array, Params, Tile, accumulator
+from attention.validation import check, check_arrays, check_aux, check_block_sizes, check_dropout
 
-_KERNELS = {"dense": dense, "tiled": tiled}
 _AUX = ("weights", "row_weights", "lse", "row_max", "entropy", "column_sums")
 
 
@@ -117,8 +117,8 @@ def attend(
     check_dropout(dropout_rate, dropout_key, query.shape)
     check_aux(aux, _AUX, weight_rows, query.shape[-3])
     aux = tuple(aux)
-    implementation, _ = _choose(mechanism, query, key, implementation, aux)
-    check_block_sizes(block_sizes, implementation)
+    kernel, _ = choose(mechanism, query, key, implementation, aux)
+    check_block_sizes(block_sizes, kernel)
     if 0 in (*query.shape[:-2], key.shape[-3]):
         out, extra = _no_pairs(query, key, value, weight_rows)
         return (out, {name: extra[name] for name in aux}) if aux else out
@@ -132,7 +132,7 @@ def attend(
         data,
         dropout_key=dropout_key if dropout_rate > 0 else None,
         dropout_rate=float(dropout_rate),
-        implementation=implementation,
+        kernel=kernel,
         block_sizes=None if block_sizes is None else tuple(map(int, block_sizes)),
         aux=aux,
         weight_rows=None if weight_rows is None else index_array("weight_rows", weight_rows),
@@ -154,36 +154,48 @@ def explain(
     Takes arrays or `jax.ShapeDtypeStruct`s; computes nothing. Raises as `attend` does.
     """
     check_arrays(query, key, value)
-    chosen, why = _choose(mechanism, query, key, implementation, tuple(aux))
+    chosen, why = choose(mechanism, query, key, implementation, tuple(aux))
     lines = [str(mechanism)]
-    for name, kernel in _KERNELS.items():
+    for name, kernel in KERNELS.items():
         reason = kernel.unsupported(query, key, tuple(aux))
         rest = f"cannot: {reason}" if reason else "could, was not chosen"
-        lines.append(f"  {name}: {f'runs: {why}' if name == chosen else rest}")
+        lines.append(f"  {name}: {f'runs: {why}' if kernel is chosen else rest}")
     return "\n".join(lines)
 
 
-def _choose(mechanism, query, key, implementation, aux):
-    """-> the name of the kernel that serves, and why it."""
-    if implementation is not None and implementation not in _KERNELS:
+def choose(
+    mechanism: Mechanism,
+    query: Array,
+    key: Array,
+    implementation: str | None = None,
+    aux: tuple[str, ...] = (),
+) -> tuple[Kernel, str]:
+    """The kernel that serves such arrays, and why it: of the lowest cost, or `implementation`.
+
+    Raises ValueError where that is no kernel, or cannot serve them.
+    """
+    if implementation is not None and implementation not in KERNELS:
         raise ValueError(
-            f"implementation must be None or one of {', '.join(_KERNELS)}; got {implementation!r}"
+            f"implementation must be None or one of {', '.join(KERNELS)}; got {implementation!r}"
         )
+    reasons = {name: kernel.unsupported(query, key, aux) for name, kernel in KERNELS.items()}
     if implementation is not None:
-        if reason := _KERNELS[implementation].unsupported(query, key, aux):
+        if reason := reasons[implementation]:
             raise ValueError(
                 f"implementation={implementation!r} cannot serve {mechanism}: {reason}"
             )
-        return implementation, "asked for"
-    if reason := tiled.unsupported(query, key, aux):
-        return "dense", f"tiled cannot: {reason}"
-    faster, why = tiled.faster_than_dense(mechanism, query, key)
-    return ("tiled" if faster else "dense"), why
+        return KERNELS[implementation], "asked for"
+    able = [kernel for name, kernel in KERNELS.items() if not reasons[name]]
+    if len(able) == 1:
+        return able[0], "; ".join(f"{name} cannot: {why}" for name, why in reasons.items() if why)
+    costs = [kernel.cost(mechanism, query, key) for kernel in able]
+    best = min(range(len(able)), key=lambda i: costs[i][0])
+    return able[best], costs[best][1]
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("mechanism", "dropout_rate", "implementation", "block_sizes", "aux"),
+    static_argnames=("mechanism", "dropout_rate", "kernel", "block_sizes", "aux"),
 )
 def _attend(
     mechanism,
@@ -195,7 +207,7 @@ def _attend(
     data,
     dropout_key,
     dropout_rate,
-    implementation,
+    kernel,
     block_sizes,
     aux,
     weight_rows,
@@ -255,8 +267,8 @@ def _attend(
         )
         inputs = [arrays[name] for name in ("params", "query", "key", "value")]
         options = {name: arrays.get(name) for name in ("bias", "mask")}
-        sizes = {"block_sizes": block_sizes} if implementation == "tiled" else {}
-        out, extra = _KERNELS[implementation].attend_head(
+        sizes = {"block_sizes": block_sizes} if kernel.has_blocks else {}
+        out, extra = kernel.attend_head(
             mechanism,
             *inputs,
             tile,
@@ -267,25 +279,17 @@ def _attend(
             **sizes,
         )
         if "row_weights" in aux:
-            inputs[1] = inputs[1][weight_rows]
-            options = {
-                k: x if x is None or x.shape[0] == 1 else x[weight_rows] for k, x in options.items()
-            }
-            _, rows = dense.attend_head(
-                mechanism, *inputs, tile.at_rows(weight_rows), **options, aux=("weights",)
-            )
-            real = (weight_rows >= 0) & (weight_rows < T)
-            extra["row_weights"] = jnp.where(real[:, None], rows["weights"], jnp.nan)
+            extra["row_weights"] = row_weights(mechanism, *inputs, tile, weight_rows, **options)
         return out, extra
 
-    def at_once(B):
-        if implementation != "tiled":
-            return B
+    def chunk_size(B):
         shapes = (jax.ShapeDtypeStruct((B, *x.shape[-3:]), x.dtype) for x in (query, key))
-        return tiled.examples_at_once(mechanism, *shapes)
+        return kernel.chunk_size(mechanism, *shapes)
 
-    parts = _splits(B) if at_once(B) != B else 1
-    lift = functools.partial(_lift, one_head, sizes=(B // parts, K, G), at_once=at_once(B // parts))
+    parts = _splits(B) if chunk_size(B) != B else 1
+    lift = functools.partial(
+        vmap_heads, one_head, sizes=(B // parts, K, G), chunk_size=chunk_size(B // parts)
+    )
     out, extra = _on_each_part(lift, arrays) if parts > 1 else lift(arrays)
     out = jnp.swapaxes(out.reshape(B, H, T, -1), 1, 2).reshape(*batch, T, H, -1)
     for name, x in extra.items():
@@ -344,10 +348,10 @@ def _on_each_part(function, arrays):
     )(arrays)
 
 
-def _lift(function, arrays, sizes, at_once):
+def vmap_heads(function, arrays, sizes, chunk_size):
     """vmaps over the leading axes, one for each of `sizes`; an array may have 1 instead of it.
 
-    Of the first axis over `at_once` at a time.
+    Of the first axis over `chunk_size` at a time.
     """
     if not sizes:
         return function(arrays)
@@ -357,11 +361,11 @@ def _lift(function, arrays, sizes, at_once):
     leaves = [x[0] if same else x for x, same in zip(leaves, shared, strict=True)]
 
     def inner(leaves):
-        return _lift(function, jax.tree.unflatten(structure, leaves), rest, rest and rest[0])
+        return vmap_heads(function, jax.tree.unflatten(structure, leaves), rest, rest and rest[0])
 
     if size == 1:
         return jax.tree.map(lambda x: x[None], inner(leaves))
-    if at_once == size:
+    if chunk_size == size:
         axes = [None if same else 0 for same in shared]
         return jax.vmap(inner, in_axes=(axes,), axis_size=size)(leaves)
 
@@ -370,4 +374,4 @@ def _lift(function, arrays, sizes, at_once):
         return inner([x if same else next(own) for x, same in zip(leaves, shared, strict=True)])
 
     own = [x for x, same in zip(leaves, shared, strict=True) if not same]
-    return jax.lax.map(one, own, batch_size=at_once if at_once > 1 else None)
+    return jax.lax.map(one, own, batch_size=chunk_size if chunk_size > 1 else None)

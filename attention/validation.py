@@ -22,7 +22,7 @@ def check(mechanism, params, query, key, value, pairs, data):
         )
     if "bias" in pairs and not jnp.issubdtype(pairs["bias"].dtype, jnp.floating):
         raise ValueError(f"bias must be of a floating dtype, got {pairs['bias'].dtype}")
-    needs = mechanism.mask.needs
+    needs = mechanism.mask.required_inputs
     missing = [" or ".join(names) for names in needs if not any(name in data for name in names)]
     if missing:
         raise ValueError(
@@ -129,13 +129,13 @@ def check_aux(aux, known, weight_rows, length):
             raise ValueError(f"weight_rows must be in 0 … {length - 1}, the queries; got {rows}")
 
 
-def check_block_sizes(block_sizes, implementation):
+def check_block_sizes(block_sizes, kernel):
     """Raises ValueError unless they are two sizes, for a kernel with blocks."""
     if block_sizes is None:
         return
-    if implementation != "tiled":
+    if not kernel.has_blocks:
         raise ValueError(
-            f"block_sizes={block_sizes} are for implementation='tiled', but {implementation!r} runs"
+            f"block_sizes={block_sizes} are for implementation='tiled', but {kernel.name!r} runs"
         )
     fine = np.shape(block_sizes) == (2,) and all(
         isinstance(b, int | np.integer) and b > 0 for b in block_sizes
