@@ -3,6 +3,8 @@
 The kernels need jax and numpy only; the Flax modules are in `attention.nn` and `attention.models`.
 """
 
+import warnings
+
 from attention import decoding, masks, normalizers, positions, scores, search
 from attention.api import attend, explain
 from attention.drop_in import dot_product_attention
@@ -40,3 +42,13 @@ __all__ = [
     "scores",
     "search",
 ]
+
+_RENAMED = {"Extent": "BlockBounds", "checks": "validation"}  # until release 0.3
+
+
+def __getattr__(name):
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    warnings.warn(f"attention.{name} is attention.{new} now", DeprecationWarning, stacklevel=2)
+    return globals()[new]

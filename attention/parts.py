@@ -20,6 +20,7 @@ width; t and s are the rows and columns of one tile.
 
 import abc
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -167,6 +168,15 @@ def check_part(name: str, part: Any, kind: type) -> None:
             f"{name} must be an attention.{kind.__name__}, got {part!r}{hint}; a name becomes a "
             "part with attention.parse"
         )
+
+
+def _rename(cls: type, old: str, new: str) -> None:
+    """Lets a part that defines a method by its old name serve for one more release."""
+    if old in vars(cls) and new not in vars(cls):
+        warnings.warn(
+            f"{cls.__name__}.{old} is {new} now: rename it", DeprecationWarning, stacklevel=4
+        )
+        setattr(cls, new, vars(cls)[old])
 
 
 def check_counts(part: Any, most: int | None = None, **least: int) -> None:
@@ -339,6 +349,10 @@ class Mask(abc.ABC):
 
     required_inputs: ClassVar[frozenset[tuple[str, ...]]] = frozenset()
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _rename(cls, "needs", "required_inputs")
+
     @abc.abstractmethod
     def tile(self, tile: Tile) -> Array:
         """[t, s] bool (or broadcastable to it), True = may attend."""
@@ -456,6 +470,10 @@ class Normalizer(abc.ABC):
 @dataclasses.dataclass(frozen=True)
 class OnlineNormalizer(Normalizer):
     """A normaliser that sees the columns of a row some at a time."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _rename(cls, "respond", "statistic_jvp")
 
     @abc.abstractmethod
     def start(self, params: Params, like: Array) -> Any:

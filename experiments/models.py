@@ -6,7 +6,17 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import attention
-from attention.models import EncoderDecoder, LanguageModel, seq2seq
+from attention.models import (
+    Bahdanau,
+    EncoderDecoder,
+    LanguageModel,
+    LastState,
+    LocalM,
+    LocalP,
+    Luong,
+    RNNConfig,
+    RNNEncoderDecoder,
+)
 from attention.nn import TransformerConfig
 from experiments import settings, tasks
 
@@ -56,17 +66,17 @@ def rnn(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
     mechanism = attention.Mechanism(**{**parts, "mask": attention.masks.Padding()})
     windows = {
         "none": None,
-        "local_m": seq2seq.LocalM(own.window_width),
-        "local_p": seq2seq.LocalP(own.window_width),
+        "local_m": LocalM(own.window_width),
+        "local_p": LocalP(own.window_width),
     }
     reads = {
-        "none": seq2seq.LastState,
-        "bahdanau": lambda: seq2seq.Bahdanau(mechanism, heads),
-        "luong": lambda: seq2seq.Luong(mechanism, heads, windows[own.window], own.input_feeding),
+        "none": LastState,
+        "bahdanau": lambda: Bahdanau(mechanism, heads),
+        "luong": lambda: Luong(mechanism, heads, windows[own.window], own.input_feeding),
     }
     sizes = ("model_dim", "num_layers", "dropout_rate", "tie_embeddings", "init_stddev")
-    return seq2seq.RNNEncoderDecoder(
-        seq2seq.RNNConfig(
+    return RNNEncoderDecoder(
+        RNNConfig(
             vocab_size=task.vocab_size,
             cell=own.cell,
             bidirectional=own.bidirectional,

@@ -7,7 +7,7 @@ import pytest
 
 from attention import Mechanism, attend, decoding, masks, positions, scores, search
 from attention.integers import difference
-from attention.models import EncoderDecoder, RNNEncoderDecoder, seq2seq
+from attention.models import EncoderDecoder, RNNEncoderDecoder, rnn
 from attention.nn import Embedding, MultiHeadAttention, TransformerConfig
 from attention.parts import EMPTY, FULL, BlockBounds, Range, Tile
 
@@ -269,9 +269,9 @@ def test_kept_contexts_check_their_lengths():
 
 def translators():
     sizes = {"vocab_size": 7, "model_dim": 4, "num_layers": 1}
-    attending = seq2seq.RNNConfig(**sizes, attention=seq2seq.Bahdanau())
+    attending = rnn.RNNConfig(**sizes, attention=rnn.Bahdanau())
     yield "rnn", RNNEncoderDecoder(attending)
-    yield "last", RNNEncoderDecoder(seq2seq.RNNConfig(**sizes, attention=seq2seq.LastState()))
+    yield "last", RNNEncoderDecoder(rnn.RNNConfig(**sizes, attention=rnn.LastState()))
     yield "transformer", EncoderDecoder(TransformerConfig(**sizes, num_heads=1))
 
 
@@ -345,7 +345,7 @@ KEY, ONES = jax.random.key(0), np.ones((3, 4), "f")
         (lambda: scores.Cosine("12"), "scale of Cosine"),
         (lambda: scores.Scale(scores.Dot(), float("nan")), "factor of Scale"),
         (lambda: scores.SoftCap(scores.Dot(), float("inf")), "cap of SoftCap must be a positive"),
-        (lambda: seq2seq.LocalM(0), "width of LocalM"),
+        (lambda: rnn.LocalM(0), "width of LocalM"),
         (lambda: Mechanism().init(None, num_heads=0, head_dim=2), "num_heads must be a whole"),
         (lambda: Mechanism().init(None, num_heads=1, head_dim=2.5), "head_dim must be a whole"),
         (lambda: MultiHeadAttention(0).init(KEY, ONES), "num_heads must be a whole number, 1 or"),

@@ -21,7 +21,6 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 import attention
 from attention import models
-from attention.models import seq2seq
 from attention.nn import TransformerConfig, partition
 from experiments import checkpoints, data, settings, train
 
@@ -249,9 +248,9 @@ def rnn(part, **changes):
     (transformer(models.LanguageModel), 1),
     (transformer(models.LanguageModel, scan_layers=False, remat_layers=True), 1),
     (transformer(models.EncoderDecoder), 2),
-    (rnn(seq2seq.LastState(), cell="lstm"), 2),
-    (rnn(seq2seq.Bahdanau()), 2),
-    (rnn(seq2seq.Luong(num_heads=2, window=seq2seq.LocalP(2)), tie_embeddings=False), 2),
+    (rnn(models.LastState(), cell="lstm"), 2),
+    (rnn(models.Bahdanau()), 2),
+    (rnn(models.Luong(num_heads=2, window=models.LocalP(2)), tie_embeddings=False), 2),
 ])  # fmt: skip
 def test_every_axis_of_every_parameter_is_told(model, inputs):
     tokens = (jnp.zeros((1, 5), jnp.int32),) * inputs

@@ -19,7 +19,7 @@ from attention.models import (
     RNNConfig,
     RNNEncoderDecoder,
 )
-from attention.models.seq2seq import RNNEncoder, SingleHead
+from attention.models.rnn import RNNEncoder, SingleHead
 from experiments.tasks import Reverse
 
 VOCAB, M, B, S, T = 7, 4, 3, 5, 4

@@ -91,12 +91,17 @@ def row_weights(
     mask: Array | None = None,
 ) -> Array:
     """Weights [R, S] of the queries `rows` [R] int alone; NaN where a row is none."""
-    of_rows = {
-        name: x if x is None or x.shape[0] == 1 else x[rows]
-        for name, x in (("bias", bias), ("mask", mask))
-    }
+    bias, mask = (x if x is None or x.shape[0] == 1 else x[rows] for x in (bias, mask))
     _, extra = attend_head(
-        mechanism, params, query[rows], key, value, tile.at_rows(rows), **of_rows, aux=("weights",)
+        mechanism,
+        params,
+        query[rows],
+        key,
+        value,
+        tile.at_rows(rows),
+        bias=bias,
+        mask=mask,
+        aux=("weights",),
     )
     real = (rows >= 0) & (rows < query.shape[0])
     return jnp.where(real[:, None], extra["weights"], jnp.nan)

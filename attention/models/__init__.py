@@ -1,6 +1,8 @@
 """Whole models built from `attention.nn`."""
 
-from attention.models.seq2seq import (
+import warnings
+
+from attention.models.rnn import (
     Bahdanau,
     LastState,
     LocalM,
@@ -23,3 +25,12 @@ __all__ = [
     "RNNConfig",
     "RNNEncoderDecoder",
 ]
+
+
+def __getattr__(name):
+    if name == "seq2seq":  # until release 0.3
+        warnings.warn("models.seq2seq is models.rnn", DeprecationWarning, stacklevel=2)
+        from attention.models import rnn
+
+        return rnn
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,6 @@
 """Multi-head attention with learned projections, for every mechanism."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -140,6 +141,11 @@ class MultiHeadAttention(nn.Module):
         *batch, S, _ = context.shape
         length = decoding.counts("lengths", S if lengths is None else lengths, tuple(batch), S, S)
         return Cache(parts.key(context), parts.value(context), length)
+
+    def keep(self, context: Array, lengths: Array | None = None) -> Cache:
+        """The old name of `precompute_kv`, until release 0.3."""
+        warnings.warn("keep is precompute_kv now", DeprecationWarning, stacklevel=2)
+        return self.precompute_kv(context, lengths)
 
     def _append(self, cache, parts, x, context, lengths, data):
         if context is not None:
