@@ -21,7 +21,7 @@
 
 from ml_collections import ConfigDict
 
-from experiments import settings
+from experiments.config import settings
 
 CAUSAL = {"mask": "causal"}
 GRADIENT = {"derivative": "gradient"}

@@ -5,13 +5,14 @@ python -m experiments.train --config=configs/cell.py:runs/quickstart/cells/text 
 
 import json
 
-from experiments import settings, storage
+from experiments.config import settings
+from experiments.storage import paths
 
 
 def get_config(arg):
     """`arg` is the folder of the cell."""
-    path = storage.path(arg) / "config.json"
-    text = storage.read(path)
+    path = paths.as_path(arg) / "config.json"
+    text = paths.read(path)
     if text is None:
         raise ValueError(f"configs/cell.py takes the folder of a cell: there is no {path}")
     return settings.read(json.loads(text))

@@ -7,7 +7,7 @@ Python's own standard library, byte by byte. Expect: on text, `none` worse than 
 one layer at an accuracy of about 0.25 (one of the four values it has seen), two layers near 1.
 """
 
-from experiments import settings
+from experiments.config import settings
 
 
 def get_config():

@@ -6,7 +6,7 @@ Expect an accuracy of about 0.25 with one layer (a guess among the four values s
 with two, after 250 steps.
 """
 
-from experiments import settings
+from experiments.config import settings
 
 
 def get_config():

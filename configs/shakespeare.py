@@ -9,7 +9,7 @@ validation part, expected at the trained length of 64: learned 1.90 (published: 
 alibi 1.86, none 2.05. At lengths never trained on: configs/reference/extrapolation.py.
 """
 
-from experiments import settings
+from experiments.config import settings
 
 
 def get_config():

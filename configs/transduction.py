@@ -3,7 +3,7 @@
 python -m experiments.train --config=configs/transduction.py:reverse --workdir=runs/reverse
 """
 
-from experiments import settings
+from experiments.config import settings
 
 TASKS = ("copy", "reverse", "sort")
 

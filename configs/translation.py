@@ -10,7 +10,7 @@ pairs are dates as people write them and as ISO 8601 does, made up, which `:tiny
 without a mistake in under two minutes on two CPU cores.
 """
 
-from experiments import settings
+from experiments.config import settings
 
 ARCHITECTURES = ("transformer", "rnn", "rnn_no_attention", "tiny")
 

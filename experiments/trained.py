@@ -8,74 +8,14 @@ and, for code that has no JAX (extra `safetensors`),
     python -m experiments.trained --workdir=runs/recall --output=model.safetensors
 """
 
-import json
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import flax
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
-from experiments import checkpoints, cli, mirrors, settings, storage, train
-from experiments.ranges import at_least
+from experiments.launch import cli
+from experiments.tasks.ranges import at_least
+from experiments.training.trained import Trained, load, save_safetensors
 
-
-class Trained(NamedTuple):
-    """A trained model: its config, task, Linen model and parameters (those of one seed).
-
-    `model.apply(params, tokens)` gives logits.
-    """
-
-    config: ConfigDict
-    task: Any
-    model: Any
-    params: Any
-
-
-def load(workdir: str | Path, seed: int = 0) -> Trained:
-    """What `experiments.train` has trained there, or a cell of `experiments.ablate`.
-
-    `workdir` may be remote: 's3://bucket/run/cells/base'.
-
-    The parameters are those that the results are about: the best or the averaged ones where the
-    config asks for them. Of a run that goes on they are those of its last checkpoint.
-
-    Raises ValueError where there is none, or its vocabulary is no longer that of the data.
-    """
-    workdir = storage.path(workdir)
-    text = storage.read(workdir / "config.json")
-    if text is None:
-        raise ValueError(f"{workdir} holds no config.json: train a model there first")
-    described = json.loads(text)
-    config = settings.read(described)
-    task, model = train.build(config)
-    there, here = described["task"].get("fingerprint"), getattr(task, "fingerprint", None)
-    if there != here:
-        raise ValueError(
-            f"the vocabulary or text of {workdir} has changed since it was trained (fingerprint "
-            f"{there} there, {here} here): give it the data of its training"
-        )
-    if not 0 <= seed < config.train.seeds:
-        raise ValueError(f"seed {seed} of {config.train.seeds}: the first is 0")
-    with mirrors.checkpoint(workdir) as directory:
-        state = checkpoints.read_state(directory)
-    params = jax.tree.map(lambda x: jnp.asarray(x[seed]), train.final_params(state))
-    return Trained(config, task, model, params)
-
-
-def save_safetensors(found: Trained, path: str | Path) -> None:
-    """Writes the parameters under names such as 'decoder.layer_0.mlp.in.kernel'.
-
-    The settings are in the file's metadata, as JSON under 'config'.
-    """
-    from safetensors.numpy import save_file
-
-    flat = flax.traverse_util.flatten_dict(found.params["params"], sep=".")
-    arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
-    save_file(arrays, path, metadata={"config": json.dumps(settings.describe(found.config))})
+__all__ = ["Trained", "load", "save_safetensors"]
 
 
 def main(_):

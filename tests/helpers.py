@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from experiments import progress
+from experiments.launch import progress
 
 
 class Silent(progress.Cell):

@@ -12,7 +12,7 @@ import psutil
 
 ROOT = Path(__file__).parents[1]
 CONFIG = """
-from experiments import settings
+from experiments.config import settings
 
 def get_config():
     config = settings.config("recall", vocab_size=16, length=8, num_pairs=2, num_eval=20)

@@ -14,7 +14,7 @@ DEVICES = {
 
 
 def tiny(task="recall", **changes):
-    from experiments import settings
+    from experiments.config import settings
 
     sizes = {
         "recall": {"vocab_size": 16, "length": 8, "num_pairs": 2, "num_eval": 20},
@@ -35,8 +35,8 @@ def train(changes, directory, stop_at=None):
     import jax
     from helpers import Silent
 
-    from experiments import program
-    from experiments import train as training
+    from experiments.training import compilation
+    from experiments.training import loop as training
 
     config, directory = tiny(**changes), Path(directory)
     training.check(config)
@@ -47,7 +47,7 @@ def train(changes, directory, stop_at=None):
     except KeyboardInterrupt:
         return None
     log = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    state = program.compile_program(*training.prepare(config).program).state
+    state = compilation.compile_program(*training.prepare(config).program).state
     shares = {
         jax.tree_util.keystr(path, simple=True, separator="/"): [
             x.shape,
@@ -60,7 +60,7 @@ def train(changes, directory, stop_at=None):
 
 def check(changes):
     """What is said of a config that does not fit its mesh."""
-    from experiments import train as training
+    from experiments.training import loop as training
 
     try:
         training.check(tiny(**changes))

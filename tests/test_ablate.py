@@ -11,7 +11,10 @@ from helpers import one_line
 from launching import ROOT, ablate
 from ml_collections import config_flags
 
-from experiments import claims, cli, progress, results, settings, sweep, train
+from experiments.config import claims, settings, sweep
+from experiments.launch import cli, progress
+from experiments.storage import paths
+from experiments.training import loop
 
 
 def test_a_sweep_from_start_to_report(config, tmp_path):
@@ -221,8 +224,8 @@ def test_a_long_value_names_a_folder_that_can_be_made(tmp_path):
     masks = [" | ".join(f"sliding_window({n + i})" for i in range(30)) for n in (1, 2)]
     cells = sweep.expand(base(), {"base": {}}, {"mask": [{"model.mask": mask} for mask in masks]})
     names = {cell.id for cell in cells}
-    assert len(names) == 3 and results.file_name("a" * 255) == "a" * 255
-    for name in (*names, results.file_name("ä" * 300, 200) + ".png"):
+    assert len(names) == 3 and paths.file_name("a" * 255) == "a" * 255
+    for name in (*names, paths.file_name("ä" * 300, 200) + ".png"):
         (tmp_path / name).mkdir()
 
 
@@ -327,9 +330,9 @@ def test_every_config_in_the_repository_is_sound(given):
     assert len(expected) >= 4 * (path.parent.name == "reference")
     checked = set()
     for cell in cells:
-        train.build(cell.config)
+        loop.build(cell.config)
         if cell.base not in checked:  # tracing each of them would take long
-            train.check(cell.config)
+            loop.check(cell.config)
             checked.add(cell.base)
     assert module["__doc__"].count("python -m experiments.") or "make " in module["__doc__"]
 

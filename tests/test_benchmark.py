@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from attention.kernels import blocks, tuned
-from experiments import benchmark, profiling
 from experiments.bench import (
     compare,
     compiling,
@@ -25,9 +24,13 @@ from experiments.bench import (
     kernels,
     machine,
     page,
+    profiling,
     tables,
     timing,
     tuning,
+)
+from experiments.bench import (
+    run as suites,
 )
 from experiments.bench.functions import Function
 from experiments.bench.kernels import Kernel
@@ -100,8 +103,8 @@ def test_peers_say_what_they_cannot(change, message):
     (lambda: Kernel(score="nope"), "nope"),
     (lambda: Kernel(heads=0), "heads=0 must be a whole number of at least 1"),
     (lambda: Model(seeds=0), "seeds=0 must be a whole number of at least 1"),
-    (lambda: benchmark.cases(config("quick", seconds=-1.0)), "seconds=-1.0 must be a finite"),
-    (lambda: benchmark.cases(config("quick", time_limit=0.0)), "time_limit=0.0 must be .* above 0"),
+    (lambda: suites.cases(config("quick", seconds=-1.0)), "seconds=-1.0 must be a finite"),
+    (lambda: suites.cases(config("quick", time_limit=0.0)), "time_limit=0.0 must be .* above 0"),
     (lambda: config("slow"), r"configs.benchmark\.py takes :quick, :kernels, .* got 'slow'"),
     (lambda: Kernel(dtype="float64").build(), "JAX_ENABLE_X64"),
 ])  # fmt: skip
@@ -207,7 +210,7 @@ def test_what_is_wrong_before_any_contender_is_in_every_row(monkeypatch):
 
     monkeypatch.setattr(isolate, "call", call)
     case = {"contenders": [{"length": 8}, {"length": 9}], "measure": ["time"]}
-    rows = benchmark.contend(case, config("quick"))
+    rows = suites.contend(case, config("quick"))
     assert [row["unavailable"] for row in rows] == ["needed more than 0 GiB"] * 2
 
 
@@ -371,7 +374,7 @@ def test_who_broke_a_limit_is_left_out(monkeypatch):
             "measure": ["time"]}  # fmt: skip
     suite = config("quick")
     suite.update(seconds=0.0, rounds=5)
-    rows = benchmark.contend(case, suite)
+    rows = suites.contend(case, suite)
     assert tried[-1] == {1: "took too long", 2: "took too long"}
     assert ["unavailable" in row for row in rows] == [False, True, True]
 
@@ -461,7 +464,7 @@ def test_what_is_not_finite_is_no_small_error(monkeypatch):
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_comparison_of_a_suite_can_be_made(suite):
-    for case in benchmark.cases(config(suite)):
+    for case in suites.cases(config(suite)):
         assert set(case["measure"]) <= set(compare.MEASURES)
         names = compare.names([compare.read(x) for x in case["contenders"]])
         assert len(set(names)) == len(names)
@@ -499,19 +502,19 @@ def test_a_function_of_the_users_own():
     suite = config("quick")
     suite.update(function=f"{__name__}:scaled", isolate=False, seconds=0.0)
     saved = []
-    found = benchmark.run(suite, lambda x: saved.append(len(x["comparisons"])))
+    found = suites.run(suite, lambda x: saved.append(len(x["comparisons"])))
     ((row,),) = [comparison["rows"] for comparison in found["comparisons"]]
     assert row["milliseconds"][0] > 0 and row["fault"] == "" and saved == [1]
     suite.update(function="", only="nothing")
     with pytest.raises(ValueError, match="no comparison of the suite quick has 'nothing' in it"):
-        benchmark.cases(suite)
+        suites.cases(suite)
 
 
 def test_resident_memory_is_measured():
     suite = config("quick")
     dense = {"length": 2048, "heads": 2, "width": 4, "implementation": "dense"}
     case = {"contenders": [dense], "measure": ["resident"]}
-    (row,) = benchmark.contend(case, suite)
+    (row,) = suites.contend(case, suite)
     # Two heads' scores, 2048 × 2048, twice.
     assert 2**25 < row["resident_bytes"] < 2**28
 

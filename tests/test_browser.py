@@ -16,8 +16,10 @@ import test_benchmark
 from test_explorer import keep
 from test_results import CELLS, write_run
 
-from experiments import report, results, watching
+from experiments.analysis import run_directory
 from experiments.bench import page as bench_page
+from experiments.reporting import live as live_pages
+from experiments.reporting import page as report
 
 pytestmark = pytest.mark.slow
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -41,7 +43,7 @@ def browser():
 def run(tmp_path_factory):
     """A run directory, and what its base keeps of each example."""
     path = write_run(tmp_path_factory.mktemp("browser") / "run")
-    cells = [cell for cell in results.load(path).cells if cell.status == "done"]
+    cells = [cell for cell in run_directory.load(path).cells if cell.status == "done"]
     kept = {cell.id: keep(cell, 3, tokens=9 + (cell.base == "recall")) for cell in cells}
     report.write_report(path)
     return path, kept
@@ -313,11 +315,11 @@ def test_every_control_can_be_reached_by_tab(page):
 
 
 def test_a_live_page_follows_the_sweep(browser, tmp_path, monkeypatch):
-    monkeypatch.setattr(watching, "_PAUSE", 0.2)
-    monkeypatch.setattr(watching, "_SHARE", 0.0)
+    monkeypatch.setattr(live_pages, "_PAUSE", 0.2)
+    monkeypatch.setattr(live_pages, "_SHARE", 0.0)
     write_run(tmp_path, [*CELLS[:2], (*CELLS[2][:4], None)], layers=1, heads=1)
-    live = watching.Live([tmp_path], lambda version: report.live_page([tmp_path], version))
-    with watching.server(live) as server:
+    live = live_pages.Live([tmp_path], lambda version: report.live_page([tmp_path], version))
+    with live_pages.server(live) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         page = browser.new_page()
         said = []

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import claims, statistics
-from experiments.claims import equal, less
+from experiments.analysis import statistics
+from experiments.config import claims
+from experiments.config.claims import equal, less
 
 RNG = np.random.default_rng(0)
 A, B = RNG.normal(1.0, 0.1, 6), RNG.normal(1.4, 0.1, 6)

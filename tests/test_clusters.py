@@ -11,8 +11,12 @@ import time
 import pytest
 from launching import CONFIG, ablate, read, start, wait_for
 
-from experiments import ablate as ablate_module
-from experiments import cells, clusters, executors, leases, progress, settings, stopping, train
+from experiments.config import settings
+from experiments.launch import cells, interrupts, progress
+from experiments.launch import runner as ablate_module
+from experiments.launch.executors import clusters, local
+from experiments.storage import leases
+from experiments.training import loop
 
 MORE = """
 def sweep_score():
@@ -145,7 +149,7 @@ class Dying(clusters._Cluster):
 def test_a_cell_that_always_dies_elsewhere_is_a_failure_in_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(leases, "LAPSE", 1.0)
     executor = Dying(tmp_path, 0, {})
-    ablate_module.pursue(tmp_path, [cells.Job("base")], executor, stopping.Stop())
+    ablate_module.pursue(tmp_path, [cells.Job("base")], executor, interrupts.Stop())
     found = cells.outcome(cells.folder(tmp_path, "base"))
     assert found["status"] == "failed" and "its node is gone, 3 times" in found["error"]
     assert executor.submitted == 3
@@ -156,11 +160,11 @@ def test_a_worker_that_died_before_its_first_cell_is_replaced(tmp_path, capsys):
     config = settings.config("recall", vocab_size=16, length=8, num_pairs=2, num_eval=20)
     config.model.update(model_dim=8, num_layers=1, num_heads=2)
     config.train.update(steps=4, batch_size=4, seeds=1, log_every=2, eval_every=2)
-    train.claim(cells.folder(tmp_path, "base"), config)
-    with executors.Local(tmp_path) as executor, progress.Progress(1) as shown:
+    loop.claim(cells.folder(tmp_path, "base"), config)
+    with local.Local(tmp_path) as executor, progress.Progress(1) as shown:
         executor._workers[0]._process.kill()
         executor._workers[0]._process.wait()
-        executor.run([cells.Job("base")], shown, stopping.Stop())
+        executor.run([cells.Job("base")], shown, interrupts.Stop())
     assert cells.outcome(cells.folder(tmp_path, "base"))["status"] == "done"
     assert "once more" in capsys.readouterr().out
     assert cells.line({"status": "dropped", "error": "number 2 of 3"}) == "dropped: number 2 of 3"
@@ -171,33 +175,33 @@ def test_a_worker_that_died_before_its_first_cell_is_replaced(tmp_path, capsys):
     ("ray", "num_gpus", "is name=value,name=value: got 'num_gpus'"),
 ])  # fmt: skip
 def test_resources_that_mean_nothing_are_refused(tmp_path, monkeypatch, name, resources, message):
-    monkeypatch.setattr(executors.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(local.importlib.util, "find_spec", lambda _: True)
     with pytest.raises(ValueError, match=message):
-        executors.create(name, tmp_path, 0, 1, resources)
+        local.create(name, tmp_path, 0, 1, resources)
 
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(executors.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(local.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match=r"needs submitit: pip install 'attention\[cluster\]'"):
-        executors.create("slurm", tmp_path, 0, 1, "")
+        local.create("slurm", tmp_path, 0, 1, "")
 
 
 def test_each_worker_has_gpus_of_its_own_or_a_share_of_the_cores(monkeypatch):
-    monkeypatch.setattr(executors.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(local.importlib.util, "find_spec", lambda _: True)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,5")
 
     def shown(*arguments):
-        places = executors.places(*arguments)
+        places = local.places(*arguments)
         return [place["environment"]["CUDA_VISIBLE_DEVICES"] for place in places]
 
     assert shown(0, 1) == ["0", "1", "2", "5"]
     assert shown(0, 2) == ["0,1", "2,5"]
-    assert len(executors.places(3, 1)) == 3
+    assert len(local.places(3, 1)) == 3
     with pytest.raises(ValueError, match="a cell needs 8 GPUs, there are 4: 0, 1, 2, 5"):
-        executors.places(0, 8)
+        local.places(0, 8)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert executors.places(0, 1) == [{"environment": {}, "cores": set()}]
+    assert local.places(0, 1) == [{"environment": {}, "cores": set()}]
     if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1:
-        first, second = executors.places(2, 1)
+        first, second = local.places(2, 1)
         assert first["cores"] and second["cores"] and not first["cores"] & second["cores"]

@@ -12,9 +12,12 @@ import pytest
 from helpers import Silent
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import ahead, cells, checkpoints, first_step, settings, sweep, train
-from experiments.ahead import Ahead
-from experiments.program import compile_program
+from experiments.bench import first_step
+from experiments.config import settings, sweep
+from experiments.launch import cells, precompile
+from experiments.launch.precompile import Ahead
+from experiments.training import checkpoints, loop
+from experiments.training.compilation import compile_program
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,7 +70,7 @@ def events():
 
 FOLDER = """
 import jax
-from experiments import cli
+from experiments.launch import cli
 cli.keep_compiled()
 c = jax.config
 print(c.jax_compilation_cache_dir, c.jax_compilation_cache_max_size)
@@ -94,8 +97,8 @@ def test_a_program_that_was_kept_gives_the_bits_of_one_just_compiled(kept, event
     metrics, states, hits = [], [], []
     for name in ("cold", "warm"):
         compile_program.cache_clear()
-        train.claim(tmp_path / name, config)
-        metrics.append(train.train(config, tmp_path / name, Silent())["metrics"])
+        loop.claim(tmp_path / name, config)
+        metrics.append(loop.train(config, tmp_path / name, Silent())["metrics"])
         state = checkpoints.read_state(tmp_path / name / "checkpoints")
         states.append(jax.tree.leaves((state["params"], state["optimizer"])))
         hits.append(events["cache_hits"])
@@ -116,7 +119,7 @@ def test_a_sweep_compiles_each_program_once_and_nothing_else(events, tmp_path, m
         inside["compiled"] += events["backend_compile_duration"] - before
         return program
 
-    monkeypatch.setattr(train, "compile_program", counted)
+    monkeypatch.setattr(loop, "compile_program", counted)
     axes = {
         "rate": [{"optimizer.learning_rate": rate} for rate in (1e-2, 1e-1)],
         "steps": [{"train.steps": 6, "optimizer.warmup_steps": 2}],
@@ -124,10 +127,10 @@ def test_a_sweep_compiles_each_program_once_and_nothing_else(events, tmp_path, m
     }
     swept = sweep.expand(tiny("reverse"), {"base": {}}, axes)
     assert len(swept) == 5
-    train.check(swept[0].config)
+    loop.check(swept[0].config)
     for cell in swept:
-        train.claim(tmp_path / cell.id, cell.config)
-        train.train(cell.config, tmp_path / cell.id, Silent())
+        loop.claim(tmp_path / cell.id, cell.config)
+        loop.train(cell.config, tmp_path / cell.id, Silent())
     assert compile_program.cache_info().misses == 2
     assert inside["compiled"] == 2 * 4
     assert events["backend_compile_duration"] == inside["compiled"], "something compiled beside"
@@ -145,7 +148,7 @@ def test_the_next_program_is_compiled_ahead_once_and_a_killed_child_does_no_harm
         child = next_cell._child
         next_cell._since -= 600  # however slow the machine is
         next_cell.turn(other, base)
-        compile_program(*train.prepare(other).program)
+        compile_program(*loop.prepare(other).program)
         assert (events["cache_hits"], events["cache_misses"]) == (4, 4)
         next_cell.turn(base, third)
         child.kill()
@@ -160,15 +163,15 @@ def test_there_is_no_child_beside_a_gpu_or_where_nothing_is_kept(
     backend, folder, kept, monkeypatch
 ):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(ahead, "_start", lambda: pytest.fail("started"))
-    monkeypatch.setattr(ahead, "compile_program", lambda *_: None)
+    monkeypatch.setattr(precompile, "_start", lambda: pytest.fail("started"))
+    monkeypatch.setattr(precompile, "compile_program", lambda *_: None)
     jax.config.update("jax_compilation_cache_dir", folder and str(kept))
     with Ahead() as next_cell:
         next_cell.turn(tiny(), tiny(**{"model.score": "dot"}))
 
 
 def test_mistakes_are_left_to_the_turn_of_their_cell(monkeypatch, kept):
-    monkeypatch.setattr(ahead, "compile_program", lambda *_: None)
+    monkeypatch.setattr(precompile, "compile_program", lambda *_: None)
     wrong = tiny(**{"model.num_heads": 3})
     with Ahead() as next_cell:
         next_cell.turn(wrong, None)
@@ -183,8 +186,8 @@ def test_a_cell_tells_how_long_its_programs_let_it_wait(tmp_path, monkeypatch):
         "train_seconds": 1.0,
         "compile_seconds": 2.0,
     }
-    monkeypatch.setattr(train, "train", lambda *_, **__: result)
-    train.claim(cells.folder(tmp_path, "base"), tiny())
+    monkeypatch.setattr(loop, "train", lambda *_, **__: result)
+    loop.claim(cells.folder(tmp_path, "base"), tiny())
     cells.run_cell(tmp_path, cells.Job("base"), Silent(), compiled=lambda: 3.0)
     assert cells.outcome(cells.folder(tmp_path, "base"))["compile_seconds"] == 5.0
 

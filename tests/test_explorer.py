@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from test_results import CELLS, write_run
 
-from experiments import explorer, maps, report, results
+from experiments.analysis import run_directory
+from experiments.reporting import explorer
+from experiments.reporting import page as report
+from experiments.training import attention_maps
 
 
 def unpack(one):
@@ -24,15 +27,15 @@ def keep(cell, examples, **sizes):
     def one(tokens, L=2, H=4):
         weights = rng.dirichlet(np.full(tokens, 0.1), (L, H, tokens)).astype(np.float32)
         labels = [f"t{i}" for i in range(tokens)]
-        return maps.Map(weights, labels, labels)
+        return attention_maps.Map(weights, labels, labels)
 
     kept = [{kind: one(**sizes) for kind in ("decoder", "cross")} for _ in range(examples)]
-    (cell.path / "attention.npz").write_bytes(maps.dump(kept))
+    (cell.path / "attention.npz").write_bytes(attention_maps.dump(kept))
     return kept
 
 
 def test_maps_are_packed_within_their_error(tmp_path):
-    (cell, *_) = results.load(write_run(tmp_path, CELLS[:1])).cells
+    (cell, *_) = run_directory.load(write_run(tmp_path, CELLS[:1])).cells
     kept = keep(cell, 2, tokens=7)
     (packed,) = explorer.pack([[cell]])
     assert packed["kept"] == packed["shown"] == [2, 1] and packed["cut"] == 0
@@ -49,7 +52,7 @@ def test_maps_are_packed_within_their_error(tmp_path):
 
 
 def test_long_examples_are_cut(tmp_path):
-    (cell, *_) = results.load(write_run(tmp_path, CELLS[:1])).cells
+    (cell, *_) = run_directory.load(write_run(tmp_path, CELLS[:1])).cells
     kept = keep(cell, 1, tokens=130, L=1, H=1)
     (packed,) = explorer.pack([[cell]])
     assert packed["cut"] == 130
@@ -63,11 +66,11 @@ def test_long_examples_are_cut(tmp_path):
 
 
 def test_a_weight_that_is_no_number_is_none(tmp_path):
-    (cell, *_) = results.load(write_run(tmp_path, CELLS[:1])).cells
+    (cell, *_) = run_directory.load(write_run(tmp_path, CELLS[:1])).cells
     weights = np.full((1, 1, 2, 2), 0.5, np.float32)
     weights[0, 0, 1] = np.nan, np.inf
-    kept = [{"self": maps.Map(weights, ["a", "b"], ["a", "b"])}]
-    (cell.path / "attention.npz").write_bytes(maps.dump(kept))
+    kept = [{"self": attention_maps.Map(weights, ["a", "b"], ["a", "b"])}]
+    (cell.path / "attention.npz").write_bytes(attention_maps.dump(kept))
     (packed,) = explorer.pack([[cell]])
     one = packed["cells"]["text"][0]["self"]
     np.testing.assert_allclose(unpack(one), [[[[0.5, 0.5], [0, 0]]]])
@@ -75,7 +78,7 @@ def test_a_weight_that_is_no_number_is_none(tmp_path):
 
 
 def test_a_small_budget_keeps_first_examples_of_all(tmp_path):
-    cells = results.load(write_run(tmp_path, CELLS[:3])).cells
+    cells = run_directory.load(write_run(tmp_path, CELLS[:3])).cells
     for cell in cells:
         keep(cell, 4, tokens=8)
     (whole,) = explorer.pack([cells])
@@ -90,7 +93,7 @@ def test_a_small_budget_keeps_first_examples_of_all(tmp_path):
 
 
 def test_groups_without_maps_have_none(tmp_path):
-    experiment = results.load(write_run(tmp_path, [(*cell[:4], None) for cell in CELLS[:2]]))
+    experiment = run_directory.load(write_run(tmp_path, [(*cell[:4], None) for cell in CELLS[:2]]))
     (packed,) = explorer.pack([experiment.cells])
     assert packed["cells"] == {} and packed["kept"] == [0, 0]
 
@@ -105,7 +108,7 @@ def test_the_report_of_50_cells_is_small(tmp_path, values_of_an_axis):
         axis = f"axis{i // values_of_an_axis}"
         cells.append(("text", axis, i, {"model.num_heads": i}, (values + 0.01 * i).tolist()))
     path = write_run(tmp_path, cells, seeds=10)
-    for cell in results.load(path).cells:
+    for cell in run_directory.load(path).cells:
         keep(cell, 4, tokens=64)
         curve = [{"step": n, "validation/loss": (values + 1 / n).tolist()} for n in range(1, 201)]
         (cell.path / "metrics.jsonl").write_text("".join(f"{json.dumps(x)}\n" for x in curve))

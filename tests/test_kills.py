@@ -12,10 +12,10 @@ import psutil
 import pytest
 from launching import start
 
-from experiments import checkpoints
+from experiments.training import checkpoints
 
 CONFIG = """
-from experiments import settings
+from experiments.config import settings
 
 def get_config():
     config = settings.config("recall", vocab_size=16, length=8, num_pairs=2, num_eval=20)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import leases
+from experiments.storage import leases
 
 ROOT = Path(__file__).parents[1]
 HOLD = """
 import sys, time
 from pathlib import Path
-from experiments import leases
+from experiments.storage import leases
 with leases.Lease(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(100)
@@ -109,7 +109,7 @@ def test_only_one_of_many_gets_it(tmp_path):
     script = """
 import sys, time
 from pathlib import Path
-from experiments import leases
+from experiments.storage import leases
 print("ready", flush=True)
 sys.stdin.readline()
 try:

@@ -4,12 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import heads, maps, settings, tasks
+from experiments import tasks
+from experiments.config import settings
+from experiments.training import attention_maps, attention_stats
 
 
 def pairs():
     task = tasks.create(settings.task_config("reverse", vocab_size=8, length=6, num_eval=9))
-    return task, maps.first(task.eval_splits()["validation"], 5)
+    return task, attention_maps.first(task.eval_splits()["validation"], 5)
 
 
 def test_first_examples_are_as_wide_as_the_longest_of_them():
@@ -20,12 +22,12 @@ def test_first_examples_are_as_wide_as_the_longest_of_them():
         np.testing.assert_array_equal(x, split[name][:5, :width] if width else split[name][:5])
     assert few["source"].shape[1] == few["source_lengths"].max()
     assert few["weights"].any(0).all() and few["inputs"].shape == few["weights"].shape
-    short = maps.first(split, 1)
+    short = attention_maps.first(split, 1)
     assert short["source"].shape == (1, short["source_lengths"][0])
 
 
 def test_long_examples_are_looked_at_from_their_start(monkeypatch):
-    monkeypatch.setattr(maps, "LONGEST", 4)
+    monkeypatch.setattr(attention_maps, "LONGEST", 4)
     task, few = pairs()
     whole = task.eval_splits()["validation"]
     for name in ("source", "inputs", "targets", "weights"):
@@ -35,7 +37,9 @@ def test_long_examples_are_looked_at_from_their_start(monkeypatch):
 
 def measure(found, batch):
     """As a program does it, all examples at once."""
-    return heads.means(jax.tree.map(lambda x: x[None], heads.totals(found, batch)))
+    return attention_stats.means(
+        jax.tree.map(lambda x: x[None], attention_stats.totals(found, batch))
+    )
 
 
 def test_entropy_and_first_token_are_those_of_the_definition():
@@ -58,8 +62,11 @@ def test_entropy_and_first_token_are_those_of_the_definition():
     found = measure({"self": w}, batch)["self"]
     np.testing.assert_allclose(found["entropy"], entropy, rtol=1e-5)
     np.testing.assert_allclose(found["first_token"], first, rtol=1e-5)
-    one = [heads.totals({"self": w[:, b : b + 1]}, {"inputs": np.zeros((1, 5))}) for b in range(3)]
-    by_one = heads.means(jax.tree.map(lambda *x: np.stack(x), *one))["self"]
+    one = [
+        attention_stats.totals({"self": w[:, b : b + 1]}, {"inputs": np.zeros((1, 5))})
+        for b in range(3)
+    ]
+    by_one = attention_stats.means(jax.tree.map(lambda *x: np.stack(x), *one))["self"]
     np.testing.assert_allclose(by_one["entropy"], entropy, rtol=1e-5)
     np.testing.assert_allclose(by_one["first_token"], first, rtol=1e-5)
 
@@ -85,7 +92,7 @@ def test_maps_come_back_as_they_were_kept():
     task, few = pairs()
     T, S = few["inputs"].shape[1], few["source"].shape[1]
     w = np.random.default_rng(0).random((2, 5, 3, T, S)).astype(np.float32)
-    kept = maps.keep(task, few, {"cross": w})
+    kept = attention_maps.keep(task, few, {"cross": w})
     for b, kinds in enumerate(kept):
         weights, query, key = kinds["cross"]
         assert len(key) == few["source_lengths"][b] and len(query) == few["weights"][b].sum()
@@ -93,11 +100,13 @@ def test_maps_come_back_as_they_were_kept():
 
 
 def test_a_file_of_maps_is_read_as_it_was_written(tmp_path):
-    one = maps.Map(
+    one = attention_maps.Map(
         np.random.default_rng(0).random((2, 3, 4, 5), np.float32), list("ab\n'"), ["é"] * 5
     )
-    (tmp_path / "a.npz").write_bytes(maps.dump([{"cross": one}, {"self": one, "cross": one}]))
-    first, second = maps.load(tmp_path / "a.npz")
+    (tmp_path / "a.npz").write_bytes(
+        attention_maps.dump([{"cross": one}, {"self": one, "cross": one}])
+    )
+    first, second = attention_maps.load(tmp_path / "a.npz")
     assert list(first) == ["cross"] and list(second) == ["self", "cross"]
     assert first["cross"].query == one.query and first["cross"].key == one.key
     np.testing.assert_allclose(second["self"].weights, one.weights, rtol=1e-3)
@@ -105,8 +114,8 @@ def test_a_file_of_maps_is_read_as_it_was_written(tmp_path):
 
 def test_a_file_of_an_earlier_version_has_no_maps(tmp_path):
     np.savez(tmp_path / "a.npz", weights=np.zeros((1, 1, 2, 2)), query_tokens=["a", "b"])
-    assert maps.load(tmp_path / "a.npz") == []
+    assert attention_maps.load(tmp_path / "a.npz") == []
     content = (tmp_path / "a.npz").read_bytes()
     (tmp_path / "a.npz").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="a.npz is damaged"):
-        maps.load(tmp_path / "a.npz")
+        attention_maps.load(tmp_path / "a.npz")

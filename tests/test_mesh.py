@@ -22,7 +22,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 import attention
 from attention import models
 from attention.nn import TransformerConfig, partition
-from experiments import checkpoints, data, settings, train
+from experiments.config import settings
+from experiments.training import checkpoints, data, loop
 
 ROOT = Path(__file__).parents[1]
 FULL = {"mesh": "data:4,model:2", "fully_sharded": True}
@@ -213,19 +214,19 @@ def test_what_a_mesh_does_not_divide_is_refused(answers, number):
 ])  # fmt: skip
 def test_a_mesh_that_there_is_not_is_refused(changes, message):
     with one_line(ValueError, message):
-        train.check(meshes.tiny(**changes))
+        loop.check(meshes.tiny(**changes))
 
 
 def test_the_devices_of_a_run_may_change_and_older_runs_know_none(tmp_path):
-    train.claim(tmp_path, meshes.tiny())
-    train.check_directory(tmp_path, meshes.tiny(mesh="data:8"))
+    loop.claim(tmp_path, meshes.tiny())
+    loop.check_directory(tmp_path, meshes.tiny(mesh="data:8"))
     there = json.loads((tmp_path / "config.json").read_text())
     del there["mesh"], there["fully_sharded"], there["model"]["norm"], there["train"]["seeds_impl"]
     (tmp_path / "config.json").write_text(json.dumps(there))
-    train.check_directory(tmp_path, meshes.tiny())
+    loop.check_directory(tmp_path, meshes.tiny())
     assert settings.read(there).mesh == ""
     with one_line(ValueError, "model.norm is 'pre' there, 'post' here"):
-        train.check_directory(tmp_path, meshes.tiny(**{"model.norm": "post"}))
+        loop.check_directory(tmp_path, meshes.tiny(**{"model.norm": "post"}))
 
 
 TRANSFORMER = {"vocab_size": 7, "model_dim": 8, "num_heads": 4, "num_kv_heads": 2, "use_bias": True}
@@ -400,4 +401,4 @@ def test_a_signal_to_one_of_two_processes_saves_and_ends_both(tmp_path):
 def test_processes_without_a_mesh_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with one_line(ValueError, "mesh='' is one device, and there are 2 processes"):
-        train.check(meshes.tiny())
+        loop.check(meshes.tiny())

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from test_train import run, tiny
 
-from experiments import train
-from experiments.data import model_inputs
-from experiments.models import build
-from experiments.program import compile_program
+from experiments.config.models import build
+from experiments.training import loop
+from experiments.training.compilation import compile_program
+from experiments.training.data import model_inputs
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def seen(monkeypatch, tmp_path):
 
             return program._replace(step=step)
 
-        monkeypatch.setattr(train, "compile_program", watched)
+        monkeypatch.setattr(loop, "compile_program", watched)
         result = run(config, tmp_path / name)
         return states[0], batches, result
 

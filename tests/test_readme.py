@@ -14,7 +14,8 @@ import attention
 from attention import models
 from attention.models import EncoderDecoder
 from attention.nn import TransformerConfig
-from experiments import settings, sweep, train
+from experiments.config import settings, sweep
+from experiments.training import loop
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
@@ -112,10 +113,10 @@ def test_the_config_of_ones_own_is_a_sweep(tmp_path):
     cells = sweep.expand(config, bases, axes)
     assert len(cells) == 5
     for cell in cells:
-        train.build(cell.config)
+        loop.build(cell.config)
     named = {"model.score": "soft_cap(additive(hidden=32), cap=30)"}
     named["model.mask"] = "causal & sliding_window(256)"
-    train.build(settings.override(cells[0].config, named))
+    loop.build(settings.override(cells[0].config, named))
 
 
 def test_the_parts_it_lists_are_those_there_are():

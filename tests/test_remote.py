@@ -22,22 +22,12 @@ from helpers import Silent, one_line
 from test_results import CELLS, write_run
 from test_train import Signal, tiny
 
-from experiments import (
-    ablate,
-    cells,
-    checkpoints,
-    clusters,
-    devices,
-    leases,
-    mirrors,
-    report,
-    results,
-    stopping,
-    storage,
-    sweep,
-    train,
-    trained,
-)
+from experiments.config import sweep
+from experiments.launch import cells, interrupts, runner
+from experiments.launch.executors import clusters
+from experiments.reporting import page
+from experiments.storage import leases, mirrors, paths
+from experiments.training import checkpoints, loop, trained
 
 
 @pytest.fixture
@@ -45,7 +35,7 @@ def run(monkeypatch):
     """A remote work directory; nothing else is there."""
     monkeypatch.setattr(MemoryFileSystem, "store", {})
     monkeypatch.setattr(MemoryFileSystem, "pseudo_dirs", [""])
-    return storage.path("memory://run")
+    return paths.as_path("memory://run")
 
 
 def fail(monkeypatch, method, error):
@@ -61,34 +51,34 @@ def fail(monkeypatch, method, error):
 
 
 def test_a_path_is_remote_where_it_names_a_protocol(run, tmp_path):
-    assert storage.path("runs/a") == Path("runs/a")
-    assert storage.path(tmp_path) == tmp_path == storage.path(f"file://{tmp_path}")
-    assert not isinstance(run, Path) and storage.path(run) is run
-    assert str(storage.path("memory://run/a/") / "b") == "memory://run/a/b"
+    assert paths.as_path("runs/a") == Path("runs/a")
+    assert paths.as_path(tmp_path) == tmp_path == paths.as_path(f"file://{tmp_path}")
+    assert not isinstance(run, Path) and paths.as_path(run) is run
+    assert str(paths.as_path("memory://run/a/") / "b") == "memory://run/a/b"
     assert not run.fs.dircache.use_listings_cache, "others write there"
 
 
 def test_what_a_path_lacks_is_said_in_a_line(run, monkeypatch):
     with one_line(ValueError, "s4://bucket/run cannot be used", "s4"):
-        storage.path("s4://bucket/run")
+        paths.as_path("s4://bucket/run")
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with one_line(ImportError, "gs://bucket/run cannot be used", "install gcsfs"):
-        storage.path("gs://bucket/run")
-    with monkeypatch.context() as patch, one_line(storage.Unreachable, "memory://run cannot be"):
+        paths.as_path("gs://bucket/run")
+    with monkeypatch.context() as patch, one_line(paths.Unreachable, "memory://run cannot be"):
         fail(patch, "exists", RuntimeError("no credentials"))
-        storage.path("memory://run")
+        paths.as_path("memory://run")
     monkeypatch.setitem(sys.modules, "upath", None)
     with one_line(ImportError, "memory://run needs", "pip install 'attention[remote]'"):
-        storage.path("memory://run")
+        paths.as_path("memory://run")
 
 
-@pytest.mark.parametrize("stores", [storage._STORES, set()], ids=["whole", "moved"])
+@pytest.mark.parametrize("stores", [paths._STORES, set()], ids=["whole", "moved"])
 def test_a_reader_sees_the_old_file_or_the_new_one(run, monkeypatch, stores):
-    monkeypatch.setattr(storage, "_STORES", stores)
+    monkeypatch.setattr(paths, "_STORES", stores)
     path = run / "deep" / "report.html"
-    results.replace(path, "old")
-    results.replace(str(path), b"new")
-    assert storage.read(path) == "new" and storage.files(run) == ["deep/report.html"]
+    paths.replace(path, "old")
+    paths.replace(str(path), b"new")
+    assert paths.read(path) == "new" and paths.files(run) == ["deep/report.html"]
     written = MemoryFileSystem.pipe_file
 
     def half(self, path, value, **kwargs):
@@ -98,22 +88,22 @@ def test_a_reader_sees_the_old_file_or_the_new_one(run, monkeypatch, stores):
         raise OSError("cut")
 
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", half)
-    with one_line(storage.Unreachable, "memory://run/deep/report.html cannot be written", "cut"):
-        results.replace(path, "another")
-    assert storage.read(path) == "new" and storage.files(run) == ["deep/report.html"]
+    with one_line(paths.Unreachable, "memory://run/deep/report.html cannot be written", "cut"):
+        paths.replace(path, "another")
+    assert paths.read(path) == "new" and paths.files(run) == ["deep/report.html"]
 
 
 def test_a_file_is_created_once(run, monkeypatch):
     path = run / "file"
-    assert storage.create(path, "mine")
-    assert not storage.create(path, "another's") and storage.read(path) == "mine"
+    assert paths.create(path, "mine")
+    assert not paths.create(path, "another's") and paths.read(path) == "mine"
     # The answer to a first try was lost, and a second one finds the file.
-    assert storage.create(path, "mine")
+    assert paths.create(path, "mine")
     fail(monkeypatch, "pipe_file", PermissionError("denied"))
-    with one_line(storage.Unreachable, "memory://run/new cannot be written", "denied"):
-        storage.create(run / "new", "mine")
+    with one_line(paths.Unreachable, "memory://run/new cannot be written", "denied"):
+        paths.create(run / "new", "mine")
     fail(monkeypatch, "pipe_file", FileExistsError())  # and was removed since
-    assert not storage.create(run / "new", "mine")
+    assert not paths.create(run / "new", "mine")
 
 
 # Leases
@@ -123,7 +113,7 @@ LEASE = ".lease.{}.json"
 
 
 def numbers(folder):
-    return [name for name in storage.files(folder) if name.startswith(".lease")]
+    return [name for name in paths.files(folder) if name.startswith(".lease")]
 
 
 def test_a_remote_lease_is_one_process_s_and_then_free(run):
@@ -134,13 +124,13 @@ def test_a_remote_lease_is_one_process_s_and_then_free(run):
                 pass
             assert numbers(run) == [LEASE.format(number)]
         assert leases.holder(run) is None
-    assert storage.files(run) == [LEASE.format(3)], "the highest stays, free"
+    assert paths.files(run) == [LEASE.format(3)], "the highest stays, free"
 
 
 def test_a_killed_process_of_this_machine_holds_no_remote_lease(run):
     process = subprocess.Popen(["sleep", "100"])
     own = {**leases._process(), "pid": process.pid, "born": leases._born(process.pid)}
-    storage.put(run / LEASE.format(7), json.dumps(own).encode())
+    paths.put(run / LEASE.format(7), json.dumps(own).encode())
     assert leases.holder(run).startswith(f"process {process.pid} on ")
     process.kill()
     process.wait()
@@ -154,14 +144,14 @@ def test_a_remote_lease_that_nobody_touches_lapses_by_the_clock_of_the_store(
     run, monkeypatch, here
 ):
     path = run / LEASE.format(1)
-    storage.put(path, json.dumps(leases._process() if here else ELSEWHERE).encode())
+    paths.put(path, json.dumps(leases._process() if here else ELSEWHERE).encode())
     monkeypatch.setattr(time, "time", lambda: 0.0)  # what this machine thinks is of no account
     assert leases.holder(run).startswith(f"process {os.getpid() if here else 1} on ")
     past = datetime.timedelta(seconds=leases.LAPSE + 1)
     MemoryFileSystem.store[path.path].modified -= past
     assert leases.holder(run) is None
     with leases.Lease(run):
-        assert storage.files(run) == [LEASE.format(2)]
+        assert paths.files(run) == [LEASE.format(2)]
 
 
 def rival(folder):
@@ -169,33 +159,33 @@ def rival(folder):
 
 
 def test_of_two_that_find_a_lease_free_one_gets_it(run, monkeypatch):
-    created = storage.create
+    created = paths.create
 
     def late(path, content):
-        monkeypatch.setattr(storage, "create", created)
+        monkeypatch.setattr(paths, "create", created)
         assert rival(run).take() is None
         return created(path, content)
 
-    monkeypatch.setattr(storage, "create", late)
+    monkeypatch.setattr(paths, "create", late)
     with pytest.raises(leases.Taken), leases.Lease(run):
         pass
     assert numbers(run) == [LEASE.format(1)]
-    assert json.loads(storage.read(run / LEASE.format(1)))["token"] == "the rival's"
+    assert json.loads(paths.read(run / LEASE.format(1)))["token"] == "the rival's"
 
 
 def test_who_makes_a_number_that_has_had_its_day_gets_nothing(run, monkeypatch):
-    storage.put(run / LEASE.format(5), b"{}")
-    created = storage.create
+    paths.put(run / LEASE.format(5), b"{}")
+    created = paths.create
 
     def late(path, content):
-        monkeypatch.setattr(storage, "create", created)
+        monkeypatch.setattr(paths, "create", created)
         first = rival(run)
         assert first.take() is None
         first.release()
         assert rival(run).take() is None  # number 7; 6 is gone
         return created(path, content)
 
-    monkeypatch.setattr(storage, "create", late)
+    monkeypatch.setattr(paths, "create", late)
     with pytest.raises(leases.Taken), leases.Lease(run):
         pass
     assert numbers(run) == [LEASE.format(7)]
@@ -255,10 +245,10 @@ def test_a_remote_lease_is_touched_and_who_lost_it_ends(run, monkeypatch, capsys
         assert MemoryFileSystem.store[(run / LEASE.format(1)).path].modified > first
         leases.confirm()
         assert not ended
-        storage.put(run / LEASE.format(2), json.dumps(ELSEWHERE).encode())
+        paths.put(run / LEASE.format(2), json.dumps(ELSEWHERE).encode())
         leases.confirm()
         assert 1 in ended and "run has another process now" in capsys.readouterr().err
-    assert json.loads(storage.read(run / LEASE.format(2))) == ELSEWHERE, "it is the other's"
+    assert json.loads(paths.read(run / LEASE.format(2))) == ELSEWHERE, "it is the other's"
 
 
 def test_a_store_that_is_away_for_a_moment_ends_no_holder(run, monkeypatch):
@@ -321,7 +311,7 @@ def save(here, step, content=b"state"):
 
 
 def uploaded(run):
-    return sorted({int(name.split("/")[1]) for name in storage.files(run) if "checkpoints" in name})
+    return sorted({int(name.split("/")[1]) for name in paths.files(run) if "checkpoints" in name})
 
 
 def until(condition):
@@ -333,35 +323,35 @@ def until(condition):
 
 def fetched(run):
     """The checkpoints that the next start has."""
-    with mirrors.mirror(run, stopping.Stop()) as here:
+    with mirrors.mirror(run, interrupts.Stop()) as here:
         return mirrors._steps(here)
 
 
 def test_a_local_run_trains_where_it_is(tmp_path):
-    with mirrors.mirror(tmp_path, stopping.Stop()) as here:
+    with mirrors.mirror(tmp_path, interrupts.Stop()) as here:
         assert here == tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_changes_is_uploaded_and_fetched_at_the_next_start(run, quick):
-    storage.put(run / "config.json", b"{}")
-    with mirrors.mirror(run, stopping.Stop()) as here:
+    paths.put(run / "config.json", b"{}")
+    with mirrors.mirror(run, interrupts.Stop()) as here:
         assert (here / "config.json").read_text() == "{}"
         (here / "metrics.jsonl").write_text("1\n")
         (here / ".attention.npz.tmp").write_text("half")
         (here / "events").write_text("old")
-        until(lambda: {"metrics.jsonl", "events"} <= set(storage.files(run)))
+        until(lambda: {"metrics.jsonl", "events"} <= set(paths.files(run)))
         (here / "metrics.jsonl").write_text("1\n2\n")
         (here / "events").unlink()
-        until(lambda: storage.read(run / "metrics.jsonl") == "1\n2\n")
-        until(lambda: "events" not in storage.files(run))
+        until(lambda: paths.read(run / "metrics.jsonl") == "1\n2\n")
+        until(lambda: "events" not in paths.files(run))
         save(here, 20)
-        until(lambda: f"checkpoints/20/{mirrors.MARK}" in storage.files(run))
+        until(lambda: f"checkpoints/20/{mirrors.MARK}" in paths.files(run))
         (here / "attention.npz").write_text("maps")
-    assert sorted(n for n in storage.files(run) if "/" not in n) == [
+    assert sorted(n for n in paths.files(run) if "/" not in n) == [
         "attention.npz", "config.json", "metrics.jsonl",
     ]  # fmt: skip
-    with mirrors.mirror(run, stopping.Stop()) as here:
+    with mirrors.mirror(run, interrupts.Stop()) as here:
         assert (here / "metrics.jsonl").read_text() == "1\n2\n"
         assert (here / "checkpoints/20/state/array").read_bytes() == b"state"
 
@@ -370,7 +360,7 @@ def test_a_checkpoint_is_uploaded_between_its_lines_and_its_mark_before_older_on
     run, slow, monkeypatch
 ):
     for step in (1, 2):
-        with mirrors.mirror(run, stopping.Stop()) as here:
+        with mirrors.mirror(run, interrupts.Stop()) as here:
             save(here, step)
     done = []
     for method in ("pipe_file", "put_file", "rm_file"):
@@ -382,7 +372,7 @@ def test_a_checkpoint_is_uploaded_between_its_lines_and_its_mark_before_older_on
             return kept(self, *args, **kwargs)
 
         monkeypatch.setattr(MemoryFileSystem, method, noted)
-    with mirrors.mirror(run, stopping.Stop()) as here:
+    with mirrors.mirror(run, interrupts.Stop()) as here:
         save(here, 3)
         (here / "metrics.jsonl").write_text("line\n")
     assert done[0] == ("pi", "metrics.jsonl")
@@ -404,15 +394,15 @@ def test_the_lines_that_a_checkpoint_vouches_for_are_uploaded_with_it(run, slow,
         monkeypatch.setattr(mirrors, "_steps", steps)
         return steps(here)
 
-    with mirrors.mirror(run, stopping.Stop()) as here:
+    with mirrors.mirror(run, interrupts.Stop()) as here:
         (here / "metrics.jsonl").write_text("line\n")
         monkeypatch.setattr(mirrors, "_steps", late)
-    assert uploaded(run) == [3] and storage.read(run / "metrics.jsonl") == "line\nlater\n"
+    assert uploaded(run) == [3] and paths.read(run / "metrics.jsonl") == "line\nlater\n"
 
 
 def test_the_two_newest_checkpoints_are_kept(run, slow):
     for step in (1, 2, 3, 10):
-        with mirrors.mirror(run, stopping.Stop()) as here:
+        with mirrors.mirror(run, interrupts.Stop()) as here:
             save(here, step)
     assert uploaded(run) == [3, 10] and fetched(run) == [10]
 
@@ -420,7 +410,7 @@ def test_the_two_newest_checkpoints_are_kept(run, slow):
 def test_a_checkpoint_is_uploaded_whole_though_a_newer_one_removes_it(run, slow, monkeypatch):
     put = MemoryFileSystem.put
 
-    with mirrors.mirror(run, stopping.Stop()) as here:
+    with mirrors.mirror(run, interrupts.Stop()) as here:
         save(here, 1)
 
         def late(self, *args, **kwargs):
@@ -433,7 +423,7 @@ def test_a_checkpoint_is_uploaded_whole_though_a_newer_one_removes_it(run, slow,
 
 def cut(run, files):
     """A checkpoint of which a killed process has uploaded only some files."""
-    with mirrors.mirror(run, stopping.Stop()) as here:
+    with mirrors.mirror(run, interrupts.Stop()) as here:
         save(here, 2)
     there = [f"checkpoints/2/{name}" for name in ("metadata", "state/array", mirrors.MARK)]
     for name in there[files:]:
@@ -447,7 +437,7 @@ def removed_before_its_mark(run):
 
 def mixed_with_another(run):
     cut(run, 3)
-    storage.put(run / "checkpoints/2/state/array", b"other")
+    paths.put(run / "checkpoints/2/state/array", b"other")
 
 
 @pytest.mark.parametrize("leave", [
@@ -457,7 +447,7 @@ def mixed_with_another(run):
     mixed_with_another,
 ], ids=["half", "all but the mark", "one file missing", "another file"])  # fmt: skip
 def test_a_half_uploaded_checkpoint_is_ignored_and_removed(run, slow, leave):
-    with mirrors.mirror(run, stopping.Stop()) as here:
+    with mirrors.mirror(run, interrupts.Stop()) as here:
         save(here, 1, b"older")
     leave(run)
     with mirrors.checkpoint(run) as here:
@@ -467,15 +457,15 @@ def test_a_half_uploaded_checkpoint_is_ignored_and_removed(run, slow, leave):
 
 
 def test_a_checkpoint_that_goes_while_it_is_read_is_looked_for_again(run, slow, monkeypatch):
-    with mirrors.mirror(run, stopping.Stop()) as here:
+    with mirrors.mirror(run, interrupts.Stop()) as here:
         save(here, 1)
     get = MemoryFileSystem.get
 
     def late(*args, **kwargs):
         monkeypatch.setattr(MemoryFileSystem, "get", get)
-        with mirrors.mirror(run, stopping.Stop()) as here:
+        with mirrors.mirror(run, interrupts.Stop()) as here:
             save(here, 2)
-        for name in [name for name in storage.files(run) if "/1/" in name]:
+        for name in [name for name in paths.files(run) if "/1/" in name]:
             MemoryFileSystem.store.pop((run / name).path)
         return get(*args, **kwargs)
 
@@ -496,17 +486,17 @@ def test_an_upload_that_fails_is_tried_again(run, quick, monkeypatch):
         return put(*args, **kwargs)
 
     monkeypatch.setattr(MemoryFileSystem, "put", failing)
-    stop = stopping.Stop()
+    stop = interrupts.Stop()
     with mirrors.mirror(run, stop) as here:
         save(here, 1)
     assert len(tries) == 3 and stop.error is None and fetched(run) == [1]
 
 
 def test_what_cannot_be_uploaded_fails_the_run_while_it_goes_on(run, quick, monkeypatch):
-    stop = stopping.Stop()
+    stop = interrupts.Stop()
     with (
         monkeypatch.context() as patch,
-        one_line(storage.Unreachable, "checkpoints/1 cannot be written: RuntimeError: no route"),
+        one_line(paths.Unreachable, "checkpoints/1 cannot be written: RuntimeError: no route"),
         mirrors.mirror(run, stop) as here,
     ):
         fail(patch, "put", RuntimeError("no route"))
@@ -517,7 +507,7 @@ def test_what_cannot_be_uploaded_fails_the_run_while_it_goes_on(run, quick, monk
 
 
 def test_leaving_uploads_whatever_ends_the_run(run, slow):
-    with pytest.raises(KeyboardInterrupt), mirrors.mirror(run, stopping.Stop()) as here:
+    with pytest.raises(KeyboardInterrupt), mirrors.mirror(run, interrupts.Stop()) as here:
         save(here, 1)
         raise KeyboardInterrupt
     assert fetched(run) == [1]
@@ -525,10 +515,10 @@ def test_leaving_uploads_whatever_ends_the_run(run, slow):
 
 def test_a_signal_that_ends_the_process_at_once_uploads_first(run, slow):
     left = []
-    with stopping.Stop(leave=lambda stop: left.append(uploaded(run))) as stop:
+    with interrupts.Stop(leave=lambda stop: left.append(uploaded(run))) as stop:
         with mirrors.mirror(run, stop) as here:
             save(here, 1)
-            with pytest.raises(stopping.Stopped):
+            with pytest.raises(interrupts.Stopped):
                 signal.raise_signal(signal.SIGTERM)
             assert left == [[1]]
         assert not stop.before_leaving
@@ -542,7 +532,7 @@ def test_a_signal_while_the_last_upload_goes_on_waits_for_its_end(run, slow, mon
         return put(*args, **kwargs)
 
     monkeypatch.setattr(MemoryFileSystem, "put", asked)
-    with stopping.Stop() as stop, mirrors.mirror(run, stop) as here:
+    with interrupts.Stop() as stop, mirrors.mirror(run, stop) as here:
         save(here, 1)
     assert fetched(run) == [1] and stop.signal == signal.SIGTERM and not stop.unsaved
 
@@ -554,7 +544,7 @@ def test_folders_of_killed_processes_are_removed_and_those_of_others_are_not(run
         (tmp_path / "attention-mirror.dead.lock").touch()
         living = tmp_path / "attention-mirror.living"
         living.mkdir()
-        with filelock.FileLock(f"{living}.lock"), mirrors.mirror(run, stopping.Stop()) as here:
+        with filelock.FileLock(f"{living}.lock"), mirrors.mirror(run, interrupts.Stop()) as here:
             assert here.parents[1] == tmp_path and living.exists()
             assert not (tmp_path / "attention-mirror.dead").exists()
         assert sorted(path.name for path in tmp_path.glob("attention-mirror*[!k]")) == [living.name]
@@ -568,27 +558,27 @@ def test_who_has_lost_the_lease_uploads_nothing_more(run, slow, monkeypatch):
         raise Ended
 
     monkeypatch.setattr(os, "_exit", end)
-    with pytest.raises(Ended), leases.Lease(run), mirrors.mirror(run, stopping.Stop()) as here:
+    with pytest.raises(Ended), leases.Lease(run), mirrors.mirror(run, interrupts.Stop()) as here:
         (here / "metrics.jsonl").write_text("of a process that slept")
-        storage.put(run / LEASE.format(2), json.dumps(ELSEWHERE).encode())
-    assert storage.read(run / "metrics.jsonl") is None
+        paths.put(run / LEASE.format(2), json.dumps(ELSEWHERE).encode())
+    assert paths.read(run / "metrics.jsonl") is None
 
 
 def test_processes_that_do_not_see_the_folder_of_the_first_are_told_what_to_do(
     run, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(devices.multihost_utils, "broadcast_one_to_all", lambda x: x)
+    monkeypatch.setattr(mirrors.multihost_utils, "broadcast_one_to_all", lambda x: x)
     for there in ([True, True], [True, False]):
         seen = np.array(there)
         monkeypatch.setattr(
-            devices.multihost_utils, "process_allgather", lambda own, seen=seen: seen & own
+            mirrors.multihost_utils, "process_allgather", lambda own, seen=seen: seen & own
         )
         if seen.all():
-            assert devices.shared_folder(tmp_path) == tmp_path
+            assert mirrors.shared_folder(tmp_path) == tmp_path
         else:
             with one_line(ValueError, f"{tmp_path}", "set TMPDIR to a folder"):
-                devices.shared_folder(tmp_path)
+                mirrors.shared_folder(tmp_path)
 
 
 # Cells and sweeps
@@ -598,7 +588,7 @@ def test_processes_that_do_not_see_the_folder_of_the_first_are_told_what_to_do(
 def quiet(tmp_path_factory):
     """What an undisturbed run leaves: its result, log and state."""
     directory = tmp_path_factory.mktemp("quiet") / "cells" / "base"
-    train.claim(directory, tiny())
+    loop.claim(directory, tiny())
     found = cells.run_cell(directory.parents[1], cells.Job("base"), Silent())
     return left(directory, found)
 
@@ -608,13 +598,13 @@ def left(directory, found):
         state = checkpoints.read_state(here)
     state["dropout"] = jax.random.key_data(state["dropout"])
     bits = [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]
-    return found["metrics"], storage.read(directory / "metrics.jsonl"), bits
+    return found["metrics"], paths.read(directory / "metrics.jsonl"), bits
 
 
 @pytest.mark.parametrize("stop_at, saved", [(2, 0), (5, 4)])
 def test_a_remote_cell_that_was_stopped_ends_in_the_bits_of_a_local_one(run, quiet, stop_at, saved):
     directory = cells.folder(run, "base")
-    train.claim(directory, tiny())
+    loop.claim(directory, tiny())
     with pytest.raises(KeyboardInterrupt):
         cells.run_cell(run, cells.Job("base"), Silent(stop_at))
     started = []
@@ -623,18 +613,18 @@ def test_a_remote_cell_that_was_stopped_ends_in_the_bits_of_a_local_one(run, qui
     found = cells.run_cell(run, cells.Job("base"), shown)
     assert started == [saved]
     assert left(directory, found) == quiet
-    assert cells.outcome(directory) == found and "attention.npz" in storage.files(directory)
+    assert cells.outcome(directory) == found and "attention.npz" in paths.files(directory)
     assert uploaded(directory)[-1] == 6 and len(uploaded(directory)) <= 2
     assert cells.run_cell(run, cells.Job("base"), Silent()) == found
 
 
 def test_a_remote_cell_in_parts_and_asked_to_stop_ends_in_the_same_bits(run, quiet):
     directory = cells.folder(run, "base")
-    train.claim(directory, tiny())
+    loop.claim(directory, tiny())
     paused = cells.run_cell(run, cells.Job("base", until=3), Silent())
     assert paused["status"] == "paused" and cells.score(directory, 3) == paused["score"]
     shown = Signal(5)
-    with pytest.raises(stopping.Stopped):
+    with pytest.raises(interrupts.Stopped):
         cells.run_cell(run, cells.Job("base"), shown, shown.stop)
     assert uploaded(directory)[-1] == 5 and leases.holder(directory) is None
     assert left(directory, cells.run_cell(run, cells.Job("base"), Silent())) == quiet
@@ -642,7 +632,7 @@ def test_a_remote_cell_in_parts_and_asked_to_stop_ends_in_the_same_bits(run, qui
 
 def test_a_cell_whose_checkpoints_cannot_be_uploaded_has_failed(run, quick, monkeypatch):
     directory = cells.folder(run, "base")
-    train.claim(directory, tiny(**{"train.steps": 100_000, "train.checkpoint_every": 10}))
+    loop.claim(directory, tiny(**{"train.steps": 100_000, "train.checkpoint_every": 10}))
     with monkeypatch.context() as patch:
         fail(patch, "put", RuntimeError("no route"))
         found = cells.run_cell(run, cells.Job("base"), Silent())
@@ -650,35 +640,35 @@ def test_a_cell_whose_checkpoints_cannot_be_uploaded_has_failed(run, quick, monk
         found["status"] == "failed"
         and "cannot be written: RuntimeError: no route" in (found["error"])
     )
-    assert "no route" in storage.read(directory / "traceback.txt")
+    assert "no route" in paths.read(directory / "traceback.txt")
     cells.forget(directory, ("failed",))
     assert cells.outcome(directory) is None and not (directory / "traceback.txt").exists()
 
 
 def test_events_of_tensorboard_are_replaced(run):
     config = tiny()
-    train.claim(run, config)
+    loop.claim(run, config)
     for stop_at in (5, None):
         try:
-            with mirrors.mirror(run, stopping.Stop()) as here:
-                train.train(config, here, Silent(stop_at), tensorboard=True)
+            with mirrors.mirror(run, interrupts.Stop()) as here:
+                loop.train(config, here, Silent(stop_at), tensorboard=True)
         except KeyboardInterrupt:
             time.sleep(1.1)  # their names have the second
-    assert len([name for name in storage.files(run) if name.startswith("events.")]) == 1
+    assert len([name for name in paths.files(run) if name.startswith("events.")]) == 1
 
 
 def test_the_parameters_of_a_remote_run_load_in_one_line(run, tmp_path):
     config = tiny()
     with one_line(ValueError, "memory://run holds no config.json"):
         trained.load("memory://run")
-    train.claim(run, config)
+    loop.claim(run, config)
     with one_line(ValueError, "no checkpoint in memory://run"):
         trained.load("memory://run")
-    with mirrors.mirror(run, stopping.Stop()) as here:
-        train.train(config, here, Silent())
+    with mirrors.mirror(run, interrupts.Stop()) as here:
+        loop.train(config, here, Silent())
     # The format is that of a local run: a copy of the files is one.
-    run.fs.get([(run / n).path for n in storage.files(run)], [
-        str(tmp_path / n) for n in storage.files(run)
+    run.fs.get([(run / n).path for n in paths.files(run)], [
+        str(tmp_path / n) for n in paths.files(run)
     ])  # fmt: skip
     found = [trained.load(place, seed=1).params for place in ("memory://run", tmp_path)]
     jax.tree.map(np.testing.assert_array_equal, *found)
@@ -689,15 +679,15 @@ def test_the_report_of_a_remote_run_is_that_of_a_local_one(run, tmp_path, capsys
     local = write_run(tmp_path / "run", CELLS[:2], layers=1, heads=1)
     for path in local.rglob("*"):
         if path.is_file():
-            storage.put(run / path.relative_to(local).as_posix(), path.read_bytes())
-    report.publish("memory://run")
+            paths.put(run / path.relative_to(local).as_posix(), path.read_bytes())
+    page.publish("memory://run")
     assert capsys.readouterr().out.rstrip().endswith("memory://run/report.html")
-    report.publish(local)
+    page.publish(local)
     for name in ("results.csv", "report.html"):
         text = (local / name).read_text("utf-8")  # its commands name the directory
-        assert storage.read(run / name) == text.replace(str(local), "memory://run")
+        assert paths.read(run / name) == text.replace(str(local), "memory://run")
     plots = {path.name for path in (local / "plots").iterdir()}
-    assert plots == {name[6:] for name in storage.files(run) if name.startswith("plots/")}
+    assert plots == {name[6:] for name in paths.files(run) if name.startswith("plots/")}
 
 
 def test_a_remote_sweep_takes_cells_in_and_leaves_other_experiments_alone(run):
@@ -705,37 +695,37 @@ def test_a_remote_sweep_takes_cells_in_and_leaves_other_experiments_alone(run):
         axes = {"position": [{"model.position": value} for value in values]}
         return sweep.expand(tiny(**{"model.num_heads": heads}), {"base": {}}, axes)
 
-    ablate.open_workdir(run, swept("none"))
-    ablate.open_workdir(run, swept("alibi"))
-    known = [cell["id"] for cell in json.loads(storage.read(run / "sweep.json"))["cells"]]
+    runner.open_workdir(run, swept("none"))
+    runner.open_workdir(run, swept("alibi"))
+    known = [cell["id"] for cell in json.loads(paths.read(run / "sweep.json"))["cells"]]
     assert known == ["base", "base.position=none", "base.position=alibi"]
-    assert storage.read(cells.folder(run, "base.position=none") / "config.json")
+    assert paths.read(cells.folder(run, "base.position=none") / "config.json")
     with pytest.raises(ValueError, match="model.num_heads is 2 there, 1 here"):
-        ablate.open_workdir(run, swept(heads=1))
-    storage.put(run / "elsewhere" / "file", b"")
+        runner.open_workdir(run, swept(heads=1))
+    paths.put(run / "elsewhere" / "file", b"")
     with pytest.raises(ValueError, match="is not empty and holds no sweep"):
-        ablate.open_workdir(run / "elsewhere", swept())
+        runner.open_workdir(run / "elsewhere", swept())
 
 
 def test_two_launchers_write_a_remote_sweep_in_turn(run, monkeypatch):
     """Else the later one would write what it read before the other had added its cells."""
-    replaced = results.replace
+    replaced = paths.replace
 
     def slow(path, content):
         if path.name == "sweep.json":
             time.sleep(0.3)
         replaced(path, content)
 
-    monkeypatch.setattr(results, "replace", slow)
+    monkeypatch.setattr(paths, "replace", slow)
     threads = []
     for value in ("none", "alibi"):
         axes = {"position": [{"model.position": value}]}
         swept = sweep.expand(tiny(), {"base": {}}, axes)
-        threads.append(threading.Thread(target=ablate.open_workdir, args=(run, swept)))
+        threads.append(threading.Thread(target=runner.open_workdir, args=(run, swept)))
         threads[-1].start()
     for thread in threads:
         thread.join()
-    assert len(json.loads(storage.read(run / "sweep.json"))["cells"]) == 3
+    assert len(json.loads(paths.read(run / "sweep.json"))["cells"]) == 3
 
 
 def test_the_logs_of_submitit_are_local(run, tmp_path, monkeypatch):

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from test_results import CELLS, DISAGREE, LONGER, SCRIPT, grid, write_run
 
-from experiments import maps, plots, report, results
+from experiments.analysis import comparisons, run_directory
+from experiments.reporting import page as report
+from experiments.reporting import plots, terminal
+from experiments.training import attention_maps
 
 AXES = ["score", "heads", "position"]
 VOID = {"meta", "br", "img", "hr", "input", "link"}
@@ -32,7 +35,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def experiment(workdir):
-    return results.load(workdir)
+    return run_directory.load(workdir)
 
 
 class Page(html.parser.HTMLParser):
@@ -63,7 +66,7 @@ class Page(html.parser.HTMLParser):
 
 def page_of(path):
     """The page of a run directory, without writing its figures."""
-    return Page(report.page([results.load(path)], {}))
+    return Page(page.page([run_directory.load(path)], {}))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +127,7 @@ def test_page_tells_everything(page, experiment):
 
 def test_tooltips_have_the_bootstrap_intervals_and_the_uncorrected_p(page, experiment):
     titles = [value for name, value in page.attributes if name == "title"]
-    row = next(r for r in results.summarize(experiment) if r.cell.id == "text.score=additive")
+    row = next(r for r in comparisons.summarize(experiment) if r.cell.id == "text.score=additive")
     low, high = row.reported.comparison.bootstrap
     assert f"better than the base; 95% bootstrap interval: {low:.3f} to {high:.3f}" in titles
     assert "uncorrected: 0.003" in titles
@@ -135,7 +138,7 @@ def test_the_page_reports_test_and_shows_what_chose(tmp_path):
     shown = " ".join("".join(page.text).split())
     assert "cell test/loss difference p (Holm) effect size validation/loss parameters" in shown
     assert "Values are chosen by validation/loss, never by what is reported" in shown
-    panel = plots.axis_plot(results.load(tmp_path), "text", "score").axes[0]
+    panel = plots.axis_plot(run_directory.load(tmp_path), "text", "score").axes[0]
     assert panel.get_xlabel() == "test/loss (lower is better)"
     colors = [bar.lines[0].get_color() for bar in panel.containers]
     assert colors == [plots.INK, plots.COLORS["worse"], plots.COLORS["better"]]
@@ -144,12 +147,12 @@ def test_the_page_reports_test_and_shows_what_chose(tmp_path):
 def test_the_page_has_the_effects_of_a_product(tmp_path):
     page = page_of(write_run(tmp_path / "whole", grid()))
     shown = " ".join("".join(page.text).split())
-    (effect, *_) = results.axis_effects(
-        results.summarize(results.load(tmp_path / "whole")), "score×heads"
+    (effect, *_) = comparisons.axis_effects(
+        comparisons.summarize(run_directory.load(tmp_path / "whole")), "score×heads"
     )
     assert page.tags.count("table") == 3
     assert f"term degrees of freedom F p partial η² score 1, 10 {effect.f:.2f} <0.001" in shown
-    text = report.page([results.load(write_run(tmp_path / "part", grid()[:-1]))], {})
+    text = page.page([run_directory.load(write_run(tmp_path / "part", grid()[:-1]))], {})
     assert "No analysis of variance: it needs every cell" in text
 
 
@@ -171,8 +174,8 @@ OUTDATED = (
 
 
 def test_significance_is_stated_in_the_words_of_statistics(workdir, capsys):
-    """In the page, report.md, LaTeX, on the terminal, and in what is published of results."""
-    results.show(results.summarize(results.load(workdir)))
+    """In the page, page.md, LaTeX, on the terminal, and in what is published of results."""
+    terminal.show(comparisons.summarize(run_directory.load(workdir)))
     texts = [capsys.readouterr().out]
     root = pathlib.Path(report.__file__).parents[1]
     files = [workdir / "report.html", workdir / "report.md", root / "README.md"]
@@ -206,7 +209,7 @@ def test_plots_are_there_and_not_empty(workdir):
 
 def test_the_metric_on_other_splits(tmp_path, experiment):
     path = write_run(tmp_path, LONGER)
-    figure = plots.split_plot(results.load(path), "text")
+    figure = plots.split_plot(run_directory.load(path), "text")
     (panel,) = figure.axes
     assert [tick.get_text() for tick in panel.get_xticklabels()] == ["validation", "length_64"]
     base, b = (line.get_ydata().tolist() for line in panel.get_lines())
@@ -244,7 +247,7 @@ def test_learning_curves_of_accuracy_show_all_of_training(experiment):
 
 
 def test_learning_curves_fall_back_to_training_and_need_no_seeds(tmp_path):
-    experiment = results.load(write_run(tmp_path, CELLS[:2], seeds=1))
+    experiment = run_directory.load(write_run(tmp_path, CELLS[:2], seeds=1))
     for cell in experiment.cells:
         path = cell.path / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True)
@@ -255,7 +258,7 @@ def test_learning_curves_fall_back_to_training_and_need_no_seeds(tmp_path):
 
 
 def test_long_curves_are_thinned(tmp_path):
-    experiment = results.load(write_run(tmp_path, CELLS[:2]))
+    experiment = run_directory.load(write_run(tmp_path, CELLS[:2]))
     with open(experiment.cells[0].path / "metrics.jsonl", "w") as file:
         for step in range(5000):
             file.write(f'{{"step": {step}, "validation/loss": [1.0, NaN, {step}]}}\n')
@@ -267,7 +270,7 @@ def test_long_curves_are_thinned(tmp_path):
 def test_a_long_legend_has_room(tmp_path, recwarn):
     names = [f"{'long name ' * 8}{i}" for i in range(29)]
     cells = [("text", "score", name, {"model.score": name}, [2.0, 2.1, 2.2]) for name in names]
-    experiment = results.load(write_run(tmp_path, [CELLS[0], *cells]))
+    experiment = run_directory.load(write_run(tmp_path, [CELLS[0], *cells]))
     figure = plots.learning_curves(experiment, "text", "score")
     plots.render(figure, ["png"])
     (panel,), (legend,) = figure.axes, figure.legends
@@ -325,7 +328,9 @@ def test_attention_maps(experiment):
 
 
 def test_attention_maps_of_many_tokens_have_ticks(tmp_path):
-    experiment = results.load(write_run(tmp_path, CELLS[:1], tokens="ab" * 21, layers=1, heads=1))
+    experiment = run_directory.load(
+        write_run(tmp_path, CELLS[:1], tokens="ab" * 21, layers=1, heads=1)
+    )
     panel = plots.attention_maps(experiment.cells[0]).axes[0]
     labels = {label.get_text() for label in panel.get_xticklabels()}
     assert "a" not in labels and "20" in labels
@@ -334,11 +339,11 @@ def test_attention_maps_of_many_tokens_have_ticks(tmp_path):
 def test_attention_maps_of_long_contexts_keep_single_weights(tmp_path):
     path = write_run(tmp_path, CELLS[:1], tokens="a" * 300, layers=1, heads=1)
     file = path / "cells" / "text" / "attention.npz"
-    ((kind, one),) = maps.load(file)[0].items()
+    ((kind, one),) = attention_maps.load(file)[0].items()
     weights = np.zeros_like(one.weights)
     weights[0, 0, 299, 4] = 0.75
-    file.write_bytes(maps.dump([{kind: one._replace(weights=weights)}]))
-    (image,) = plots.attention_maps(results.load(path).cells[0]).axes[0].get_images()
+    file.write_bytes(attention_maps.dump([{kind: one._replace(weights=weights)}]))
+    (image,) = plots.attention_maps(run_directory.load(path).cells[0]).axes[0].get_images()
     weights = image.get_array()
     assert weights.shape == (100, 100) and image.get_extent() == [-0.5, 299.5, 299.5, -0.5]
     assert weights[99, 1] == 0.75 and weights.count() == 1
@@ -357,9 +362,9 @@ def test_score_maps(experiment):
 def test_score_maps_of_unequal_heads(tmp_path):
     path = write_run(tmp_path, CELLS[:2])
     file = path / "cells" / "text.score=additive" / "attention.npz"
-    ((kind, one),) = maps.load(file)[0].items()
-    file.write_bytes(maps.dump([{kind: one._replace(weights=one.weights[:, :1])}]))
-    figure = plots.score_maps(results.load(path), "text")
+    ((kind, one),) = attention_maps.load(file)[0].items()
+    file.write_bytes(attention_maps.dump([{kind: one._replace(weights=one.weights[:, :1])}]))
+    figure = plots.score_maps(run_directory.load(path), "text")
     assert [bool(panel.get_images()) for panel in figure.axes[:6]] == [True] * 4 + [False] * 2
 
 
@@ -407,7 +412,8 @@ def test_importing_is_light_and_leaves_no_flags_behind():
     code = """
 import sys
 from absl import flags
-from experiments import plots, report, results
+from experiments.analysis import comparisons, run_directory
+from experiments.reporting import csv_files, page, plots, terminal
 heavy = {"matplotlib", "scipy", "statsmodels", "pandas", "jinja2", "rich", "jax"} & set(sys.modules)
 assert not heavy, heavy
 assert "workdir" not in flags.FLAGS
@@ -421,8 +427,9 @@ import sys
 import matplotlib
 rc = matplotlib.rcParams
 before = {key: rc[key] for key in rc if key != "backend"}  # looking that up imports pyplot
-from experiments import plots, results
-experiment = results.load(sys.argv[1])
+from experiments.analysis import run_directory
+from experiments.reporting import plots
+experiment = run_directory.load(sys.argv[1])
 plots.render(plots.axis_plot(experiment, "text", "score"))
 assert "matplotlib.pyplot" not in sys.modules
 assert {key: rc[key] for key in before} == before
@@ -431,7 +438,7 @@ assert {key: rc[key] for key in before} == before
 
 
 def test_cost_against_quality_joins_what_nothing_as_cheap_is_better_than(tmp_path):
-    experiment = results.load(write_run(tmp_path, CELLS[:4]))  # each takes a MiB more
+    experiment = run_directory.load(write_run(tmp_path, CELLS[:4]))  # each takes a MiB more
     assert plots.cost_plot(experiment, "text", "parameters") is None  # the same in all
     (panel,) = plots.cost_plot(experiment, "text", "memory, MiB").axes
     assert panel.get_xlabel() == "memory, MiB" and panel.get_ylabel() == "validation/loss"
@@ -440,10 +447,10 @@ def test_cost_against_quality_joins_what_nothing_as_cheap_is_better_than(tmp_pat
     (front,) = [line for line in panel.get_lines() if line.get_linestyle() == ":"]
     assert front.get_xdata() == pytest.approx([41, 42])
     assert front.get_ydata() == pytest.approx([2.1, 2.0])
-    higher = results.load(write_run(tmp_path / "recall", CELLS[-3:]))
+    higher = run_directory.load(write_run(tmp_path / "recall", CELLS[-3:]))
     (panel,) = plots.cost_plot(higher, "recall", "memory, MiB").axes
     assert [text.get_text() for text in panel.texts] == ["base", "learned"]
-    failed = results.load(write_run(tmp_path / "none", [(*CELLS[0][:4], "no")]))
+    failed = run_directory.load(write_run(tmp_path / "none", [(*CELLS[0][:4], "no")]))
     assert plots.cost_plot(failed, "text", "memory, MiB") is None
 
 

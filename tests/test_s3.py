@@ -20,7 +20,8 @@ import test_kills
 import test_mesh
 from launching import CONFIG, ROOT, ablate, start, wait_for
 
-from experiments import leases, mirrors, storage, trained
+from experiments.storage import leases, mirrors, paths
+from experiments.training import trained
 
 pytest.importorskip("moto")
 pytest.importorskip("s3fs")
@@ -80,15 +81,15 @@ def bucket(server, tmp_path, monkeypatch):
 
 def fetched(run, folder):
     """A local copy of a work directory."""
-    run = storage.path(run)
-    names = storage.files(run)
+    run = paths.as_path(run)
+    names = paths.files(run)
     run.fs.get([(run / name).path for name in names], [str(folder / name) for name in names])
     return folder
 
 
 def clean(run, tmp_path):
     """Whether nothing half is left there, nor anything here."""
-    names = storage.files(storage.path(run))
+    names = paths.files(paths.as_path(run))
     saved = {name.rpartition("/checkpoints/")[0] for name in names if "/checkpoints/" in name}
     for cell in saved:
         steps = mirrors._remote_steps([n[len(cell) + 1 :] for n in names if n.startswith(cell)])
@@ -99,26 +100,25 @@ def clean(run, tmp_path):
 
 
 def test_of_two_who_create_an_object_the_second_is_told(bucket):
-    path = storage.path(f"{bucket}/run") / "object"
-    assert storage.create(path, "first")
-    assert not storage.create(path, "second") and storage.read(path) == "first"
-    assert storage.create(path, "first"), "as after an answer that was lost"
+    path = paths.as_path(f"{bucket}/run") / "object"
+    assert paths.create(path, "first")
+    assert not paths.create(path, "second") and paths.read(path) == "first"
+    assert paths.create(path, "first"), "as after an answer that was lost"
     with leases.Lease(path.parent), pytest.raises(leases.Taken), leases.Lease(path.parent):
         pass
     assert leases.holder(path.parent) is None
 
 
 def test_what_another_process_writes_is_seen(bucket):
-    run = storage.path(f"{bucket}/run")
-    storage.put(run / "a", b"1")
-    assert (
-        storage.files(run) == ["a"] and not (run / "b").exists() and len(list(run.iterdir())) == 1
-    )
+    run = paths.as_path(f"{bucket}/run")
+    paths.put(run / "a", b"1")
+    assert paths.files(run) == ["a"] and not (run / "b").exists() and len(list(run.iterdir())) == 1
     other = (
-        "from experiments import storage; import sys; storage.put(storage.path(sys.argv[1]), b'')"
+        "from experiments.storage import paths; import sys\n"
+        "paths.put(paths.as_path(sys.argv[1]), b'')"
     )
     subprocess.run([sys.executable, "-c", other, f"{bucket}/run/b"], check=True)
-    assert storage.files(run) == ["a", "b"] and (run / "b").exists()
+    assert paths.files(run) == ["a", "b"] and (run / "b").exists()
     assert len(list(run.iterdir())) == 2
 
 
@@ -146,11 +146,11 @@ def test_a_sweep_on_s3_from_start_to_report(bucket, tmp_path):
     output, _ = done.communicate(timeout=100)
     assert "all 3 cells were done already: s3://" in output
 
-    page = storage.path(run) / "report.html"
+    page = paths.as_path(run) / "report.html"
     page.unlink()
     done = ablate(f"--workdir={run}", module="report")
     assert done.returncode == 0 and done.stdout.rstrip().endswith(f"{run}/report.html")
-    assert storage.read(page).rstrip().endswith("</html>")
+    assert paths.read(page).rstrip().endswith("</html>")
     places = (f"{run}/cells/base", tmp_path / "quiet/cells/base")
     found = [trained.load(place).params for place in places]
     jax.tree.map(np.testing.assert_array_equal, *found)
@@ -161,13 +161,13 @@ def kill(config, run, instant, seconds, rng):
 
     Returns whether that came before its end.
     """
-    place = storage.path(run)
-    seen = set(storage.files(place))
+    place = paths.as_path(run)
+    seen = set(paths.files(place))
     process = test_kills.launch(config, run)
     until = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
-        new = set(storage.files(place)) - seen if instant else ()
+        new = set(paths.files(place)) - seen if instant else ()
         if any(instant in name for name in new):
             break
     early = process.poll() is None
@@ -225,7 +225,7 @@ def test_a_signal_saves_on_s3_and_the_same_command_goes_on(bucket, config, tmp_p
     flags = [f"--config={config}", "--sweep=", f"--workdir={run}"]
     flags += ["--config.train.steps=100000", "--config.train.checkpoint_every=100000"]
     process = start(*flags)
-    cell = storage.path(run) / "cells" / "base"
+    cell = paths.as_path(run) / "cells" / "base"
     wait_for(lambda: (cell / "metrics.jsonl").exists(), process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
@@ -233,7 +233,7 @@ def test_a_signal_saves_on_s3_and_the_same_command_goes_on(bucket, config, tmp_p
     assert leases.holder(cell) is None and clean(run, tmp_path)
     with mirrors.checkpoint(cell) as here:
         (saved,) = (int(path.name) for path in here.iterdir())
-    assert 0 < saved < 100000 and storage.read(cell / "result.json") is None
+    assert 0 < saved < 100000 and paths.read(cell / "result.json") is None
 
 
 @pytest.mark.slow
@@ -241,7 +241,7 @@ def test_two_processes_of_one_run_train_on_s3(bucket, tmp_path):
     run, local = f"{bucket}/run", tmp_path / "local"
     for workdir in (run, local):
         test_mesh.finish(test_mesh.two_processes(tmp_path, workdir))
-    logs = [storage.read(storage.path(place) / "metrics.jsonl") for place in (run, local)]
+    logs = [paths.read(paths.as_path(place) / "metrics.jsonl") for place in (run, local)]
     assert logs[0] == logs[1] and clean(run, tmp_path)
     found = [trained.load(place).params for place in (run, local)]
     jax.tree.map(np.testing.assert_array_equal, *found)
@@ -259,7 +259,7 @@ def test_a_cluster_trains_on_s3(bucket, tmp_path, executor, more):
     flags = [f"--config={config}", f"--executor={executor}", f"--resources={more}"]
     done = ablate(*flags, "--workers=2", f"--workdir={run}")
     assert done.returncode == 0, done.stderr
-    shutil.rmtree(ROOT / "slurm" / storage.path(run).name, ignore_errors=executor == "ray")
+    shutil.rmtree(ROOT / "slurm" / paths.as_path(run).name, ignore_errors=executor == "ray")
     local = ablate(f"--config={config}", f"--workdir={tmp_path / 'quiet'}")
     assert local.returncode == 0
     there = test_kills.left(fetched(run, tmp_path / "copy"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import statistics
+from experiments.analysis import statistics
 
 T_95_OF_3 = 4.302652729911275  # Student's t, 2 degrees of freedom, 97.5%: any printed table
 
@@ -296,7 +296,7 @@ def test_axis_effects_of_too_few_runs():
 def test_importing_is_light():
     code = """
 import sys
-from experiments import statistics
+from experiments.analysis import statistics
 heavy = {"scipy", "statsmodels", "pandas", "jax"} & set(sys.modules)
 assert not heavy, heavy
 """

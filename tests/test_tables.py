@@ -2,13 +2,14 @@
 
 from test_results import CELLS, DISAGREE, LONGER, SCRIPT, write_run
 
-from experiments import report, results, tables
-from experiments.claims import equal, less
+from experiments.analysis import comparisons, run_directory
+from experiments.config.claims import equal, less
+from experiments.reporting import page, tables
 
 
 def load(path, *args, **kwargs):
-    experiment = results.load(write_run(path, *args, **kwargs))
-    return experiment, results.summarize(experiment)
+    experiment = run_directory.load(write_run(path, *args, **kwargs))
+    return experiment, comparisons.summarize(experiment)
 
 
 def test_latex_has_a_row_a_cell_and_bold_what_is_best(tmp_path):
@@ -67,6 +68,6 @@ def test_tables_of_failed_and_missing_cells(tmp_path):
 
 
 def test_a_report_writes_its_tables(tmp_path):
-    report.write_report(write_run(tmp_path, [CELLS[0], CELLS[-3]], layers=1, heads=1))
+    page.write_report(write_run(tmp_path, [CELLS[0], CELLS[-3]], layers=1, heads=1))
     assert {path.name for path in (tmp_path / "tables").iterdir()} == {"text.tex", "recall.tex"}
     assert (tmp_path / "report.md").read_text("utf-8").startswith("## text\n")

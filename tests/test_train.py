@@ -13,8 +13,11 @@ import pytest
 import safetensors.numpy
 from helpers import Silent, one_line
 
-from experiments import checkpoints, data, maps, settings, stopping, tasks, train, trained
-from experiments import program as programs
+from experiments import tasks
+from experiments.config import settings
+from experiments.launch import interrupts
+from experiments.training import attention_maps, checkpoints, data, loop, trained
+from experiments.training import compilation as programs
 
 DATA = Path(__file__).parent / "data"
 
@@ -33,12 +36,12 @@ def tiny(task="recall", **changes):
 
 
 def run(config, directory, stop_at=None):
-    train.claim(directory, config)
-    return train.train(config, directory, Silent(stop_at))
+    loop.claim(directory, config)
+    return loop.train(config, directory, Silent(stop_at))
 
 
 def program(config):
-    return programs.compile_program(*train.prepare(config).program)
+    return programs.compile_program(*loop.prepare(config).program)
 
 
 def leaves(tree):
@@ -71,7 +74,7 @@ def test_a_result_tells_its_memory_and_what_generation_costs(tmp_path, heads):
 
 def test_generation_is_timed_of_language_models_only():
     with pytest.raises(ValueError, match="timed_tokens=5 .*recall, text: leave it at 0"):
-        train.check(tiny("reverse", **{"decoding.timed_tokens": 5}))
+        loop.check(tiny("reverse", **{"decoding.timed_tokens": 5}))
 
 
 class Signal(Silent):
@@ -79,7 +82,7 @@ class Signal(Silent):
 
     def __init__(self, at):
         super().__init__()
-        self.stop, self._at = stopping.Stop(), at
+        self.stop, self._at = interrupts.Stop(), at
 
     def step(self, step, loss=None):
         if step == self._at:
@@ -91,9 +94,9 @@ def test_a_run_that_was_asked_to_stop_ends_in_the_same_bits(tmp_path, at):
     config = tiny(**{"train.log_every": 4, "train.checkpoint_every": 100})
     whole = run(config, tmp_path / "whole")
     shown = Signal(at)
-    train.claim(tmp_path / "cut", config)
-    with pytest.raises(stopping.Stopped):
-        train.train(config, tmp_path / "cut", shown, shown.stop)
+    loop.claim(tmp_path / "cut", config)
+    with pytest.raises(interrupts.Stopped):
+        loop.train(config, tmp_path / "cut", shown, shown.stop)
     resumed = run(config, tmp_path / "cut")
     assert whole["metrics"] == resumed["metrics"]
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
@@ -106,8 +109,8 @@ def test_lines_after_the_checkpoint_leave_nothing_behind(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "cut", stop_at=9)  # line 8 is there, checkpoint 6
     shown = Signal(7)
-    with pytest.raises(stopping.Stopped):
-        train.train(config, tmp_path / "cut", shown, shown.stop)
+    with pytest.raises(interrupts.Stopped):
+        loop.train(config, tmp_path / "cut", shown, shown.stop)
     run(config, tmp_path / "cut")
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
     assert logs[0] == logs[1]
@@ -116,13 +119,13 @@ def test_lines_after_the_checkpoint_leave_nothing_behind(tmp_path):
 def test_a_run_in_parts_is_the_whole_one(tmp_path):
     config = tiny()
     whole = run(config, tmp_path / "whole")
-    train.claim(tmp_path / "parts", config)
-    paused = train.train(config, tmp_path / "parts", Silent(), until=3)
+    loop.claim(tmp_path / "parts", config)
+    paused = loop.train(config, tmp_path / "parts", Silent(), until=3)
     assert paused["status"] == "paused" and paused["step"] == 3
     log = (tmp_path / "parts/metrics.jsonl").read_text().splitlines()
     (judged,) = (json.loads(line) for line in log if "validation" in line)
     assert paused["score"] == pytest.approx(-np.mean(judged["validation/accuracy"]))
-    assert train.train(config, tmp_path / "parts", Silent(), until=3) == paused
+    assert loop.train(config, tmp_path / "parts", Silent(), until=3) == paused
     assert run(config, tmp_path / "parts")["metrics"] == whole["metrics"]
     logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1]
@@ -156,9 +159,9 @@ def test_a_diverged_run_is_an_error_of_one_line(config, tmp_path):
 
 def test_a_run_that_takes_too_long_can_go_on(tmp_path):
     config = tiny(**{"train.checkpoint_every": 100})
-    train.claim(tmp_path, config)
+    loop.claim(tmp_path, config)
     with pytest.raises(TimeoutError, match="at step 1 after 1e-09 minutes"):
-        train.train(config, tmp_path, Silent(), max_minutes=1e-9)
+        loop.train(config, tmp_path, Silent(), max_minutes=1e-9)
     whole = run(config, tmp_path / "whole")
     assert run(config, tmp_path)["metrics"] == whole["metrics"]
 
@@ -184,11 +187,11 @@ def test_a_checkpoint_of_another_jax_goes_on(tmp_path, version):
     with zipfile.ZipFile(DATA / f"checkpoint-jax-{version}.zip") as file:
         file.extractall(tmp_path / "there")
     config = tiny()
-    train.check_directory(tmp_path / "there", config)
+    loop.check_directory(tmp_path / "there", config)
     shown = Silent()
     shown.start = lambda steps, at: started.append(at)
     started = []
-    found = train.train(config, tmp_path / "there", shown)
+    found = loop.train(config, tmp_path / "there", shown)
     assert started == [4]
     for name, values in run(config, tmp_path / "here")["metrics"].items():
         np.testing.assert_allclose(found["metrics"][name], values, rtol=1e-4, err_msg=name)
@@ -196,7 +199,7 @@ def test_a_checkpoint_of_another_jax_goes_on(tmp_path, version):
 
 def restored_params(config, directory):
     built = program(config)
-    task, _ = train.build(config)
+    task, _ = loop.build(config)
     source = data.TrainSource(task, (0, 1), config.train.batch_size, config.train.steps)
     with checkpoints.open(directory / "checkpoints") as manager:
         step, state, _ = checkpoints.restore(manager, built.state, data.train_iterator(source))
@@ -240,9 +243,9 @@ def test_what_a_run_writes(tmp_path):
     } | {"attention/entropy", "attention/first_token"}
     params = jax.tree.map(lambda x: x[0], restored_params(config, tmp_path))
     assert result["num_params"] == sum(leaf.size for leaf in jax.tree.leaves(params))
-    examples = maps.load(tmp_path / "attention.npz")
-    assert len(examples) == maps.KEPT
-    assert len({tuple(kinds["self"].query) for kinds in examples}) == maps.KEPT
+    examples = attention_maps.load(tmp_path / "attention.npz")
+    assert len(examples) == attention_maps.KEPT
+    assert len({tuple(kinds["self"].query) for kinds in examples}) == attention_maps.KEPT
     for kinds in examples:
         assert kinds["self"].weights.shape == (2, 2, 8, 8)
         np.testing.assert_allclose(kinds["self"].weights.sum(-1), 1, atol=2e-3)
@@ -253,7 +256,7 @@ def test_what_a_run_writes(tmp_path):
 def test_an_encoder_decoder_trains_and_shows_its_cross_attention(tmp_path, scan):
     config = tiny("reverse", **{"model.scan_layers": scan, "model.position": "sinusoidal"})
     result = run(config, tmp_path)
-    for kinds in maps.load(tmp_path / "attention.npz"):
+    for kinds in attention_maps.load(tmp_path / "attention.npz"):
         source, target = kinds["encoder"].key, kinds["decoder"].key
         assert source[-1] == "<end>" and target[0] == "<begin>" and "<pad>" not in source
         assert source[-2::-1] == target[1:]
@@ -271,7 +274,7 @@ def test_an_encoder_decoder_trains_and_shows_its_cross_attention(tmp_path, scan)
 def test_the_reported_loss_is_that_of_the_model_on_the_whole_split(tmp_path):
     config = tiny(**{"train.eval_batch_size": 7})  # 20 examples: the last batch is filled up
     result = run(config, tmp_path)
-    task, model = train.build(config)
+    task, model = loop.build(config)
     split = task.eval_splits()["validation"]
     for seed in range(2):
         params = jax.tree.map(lambda x, seed=seed: x[seed], restored_params(config, tmp_path))
@@ -316,7 +319,7 @@ def test_learning_rates_warm_up_and_decay():
         "optimizer.learning_rate": 1.0,
         "optimizer.final_learning_rate": 0.1,
     })  # fmt: skip
-    rates = train.learning_rates(config)
+    rates = loop.learning_rates(config)
     assert rates.shape == (110,) and rates[0] > 0
     assert (np.diff(rates[:11]) > 0).all() and rates[10] == 1
     assert (np.diff(rates[10:]) < 0).all() and rates[-1] == pytest.approx(0.1, abs=1e-3)
@@ -326,7 +329,7 @@ def test_learning_rates_warm_up_and_decay():
 def test_a_step_smooths_the_targets_and_averages_the_parameters():
     changes = {"optimizer.label_smoothing": 0.2, "optimizer.ema_decay": 0.9}
     config = tiny(**changes, **{"model.dropout_rate": 0.0, "train.seeds": 1})
-    task, model = train.build(config)
+    task, model = loop.build(config)
     batch = data.TrainSource(task, (0,), config.train.batch_size, 2)[0]
     built = program(config)
     state = built.init(np.array([0], np.int32))
@@ -347,7 +350,7 @@ def test_a_step_smooths_the_targets_and_averages_the_parameters():
 
 
 def test_weight_decay_is_for_matrices_and_embeddings_alone():
-    _, model = train.build(tiny(**{"model.position": "t5 + learned", "model.score": "additive"}))
+    _, model = loop.build(tiny(**{"model.position": "t5 + learned", "model.score": "additive"}))
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32))
     adamw = programs.Recipe(0.9, 0.99, weight_decay=0.5, clip_norm=1.0).transformation()
     zeros = jax.tree.map(np.zeros_like, params)
@@ -386,7 +389,7 @@ def test_training_solves_a_task_it_can(tmp_path):
 ])  # fmt: skip
 def test_bad_settings_are_found_before_anything_is_compiled(change, message):
     with pytest.raises(ValueError, match=message):
-        train.check(tiny(**change))
+        loop.check(tiny(**change))
 
 
 def with_value(name, value):
@@ -449,7 +452,7 @@ def test_the_ends_of_a_range_are_in_it():
 
 def test_all_settings_are_listed_with_range_and_default():
     table = settings.table()
-    assert "| train.steps | 500 | a whole number of at least 1 |" in table
+    assert "| loop.steps | 500 | a whole number of at least 1 |" in table
     assert "| model.norm | 'pre' | one of pre, post | read only with model.arch" in table
     assert "| task.num_pairs | 4 | a whole number of at least 1 | of task.name='recall' |" in table
     config = settings.config("translation").to_dict()
@@ -463,16 +466,16 @@ def test_a_directory_from_before_settings_were_checked_still_loads():
     config.model.update(architecture="rnn", position="learned", mask="full", norm="post")
     found = settings.read(settings.complete(settings.describe(config)))
     assert found.model.norm == "post"
-    train.build(found)
+    loop.build(found)
     with pytest.raises(ValueError, match="model.mask='full' is read only with"):
-        train.check(found)
+        loop.check(found)
 
 
 def test_a_directory_of_another_experiment_is_left_alone(tmp_path):
-    train.claim(tmp_path, tiny())
-    train.check_directory(tmp_path, tiny())
+    loop.claim(tmp_path, tiny())
+    loop.check_directory(tmp_path, tiny())
     with pytest.raises(ValueError, match="model.num_heads is 2 there, 4 here"):
-        train.check_directory(tmp_path, tiny(**{"model.num_heads": 4}))
+        loop.check_directory(tmp_path, tiny(**{"model.num_heads": 4}))
 
 
 def test_batches_of_seeds_are_those_of_the_task():
@@ -497,18 +500,18 @@ def test_eval_batches_cover_the_split_once():
 
 def test_tensorboard_events_on_request(tmp_path):
     config = tiny()
-    train.claim(tmp_path, config)
-    train.train(config, tmp_path, Silent(), tensorboard=True)
+    loop.claim(tmp_path, config)
+    loop.train(config, tmp_path, Silent(), tensorboard=True)
     assert scalars(tmp_path) == logged(tmp_path)
 
 
 def test_tensorboard_shows_a_step_once_after_a_kill(tmp_path):
     config = tiny(**{"train.checkpoint_every": 4})
-    train.claim(tmp_path, config)
+    loop.claim(tmp_path, config)
     with pytest.raises(KeyboardInterrupt):
-        train.train(config, tmp_path, Silent(stop_at=6), tensorboard=True)
-    train.train(config, tmp_path, Silent(), tensorboard=True)
-    train.train(config, tmp_path, Silent(), tensorboard=True)  # killed before its result
+        loop.train(config, tmp_path, Silent(stop_at=6), tensorboard=True)
+    loop.train(config, tmp_path, Silent(), tensorboard=True)
+    loop.train(config, tmp_path, Silent(), tensorboard=True)  # killed before its result
     assert scalars(tmp_path) == logged(tmp_path)
 
 

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from helpers import Silent, one_line
 
-from experiments import checkpoints, maps, results, settings, train, translate
-from experiments.program import better
+from experiments.config import settings
+from experiments.reporting import translations
+from experiments.storage import paths
+from experiments.training import attention_maps, checkpoints, loop
+from experiments.training.compilation import better
 
 
 def config(architecture="transformer", **changes):
@@ -28,9 +31,9 @@ def config(architecture="transformer", **changes):
 
 
 def run(config, directory, stop_at=None):
-    train.claim(directory, config)
-    result = train.train(config, directory, Silent(stop_at))
-    results.replace(directory / "result.json", json.dumps(result))
+    loop.claim(directory, config)
+    result = loop.train(config, directory, Silent(stop_at))
+    paths.replace(directory / "result.json", json.dumps(result))
     return result
 
 
@@ -42,7 +45,7 @@ def trained(tmp_path_factory):
 
 def test_scores_are_those_of_the_translations_written(trained):
     directory, result = trained
-    task, _ = train.build(config())
+    task, _ = loop.build(config())
     for split in ("validation", "test"):
         texts = (directory / f"translations_{split}.txt").read_text("utf-8").split("\n")[:-1]
         scores = task.score(texts, task.references(split))
@@ -84,11 +87,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path):
 
 def test_a_loaded_model_translates_as_it_did_in_training(trained):
     directory, _ = trained
-    translator = translate.load(directory)
+    translator = translations.load(directory)
     written = (directory / "translations_test.txt").read_text("utf-8").split("\n")[:-1]
     task = translator.task
     assert translator(task.sources("test"), max_length=task.max_length) == written
-    other = translate.load(directory, seed=1)
+    other = translations.load(directory, seed=1)
     assert any(
         (np.asarray(a) != np.asarray(b)).any()
         for a, b in zip(*(jax.tree.leaves(x.params) for x in (translator, other)), strict=True)
@@ -96,7 +99,7 @@ def test_a_loaded_model_translates_as_it_did_in_training(trained):
 
 
 def test_weights_of_an_alignment(trained, tmp_path):
-    translator = translate.load(trained[0])
+    translator = translations.load(trained[0])
     tokens = translator.tokens(["21.11.26"])[0]
     weights, query, key = translator.alignment("21.11.26", tokens)
     assert weights.shape == (1, 1, len(query), len(key))
@@ -104,10 +107,10 @@ def test_weights_of_an_alignment(trained, tmp_path):
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
     for choice in ((None, None, False), (1, 1, False), (None, None, True)):
         path = tmp_path / "map.png"
-        translate.draw(path, (weights, query, key), "21.11.26", *choice)
+        translations.draw(path, (weights, query, key), "21.11.26", *choice)
         assert path.read_bytes()[1:4] == b"PNG"
     with pytest.raises(ValueError, match="--head=2: there are 1"):
-        translate.draw(path, (weights, query, key), "", None, 2, False)
+        translations.draw(path, (weights, query, key), "", None, 2, False)
 
 
 @pytest.mark.parametrize(
@@ -117,10 +120,10 @@ def test_rnns_train_and_translate(attention, tmp_path):
     own = config("rnn", **{"model.rnn.attention": attention, "train.seeds": 1, "train.steps": 2})
     result = run(own, tmp_path)
     assert np.isfinite(result["metrics"]["test/bleu"]).all()
-    (kinds, *_) = maps.load(tmp_path / "attention.npz")
+    (kinds, *_) = attention_maps.load(tmp_path / "attention.npz")
     assert set(kinds) == {"cross"} and kinds["cross"].weights.shape[:2] == (1, 1)
     np.testing.assert_allclose(kinds["cross"].weights.sum(-1), 1, atol=2e-3)
-    translator = translate.load(tmp_path)
+    translator = translations.load(tmp_path)
     tokens = translator.tokens(["21.11.26", "1999/01/02"])
     weights, _, key = translator.alignment("21.11.26", tokens[0])
     assert attention != "none" or (weights.argmax(-1) == len(key) - 1).all()
@@ -128,28 +131,28 @@ def test_rnns_train_and_translate(attention, tmp_path):
 
 def test_what_cannot_be_translated_is_said_in_a_line(trained, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="train a model there first"):
-        translate.load(tmp_path)
-    train.claim(tmp_path, config())
+        translations.load(tmp_path)
+    loop.claim(tmp_path, config())
     with pytest.raises(ValueError, match="no checkpoint"):
-        translate.load(tmp_path)
+        translations.load(tmp_path)
     with pytest.raises(ValueError, match="seed 2 of 2"):
-        translate.load(trained[0], seed=2)
+        translations.load(trained[0], seed=2)
     with pytest.raises(ValueError, match="empty line"):
-        translate.load(trained[0])([""])
-    train.claim(tmp_path / "recall", settings.config("recall"))
+        translations.load(trained[0])([""])
+    loop.claim(tmp_path / "recall", settings.config("recall"))
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="task 'recall'"):
         patch.setattr(checkpoints, "read_state", lambda _: {"params": {}})
-        translate.load(tmp_path / "recall")
+        translations.load(tmp_path / "recall")
     described = json.loads((trained[0] / "config.json").read_text())
     described["task"]["fingerprint"] = "0" * 16
     (tmp_path / "config.json").write_text(json.dumps(described))
     with pytest.raises(ValueError, match="has changed since"):
-        translate.load(tmp_path)
+        translations.load(tmp_path)
 
 
 def test_a_table_of_positions_bounds_the_sentence():
     own = config(**{"model.position": "learned(length=32)"})
-    translator = translate.Translator(own, *train.build(own), params=None)
+    translator = translations.Translator(own, *loop.build(own), params=None)
     with pytest.raises(ValueError, match="41 tokens, the model positions for 32"):
         translator.encode(["1" * 40])
 
@@ -157,7 +160,7 @@ def test_a_table_of_positions_bounds_the_sentence():
 def test_what_an_rnn_or_a_text_does_not_read_is_refused():
     own = settings.override(settings.config("recall"), {"model.architecture": "rnn"})
     with pytest.raises(ValueError, match="one sequence to another"):
-        train.build(own)
+        loop.build(own)
     text = settings.override(config(), {"task.path": "a"})
     with one_line(ValueError, "task.synthetic_eval=8 is read only where the text is generated"):
         settings.check_read(text)
@@ -183,7 +186,7 @@ def test_what_an_rnn_or_a_text_does_not_read_is_refused():
         ),
     ):
         with one_line(ValueError, message):
-            train.check(config("rnn", **changes))
+            loop.check(config("rnn", **changes))
 
 
 def test_the_command(trained, tmp_path):

@@ -20,8 +20,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from experiments import data, settings, tasks
-from experiments.tasks import bleu, buckets, hashing, phrases, tfds_sets, vocabulary
+from experiments import tasks
+from experiments.config import settings
+from experiments.tasks import hashing, tfds_sets
+from experiments.tasks.translation import bleu, buckets, phrases, vocabulary
+from experiments.training import data
 
 
 @pytest.fixture(autouse=True)
@@ -574,16 +577,16 @@ def test_subwords_depend_on_the_training_text_alone(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, no_learning, cache):
-    from experiments import results
+    from experiments.storage import paths
 
-    folder, replace = corpus(tmp_path / "text"), results.replace
+    folder, replace = corpus(tmp_path / "text"), paths.replace
 
     def guarded(path, content):
         if str(path).startswith(folder):
             raise PermissionError(path)
         replace(path, content)
 
-    monkeypatch.setattr(results, "replace", guarded)
+    monkeypatch.setattr(paths, "replace", guarded)
     fingerprint = subwords(folder).fingerprint
     assert len(list(cache.glob("*.model"))) == 1
     no_learning()
@@ -591,7 +594,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, no_learning, cac
     # Nor does it matter that nothing can be kept at all.
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-    monkeypatch.setattr(results, "replace", lambda *_: (_ for _ in ()).throw(OSError()))
+    monkeypatch.setattr(paths, "replace", lambda *_: (_ for _ in ()).throw(OSError()))
     assert subwords(folder, max_vocab_size=42).vocab_size == 42
 
 

@@ -7,16 +7,17 @@ import time
 import pytest
 from test_results import CELLS, write_run
 
-from experiments import report, watching
+from experiments.reporting import live as live_pages
+from experiments.reporting import page as report
 
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
     """A run directory, and a function that asks its server."""
-    monkeypatch.setattr(watching, "_PAUSE", 0.0)
-    monkeypatch.setattr(watching, "_SHARE", 0.0)
+    monkeypatch.setattr(live_pages, "_PAUSE", 0.0)
+    monkeypatch.setattr(live_pages, "_SHARE", 0.0)
     write_run(tmp_path, [*CELLS[:2], (*CELLS[2][:4], None)], layers=1, heads=1)
-    live = watching.Live([tmp_path], lambda version: report.live_page([tmp_path], version))
+    live = live_pages.Live([tmp_path], lambda version: report.live_page([tmp_path], version))
 
     def ask(path, method="GET", host="127.0.0.1"):
         connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
@@ -24,7 +25,7 @@ def served(tmp_path, monkeypatch):
         answer = connection.getresponse()
         return answer.status, answer.read().decode()
 
-    with watching.server(live) as server:
+    with live_pages.server(live) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield tmp_path, ask, server
         server.shutdown()

@@ -12,8 +12,8 @@ Scaled down to one head of 16, 64 or 256 channels in two layers on characters of
 queries and keys have unit variance, as the argument for scaling assumes.
 """
 
-from experiments import settings
-from experiments.claims import equal, less
+from experiments.config import settings
+from experiments.config.claims import equal, less
 
 WIDTHS = (16, 64, 256)
 

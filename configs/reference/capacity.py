@@ -12,8 +12,8 @@ matrices start with deviation 1/√width and the learning rate is lower by √2.
 abruptly, by each seed at another step, some not within these.
 """
 
-from experiments import settings
-from experiments.claims import equal, less
+from experiments.config import settings
+from experiments.config.claims import equal, less
 
 PAIRS, WIDTHS = (2, 4, 8), (8, 16, 32)
 

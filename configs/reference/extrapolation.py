@@ -12,8 +12,8 @@ to 512 (`input.txt` of github.com/karpathy/char-rnn), and to multi-query recall 
 of 32 and tested up to 256. `learned` has a row for every position, most of them never trained.
 """
 
-from experiments import settings
-from experiments.claims import equal, less
+from experiments.config import settings
+from experiments.config.claims import equal, less
 
 LENGTHS = (128, 256, 512)
 POSITIONS = ("rope", "alibi", "none", "sinusoidal(scale=0.02)")

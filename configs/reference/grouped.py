@@ -12,8 +12,8 @@ github.com/karpathy/char-rnn), with 8 (the base), 4, 2 or 1 key heads. In the en
 made of it; `configs/benchmark.py:decode` times key heads against each other in turns.
 """
 
-from experiments import settings
-from experiments.claims import equal, less
+from experiments.config import settings
+from experiments.config.claims import equal, less
 
 
 def get_config():

@@ -11,8 +11,8 @@ Scaled down from translation with 512 channels to characters of tiny Shakespeare
 github.com/karpathy/char-rnn) with 128: heads of 128, 32 (the base) and 4 channels.
 """
 
-from experiments import settings
-from experiments.claims import equal, less
+from experiments.config import settings
+from experiments.config.claims import equal, less
 
 
 def get_config():

@@ -12,8 +12,8 @@ github.com/karpathy/char-rnn) and to multi-query recall. Beside the loss each ce
 entropy of its weights and what they give to the first token.
 """
 
-from experiments import settings
-from experiments.claims import equal, less
+from experiments.config import settings
+from experiments.config.claims import equal, less
 
 NORMALIZERS = ("softmax_off_by_one", "learned_sink", "sigmoid", "entmax15")
 

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import profiling
-from experiments.bench import compiling, isolate, timing
+from experiments.bench import compiling, isolate, profiling, timing
 from experiments.bench.functions import Function
 from experiments.bench.kernels import Kernel
 from experiments.bench.models import Model

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments import plots
 from experiments.bench import compare
+from experiments.reporting import plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,7 +19,7 @@ from experiments.bench.work import (
     torch,
     torch_device,
 )
-from experiments.ranges import at_least, check_fields, ranged
+from experiments.tasks.ranges import at_least, check_fields, ranged
 
 
 @dataclasses.dataclass(frozen=True)

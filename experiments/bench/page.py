@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from experiments import plots, results
 from experiments.bench import drawings, tables
+from experiments.reporting import plots
+from experiments.reporting.page import TEMPLATES
+from experiments.storage import paths
 
 
 def write(found: dict[str, Any], workdir: Path) -> Path:
@@ -17,11 +19,11 @@ def write(found: dict[str, Any], workdir: Path) -> Path:
     inline = {}
     for name, figure in drawings.figures(found):
         for kind, content in plots.render(figure).items():
-            results.replace(folder / f"{name}.{kind}", content)
+            paths.replace(folder / f"{name}.{kind}", content)
             if kind == "svg":
                 inline[name] = markupsafe.Markup(content.decode())
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(plots.__file__).parent),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -43,6 +45,6 @@ def write(found: dict[str, Any], workdir: Path) -> Path:
         figures=inline,
         faults=faults,
     )
-    results.replace(workdir / "report.md", tables.markdown(found))
-    results.replace(workdir / "report.html", page)
+    paths.replace(workdir / "report.md", tables.markdown(found))
+    paths.replace(workdir / "report.html", page)
     return workdir / "report.html"

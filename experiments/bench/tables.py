@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.tables import markdown_table
+from experiments.reporting.tables import markdown_table
 
 
 class Column(NamedTuple):

@@ -12,10 +12,10 @@ import numpy as np
 
 from attention.kernels import blocks, tuned
 from attention.parts import Tile
-from experiments import results
 from experiments.bench import machine, timing
 from experiments.bench.compare import prepare
 from experiments.bench.kernels import Kernel
+from experiments.storage import paths
 
 TABLE = tuned.PATH
 _SIZES = (128, 256, 512, 1024)
@@ -57,7 +57,7 @@ def tune(path: Path, say: Callable[[str], None], length: int = 4096, seconds: fl
         "tiled_above": crossing(base, say, seconds),
         "measured": f"{machine.describe()['machine']}, {kind}, 8 heads of 64, {base.dtype}",
     }
-    results.replace(path, json.dumps({**known, kind: entry}, indent=1) + "\n")
+    paths.replace(path, json.dumps({**known, kind: entry}, indent=1) + "\n")
     return f"{path}: tiles {entry['tiles']}, tiled above {entry['tiled_above']:,} numbers"
 
 

@@ -20,7 +20,7 @@ from experiments.tasks.transduction import BEGIN as BEGIN
 from experiments.tasks.transduction import END as END
 from experiments.tasks.transduction import PAD as PAD
 from experiments.tasks.transduction import Copy, Reverse, Sort
-from experiments.tasks.translation import Translation
+from experiments.tasks.translation.task import Translation
 
 TASKS = {
     "recall": Recall,

@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from experiments.ranges import at_least, check_fields, each, one_of, ranged
 from experiments.tasks import hashing, textfiles, tfds_sets
+from experiments.tasks.ranges import at_least, check_fields, each, one_of, ranged
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from experiments.ranges import at_least, check_fields, each, ranged
 from experiments.tasks import hashing
+from experiments.tasks.ranges import at_least, check_fields, each, ranged
 
 PAD, BEGIN, END = range(3)
 NUM_SPECIAL = 3

@@ -1,0 +1,211 @@
+"""A run directory as it is read: its cells, what each was told, measured and logged."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.config import claims
+from experiments.config.claims import Claim
+from experiments.storage import paths
+from experiments.training import attention_maps
+
+COSTS: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "parameters": lambda result: result.get("num_params"),
+    "ms per step": lambda result: _inverse(result.get("steps_per_second")),
+    "memory, MiB": lambda result: _mebi(result.get("memory_bytes")),
+    "cache, bytes per token": lambda result: result.get("cache_bytes_per_token"),
+    "ms per decoded token": lambda result: result.get("decode_ms_per_token"),
+}
+"""What a result says that a cell costs, None where it does not.
+
+A step is one of all its seeds, memory that of a step as XLA counts it, a decoded token one of each
+of `generation.TEXTS` texts.
+"""
+
+
+def _inverse(rate):
+    return 1000 / rate if rate else None
+
+
+def _mebi(size):
+    return size / 2**20 if size else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One training run of all seeds. `config` and `result` are empty until they are written."""
+
+    id: str
+    base: str
+    axis: str | None
+    value: Any
+    overrides: Mapping[str, Any]
+    path: Path
+    config: Mapping[str, Any]
+    result: Mapping[str, Any]
+
+    @property
+    def status(self) -> str:
+        """'done', 'failed', 'dropped' (by `halving`), 'partial' (has begun) or 'not run'."""
+        if self.result:
+            return self.result["status"]
+        return "partial" if (self.path / "metrics.jsonl").exists() else "not run"
+
+    @property
+    def step(self) -> int:
+        """The last step in its log, 0 without one."""
+        curves = read_curves(self)
+        return max((int(steps[-1]) for steps, _ in curves.values()), default=0)
+
+    @property
+    def label(self) -> str:
+        """'position=rope'; the name of the group and '(base)' for a base cell."""
+        return f"{self.base} (base)" if self.axis is None else f"{self.axis}={self.value}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed as what was read at one time
+class Experiment:
+    """A run directory, read by `load`."""
+
+    path: Path
+    command: str
+    created: str
+    seeds: Sequence[int]
+    environment: Mapping[str, Any]
+    cells: Sequence[Cell]
+    claims: Sequence[Claim] = ()
+
+    def bases(self) -> list[str]:
+        """The names of the groups, in sweep order."""
+        return list(dict.fromkeys(cell.base for cell in self.cells))
+
+    def axes(self, base: str) -> list[str]:
+        """The axes swept in the group `base`, in sweep order."""
+        axes = dict.fromkeys(cell.axis for cell in self.cells if cell.base == base)
+        return [axis for axis in axes if axis is not None]
+
+    def group(self, base: str, axis: str | None = None) -> list[Cell]:
+        """The cells of a group, base cell first, then axis by axis; of one axis where given."""
+        order: list[str | None] = [None, *self.axes(base)]
+        cells = [cell for cell in self.cells if cell.base == base]
+        if axis is not None:
+            cells = [cell for cell in cells if cell.axis in (None, axis)]
+        return sorted(cells, key=lambda cell: order.index(cell.axis))
+
+    def base_value(self, base: str, axis: str) -> str:
+        """The base cell's own setting of what `axis` changes, such as 'rope' for position.
+
+        'base' where that is not a single number or name of its config.
+        """
+        group = self.group(base, axis)
+        keys = {key for cell in group if cell.axis == axis for key in cell.overrides}
+        node: Any = next((cell.config for cell in group if cell.axis is None), {})
+        for name in ".".join(keys).split(".") if len(keys) == 1 else ():
+            node = node.get(name) if isinstance(node, Mapping) else None
+        return str(node) if isinstance(node, str | int | float) else "base"
+
+
+def load(workdir: str | os.PathLike[str]) -> Experiment:
+    """Reads `sweep.json` and of each cell `config.json` and `result.json`, where there.
+
+    Raises:
+      ValueError: `workdir` is not a run directory, or one of its files is not what it should be.
+    """
+    workdir = paths.as_path(workdir)
+    if paths.read(workdir / "sweep.json") is None:
+        raise ValueError(
+            f"{workdir} is not a run directory: no sweep.json; start one with "
+            "python -m experiments.ablate --config=... --workdir=..."
+        )
+    header = ("command", "created", "seeds", "environment")
+    sweep = _read_json(workdir / "sweep.json", *header, "cells")
+    cells = []
+    for spec in sweep["cells"]:
+        path = workdir / "cells" / spec["id"]
+        config = _read_json(path / "config.json")
+        result = _read_json(path / "result.json", "status")
+        if result.get("status") == "done":
+            result = _read_json(path / "result.json", "metrics", "primary", "lower_is_better")
+            if result["primary"] not in result["metrics"]:
+                raise ValueError(
+                    f"{path / 'result.json'}: the primary metric {result['primary']!r} is not "
+                    f"among its metrics: {', '.join(result['metrics'])}"
+                )
+        names = ("id", "base", "axis", "value", "overrides")
+        cells.append(Cell(*(spec[name] for name in names), path, config, result))
+    expected = claims.read(sweep.get("claims", []))
+    found = Experiment(workdir, *(sweep[name] for name in header), cells, expected)
+    devices = dict.fromkeys(cell.result["device"] for cell in cells if "device" in cell.result)
+    if not devices:
+        return found
+    environment = {**found.environment, "device": ", ".join(devices)}
+    return dataclasses.replace(found, environment=environment)
+
+
+def read_curves(cell: Cell) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Reads `metrics.jsonl`: of each metric its steps [N] and values [N, seeds].
+
+    A line cut short by a kill is left out; of a step logged twice (before a kill and after the
+    resume) the later line counts.
+    """
+    values: dict[str, dict[int, list[float]]] = {}
+    for line in (paths.read(cell.path / "metrics.jsonl") or "").splitlines():
+        try:
+            record = json.loads(line)
+            step = record.pop("step")
+        except (ValueError, KeyError, AttributeError):
+            continue
+        for name, value in record.items():
+            values.setdefault(name, {})[step] = value
+    curves = {}
+    for name, by_step in values.items():
+        steps = sorted(by_step)
+        points = [np.atleast_1d(np.asarray(by_step[step], float)) for step in steps]
+        curves[name] = np.asarray(steps), np.stack(points)
+    return curves
+
+
+def read_attention(cell: Cell) -> list[dict[str, attention_maps.Map]]:
+    """The attention maps of the first seed by example and kind; none of a cell that is not done."""
+    path = cell.path / "attention.npz"
+    return attention_maps.load(path) if cell.status == "done" and path.exists() else []
+
+
+def join(experiments: Sequence[Experiment]) -> Experiment:
+    """One experiment with the groups and cells of several, named after their run directories.
+
+    It has no claims: those of each are tested by themselves.
+    """
+    names = [experiment.path.resolve().name for experiment in experiments]
+    if len(set(names)) < len(names):
+        names = [str(experiment.path) for experiment in experiments]
+    cells = []
+    for name, experiment in zip(names, experiments, strict=True):
+        for cell in experiment.cells:
+            renamed = {"id": f"{name}/{cell.id}", "base": f"{name}: {cell.base}"}
+            cells.append(dataclasses.replace(cell, **renamed))
+    seeds = max((experiment.seeds for experiment in experiments), key=len)
+    return dataclasses.replace(experiments[0], seeds=seeds, cells=cells, claims=())
+
+
+def _read_json(path: Path, *required: str) -> dict[str, Any]:
+    """The object in a file, {} where there is no file."""
+    if (text := paths.read(path)) is None:
+        return {}
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}); delete it and run the sweep's command again"
+        ) from error
+    missing = [name for name in required if name not in content]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}; found {', '.join(content) or 'nothing'}"
+        )
+    return content

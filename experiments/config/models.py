@@ -1,0 +1,88 @@
+"""From the settings `model` and a task to a Linen model: where a new architecture is named."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+import attention
+from attention.models import (
+    Bahdanau,
+    EncoderDecoder,
+    LanguageModel,
+    LastState,
+    LocalM,
+    LocalP,
+    Luong,
+    RNNConfig,
+    RNNEncoderDecoder,
+)
+from attention.nn import TransformerConfig
+from experiments import tasks
+from experiments.config import settings
+
+
+def build(config: ConfigDict) -> tuple[tasks.Task, Any]:
+    """The task and the Linen model of a config.
+
+    ValueError for whatever is out of range or does not fit together.
+    """
+    settings.check(config)
+    task = tasks.create(config.task)
+    m = config.model
+    kinds = ("score", "position", "mask", "normalizer")
+    parts = {kind: attention.parse(kind, m[kind]) for kind in kinds}
+    return task, {"transformer": transformer, "rnn": rnn}[m.architecture](task, m, parts)
+
+
+def transformer(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
+    """The Transformer of the settings `model`: a decoder or an encoder-decoder, as the task is."""
+    padded = {**parts, "mask": attention.masks.Padding()}
+    # Where a word stands in its own text is told by the encoder; i − j between texts tells nothing.
+    crossed = {**padded, "position": attention.positions.NoPE()}
+    sizes = (
+        *("model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "norm"),
+        *("dropout_rate", "attention_dropout_rate", "use_bias", "tie_embeddings", "init_stddev"),
+        *("scan_layers", "remat_layers", "implementation"),
+    )
+    found = TransformerConfig(
+        vocab_size=task.vocab_size,
+        decoder=attention.Mechanism(**parts),
+        encoder=attention.Mechanism(**padded),
+        cross=attention.Mechanism(**crossed),
+        dtype=jnp.dtype(m.dtype),
+        **{name: m[name] for name in sizes},
+    )
+    return {"decoder": LanguageModel, "encoder_decoder": EncoderDecoder}[task.architecture](found)
+
+
+def rnn(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
+    """The recurrent encoder-decoder of the settings `model`; its mask is that of padding."""
+    if task.architecture != "encoder_decoder":
+        raise ValueError(
+            "model.architecture='rnn' goes from one sequence to another; the task "
+            f"{type(task).__name__} has only one: use 'transformer'"
+        )
+    own, heads = m.rnn, m.num_heads
+    mechanism = attention.Mechanism(**{**parts, "mask": attention.masks.Padding()})
+    windows = {
+        "none": None,
+        "local_m": LocalM(own.window_width),
+        "local_p": LocalP(own.window_width),
+    }
+    reads = {
+        "none": LastState,
+        "bahdanau": lambda: Bahdanau(mechanism, heads),
+        "luong": lambda: Luong(mechanism, heads, windows[own.window], own.input_feeding),
+    }
+    sizes = ("model_dim", "num_layers", "dropout_rate", "tie_embeddings", "init_stddev")
+    return RNNEncoderDecoder(
+        RNNConfig(
+            vocab_size=task.vocab_size,
+            cell=own.cell,
+            bidirectional=own.bidirectional,
+            attention=reads[own.attention](),
+            dtype=jnp.dtype(m.dtype),
+            **{name: m[name] for name in sizes},
+        )
+    )

@@ -1,0 +1,351 @@
+"""Every setting of an experiment: its default, its range, who reads it.
+
+Files in configs/ change what they are about.
+
+    python -m experiments.config.settings
+
+lists them all.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+import attention
+from attention.parts import Position
+from attention.positions import Sum
+from experiments import tasks
+from experiments.tasks.ranges import (
+    FRACTION,
+    NUMBER,
+    SWITCH,
+    TEXT,
+    Range,
+    above,
+    at_least,
+    exactly,
+    one_of,
+)
+
+
+class Reader(NamedTuple):
+    """What reads a setting: where `reads` a config is true, which `when` says in words.
+
+    Elsewhere a value other than the default is an error. What is `inherited` may be there all the
+    same: a variant of a sweep has it from a base that reads it.
+    """
+
+    when: str
+    reads: Callable[[ConfigDict], bool]
+    inherited: bool = False
+
+
+def _tasks(wanted: Callable[[type], bool]) -> Reader:
+    names = [name for name, task in tasks.TASKS.items() if wanted(task)]
+    when = f"task.name {'one of ' * (len(names) > 1)}{', '.join(names)}"
+    return Reader(when, lambda c: wanted(tasks.TASKS[c.task.name]))
+
+
+EVERYONE = Reader("any settings", lambda c: True)
+TRANSFORMER = Reader(
+    "model.architecture='transformer'", lambda c: c.model.architecture == "transformer"
+)
+RNN = Reader("model.architecture='rnn'", lambda c: c.model.architecture == "rnn")
+ATTENTION = Reader(
+    "attention, not model.rnn.attention='none'",
+    lambda c: c.model.architecture != "rnn" or c.model.rnn.attention != "none",
+    inherited=True,
+)
+LUONG = Reader(
+    "model.rnn.attention='luong'", lambda c: RNN.reads(c) and c.model.rnn.attention == "luong"
+)
+WINDOW = Reader("a model.rnn.window", lambda c: LUONG.reads(c) and c.model.rnn.window != "none")
+TRANSLATION = _tasks(lambda task: hasattr(task, "references"))
+LANGUAGE_MODEL = _tasks(lambda task: task.architecture == "decoder")
+
+PART = Range("a text that `attention.parse` reads", TEXT.holds)
+
+
+class Setting(NamedTuple):
+    """A setting.
+
+    Attributes:
+      default: its value, or the type of a setting that is None unless given.
+      range: the values it may have, beside None.
+      says: what it is, where its name does not tell.
+      reader: who reads it.
+    """
+
+    default: Any
+    range: Range
+    says: str = ""
+    reader: Reader = EVERYONE
+
+
+SETTINGS: dict[str, Any] = {
+    "mesh": Setting("", TEXT, "of devices, 'data:4,model:2': batch over data, heads over model"),
+    "fully_sharded": Setting(False, SWITCH, "parameters over data as well"),
+    "model": {
+        "architecture": Setting("transformer", one_of("transformer", "rnn")),
+        "score": Setting("scaled_dot", PART, reader=ATTENTION),
+        "position": Setting("rope", PART, reader=ATTENTION),
+        "mask": Setting("causal", PART, "of a decoder", TRANSFORMER),
+        "normalizer": Setting("softmax", PART, reader=ATTENTION),
+        "num_layers": Setting(2, at_least(1), "of encoder and decoder each"),
+        "model_dim": Setting(64, at_least(1)),
+        "num_heads": Setting(4, at_least(1), reader=ATTENTION),
+        "num_kv_heads": Setting(int, at_least(1), "num_heads unless given", TRANSFORMER),
+        "head_dim": Setting(int, at_least(1), "model_dim // num_heads unless given", TRANSFORMER),
+        "mlp_dim": Setting(int, at_least(1), "4 · model_dim unless given", TRANSFORMER),
+        "norm": Setting("pre", one_of("pre", "post"), reader=TRANSFORMER),
+        "dropout_rate": Setting(0.0, FRACTION),
+        "attention_dropout_rate": Setting(0.0, FRACTION, reader=TRANSFORMER),
+        "use_bias": Setting(False, SWITCH, reader=TRANSFORMER),
+        "tie_embeddings": Setting(True, SWITCH),
+        "init_stddev": Setting(0.02, above(0.0)),
+        "scan_layers": Setting(
+            False, SWITCH, "compile time flat in depth, but slow steps on a CPU", TRANSFORMER
+        ),
+        "remat_layers": Setting(False, SWITCH, "less memory, one forward pass more", TRANSFORMER),
+        "dtype": Setting(
+            "float32",
+            one_of("float32", "bfloat16", "float16", "float64"),
+            "of the computation; parameters are float32. float64 needs JAX_ENABLE_X64=1",
+        ),
+        "implementation": Setting(str, TEXT, "the kernel; chosen by `attend`", TRANSFORMER),
+        "rnn": {
+            "cell": Setting("gru", one_of("gru", "lstm"), reader=RNN),
+            "bidirectional": Setting(True, SWITCH, "the encoder", RNN),
+            "attention": Setting("bahdanau", one_of("bahdanau", "luong", "none"), reader=RNN),
+            "window": Setting("none", one_of("none", "local_m", "local_p"), reader=LUONG),
+            "window_width": Setting(5, at_least(1), "states to each side", WINDOW),
+            "input_feeding": Setting(True, SWITCH, reader=LUONG),
+        },
+    },
+    "optimizer": {  # AdamW, linear warm-up, cosine decay
+        "learning_rate": Setting(1e-3, at_least(0.0), "the largest"),
+        "final_learning_rate": Setting(1e-4, at_least(0.0)),
+        "warmup_steps": Setting(50, at_least(0), "train.steps or more: the rate only rises"),
+        "b1": Setting(0.9, FRACTION),
+        "b2": Setting(0.99, FRACTION),
+        "weight_decay": Setting(0.1, at_least(0.0)),
+        "clip_norm": Setting(1.0, above(0.0) | exactly(math.inf), "inf: not clipped"),
+        "label_smoothing": Setting(0.0, FRACTION),
+        "ema_decay": Setting(0.0, FRACTION, "a model is judged by this mean of its parameters"),
+    },
+    "decoding": {
+        "beam_size": Setting(5, at_least(1), reader=TRANSLATION),
+        "length_penalty": Setting(0.6, NUMBER, reader=TRANSLATION),
+        "timed_tokens": Setting(
+            0, at_least(0), "a model is timed on generating so many; 0: not", LANGUAGE_MODEL
+        ),
+    },
+    "train": {
+        "steps": Setting(500, at_least(1)),
+        "batch_size": Setting(32, at_least(1)),
+        "eval_batch_size": Setting(128, at_least(1)),
+        "seeds": Setting(3, at_least(1)),
+        "seeds_impl": Setting(
+            "map", one_of("map", "vmap"), "in one program one after another, or side by side"
+        ),
+        "log_every": Setting(50, at_least(1)),
+        "eval_every": Setting(100, at_least(1)),
+        "checkpoint_every": Setting(1000, at_least(1)),
+        "explosion": Setting(
+            10.0, above(1.0) | exactly(0), "a loss so many times the first is a failure; 0: NaN is"
+        ),
+        "patience": Setting(
+            0, at_least(0), "evaluations without a better one that end a run; 0: never"
+        ),
+    },
+}
+
+
+def config(task: str, **task_settings) -> ConfigDict:
+    """The settings of an experiment on `task`, one of `experiments.tasks.TASKS`."""
+    return ConfigDict({"task": task_config(task, **task_settings), **_defaults(SETTINGS)})
+
+
+def _defaults(node):
+    if isinstance(node, Setting):
+        return placeholder(node.default) if isinstance(node.default, type) else node.default
+    return {name: _defaults(own) for name, own in node.items()}
+
+
+def task_config(name: str, **settings) -> ConfigDict:
+    """The fields of a task with their defaults, `settings` replacing some."""
+    task = tasks.create({"name": name, **settings})
+    hints = typing.get_type_hints(type(task))
+    fields = {"name": name}
+    for field in dataclasses.fields(task):
+        value = getattr(task, field.name)
+        optional = [kind for kind in typing.get_args(hints[field.name]) if kind is not type(None)]
+        fields[field.name] = placeholder(optional[0]) if value is None else value
+    return ConfigDict(fields)
+
+
+def argument(file: str, arg: str, known: Collection[str]) -> str:
+    """What a config file does with its argument, 'sort' of configs/transduction.py:sort.
+
+    It is one of `known`, or empty for the first of them. ValueError for any other, naming `file`,
+    which is the `__file__` of the config.
+    """
+    first, *_ = known
+    if (arg or first) not in known:
+        raise ValueError(f"{os.path.relpath(file)} takes :{', :'.join(known)}; got {arg!r}")
+    return arg or first
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError, naming the setting, where a value is out of its range."""
+    import jax
+
+    for name, setting in _flat(SETTINGS):
+        value = get(config, name)
+        if not (value is None and isinstance(setting.default, type)):
+            setting.range.check(name, value)
+    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError("model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment")
+
+
+def check_read(config: ConfigDict, changed: Collection[str] = ()) -> None:
+    """Raises ValueError where a setting is not at its default though nothing reads it.
+
+    `changed` are the dotted names of those that a sweep or a flag has set itself; they are not
+    inherited (see `Reader`).
+    """
+    for name, setting in _flat(SETTINGS):
+        value, reader = get(config, name), setting.reader
+        default = None if isinstance(setting.default, type) else setting.default
+        if value == default or reader.reads(config) or (reader.inherited and name not in changed):
+            continue
+        raise ValueError(
+            f"{name}={value!r} is read only with {reader.when}: leave it at {default!r}"
+        )
+    if config.task.get("path") or config.task.get("tfds"):
+        defaults = task_config(config.task.name)
+        for name, value in config.task.items():
+            if name.startswith("synthetic_") and value != defaults[name]:
+                raise ValueError(
+                    f"task.{name}={value!r} is read only where the text is generated, without path "
+                    f"and tfds: leave it at {defaults[name]!r}"
+                )
+    if config.model.architecture == "rnn" and ATTENTION.reads(config):
+        position = attention.parse("position", config.model.position)
+        for part in position.parts if isinstance(position, Sum) else (position,):
+            if type(part).embed is not Position.embed:
+                raise ValueError(
+                    f"model.position={config.model.position!r} is added to embeddings, which is "
+                    "read only with model.architecture='transformer': choose 'none', or one that "
+                    "acts on query, key or scores"
+                )
+
+
+def get(config: ConfigDict, name: str) -> Any:
+    """The setting of a dotted name."""
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Setting]]:
+    for key, own in node.items():
+        if isinstance(own, Setting):
+            yield f"{prefix}{key}", own
+        else:
+            yield from _flat(own, f"{prefix}{key}.")
+
+
+def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A locked copy of `config` with some settings, named by dotted keys, replaced.
+
+    Raises:
+      ValueError: for a key that does not exist (naming the nearest) or a value of another type.
+    """
+    config = config.copy_and_resolve_references()
+    changes = dict(changes)
+    if "task" in changes:
+        task = changes.pop("task")
+        if not isinstance(task, Mapping) or "name" not in task:
+            raise ValueError(f"task={task!r} must be a dict with the 'name' of a task")
+        with config.unlocked():
+            config.task = task_config(**task)
+    config.lock()
+    for key, value in changes.items():
+        *path, last = str(key).split(".")
+        node = config
+        try:
+            for part in path:
+                node = node[part]
+            old = node[last]
+        except (KeyError, AttributeError) as error:
+            raise ValueError(f"{key}: {error}") from None
+        except TypeError:
+            raise ValueError(f"{key} is no setting: {'.'.join(path)} has none below it") from None
+        if isinstance(old, ConfigDict):
+            raise ValueError(f"{key} is a group of settings: change one of {', '.join(old)}")
+        try:
+            node[last] = value
+        except TypeError:
+            raise ValueError(
+                f"{key} must be {type(old).__name__}, like {old!r}; got {value!r}"
+            ) from None
+    return config
+
+
+def describe(config: ConfigDict) -> dict[str, Any]:
+    """All settings as JSON, and the fingerprint of the text where the task reads one."""
+    task = tasks.create(config.task)
+    described = json.loads(json.dumps(config.to_dict()))
+    if hasattr(task, "fingerprint"):
+        described["task"]["fingerprint"] = task.fingerprint
+    return described
+
+
+def read(described: Mapping[str, Any]) -> ConfigDict:
+    """The config that `describe` described."""
+    own = {key: value for key, value in described["task"].items() if key != "fingerprint"}
+    found = config(own["name"])
+    found.unlock()
+    found.update({**described, "task": own})
+    return found.lock()
+
+
+def complete(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What `describe` described, with the default of each setting that was not known then."""
+
+    def filled(default, value):
+        if not (isinstance(default, Mapping) and isinstance(value, Mapping)):
+            return value
+        own = {key: filled(default.get(key), x) for key, x in value.items()}
+        return {**default, **own}
+
+    defaults = json.loads(json.dumps(config(described["task"]["name"]).to_dict()))
+    return filled(defaults, described)
+
+
+def table() -> str:
+    """All settings in Markdown: default, range, meaning, and who reads those that not all do."""
+    lines = ["| setting | default | range | |", "|---|---|---|---|"]
+    for name, setting in _flat(SETTINGS):
+        default = None if isinstance(setting.default, type) else setting.default
+        only = "" if setting.reader is EVERYONE else f"read only with {setting.reader.when}"
+        says = "; ".join(filter(None, (setting.says, only)))
+        lines.append(f"| {name} | {default!r} | {setting.range.text} | {says} |")
+    for task, kind in tasks.TASKS.items():
+        for field in dataclasses.fields(kind):
+            allowed = field.metadata["range"].text if "range" in field.metadata else ""
+            says = f"of task.name={task!r}"
+            lines.append(f"| task.{field.name} | {field.default!r} | {allowed} | {says} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,0 +1,207 @@
+"""The cells of a sweep: base settings and what each cell changes."""
+
+import dataclasses
+import inspect
+import itertools
+import runpy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import attention
+from experiments.config import settings
+from experiments.config.claims import Claim
+from experiments.storage import paths
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One experiment of a sweep.
+
+    Attributes:
+      id: its name and folder, e.g. 'text.position=none'.
+      base: the base it varies; cells are compared within a base.
+      axis, value: what it varies and how, None for the base itself.
+      overrides: the settings in which it differs from its base.
+      config: all settings.
+    """
+
+    id: str
+    base: str
+    axis: str | None
+    value: str | None
+    overrides: Mapping[str, Any]
+    config: ConfigDict
+
+
+def expand(
+    config: ConfigDict,
+    bases: Mapping[str, Mapping[str, Any]],
+    axes: Mapping[str, Iterable[Mapping[str, Any]]],
+    *,
+    product: bool = False,
+    given: Mapping[str, Any] | None = None,
+) -> list[Cell]:
+    """All cells: each base, and around it each axis by itself or, with `product`, the grid.
+
+    Args:
+      config: the settings that everything starts from.
+      bases: name -> overrides (dotted keys; 'task' may be a dict with a name: another task).
+      axes: name -> overrides of each of its values. An override dict with a key 'base' is for
+        that base only, one with 'name' is called that, and not after its settings. A value that
+        is the base's own adds no cell, also where it is written in another way: 'rope' and
+        'RoPE()' are one part.
+      product: one cell for each combination of values instead.
+      given: overrides by the user's own flags, which hold in every base.
+
+    Raises:
+      ValueError: for a setting that does not exist, has another type, is out of its range or is
+        read by nothing, a base that does not exist, and two values of an axis that are the same.
+    """
+    cells: dict[str, Cell] = {}
+    if not bases:
+        raise ValueError("bases() names no base: return {'base': {}} for the config as it is")
+    for axis, changes in axes.items():
+        for change in changes:
+            if "base" in change and change["base"] not in bases:
+                raise ValueError(
+                    f"sweep_{axis} has a value for the base {change['base']!r}; the bases are "
+                    f"{', '.join(bases)}"
+                )
+    for base, base_overrides in bases.items():
+        own = {
+            key: value
+            for key, value in (given or {}).items()
+            # Flags about the task mean the config's, not one that a base puts in its place.
+            if "task" not in base_overrides or not key.startswith("task.")
+        }
+        start = _override(config, {**base_overrides, **own})
+        id = paths.file_name(base)
+        if id in cells or id.strip(".") == "":
+            raise ValueError(
+                f"the base {base!r} cannot name a folder of its own: choose another name"
+            )
+        swept = {axis: _values(changes, base) for axis, changes in axes.items()}
+        swept = {axis: changes for axis, changes in swept.items() if changes}
+        if product and swept:
+            axis = "×".join(swept)
+            variants = [
+                (
+                    axis,
+                    ", ".join(name for name, _ in combination),
+                    {key: v for _, change in combination for key, v in change.items()},
+                )
+                for combination in itertools.product(*swept.values())
+            ]
+        else:
+            cells[id] = Cell(id, base, None, None, {}, start)
+            variants = [(axis, *value) for axis, values in swept.items() for value in values]
+        meanings: list[tuple[str, str, dict]] = []
+        for axis, value, change in variants:
+            varied = _override(start, change)
+            meaning = _meaning(varied)
+            if meaning == _meaning(start) and id in cells:
+                continue
+            for other, first, known in meanings:
+                if (other, known) == (axis, meaning) and first != value:
+                    raise ValueError(
+                        f"the values {first} and {value} of {axis} are the same: drop one"
+                    )
+            meanings.append((axis, value, meaning))
+            name = paths.file_name(f"{base}.{axis}={value}".replace(" ", ""))
+            if name in cells and cells[name].config != varied:
+                raise ValueError(
+                    f"the values {cells[name].value} and {value} of {axis} would both be called "
+                    f"{name}: give one a 'name' of its own"
+                )
+            cells[name] = Cell(name, base, axis, value, change, varied)
+    return list(cells.values())
+
+
+def _override(config, changes):
+    """A checked copy of `config` with some settings replaced."""
+    changed = settings.override(config, changes)
+    settings.check(changed)
+    settings.check_read(changed, changes)
+    return changed
+
+
+def _meaning(config):
+    """What is equal for configs that say the same in different words."""
+    model = config.model.to_dict()
+    for kind in ("score", "position", "mask", "normalizer"):
+        model[kind] = attention.parse(kind, model[kind])
+    sizes = {
+        "num_kv_heads": config.model.num_heads,
+        "head_dim": config.model.model_dim // config.model.num_heads,
+        "mlp_dim": 4 * config.model.model_dim,
+    }
+    model |= {name: size for name, size in sizes.items() if model[name] is None}
+    return {**config.to_dict(), "model": model}
+
+
+def load(
+    path: str, names: str, config: ConfigDict
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, list], list[Claim]]:
+    """The bases, axes and claims of a config file: of `bases`, `sweep_<name>` and `claims`.
+
+    `names` are the axes wanted, separated by commas; 'all' takes every one there is and '' none.
+    A sweep with a parameter is given the `config`, for values that depend on it.
+
+    Raises ValueError for a sweep that does not exist, and where one of these functions returns
+    something else than it should.
+    """
+    functions = runpy.run_path(path)
+    known = [name.removeprefix("sweep_") for name in functions if name.startswith("sweep_")]
+    wanted = known if names == "all" else [name for name in names.split(",") if name]
+    for name in wanted:
+        if name not in known:
+            raise ValueError(
+                f"{path} has no sweep_{name}; it has {', '.join(known) or 'no sweeps'}"
+            )
+    bases = functions.get("bases", lambda: {"base": {}})()
+    if not (isinstance(bases, Mapping) and all(isinstance(x, Mapping) for x in bases.values())):
+        raise ValueError(
+            f"{path}: bases() must return a dict of overrides by name, {{'base': {{}}}}; it "
+            f"returned {bases!r}"
+        )
+    axes = {}
+    for name in wanted:
+        function = functions[f"sweep_{name}"]
+        values = _list(path, function, *[config] * len(inspect.signature(function).parameters))
+        for value in values:
+            if not isinstance(value, Mapping):
+                raise ValueError(
+                    f"{path}: sweep_{name}() must yield dicts of overrides, "
+                    f"{{'model.num_heads': 8}}; got {value!r}"
+                )
+        if not values and names != "all":
+            raise ValueError(f"{path}: sweep_{name}() has no values for this config")
+        axes[name] = values
+    expected = _list(path, functions["claims"]) if "claims" in functions else []
+    for claim in expected:
+        if not isinstance(claim, Claim):
+            raise ValueError(f"{path}: claims() must yield `less` or `equal`; got {claim!r}")
+    return dict(bases), axes, expected
+
+
+def _list(path, function, *arguments):
+    values = function(*arguments)
+    if not isinstance(values, Iterable) or isinstance(values, str | Mapping):
+        raise ValueError(
+            f"{path}: {function.__name__}() must yield its values or return a list of them; it "
+            f"returned {values!r}"
+        )
+    return list(values)
+
+
+def _values(changes, base):
+    """What each value of an axis is called and changes, for a base."""
+    found = []
+    for change in changes:
+        settings = {key: v for key, v in change.items() if key not in ("base", "name")}
+        if change.get("base", base) == base:
+            name = change.get("name", ", ".join(str(v) for v in settings.values()))
+            found.append((str(name), settings))
+    return found

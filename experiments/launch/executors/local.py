@@ -1,0 +1,285 @@
+"""Where the cells of a sweep are trained. All of them leave the same files in the work directory.
+
+An executor trains jobs (`cells.Job`) until each has an outcome or is held by another launcher:
+
+    with Stop() as stop, Local(workdir, workers=2) as executor:
+        executor.run(jobs, progress, stop)
+"""
+
+import collections
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.launch import cells
+from experiments.launch.interrupts import Stop, Stopped
+from experiments.launch.progress import Progress
+from experiments.tasks.ranges import at_least
+
+_TRIES = 2  # of a cell whose process dies
+
+NAMES = ("local", "ray", "slurm")
+
+
+class Failed(Exception):
+    """No cell can go on; the message says why."""
+
+
+class Local:
+    """Processes of this machine, each with a device of its own; one cell at a time in each.
+
+    A process that dies (out of memory, say) is started again and goes on from the checkpoint; where
+    it dies once more the cell has failed.
+
+    Args:
+      workdir: the work directory.
+      workers: how many processes; 0: one for each GPU that JAX may use here, or one.
+      devices: GPUs of each process.
+    """
+
+    def __init__(self, workdir: Any, workers: int = 0, devices: int = 1):
+        self._workdir = workdir
+        self._places = places(workers, devices)
+        self._workers: list[_Worker] = []
+        self._problem: Exception | None = None
+
+    def __enter__(self) -> "Local":
+        # They import JAX while the sweep is being checked.
+        self._workers = [_Worker(place) for place in self._places]
+        return self
+
+    def __exit__(self, *_) -> None:
+        for worker in self._workers:
+            worker.end()
+
+    def run(self, jobs: Sequence[cells.Job], progress: Progress, stop: Stop) -> None:
+        """Trains them.
+
+        Raises:
+          Stopped: `stop` asked for it; what was trained is saved.
+          Failed: the disk is full.
+        """
+        todo = collections.deque(jobs)
+        threads = [
+            threading.Thread(target=self._serve, args=(worker, todo, progress, stop), daemon=True)
+            for worker in self._workers
+        ]
+        for thread in threads:
+            thread.start()
+        asked = False
+        while any(thread.is_alive() for thread in threads):
+            time.sleep(0.05)
+            if (stop.signal or self._problem) and not asked:
+                asked = True
+                todo.clear()
+                for worker in self._workers:
+                    worker.stop()
+        if self._problem:
+            raise self._problem
+        if stop.signal:
+            raise Stopped
+
+    def _serve(self, worker, todo, progress, stop):
+        try:
+            while True:
+                try:
+                    job = todo.popleft()
+                except IndexError:
+                    return
+                following = todo[0].id if todo else None
+                self._train(worker, job, following, progress, stop)
+        except Exception as error:
+            self._problem = self._problem or error
+            todo.clear()
+
+    def _train(self, worker, job, following, progress, stop):
+        for tried in range(1, _TRIES + 1):
+            shown = progress.cell(job.id)
+            order = {
+                "workdir": str(self._workdir),
+                "job": dataclasses.asdict(job),
+                "following": following,
+                "ahead": len(self._workers) == 1,
+            }
+            step = 0
+            limit = job.max_minutes * 60 + 60 if job.max_minutes else None
+            for event in worker.work(order, limit):
+                match event:
+                    case {"kind": "start", "steps": steps, "at": step}:
+                        shown.start(steps, step)
+                    case {"kind": "step", "step": step, "loss": loss}:
+                        shown.step(step, loss)
+                    case {"kind": "finish", "line": line}:
+                        shown.finish(line)
+                    case {"kind": "error", "line": line}:
+                        raise Failed(line)
+                    case {"kind": "stopped", "signal": kind}:
+                        stop.signal = stop.signal or kind
+                        return
+                    case {"kind": "end", "status": status}:
+                        if status == "failed":  # which may have spoilt its device
+                            worker.end()
+                            worker.start()
+                        return
+                    case {"kind": "taken"}:
+                        return
+            code = worker.end(patience=5)  # it is about to die
+            if stop.signal or self._problem:
+                return
+            worker.start()
+            reason = f"its process died of {_died(code)} after step {step}"
+            if worker.late:
+                reason = f"TimeoutError: nothing after step {step}, a minute past --max_minutes"
+                break
+            if tried < _TRIES:
+                shown.note(f"{reason}; once more, from the last checkpoint")
+        else:
+            reason += f", {_TRIES} times"
+        directory = cells.folder(self._workdir, job.id)
+        if found := cells.give_up(directory, job, reason):
+            shown.finish(cells.line(found))
+
+
+class _Worker:
+    """A process of `experiments.launch.worker`."""
+
+    def __init__(self, place: dict):
+        self._place = place
+        self.start()
+
+    def start(self) -> None:
+        """Starts it, also again after its end."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.launch.worker"],
+            env={**os.environ, **self._place["environment"]},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,  # Ctrl-C is for the launcher, which asks its workers
+        )
+        if cores := self._place["cores"]:
+            os.sched_setaffinity(self._process.pid, cores)
+
+    def work(self, order: dict, limit: float | None):
+        """Gives it an order and yields its events, until the one that ends it or its death.
+
+        After `limit` seconds it is killed, and `late`.
+        """
+        self.late = False
+        timer = threading.Timer(limit or 0, self._kill)
+        timer.daemon = True
+        try:
+            print(json.dumps(order), file=self._process.stdin, flush=True)
+            if limit:
+                timer.start()
+            for line in self._process.stdout:
+                yield json.loads(line)
+        except BrokenPipeError:
+            return
+        finally:
+            timer.cancel()
+
+    def _kill(self):
+        self.late = True
+        self._process.kill()
+
+    def stop(self) -> None:
+        """Asks it to save and end."""
+        self._process.send_signal(signal.SIGTERM)
+
+    def end(self, patience: float = 0.0) -> int:
+        """Ends it, at the latest after some seconds; its exit status."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience)
+        self._process.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):  # what it was not there to read
+                pipe.close()
+        return self._process.wait()
+
+
+def create(name: str, workdir: Any, workers: int, devices: int, resources: str) -> Any:
+    """The executor of a name: 'local', or 'ray' and 'slurm' of `clusters`.
+
+    `workers` and `devices` (of a cell) are as of `Local`; a cluster gives what the resources say.
+    `resources` are those of a cell, 'num_gpus=1,TPU=4'.  ValueError where they are not understood
+    or mean nothing, ImportError where a package is missing.
+    """
+    if name == "local":
+        if resources:
+            raise ValueError(f"--resources={resources} is for --executor=ray and slurm")
+        return Local(workdir, workers, devices)
+    from experiments.launch.executors import clusters
+
+    found: dict[str, Any] = {}
+    for part in filter(None, resources.split(",")):
+        key, _, value = part.partition("=")
+        if not value:
+            raise ValueError(f"--resources is name=value,name=value: got {part!r}")
+        try:
+            found[key] = float(value) if "." in value else int(value)
+        except ValueError:
+            found[key] = value
+        if not isinstance(found[key], str):
+            at_least(0.0).check(f"--resources={key}", found[key])
+    package = {"ray": "ray", "slurm": "submitit"}[name]
+    if not importlib.util.find_spec(package):
+        raise ImportError(f"--executor={name} needs {package}: pip install 'attention[cluster]'")
+    kinds = {"ray": clusters.Ray, "slurm": clusters.Slurm}
+    return kinds[name](workdir, workers, found)
+
+
+def _died(code):
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"signal {-code} ({name}{', out of memory?' if name == 'SIGKILL' else ''})"
+    return f"exit status {code}"
+
+
+def places(workers: int, devices: int) -> list[dict]:
+    """For each worker the variables that show it its GPUs alone, or its share of the CPU's cores.
+
+    ValueError where there are fewer GPUs than one worker needs.
+    """
+    found = gpus()
+    if not found:
+        count = max(workers, 1)
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        shares = [set(cores[i::count]) if count > 1 else set() for i in range(count)]
+        return [{"environment": {}, "cores": share} for share in shares]
+    if devices > len(found):
+        raise ValueError(f"a cell needs {devices} GPUs, there are {len(found)}: {', '.join(found)}")
+    count = workers or len(found) // devices
+    # Another launcher may use the same GPUs: nobody takes all memory at once.
+    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    memory = {name: os.environ.get(name, "false")}
+    groups = [[found[(i * devices + k) % len(found)] for k in range(devices)] for i in range(count)]
+    return [
+        {"environment": {"CUDA_VISIBLE_DEVICES": ",".join(group), **memory}, "cores": set()}
+        for group in groups
+    ]
+
+
+def gpus() -> list[str]:
+    """The NVIDIA GPUs that JAX may use on this machine, without starting it."""
+    if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
+        return []
+    if not any(importlib.util.find_spec(f"jax_cuda{number}_plugin") for number in (12, 13)):
+        return []
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in visible.split(",") if name]
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.split() if done.returncode == 0 else []

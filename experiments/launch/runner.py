@@ -1,0 +1,186 @@
+"""Trains a sweep: its work directory, its cells by an executor, successive halving, the report."""
+
+import collections
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.analysis import comparisons, run_directory
+from experiments.config import claims, sweep
+from experiments.launch import cells, cli, halving
+from experiments.launch.interrupts import Stop, Stopped
+from experiments.launch.progress import Progress
+from experiments.reporting import page, terminal
+from experiments.storage import leases, paths
+from experiments.training import loop
+
+
+def open_workdir(
+    workdir: Any, swept: Sequence[sweep.Cell], expected: Sequence[claims.Claim] = ()
+) -> None:
+    """Writes sweep.json and each cell's config.json, or adds cells to those already there.
+
+    `expected` takes the place of what was claimed there before.
+
+    Raises ValueError, before anything is written, where a cell there has other settings.
+    """
+    path = workdir / "sweep.json"
+    # In this order: a launcher that starts just now writes sweep.json before all else.
+    if list(workdir.glob("[!.]*")) and not path.exists():
+        raise ValueError(f"{workdir} is not empty and holds no sweep; choose another --workdir")
+    paths.make(workdir)
+    with leases.alone(workdir):  # another launcher may add cells of its own
+        for cell in swept:
+            loop.check_directory(cells.folder(workdir, cell.id), cell.config)
+        before = json.loads(paths.read(path) or "{}")
+        known = before.get("cells", [])
+        ids = {cell["id"] for cell in known}
+        fields = ("id", "base", "axis", "value", "overrides")
+        added = [{name: getattr(c, name) for name in fields} for c in swept if c.id not in ids]
+        content = {
+            "command": shlex.join(["python", "-m", "experiments.ablate", *sys.argv[1:]]),
+            "created": datetime.datetime.now().isoformat(timespec="seconds"),
+            "seeds": list(range(swept[0].config.train.seeds)),
+            "environment": environment(),
+            "claims": claims.describe(expected),
+            "cells": known + added,
+        }
+        if added or content["claims"] != before.get("claims", []):
+            paths.replace(path, json.dumps(content, indent=2))
+        for cell in swept:  # a mesh may be another than before
+            if not cells.outcome(directory := cells.folder(workdir, cell.id)):
+                loop.claim(directory, cell.config)
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine of the launcher."""
+    names = ("jax", "flax", "optax", "numpy", "orbax-checkpoint", "grain")
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def run_until_done(workdir: Any, jobs: Sequence[cells.Job], executor, stop: Stop) -> None:
+    """Runs jobs until each has its outcome, here or by another launcher.
+
+    Raises what the executor raises.
+    """
+    said = False
+    pause = 0.5 if isinstance(workdir, Path) else 3.0  # each look at an object costs something
+    while left := [job for job in jobs if not _outcome(workdir, job)]:
+        held = {job.id: leases.holder(cells.folder(workdir, job.id)) for job in left}
+        if free := [job for job in left if not held[job.id]]:
+            with Progress(len(free)) as progress:
+                executor.run(free, progress, stop)
+            continue
+        if not said:
+            said = True
+            print(f"waiting for {left[0].id}, which {held[left[0].id]} trains", flush=True)
+        time.sleep(pause)
+        if stop.signal:
+            raise Stopped
+
+
+def halve(workdir: Any, swept: Sequence[sweep.Cell], executor, stop, eta, options) -> None:
+    """Runs the rungs of successive halving but the last; who drops out has that as its result."""
+    steps = swept[0].config.train.steps
+    bases = [cell.id for cell in swept if cell.axis is None]
+    ids = [cell.id for cell in swept]
+    largest = max(collections.Counter(cell.base for cell in swept).values())
+    for rung in halving.rungs(largest, steps, eta):
+        jobs = [cells.Job(id, until=rung, **options) for id in ids]
+        run_until_done(workdir, jobs, executor, stop)
+        kept = []
+        for base in dict.fromkeys(cell.base for cell in swept):
+            own = [cell.id for cell in swept if cell.base == base and cell.id in ids]
+            scores = {id: cells.score(cells.folder(workdir, id), rung) for id in own}
+            kept += halving.survivors(scores, bases, eta)
+            for place, id in enumerate(sorted(own, key=lambda id: _rank(scores[id])), 1):
+                if id not in kept:
+                    text = f"number {place} of {len(own)} at step {rung}"
+                    cells.drop(cells.folder(workdir, id), text)
+        ids = [id for id in ids if id in kept]
+
+
+def _rank(score):
+    return math.isnan(score), score
+
+
+def _outcome(workdir, job):
+    return cells.outcome(cells.folder(workdir, job.id), job.until)
+
+
+def say_untested(swept: Sequence[sweep.Cell], expected: Sequence[claims.Claim]) -> None:
+    """Prints which claims are about cells that the sweep does not have."""
+    ids = {cell.id for cell in swept}
+    for claim in expected:
+        if missing := sorted(claims.cells(claim) - ids):
+            print(f"not tested here, without {', '.join(missing)}: {claim.says}")
+
+
+def train_sweep(
+    workdir: Any,
+    swept: Sequence[sweep.Cell],
+    expected: Sequence[claims.Claim],
+    executor: Any,
+    stop: Stop,
+    *,
+    retry_failed: bool = False,
+    eta: int = 0,
+    max_minutes: float = 0.0,
+    tensorboard: bool = False,
+) -> None:
+    """Trains what is left of a sweep and writes its report.
+
+    `eta` is that of successive halving, 0: none; the others are flags of `experiments.ablate`.
+    Ends the program with status 1 where cells have failed, and in one line where a setting is
+    wrong.
+    """
+    with cli.user_errors():
+        for cell in swept:
+            loop.check_directory(cells.folder(workdir, cell.id), cell.config)
+    retried = ()
+    if retry_failed:
+        retried = ("failed",) if eta else ("failed", "dropped")
+    options = {"max_minutes": max_minutes, "tensorboard": tensorboard}
+    jobs = [cells.Job(cell.id, **options) for cell in swept]
+    status = {job: (_outcome(workdir, job) or {}).get("status") for job in jobs}
+    todo = [job for job in jobs if status[job] in (None, *retried)]
+    if not todo and (workdir / "report.html").exists():
+        terminal.show(comparisons.summarize(run_directory.load(workdir)))
+        print(f"all {len(swept)} cells were done already: {workdir / 'report.html'}")
+        return _end(workdir, jobs)
+    if todo:
+        with executor:
+            with cli.user_errors():
+                for cell in swept:
+                    loop.check(cell.config)
+                for cell in swept:
+                    cells.forget(cells.folder(workdir, cell.id), retried)
+                open_workdir(workdir, swept, expected)
+            print(f"{len(todo)} of {len(swept)} cells to train in {workdir}", flush=True)
+            stop.unsaved = True  # those who train are asked to save
+            if eta:
+                halve(workdir, swept, executor, stop, eta, options)
+            run_until_done(workdir, jobs, executor, stop)
+            stop.unsaved = False
+    page.publish(workdir)
+    _end(workdir, jobs)
+
+
+def _end(workdir, jobs):
+    """Ends the program with status 1 where cells have failed."""
+    outcomes = [_outcome(workdir, job) for job in jobs]
+    if failed := sum(found["status"] == "failed" for found in outcomes if found):
+        sys.exit(f"error: {failed} of {len(jobs)} cells failed; --retry_failed tries them again")

@@ -1,0 +1,68 @@
+"""results.csv and pairs.csv of a report, in full precision."""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments.analysis.comparisons import Estimate, Row, pairwise
+from experiments.storage.paths import replace
+
+_NAN = float("nan")
+_FACTS = ("num_params", "compile_seconds", "steps_per_second", "memory_bytes")
+_FACTS += ("decode_ms_per_token", "cache_bytes_per_token")
+_COLUMNS = (
+    *("cell", "base", "axis", "value", "status", "seeds", "metric", "mean", "interval95"),
+    *("difference", "difference_interval95", "bootstrap95_low", "bootstrap95_high"),
+    *("difference_bootstrap95_low", "difference_bootstrap95_high"),
+    *("effect_size", "p", "p_holm", "reported", *_FACTS, "error"),
+)
+
+
+def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
+    """Writes one line a cell and metric, and one without a metric for a cell not done.
+
+    The reported metric comes first and has a 1 under `reported`; the others describe and are no
+    part of the family that p_holm is corrected for. Numbers are in full precision; what is not
+    known is empty. An existing file is replaced whole.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for row in rows:
+        cell, result = row.cell, row.cell.result
+        names = sorted(row.metrics, key=lambda name: name != row.metric)
+        for metric in names or [""]:
+            e = row.metrics.get(metric, Estimate((), _NAN, _NAN))
+            paired, reported = e.comparison, metric != "" and metric == row.metric
+            numbers = (
+                *(e.mean, e.interval, paired.difference, paired.interval),
+                *(*e.bootstrap, *paired.bootstrap),
+                *(paired.effect_size, paired.p, row.p_holm if reported else _NAN),
+            )
+            writer.writerow(
+                [cell.id, cell.base, cell.axis, cell.value, cell.status, len(e.values), metric]
+                + ["" if math.isnan(x) else x for x in numbers]
+                + [int(reported) if metric else ""]
+                + [result.get(name) for name in _FACTS]
+                + [row.error]
+            )
+    replace(path, text.getvalue())
+
+
+def write_pairs(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
+    """Writes `pairwise` of every group as CSV, a line a pair."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("cell", "other", "metric", "difference", "interval95", "p_holm"))
+    for base in dict.fromkeys(row.cell.base for row in rows):
+        pairs = pairwise([row for row in rows if row.cell.base == base])
+        for i, j in zip(*np.triu_indices(len(pairs.rows), 1), strict=True):
+            ids = [pairs.rows[k].cell.id for k in (i, j)]
+            numbers = (pairs.difference[i, j], pairs.interval[i, j], pairs.p[i, j])
+            known = ["" if math.isnan(x) else x for x in numbers]
+            writer.writerow([*ids, pairs.rows[i].metric, *known])
+    replace(path, text.getvalue())

@@ -1,0 +1,78 @@
+"""Numbers as a report writes them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.analysis.comparisons import Row
+from experiments.analysis.run_directory import COSTS
+
+
+def cost_text(name: str, result: Mapping[str, Any]) -> str:
+    """One of `COSTS` of a result, '' where it is not known."""
+    value = COSTS[name](result)
+    if name in ("parameters", "cache, bytes per token"):
+        return number(value, ",.0f")
+    return number(value, ".2f" if value and value < 10 else ".1f")
+
+
+def metric_title(rows: Sequence[Row]) -> str:
+    """What the numbers of a group are: 'test/loss (lower is better), mean ± 95% interval over ...'.
+
+    It says so where there is no test split: then values are chosen by the data that is reported.
+    """
+    done = [row for row in rows if row.reported]
+    if not done:
+        return "no results yet"
+    metric, seeds = done[0].metric, len(done[0].reported.values)
+    direction = "lower" if done[0].cell.result["lower_is_better"] else "higher"
+    split = "; no test split" if metric.startswith("validation/") else ""
+    over = f"mean ± 95% interval over {seeds} seeds" if seeds > 1 else "one seed, no interval"
+    return f"{metric} ({direction} is better{split}), {over}"
+
+
+def unit(metric: str) -> str:
+    """' nats' for a loss, else ''."""
+    return " nats" if metric.endswith("/loss") else ""
+
+
+def decimals(rows: Sequence[Row], metric: str = "") -> int:
+    """How many decimals show a typical value of a metric: 0.987, 1.823, 45.67; at most 6.
+
+    Of the reported metric unless another one is named.
+    """
+    found = [row.metrics.get(metric) if metric else row.reported for row in rows]
+    means = [abs(estimate.mean) for estimate in found if estimate]
+    means = [mean for mean in means if math.isfinite(mean) and mean > 0]
+    typical = float(np.median(means)) if means else 1.0
+    exponent = math.floor(math.log10(typical))
+    return min(max((3 if exponent >= 0 else 2) - exponent, 0), 6)
+
+
+def plus_minus(mean: float, interval: float, digits: int, sign: str = "") -> str:
+    """'1.823 ± 0.012'; '1.823' without an interval; '' for nan with `sign='+'` (a difference)."""
+    if math.isnan(mean):
+        return "" if sign else "nan"
+    kind = "f" if abs(mean) < 1e6 else "e"
+    text = f"{mean:{sign}.{digits}{kind}}"
+    return text if math.isnan(interval) else f"{text} ± {interval:.{digits}{kind}}"
+
+
+def p_value(p: float) -> str:
+    """'0.012'; '<0.001' below that and '' for nan."""
+    if math.isnan(p):
+        return ""
+    return f"{p:.3f}" if p >= 0.001 else "<0.001"
+
+
+def p_equals(p: float) -> str:
+    """'p = 0.012' or 'p < 0.001'."""
+    text = p_value(p)
+    return f"p < {text[1:]}" if text.startswith("<") else f"p = {text}"
+
+
+def number(value: float | None, spec: str) -> str:
+    """`value` formatted, '' where it is not known."""
+    return "" if value is None else f"{value:{spec}}"

@@ -1,0 +1,216 @@
+"""The tables of a report for a paper or a page of text: LaTeX (booktabs) and Markdown."""
+
+import math
+import re
+from collections.abc import Sequence
+
+from experiments.analysis import comparisons, run_directory
+from experiments.reporting import findings, formatting
+
+STAR = "significantly different from the base (paired t-test, p < 0.05, Holm)"
+
+
+def markdown(experiments: Sequence[run_directory.Experiment]) -> str:
+    """The whole report but its figures: findings, claims, a table a group, and how it was made."""
+    experiment = run_directory.join(experiments) if len(experiments) > 1 else experiments[0]
+    rows = comparisons.summarize(experiment)
+    parts = []
+    for base in experiment.bases():
+        group = [row for row in rows if row.cell.base == base]
+        parts.append(f"## {base}")
+        axes = experiment.axes(base)
+        found = [f"- **{axis}:** {findings.finding(experiment, group, axis)}" for axis in axes]
+        parts += ["\n".join(found)] * bool(found)
+        parts.append(f"{_sentence(formatting.metric_title(group))} A star: {STAR}.")
+        parts.append(markdown_table(*_columns(group, "±", "**{}**".format)))
+        if warning := findings.too_few_seeds(group):
+            parts.append(f"Too few seeds: {warning}.")
+        if table := splits_table(group):
+            parts.append(markdown_table(*table))
+    if any(one.claims for one in experiments):
+        parts += ["## Expectations", CLAIMS_NOTE, markdown_table(*claims_table(experiments))]
+    if changes := comparisons.between(experiments):
+        parts += ["## Between the directories", markdown_table(*changes_table(changes))]
+    parts.append("## How this was made")
+    for one in experiments:
+        parts += [f"    {one.command}", _environment(one)]
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(rows: Sequence[comparisons.Row]) -> str:
+    """The table of a group for LaTeX with the package booktabs; the best mean is bold."""
+    header, *body = _columns(rows, r"$\pm$", r"\textbf{{{}}}".format, _escape)
+    lines = [r"\begin{tabular}{l" + "r" * (len(header) - 1) + "}", r"\toprule"]
+    lines += [" & ".join(header) + r" \\", r"\midrule"]
+    before = None
+    for row, cells in zip(rows, body, strict=True):
+        if before is not None and row.cell.axis != before.axis:
+            lines.append(r"\addlinespace")
+        before = row.cell
+        lines.append(" & ".join(cells) + r" \\")
+    note = _escape(f"{_sentence(formatting.metric_title(rows))} *: {STAR}.")
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    needs = (
+        r"% needs \usepackage{booktabs} and \usepackage[T1]{fontenc}; letters that are not Latin"
+    )
+    needs += " need XeLaTeX"
+    return f"{needs}\n% {note}\n" + "\n".join(lines) + "\n"
+
+
+def best(rows: Sequence[comparisons.Row]) -> set[str]:
+    """The ids of the cells with the best mean of the reported metric."""
+    means = {row.cell.id: row.reported.mean for row in rows if row.reported}
+    means = {id: mean for id, mean in means.items() if math.isfinite(mean)}
+    if not means:
+        return set()
+    done = next(row for row in rows if row.reported)
+    first = (min if done.cell.result["lower_is_better"] else max)(means.values())
+    return {id for id, mean in means.items() if mean == first}
+
+
+def _columns(rows, plus_minus, bold, escape=str):
+    """The header and a list of texts for each row."""
+    digits, marked = formatting.decimals(rows), best(rows)
+    done = [row for row in rows if row.reported]
+    metric = done[0].metric if done else "mean"
+    others = comparisons.other_metrics(rows)
+    costs = [
+        name
+        for name, cost in run_directory.COSTS.items()
+        if any(cost(row.cell.result) for row in done)
+    ]
+    header = ["cell", metric, "difference", "p", *others, *costs, "status"]
+
+    def number(mean, interval, sign="", digits=digits):
+        text = formatting.plus_minus(mean, interval, digits, sign).replace("±", plus_minus)
+        return re.sub(r"(^|(?<= ))-", "−" if escape is str else "$-$", text)
+
+    table = [[escape(name) for name in header]]
+    for row in rows:
+        cells = [escape(row.cell.label)]
+        if row.reported:
+            paired = row.reported.comparison
+            mean = number(row.reported.mean, row.reported.interval)
+            difference = number(paired.difference, paired.interval, "+")
+            cells += [bold(mean) if row.cell.id in marked else mean]
+            cells += [
+                difference + ("*" if row.verdict else ""),
+                escape(formatting.p_value(row.p_holm)),
+            ]
+        else:
+            cells += ["", "", ""]
+        for name in others:
+            found = row.metrics.get(name)
+            own = formatting.decimals(rows, name)
+            cells.append(number(found.mean, found.interval, digits=own) if found else "")
+        cells += [formatting.cost_text(name, row.cell.result) for name in costs]
+        table.append([*cells, row.cell.status])
+    return table
+
+
+def splits_table(rows: Sequence[comparisons.Row]) -> list[list[str]]:
+    """Header and rows of the reported metric on every split; nothing without more of them."""
+    names = comparisons.splits(rows)
+    if not names:
+        return []
+    table = [["cell", *names]]
+    for row in (row for row in rows if row.reported):
+        found = [(row.metrics.get(name), formatting.decimals(rows, name)) for name in names]
+        texts = [
+            formatting.plus_minus(one.mean, one.interval, digits).replace("-", "−") if one else ""
+            for one, digits in found
+        ]
+        table.append([row.cell.label, *texts])
+    return table
+
+
+def claims_table(experiments: Sequence[run_directory.Experiment]) -> list[list[str]]:
+    """Header and rows of what the seeds of each experiment say of its claims."""
+    table = [["expected", "left and right", "right − left", "claimed", "p", "verdict"]]
+    for experiment in experiments:
+        where = f"{experiment.path.name}: " if len(experiments) > 1 else ""
+        for one in comparisons.findings(experiment):
+            sides = " and ".join(_side(side) for side in (one.claim.left, one.claim.right))
+            if one.claim.metric:
+                sides += f"; {one.claim.metric}"
+            sign = ">" if one.claim.kind == "less" else "within ±"
+            margin = f"{sign} {one.claim.margin:g}".replace("-", "−").replace("± ", "±")
+            table.append(
+                [f"{where}{one.claim.says}", sides, _difference(one), margin]
+                + [formatting.p_value(one.p), one.verdict]
+            )
+    return table
+
+
+def changes_table(changes: Sequence[comparisons.Change]) -> list[list[str]]:
+    """Header and rows of `comparisons.between`."""
+    table = [["cell", "directory", "metric", "first", "other", "difference", "p", "other settings"]]
+    for change in changes:
+        a, b, d = change.first, change.other, change.comparison
+        table.append(
+            [change.id, change.directory, change.metric]
+            + [formatting.plus_minus(one.mean, one.interval, 4) for one in (a, b)]
+            + [formatting.plus_minus(d.difference, d.interval, 4, "+").replace("-", "−")]
+            + [formatting.p_value(change.p_holm), "; ".join(change.changed)]
+        )
+    return table
+
+
+def _difference(found):
+    digits = max(0, 5 - len(f"{abs(found.difference):.0f}"))
+    text = formatting.plus_minus(found.difference, found.interval, digits, "+")
+    return text.replace("-", "−")
+
+
+def _side(side):
+    return f"({_side(side[0])} − {_side(side[1])})" if isinstance(side, tuple) else f"`{side}`"
+
+
+CLAIMS_NOTE = (
+    "A claim holds, or is contradicted, where the paired one-sided t-test of it, or of its "
+    "opposite, has p < 0.05 after Holm's correction for all claims of the sweep; else it is open: "
+    "neither is significant. Holding and contradiction are two families of tests: where truth is "
+    "at the margin, there is a false positive in up to one of ten sweeps. Equality within a margin "
+    "is equivalence, tested by two such tests (TOST)."
+)
+
+
+def _environment(experiment):
+    environment = {"started": experiment.created, **experiment.environment}
+    return ", ".join(f"{name} {value}" for name, value in environment.items()) + "."
+
+
+def _sentence(text):
+    return text[:1].upper() + text[1:] + "."
+
+
+def markdown_table(header: Sequence[str], *rows: Sequence[str]) -> str:
+    """A table of texts."""
+
+    def line(cells):
+        flat = (" ".join(cell.split()) for cell in cells)
+        safe = (re.sub(r"(?<!`)<(?=[a-zA-Z/!])", "&lt;", cell.replace("|", r"\|")) for cell in flat)
+        return "| " + " | ".join(safe) + " |"
+
+    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
+
+
+_SPECIAL = {
+    **{c: f"\\{c}" for c in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "−": "$-$",
+    "<": "$<$",
+    ">": "$>$",
+    "|": r"\textbar{}",
+    "`": r"\textasciigrave{}",
+    '"': r"\textquotedbl{}",
+    "\n": " ",
+}
+
+
+def _escape(text):
+    return "".join(_SPECIAL.get(c, c) for c in text)

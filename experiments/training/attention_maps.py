@@ -1,0 +1,114 @@
+"""Attention maps that a run keeps: of which examples, and how they are written down.
+
+A model has some kinds of attention: 'self' of a language model; 'encoder', 'decoder' and 'cross' of
+a Transformer from one sequence to another; 'cross' of a recurrent one. `attention_stats` finds
+their weights. Letters as everywhere: L layers, B examples, H heads, T queries, S keys.
+"""
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+KEPT = 4  # examples whose maps a run keeps
+MEASURED = 32  # examples that are measured, see `heads.totals`
+LONGEST = 512  # tokens of an example that are looked at
+
+
+class Map(NamedTuple):
+    """The weights of one kind of attention on one example.
+
+    Attributes:
+      weights: [L, H, T, S].
+      query, key: the T and S tokens.
+    """
+
+    weights: np.ndarray
+    query: list[str]
+    key: list[str]
+
+
+def first(split: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """The first `count` examples of a split, no wider than the longest of them or `LONGEST`."""
+    rows = {name: x[:count] for name, x in split.items()}
+    widths = dict.fromkeys(("inputs", "targets", "weights", "source"), LONGEST)
+    if "source" in rows:
+        rows["source_lengths"] = np.minimum(rows["source_lengths"], LONGEST)
+        width = int(np.flatnonzero(rows["weights"].any(0))[-1]) + 1
+        for name in ("inputs", "targets", "weights"):
+            widths[name] = min(width, LONGEST)
+        widths["source"] = int(rows["source_lengths"].max())
+    return {name: x[:, : widths[name]] if name in widths else x for name, x in rows.items()}
+
+
+def metrics(measured: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """'attention/entropy' and 'attention/first_token' [R], means over layers and heads.
+
+    They are about the `main` kind of attention. `measured` are arrays [R, L, H].
+    """
+    return {f"attention/{name}": np.mean(x, (1, 2)) for name, x in main(measured).items()}
+
+
+def main(by_kind: Mapping[str, Any]) -> Any:
+    """Of what there is by kind that of a model to its source, else to its own text."""
+    return by_kind["cross" if "cross" in by_kind else "self"]
+
+
+def keep(
+    task: Any, examples: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
+) -> list[dict[str, Map]]:
+    """For each example the map of each kind, without padding; `found` are [L, B, H, T, S]."""
+    kept = []
+    for b in range(len(examples["inputs"])):
+        inputs = task.tokens(examples["inputs"][b])
+        if "source" in examples:
+            source = task.tokens(examples["source"][b])[: examples["source_lengths"][b]]
+            inputs = inputs[: int(np.flatnonzero(examples["weights"][b])[-1]) + 1]
+        else:
+            source = inputs
+        tokens = {"self": (inputs, inputs), "decoder": (inputs, inputs)}
+        tokens |= {"encoder": (source, source), "cross": (inputs, source)}
+        kept.append(
+            {
+                kind: Map(w[:, b, :, : len(query), : len(key)], query, key)
+                for kind, w in found.items()
+                for query, key in [tokens[kind]]
+            }
+        )
+    return kept
+
+
+def dump(kept: Sequence[Mapping[str, Map]]) -> bytes:
+    """The content of attention.npz: weights in half precision, and the tokens."""
+    arrays, tokens = {}, []
+    for i, kinds in enumerate(kept):
+        tokens.append({kind: [one.query, one.key] for kind, one in kinds.items()})
+        for kind, one in kinds.items():
+            arrays[f"{i}.{kind}"] = np.asarray(one.weights, np.float16)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, tokens=json.dumps(tokens), **arrays)
+    return buffer.getvalue()
+
+
+def load(path: Path) -> list[dict[str, Map]]:
+    """What `dump` was given, example by example; nothing of a file of an earlier version.
+
+    ValueError where the file is damaged.
+    """
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as arrays:
+            if "tokens" not in arrays:
+                return []
+            return [
+                {
+                    kind: Map(arrays[f"{i}.{kind}"].astype(np.float32), query, key)
+                    for kind, (query, key) in kinds.items()
+                }
+                for i, kinds in enumerate(json.loads(str(arrays["tokens"])))
+            ]
+    except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it") from error
