@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.analysis import statistics
+from experiments.analysis import claim_tests, statistics
 from experiments.config import claims
 from experiments.config.claims import equal, less
 
@@ -16,11 +16,11 @@ VALUES = {("a", ""): A, ("b", ""): B, ("a", "far"): A + 1, ("b", "far"): B + 5}
 
 
 def verdicts(*stated, values=VALUES):
-    return [found.verdict for found in claims.test(stated, values)]
+    return [found.verdict for found in claim_tests.test(stated, values)]
 
 
 def test_less_is_the_one_sided_paired_t_test():
-    (found,) = claims.test([less("a", "b", says="", by=0.1)], VALUES)
+    (found,) = claim_tests.test([less("a", "b", says="", by=0.1)], VALUES)
     assert found.p == pytest.approx(stats.ttest_1samp(B - A, 0.1, alternative="greater").pvalue)
     assert found.difference == pytest.approx(np.mean(B - A)) and found.seeds == 6
     assert found.interval == pytest.approx(statistics.mean_interval(B - A)[1])
@@ -42,21 +42,21 @@ def test_verdicts():
 
 
 def test_sides_are_metrics_differences_and_numbers():
-    (found,) = claims.test([less("a@far", "b@far", says="")], VALUES)
+    (found,) = claim_tests.test([less("a@far", "b@far", says="")], VALUES)
     assert found.difference == pytest.approx(np.mean(B - A) + 4)
-    (found,) = claims.test([less("a", "b", at="far", says="")], VALUES)
+    (found,) = claim_tests.test([less("a", "b", at="far", says="")], VALUES)
     assert found.difference == pytest.approx(np.mean(B - A) + 4)
-    (found,) = claims.test([less(("b", "a"), ("b@far", "a@far"), says="")], VALUES)
+    (found,) = claim_tests.test([less(("b", "a"), ("b@far", "a@far"), says="")], VALUES)
     assert found.difference == pytest.approx(4)
-    (found,) = claims.test([less(0.5, "a", says="")], VALUES)
+    (found,) = claim_tests.test([less(0.5, "a", says="")], VALUES)
     assert found.difference == pytest.approx(A.mean() - 0.5) and found.verdict == "holds"
-    (found,) = claims.test([less("b", ("b@far", 1.0), says="")], VALUES)
+    (found,) = claim_tests.test([less("b", ("b@far", 1.0), says="")], VALUES)
     assert found.difference == pytest.approx(4)
 
 
 def test_all_claims_of_a_sweep_are_corrected_together():
-    alone = claims.test([less("a", "b", says="")], VALUES)[0].p
-    many = claims.test([less("a", "b", says="")] * 5, VALUES)
+    alone = claim_tests.test([less("a", "b", says="")], VALUES)[0].p
+    many = claim_tests.test([less("a", "b", says="")] * 5, VALUES)
     assert all(found.p == pytest.approx(5 * alone) for found in many)
 
 
@@ -67,7 +67,7 @@ def test_false_alarms_are_as_rare_as_they_should_be(monkeypatch):
     for _ in range(400):
         a = rng.normal(size=5)
         values = {("a", ""): a, ("b", ""): a + 0.2 * rng.normal(size=5)}
-        alarms.append({f.verdict for f in claims.test(stated[:2], values)} != {"open"})
+        alarms.append({f.verdict for f in claim_tests.test(stated[:2], values)} != {"open"})
     assert np.mean(alarms) < 0.13  # 'less' and its opposite are two families of 5% each
     found = []
     for _ in range(400):  # exactly at the margin
@@ -87,13 +87,13 @@ def test_claims_are_read_as_they_were_described():
 
 
 def test_p_is_that_of_what_decided():
-    (found,) = claims.test([less("b", "a", says="")], VALUES)
+    (found,) = claim_tests.test([less("b", "a", says="")], VALUES)
     assert found.verdict == "contradicted"
     assert found.p == pytest.approx(stats.ttest_1samp(B - A, 0, alternative="greater").pvalue)
     # Either of two tests may contradict equality, so their smaller p counts twice.
-    (found,) = claims.test([equal("a", "b", within=0.1, says="")], VALUES)
+    (found,) = claim_tests.test([equal("a", "b", within=0.1, says="")], VALUES)
     p = stats.ttest_1samp(B - A, 0.1, alternative="greater").pvalue
     assert found.verdict == "contradicted" and found.p == pytest.approx(2 * p)
-    many = claims.test([less("b", "a", says="")] * 3, VALUES)
+    many = claim_tests.test([less("b", "a", says="")] * 3, VALUES)
     alone = stats.ttest_1samp(B - A, 0, alternative="greater").pvalue
     assert all(one.p == pytest.approx(3 * alone) for one in many)

@@ -66,7 +66,7 @@ class Page(html.parser.HTMLParser):
 
 def page_of(path):
     """The page of a run directory, without writing its figures."""
-    return Page(page.page([run_directory.load(path)], {}))
+    return Page(report.page([run_directory.load(path)], {}))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_the_page_has_the_effects_of_a_product(tmp_path):
     )
     assert page.tags.count("table") == 3
     assert f"term degrees of freedom F p partial η² score 1, 10 {effect.f:.2f} <0.001" in shown
-    text = page.page([run_directory.load(write_run(tmp_path / "part", grid()[:-1]))], {})
+    text = report.page([run_directory.load(write_run(tmp_path / "part", grid()[:-1]))], {})
     assert "No analysis of variance: it needs every cell" in text
 
 
@@ -174,10 +174,10 @@ OUTDATED = (
 
 
 def test_significance_is_stated_in_the_words_of_statistics(workdir, capsys):
-    """In the page, page.md, LaTeX, on the terminal, and in what is published of results."""
+    """In the page, report.md, LaTeX, on the terminal, and in what is published of results."""
     terminal.show(comparisons.summarize(run_directory.load(workdir)))
     texts = [capsys.readouterr().out]
-    root = pathlib.Path(report.__file__).parents[1]
+    root = pathlib.Path(report.__file__).parents[2]
     files = [workdir / "report.html", workdir / "report.md", root / "README.md"]
     files += [*(workdir / "tables").iterdir(), *(root / "results").glob("*.md")]
     texts += [file.read_text("utf-8") for file in files]
