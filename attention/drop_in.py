@@ -11,6 +11,7 @@ import numpy as np
 
 from attention import masks, scores
 from attention.api import attend, flatten_batch
+from attention.integers import index_array
 from attention.kernels import vendor
 from attention.mechanism import Mechanism
 from attention.parts import Array
@@ -105,6 +106,10 @@ def dot_product_attention(
             "force_fp32_for_softmax=True would round scores of float64 inputs, which are kept in "
             "float64: leave it out, or cast the inputs"
         )
+    if query_seq_lengths is not None:
+        query_seq_lengths = index_array("query_seq_lengths", query_seq_lengths)
+    if key_value_seq_lengths is not None:
+        key_value_seq_lengths = index_array("key_value_seq_lengths", key_value_seq_lengths)
     scale = _number(scale)
     bias, mask = _bias(bias), _mask(mask)
     window = _window(local_window_size)
