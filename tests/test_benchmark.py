@@ -541,6 +541,14 @@ def test_tuning_writes_what_attend_uses(tmp_path, monkeypatch):
             tuned.tuned()
 
 
+def test_a_damaged_table_of_the_package_is_not_blamed_on_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("ATTENTION_BLOCK_SIZES", raising=False)
+    monkeypatch.setattr(tuned, "PATH", tmp_path / "block_sizes.json")
+    with pytest.raises(ValueError, match="^/.*block_sizes.json is no table.*install") as error:
+        tuned.tuned()
+    assert "ATTENTION_BLOCK_SIZES" not in str(error.value)
+
+
 def test_operations_are_told_apart():
     def work(x):
         y = jax.lax.fori_loop(0, 3, lambda i, y: jnp.exp(y) / 3, x)

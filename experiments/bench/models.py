@@ -1,4 +1,4 @@
-"""Whole models: a language model's forward pass, train step or decode step, ours and others'."""
+"""Whole Transformers: a forward pass, train step or decode step, ours and other libraries'."""
 
 import dataclasses
 import functools
@@ -24,7 +24,9 @@ from experiments.tasks.ranges import at_least, check_fields, ranged
 
 @dataclasses.dataclass(frozen=True)
 class Model(Work):
-    """A Transformer language model (pre-norm, GELU, biases, learned positions, tied embeddings).
+    """A Transformer: a language model or an encoder-decoder.
+
+    Pre-norm, GELU, biases, learned positions, tied embeddings.
 
     Attributes:
       library: 'attention', 'flax.linen' (of its stock attention, Dense, LayerNorm, Embed), 'torch'

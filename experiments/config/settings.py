@@ -126,7 +126,9 @@ SETTINGS: dict[str, Any] = {
             "attention": Setting("bahdanau", one_of("bahdanau", "luong", "none"), reader=RNN),
             "window": Setting("none", one_of("none", "local_m", "local_p"), reader=LUONG),
             "window_width": Setting(5, at_least(1), "states to each side", WINDOW),
-            "input_feeding": Setting(True, SWITCH, reader=LUONG),
+            "input_feeding": Setting(
+                True, SWITCH, "Luong et al., sec. 3.3; `models.Luong` by itself has False", LUONG
+            ),
         },
     },
     "optimizer": {  # AdamW, linear warm-up, cosine decay
