@@ -1,7 +1,7 @@
 """Which blocks of queries and keys the tiled kernel visits, and how large they are.
 
 A block is a run of rows that starts at a multiple of its length, and a run of columns that starts
-where the mask lets those rows begin to look: a window needs no more columns than it has.
+at the first one visible from those rows: a window needs no more columns than it has.
 """
 
 import math
@@ -25,7 +25,7 @@ class BlockSchedule(NamedTuple):
     Attributes:
       row: [pairs] int, which block of rows.
       start: [pairs] int, the first column.
-      state: [pairs], EMPTY or not, known only when running; or None: not EMPTY.
+      state: [pairs], EMPTY or not, where only the running program knows it; None: no pair is EMPTY.
       first: [row blocks + 1] int, where the pairs of each block of rows begin.
     """
 
@@ -35,32 +35,55 @@ class BlockSchedule(NamedTuple):
     first: Array
 
 
-def block_schedule(
-    mask: Mask, tile: Tile, block: tuple[int, int], row: np.ndarray, start: np.ndarray, masked: bool
-) -> dict[str, BlockSchedule]:
-    """The pairs of blocks that `visible_blocks` found, by what is known of them.
+class Visits(NamedTuple):
+    """The pairs of blocks to visit.
 
-    'full': the mask need not be evaluated, 'partial': it must, 'unknown': likewise, and the running
-    program will know whether at all. `masked`: an array masks as well.
+    Attributes:
+      full: those that are all visible, so that the mask need not be evaluated; None: no pair.
+      masked: the others; None: no pair.
     """
+
+    full: BlockSchedule | None
+    masked: BlockSchedule | None
+
+    def schedules(self) -> list[tuple[BlockSchedule, bool]]:
+        """Those that hold pairs, each with whether the mask must be evaluated."""
+        both = ((self.full, False), (self.masked, True))
+        return [(schedule, masked) for schedule, masked in both if schedule is not None]
+
+    @property
+    def unknown(self) -> bool:
+        """Whether some pairs may be EMPTY, which is known only at run time."""
+        return self.masked is not None and self.masked.state is not None
+
+
+def visits(
+    mask: Mask, tile: Tile, block: tuple[int, int], row: np.ndarray, start: np.ndarray, masked: bool
+) -> Visits:
+    """The pairs of blocks `row`, `start` of `visible_blocks`; `masked`: an array masks as well."""
     beyond = start + block[1] > len(tile.key_index)
     cap = np.where(beyond | masked, PARTIAL, FULL)
     known = np.minimum(cap, mask.block(block_bounds(tile, block, row, start, look=False)))
-    found = mask.block(block_bounds(tile, block, row, start, look=True))
-    rest = "unknown" if isinstance(found, jax.Array) else "partial"
-    groups = {}
-    for name, which in (("full", known == FULL), (rest, known != FULL)):
-        if which.any():
-            rows = row[which]
-            first = np.searchsorted(rows, np.arange(-(-len(tile.query_index) // block[0]) + 1))
-            state = jnp.broadcast_to(found, row.shape)[which] if name == "unknown" else None
-            arrays = (jnp.asarray(x, jnp.int32) for x in (rows, start[which], first))
-            groups[name] = BlockSchedule(*(next(arrays), next(arrays), state, next(arrays)))
-    return groups
+    state = mask.block(block_bounds(tile, block, row, start, look=True))
+    state = jnp.broadcast_to(state, row.shape) if isinstance(state, jax.Array) else None
+    row_blocks = -(-len(tile.query_index) // block[0])
+
+    def schedule(which, state):
+        if not which.any():
+            return None
+        first = np.searchsorted(row[which], np.arange(row_blocks + 1))
+        return BlockSchedule(
+            row=jnp.asarray(row[which], jnp.int32),
+            start=jnp.asarray(start[which], jnp.int32),
+            state=None if state is None else state[which],
+            first=jnp.asarray(first, jnp.int32),
+        )
+
+    return Visits(schedule(known == FULL, None), schedule(known != FULL, state))
 
 
 def visible_blocks(mask: Mask, tile: Tile, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Disjoint blocks that hold all that the mask, as far as it is known, lets be seen.
+    """Disjoint blocks that cover all pairs that may be visible, as far as known while tracing.
 
     -> row and start [pairs], ascending; greedily from the left.
     """
@@ -69,9 +92,9 @@ def visible_blocks(mask: Mask, tile: Tile, block: tuple[int, int]) -> tuple[np.n
     rows, columns = len(tile.query_index), len(tile.key_index)
     row, start = np.arange(-(-rows // t))[:, None], np.arange(0, columns, grain)[None]
     state = mask.block(block_bounds(tile, (t, grain), row, start, look=False))
-    seen = np.broadcast_to(state, (len(row), start.shape[1])) != EMPTY
+    visible_grains = np.broadcast_to(state, (len(row), start.shape[1])) != EMPTY
     pairs = []
-    for i, visible in enumerate(seen):
+    for i, visible in enumerate(visible_grains):
         column, left = 0, np.flatnonzero(visible) * grain
         while (at := np.searchsorted(left, column)) < len(left):
             pairs.append((i, left[at]))
@@ -84,7 +107,8 @@ def block_bounds(
 ) -> BlockBounds:
     """What masks may know of blocks: `row` and `start` broadcast against each other.
 
-    `look`: also at what only the running program knows; else that may be anything.
+    `look`: read also arrays whose values only the running program knows; else they may hold
+    anything.
     """
     t, s = block
 
@@ -123,14 +147,14 @@ def _ends(x, size):
 
 
 def sizes(mechanism: Mechanism, tile: Tile, head_dim: int, whole_rows: bool) -> tuple[int, int]:
-    """Queries and keys of a block: those with the least to do, counting what the mask leaves."""
+    """Queries and keys of a block: the fastest sizes for the blocks that the mask leaves."""
     measured = tuned()
     rows, columns = len(tile.query_index), len(tile.key_index)
-    held = numbers_per_pair(mechanism, tile.num_heads, head_dim)
+    per_pair = numbers_per_pair(mechanism, tile.num_heads, head_dim)
     if whole_rows:
-        return max(16, min(512, measured.wide_tile // (columns * held))), 512
-    if held > 4:
-        return max(16, min(512, measured.wide_tile // (128 * held))), 128
+        return max(16, min(512, measured.wide_tile // (columns * per_pair))), 512
+    if per_pair > 4:
+        return max(16, min(512, measured.wide_tile // (128 * per_pair))), 128
 
     def cost(block):
         t, s = (min(b, n) for b, n in zip(block, (rows, columns), strict=True))

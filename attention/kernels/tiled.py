@@ -8,12 +8,12 @@ weights and c the statistic of a row,
 
 where dw is taken at a fixed statistic by differentiating the tile function itself, and r, how the
 statistic's own change scales the row, comes from `OnlineNormalizer.statistic_jvp`. The sum is a
-scan over the visible tiles that keeps nothing between them and is linear in the tangents; its
+scan over the visible tiles that stores nothing between them and is linear in the tangents; its
 transpose, which JAX derives, is the backward pass of flash attention, down to every learned array.
 
-Blocks that the mask rules out are not visited, and on those it leaves whole it is not evaluated.
-What can be told of causal masks or windows is told while tracing, what depends on data (lengths,
-segments) at run time.
+Blocks that the mask rules out are not visited, and where it leaves all of a block visible it is not
+evaluated. Which blocks these are is computed while tracing for causal masks and windows, and at run
+time for masks that depend on data (lengths, segments).
 
 A normaliser or position that needs whole rows gets them: a block of queries at a time against all
 keys visible from it, through the dense kernel's own function.
@@ -21,6 +21,7 @@ keys visible from it, through the dense kernel's own function.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ import numpy as np
 from jax.export import is_symbolic_dim
 
 from attention.kernels import blocks, dense
+from attention.kernels.blocks import Visits
 from attention.kernels.registry import Kernel, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
@@ -49,7 +51,7 @@ def unsupported(query: Array, key: Array, aux: tuple[str, ...]) -> str | None:
 
 
 def cost(mechanism: Mechanism, query: Array, key: Array) -> tuple[float, str]:
-    """So many numbers that the dense kernel holding as many is as fast, and why it runs if it does.
+    """The size of the scores at which the dense kernel is as fast, and the reason if this one runs.
 
     Measured; see `tuned`.
     """
@@ -57,11 +59,11 @@ def cost(mechanism: Mechanism, query: Array, key: Array) -> tuple[float, str]:
 
 
 def chunk_size(mechanism: Mechanism, query: Array, key: Array) -> int:
-    """Of how many examples tiles are computed together, by a vmap; a loop goes over the others.
+    """How many examples a vmap computes together; a loop goes over the batch in such chunks.
 
-    query [B, T, H, D], key [B, S, K, D]. On a CPU as many as fit the cache, for small operations
-    leave cores idle; of a symbolic B, one. And what blocks to visit is told for one example at a
-    time, should it depend on data.
+    query [B, T, H, D], key [B, S, K, D]. On a CPU as many as fit the cache, since small operations
+    leave cores idle; 1 where B is symbolic, and where the blocks to visit depend on data, which
+    each example has its own of.
     """
     B, T, H, D = query.shape
     if mechanism.mask.required_inputs:
@@ -97,13 +99,13 @@ def attend_head(
 ) -> tuple[Array, dict[str, Array]]:
     """`attention.kernels.dense.attend_head`, never holding T·S numbers.
 
-    `block_sizes` are the queries and keys of a tile. Of positions that are NumPy arrays, the
-    mask's blocks are found while tracing.
+    `block_sizes` are the queries and keys of a tile. Where positions are NumPy arrays, the blocks
+    to visit are found while tracing.
     """
     online = isinstance(mechanism.normalizer, OnlineNormalizer)
-    whole = mechanism.position.whole_row or not online
+    whole_rows = mechanism.position.whole_row or not online
     inputs, bad = dense.prepare(mechanism, params, query, key, value, tile)
-    t, s = block_sizes or blocks.sizes(mechanism, tile, query.shape[1], whole)
+    t, s = block_sizes or blocks.sizes(mechanism, tile, query.shape[1], whole_rows)
     block = (min(t, len(query)), min(s, len(key)))
     row, start = blocks.visible_blocks(mechanism.mask, tile, block)
     plan = _Plan(
@@ -116,24 +118,33 @@ def attend_head(
         consecutive=tile.consecutive,
         dropout_rate=dropout_rate if dropout_key is not None else 0.0,
     )
-    arrays, data = to_blocks(plan, inputs, bad, tile, bias, mask)
-    if whole:
-        data["visits"] = _by_row(row, start, len(arrays["query"]))
+    visits: Visits | RowVisits
+    if whole_rows:
+        visits = _row_visits(row, start, -(-plan.rows // block[0]))
     else:
-        masked = mask is not None
-        data["visits"] = blocks.block_schedule(mechanism.mask, tile, block, row, start, masked)
-    if dropout_key is not None and plan.dropout_rate:
-        data["dropout_key"] = jax.random.key_data(dropout_key)
-    if not whole and ("unknown" in data["visits"] or mask is not None):
-        arrays |= _hide(plan, arrays, data)
-    by = _by_whole_rows if whole else _by_tiles
-    out, extra = by(plan, arrays, data, aux)
+        visits = blocks.visits(mechanism.mask, tile, block, row, start, mask is not None)
+    arrays = _arrays(plan, inputs, bias)
+    data = _data(plan, bad, tile, mask, visits, dropout_key)
+    if not isinstance(visits, RowVisits) and (visits.unknown or mask is not None):
+        arrays = _hide(plan, arrays, data)
+    attend_all = _by_whole_rows if whole_rows else _by_tiles
+    out, extra = attend_all(plan, arrays, data, aux)
     return out[: len(query)].astype(query.dtype), extra
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is known of a call while tracing; `padded`: columns with what the last block needs."""
+    """What is known of a call while tracing.
+
+    Attributes:
+      mechanism: what to compute.
+      block: t and s, rows and columns of a tile.
+      rows, columns: T and S.
+      padded: S', columns with the padding that the last block needs.
+      num_heads: H.
+      consecutive: whether positions are 0, 1, 2 ...
+      dropout_rate: 0 without dropout.
+    """
 
     mechanism: Mechanism
     block: tuple[int, int]
@@ -145,39 +156,120 @@ class _Plan:
     dropout_rate: float
 
 
-_BY_ROW = ("query_positions", "query_segments")
-_BY_COLUMN = ("key_positions", "key_segments")
-_LENGTHS = ("query_length", "key_length", "prefix_length")
+class _Arrays(NamedTuple):
+    """What derivatives are taken of: `dense.Inputs`, cut in blocks of rows or padded, and the bias.
+
+    Attributes:
+      params: of the mechanism.
+      query, features: [row blocks, t, D], [row blocks, t, F].
+      key, key_features, value: [D, S'], [F, S'], [V, S'].
+      bias: [T' or 1, S' or 1], T' the rows with padding; None: there is none.
+    """
+
+    params: Params
+    query: Array
+    features: Array
+    key: Array
+    key_features: Array
+    value: Array
+    bias: Array | None
 
 
-def to_blocks(plan, inputs, bad, tile, bias, mask):
-    """-> (what is differentiated, the rest), the vectors cut in blocks along a new leading axis."""
+class _Labels(NamedTuple):
+    """Positions and segments, [row blocks, t] of rows or [S'] of columns.
+
+    Attributes:
+      positions: None: 0, 1, 2 ...
+      segments: None: there are none.
+    """
+
+    positions: Array | None
+    segments: Array | None
+
+
+class RowVisits(NamedTuple):
+    """The blocks of columns that each block of rows visits.
+
+    Attributes:
+      start: [row blocks, visits] int, the first column.
+      real: [row blocks, visits] bool, False for what pads the visits to the same number.
+    """
+
+    start: Array
+    real: Array
+
+
+class _Data(NamedTuple):
+    """What no derivative is taken of.
+
+    Attributes:
+      head: which one, int.
+      bad: which vectors are not finite: query [row blocks, t], key and value [S'].
+      query, key: of rows and of columns.
+      query_length, key_length, prefix_length: int; None: the mask reads none.
+      mask: [T' or 1, S' or 1] bool; None: there is none.
+      visits: `RowVisits` for parts that need whole rows.
+      dropout_key: its key data; None without dropout.
+    """
+
+    head: Array
+    bad: dense.NonFinite
+    query: _Labels
+    key: _Labels
+    query_length: Array | None
+    key_length: Array | None
+    prefix_length: Array | None
+    mask: Array | None
+    visits: Visits | RowVisits
+    dropout_key: Array | None
+
+
+def _arrays(plan, inputs, bias):
+    if bias is not None:
+        bias = _pad_pairs(plan, bias.astype(inputs.value.dtype))
+    return _Arrays(
+        params=inputs.params,
+        query=_blocks(inputs.query, plan.block[0]),
+        features=_blocks(inputs.features, plan.block[0]),
+        key=_pad_columns(plan, inputs.key),
+        key_features=_pad_columns(plan, inputs.key_features),
+        value=_pad_columns(plan, inputs.value.T),
+        bias=bias,
+    )
+
+
+def _data(plan, bad, tile, mask, visits, dropout_key):
+    def labels(cut, positions, segments):
+        # NumPy arrays are 0, 1, 2 ..., which `_tile` makes itself.
+        traced = [None if isinstance(x, np.ndarray) else x for x in (positions, segments)]
+        return _Labels(*(x if x is None else cut(x, mode="edge") for x in traced))
+
     rows = functools.partial(_blocks, size=plan.block[0])
+    columns = functools.partial(_pad_columns, plan)
+    dropped = dropout_key is not None and plan.dropout_rate
+    return _Data(
+        head=tile.head,
+        bad=dense.NonFinite(rows(bad.query), columns(bad.key), columns(bad.value)),
+        query=labels(rows, tile.query_positions, tile.query_segments),
+        key=labels(columns, tile.key_positions, tile.key_segments),
+        query_length=tile.query_length,
+        key_length=tile.key_length,
+        prefix_length=tile.prefix_length,
+        mask=mask if mask is None else _pad_pairs(plan, mask),
+        visits=visits,
+        dropout_key=jax.random.key_data(dropout_key) if dropped else None,
+    )
 
-    def columns(x, mode="constant"):
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, plan.padded - plan.columns)], mode=mode)
 
-    arrays = {
-        "params": inputs.params,
-        "query": rows(inputs.query),
-        "features": rows(inputs.features),
-        "key": columns(inputs.key),
-        "key_features": columns(inputs.key_features),
-        "value": columns(inputs.value.T),
-    }
-    data = {"head": tile.head, "bad": (rows(bad.query), columns(bad.key), columns(bad.value))}
-    data |= {name: getattr(tile, name) for name in _LENGTHS}
-    for names, cut in ((_BY_ROW, rows), (_BY_COLUMN, columns)):
-        for name in names:
-            x = getattr(tile, name)
-            given = x is not None and not isinstance(x, np.ndarray)
-            data[name] = cut(x, mode="edge") if given else None
-    for name, x, where in (("bias", bias, arrays), ("mask", mask, data)):
-        if x is not None:
-            more = (-plan.rows % plan.block[0], plan.padded - plan.columns)
-            pad = [(0, m if n > 1 else 0) for n, m in zip(x.shape, more, strict=True)]
-            where[name] = jnp.pad(x.astype(inputs.value.dtype) if name == "bias" else x, pad)
-    return arrays, data
+def _pad_columns(plan, x, mode="constant"):
+    """[..., S] -> [..., S']."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, plan.padded - plan.columns)], mode=mode)
+
+
+def _pad_pairs(plan, x):
+    """[T or 1, S or 1] -> [T' or 1, S' or 1]."""
+    padding = (-plan.rows % plan.block[0], plan.padded - plan.columns)
+    return jnp.pad(x, [(0, p if n > 1 else 0) for n, p in zip(x.shape, padding, strict=True)])
 
 
 def _blocks(x, size, mode="constant"):
@@ -187,12 +279,12 @@ def _blocks(x, size, mode="constant"):
 
 
 def _at(x, row):
-    """The block of rows of that number, by an operation whose transpose adds in place."""
+    """Block number `row` of the rows, by an operation whose transpose adds in place."""
     return jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
 
 
 def _from(x, start, plan):
-    """The block of columns, the last axis, that starts there."""
+    """The block of columns, the last axis, that starts at `start`."""
     return jax.lax.dynamic_slice_in_dim(x, start, plan.block[1], axis=-1)
 
 
@@ -208,53 +300,64 @@ def _tile(plan, data, row, start):
     """The `Tile` of a block of rows and a block of columns."""
     rows = row * plan.block[0] + jnp.arange(plan.block[0])
     columns = start + jnp.arange(plan.block[1])
-    given = {name: _at(data[name], row) for name in _BY_ROW if data[name] is not None}
-    given |= {name: _from(data[name], start, plan) for name in _BY_COLUMN if data[name] is not None}
-    given |= {name: data[name] for name in _LENGTHS}
+    query = jax.tree.map(lambda x: _at(x, row), data.query)
+    key = jax.tree.map(lambda x: _from(x, start, plan), data.key)
+    # Padding repeats the last real position, which every table and mask accepts.
+    if query.positions is None:
+        query = query._replace(positions=jnp.minimum(rows, plan.rows - 1))
+    if key.positions is None:
+        key = key._replace(positions=jnp.minimum(columns, plan.columns - 1))
     return Tile(
         query_index=rows,
         key_index=columns,
-        # What fills up the last tile looks like the last real row or column, which no table or
-        # mask finds strange.
-        query_positions=given.pop("query_positions", jnp.minimum(rows, plan.rows - 1)),
-        key_positions=given.pop("key_positions", jnp.minimum(columns, plan.columns - 1)),
-        head=data["head"],
+        query_positions=query.positions,
+        key_positions=key.positions,
+        head=data.head,
         num_heads=plan.num_heads,
+        query_length=data.query_length,
+        key_length=data.key_length,
+        query_segments=query.segments,
+        key_segments=key.segments,
+        prefix_length=data.prefix_length,
         consecutive=plan.consecutive,
-        **given,
     )
 
 
-def block_inputs(plan, arrays, row, start):
-    """Those of a tile: the `dense.Inputs` and the bias."""
+class _Piece(NamedTuple):
+    """What the scores of a tile are made of: `dense.Inputs`, and the bias [t or 1, s or 1]."""
+
+    inputs: dense.Inputs
+    bias: Array | None
+
+
+def _piece(plan, arrays, row, start):
     inputs = dense.Inputs(
-        arrays["params"],
-        _at(arrays["query"], row),
-        _from(arrays["key"], start, plan),
-        _at(arrays["features"], row),
-        _from(arrays["key_features"], start, plan),
-        _from(arrays["value"], start, plan).T,
+        arrays.params,
+        _at(arrays.query, row),
+        _from(arrays.key, start, plan),
+        _at(arrays.features, row),
+        _from(arrays.key_features, start, plan),
+        _from(arrays.value, start, plan).T,
     )
-    bias = arrays.get("bias")
-    return inputs, bias if bias is None else _pairs_at(bias, row, start, plan)
+    bias = arrays.bias
+    return _Piece(inputs, bias if bias is None else _pairs_at(bias, row, start, plan))
 
 
 def _visible(plan, data, tile, row, start):
-    """[t, s] bool: what the mask, the array of that name and the end of the keys leave."""
+    """[t, s] bool: what the mechanism's mask, the array `mask` and the end of the keys leave."""
     visible = jnp.broadcast_to(plan.mechanism.mask.tile(tile), plan.block)
-    if "mask" in data:
-        visible &= _pairs_at(data["mask"], row, start, plan)
+    if data.mask is not None:
+        visible &= _pairs_at(data.mask, row, start, plan)
     if plan.padded > plan.columns:
         visible &= tile.key_index < plan.columns
     return visible
 
 
 def _logits(plan, piece, tile, visible):
-    """Scores of a tile, −inf where masked; `visible` None: nowhere."""
-    inputs, bias = piece
-    scores = dense.score(plan.mechanism, inputs, tile)
-    if bias is not None:
-        scores += bias
+    """Scores of a tile, −inf where masked; `visible` None: nothing is masked."""
+    scores = dense.score(plan.mechanism, piece.inputs, tile)
+    if piece.bias is not None:
+        scores += piece.bias
     return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
 
 
@@ -263,7 +366,7 @@ def _mix(plan, inputs, weights, tile, data):
     if not inputs.value.shape[1]:
         return weights[:, :0]
     if plan.dropout_rate:
-        key = jax.random.wrap_key_data(data["dropout_key"])
+        key = jax.random.wrap_key_data(data.dropout_key)
         weights = dense.drop(weights, key, plan.dropout_rate, tile)
     return dense.mix(plan.mechanism, inputs, weights, tile)
 
@@ -271,34 +374,37 @@ def _mix(plan, inputs, weights, tile, data):
 def _hide(plan, arrays, data):
     """`dense.hide` where rows and columns are masked by data: padding may hold anything."""
 
-    def seen(row, start):
+    def visible_rows_and_columns(row, start):
         tile = _tile(plan, data, row, start)
         visible = _visible(plan, data, tile, row, start)
         return visible.any(1), visible.any(0)
 
-    rows = jnp.zeros(arrays["query"].shape[:2], bool)
+    def step(carry, pair):
+        row, start, state = pair
+        rows, columns = carry
+        by_row, by_column = _when_visible(state, visible_rows_and_columns, row, start)
+        return (rows.at[row].max(by_row), columns.at[_columns(plan, start)].max(by_column)), None
+
+    rows = jnp.zeros(arrays.query.shape[:2], bool)
     columns = jnp.zeros(plan.padded, bool)
-    for name, visits in data["visits"].items():
-
-        def step(carry, visit, name=name):
-            row, start, state = visit
-            rows, columns = carry
-            more = _when_visible(name, state, seen, row, start)
-            return (rows.at[row].max(more[0]), columns.at[_columns(plan, start)].max(more[1])), None
-
-        (rows, columns), _ = jax.lax.scan(step, (rows, columns), visits[:3])
-    by_row = {name: jnp.where(rows[..., None], arrays[name], 0) for name in ("query", "features")}
-    names = ("key", "key_features", "value")
-    return by_row | {name: jnp.where(columns, arrays[name], 0) for name in names}
+    for schedule, _ in data.visits.schedules():
+        (rows, columns), _ = jax.lax.scan(step, (rows, columns), schedule[:3])
+    return arrays._replace(
+        query=jnp.where(rows[..., None], arrays.query, 0),
+        features=jnp.where(rows[..., None], arrays.features, 0),
+        key=jnp.where(columns, arrays.key, 0),
+        key_features=jnp.where(columns, arrays.key_features, 0),
+        value=jnp.where(columns, arrays.value, 0),
+    )
 
 
 def _columns(plan, start):
     return start + jnp.arange(plan.block[1])
 
 
-def _when_visible(name, state, function, *args):
-    """function(*args); zeros, uncalled, where the state of an 'unknown' pair is EMPTY."""
-    if name != "unknown":
+def _when_visible(state, function, *args):
+    """function(*args); zeros, without calling it, where a state is known and EMPTY."""
+    if state is None:
         return function(*args)
     shapes = jax.eval_shape(function, *args)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -307,51 +413,52 @@ def _when_visible(name, state, function, *args):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(plan, arrays, data):
-    """-> out [row blocks, t, V], statistic [row blocks, t], bad: which rows see what is not finite.
+    """-> out [row blocks, t, V], statistic [row blocks, t], bad [row blocks, t].
 
-    `bad` is 0, 1 for a value, 2 for a query or key.
+    `bad` is what a row sees that is not finite: 0 nothing, 1 a value, 2 a query or key.
     """
-    normalizer, params = plan.mechanism.normalizer, arrays["params"]["normalizer"]
-    t, value_dim = plan.block[0], len(arrays["value"])
-    dtype = arrays["value"].dtype
+    normalizer, params = plan.mechanism.normalizer, arrays.params["normalizer"]
+    t, value_dim = plan.block[0], len(arrays.value)
+    dtype = arrays.value.dtype
 
     def attend_row(row):
         def visit(start, masked, carry):
             state, out, bad = carry
-            piece, tile = block_inputs(plan, arrays, row, start), _tile(plan, data, row, start)
+            piece, tile = _piece(plan, arrays, row, start), _tile(plan, data, row, start)
             visible = _visible(plan, data, tile, row, start) if masked else None
             logits = _logits(plan, piece, tile, visible)
             state, weights, factor = normalizer.update(params, state, logits)
             out = out if factor is None else out * factor[:, None]
-            out += _mix(plan, piece[0], weights, tile, data)
-            return state, out, jnp.maximum(bad, _bad(plan, data["bad"], row, start, visible))
+            out += _mix(plan, piece.inputs, weights, tile, data)
+            return state, out, jnp.maximum(bad, _bad(plan, data.bad, row, start, visible))
 
         state = normalizer.start(params, jnp.zeros(t, dtype))
         carry = (state, jnp.zeros((t, value_dim), dtype), jnp.zeros(t, jnp.int32))
-        for name, visits in data["visits"].items():
+        for schedule, masked in data.visits.schedules():
 
-            def step(i, carry, name=name, visits=visits):
-                update = functools.partial(visit, visits.start[i], name != "full")
-                if visits.state is None:
+            def step(i, carry, schedule=schedule, masked=masked):
+                update = functools.partial(visit, schedule.start[i], masked)
+                if schedule.state is None:
                     return update(carry)
-                return jax.lax.cond(visits.state[i] != EMPTY, update, lambda carry: carry, carry)
+                return jax.lax.cond(schedule.state[i] != EMPTY, update, lambda carry: carry, carry)
 
-            carry = jax.lax.fori_loop(visits.first[row], visits.first[row + 1], step, carry)
+            carry = jax.lax.fori_loop(schedule.first[row], schedule.first[row + 1], step, carry)
         state, out, bad = carry
         statistic, factor = normalizer.finish(params, state)
         return out if factor is None else out * factor[:, None], statistic, bad
 
-    return jax.lax.map(attend_row, jnp.arange(len(arrays["query"])))
+    return jax.lax.map(attend_row, jnp.arange(len(arrays.query)))
 
 
 def _bad(plan, bad, row, start, visible):
-    """What rows of a tile see: 0, 1 a value, 2 a key or query that is not finite: [t]."""
-    of_query = _at(bad[0], row)
-    of_key, of_value = (_from(x, start, plan) for x in bad[1:])
+    """`dense.sees` of a tile; `visible` None: all of it."""
+    bad = dense.NonFinite(
+        _at(bad.query, row), _from(bad.key, start, plan), _from(bad.value, start, plan)
+    )
     if visible is None:
-        worst = jnp.maximum(2 * of_key.any(), of_value.any())
-        return jnp.where(of_query, 2, worst)
-    return dense.sees(dense.NonFinite(of_query, of_key, of_value), visible)
+        worst = jnp.maximum(2 * bad.key.any(), bad.value.any())
+        return jnp.where(bad.query, 2, worst)
+    return dense.sees(bad, visible)
 
 
 @_attend.defjvp
@@ -364,40 +471,42 @@ def _attend_jvp(plan, primals, tangents):
 
         def weighted(piece):
             tile, _, weights = _weigh(plan, data, piece, row, start, masked, statistic)
-            return _mix(plan, piece[0], weights, tile, data), weights
+            return _mix(plan, piece.inputs, weights, tile, data), weights
 
         _, (changed, weights) = jax.jvp(weighted, (piece,), (tangent,))
         return changed, weights.sum(1)
 
-    # Scatter-add, since its transpose hands the cotangent on as it is.
+    # Scatter-add, since its transpose passes the cotangent on as it is.
     sums = jnp.zeros_like(out), jnp.zeros(bad.shape, out.dtype)
-    for name, visits in data["visits"].items():
+    for schedule, masked in data.visits.schedules():
 
-        def step(sums, visit, name=name):
-            row, start, state = visit
+        def step(sums, pair, masked=masked):
+            row, start, state = pair
 
-            # The inner checkpoint keeps the tile out of what a branch hands to its own backward
-            # pass, the outer one what it does hand over, two pieces, out of the scan's memory.
+            # The inner checkpoint keeps the tile out of the residuals of a branch, the outer one
+            # those residuals, two pieces, out of the scan's memory.
             @jax.checkpoint
-            def found(arrays, tangents, statistic):
-                pieces = (block_inputs(plan, x, row, start) for x in (arrays, tangents))
+            def tile_change(arrays, tangents, statistic):
+                pieces = (_piece(plan, x, row, start) for x in (arrays, tangents))
                 of_row = jax.tree.map(lambda x: _at(x, row), statistic)
-                function = functools.partial(change, row, start, name != "full")
-                return _when_visible(name, state, jax.checkpoint(function), *pieces, of_row)
+                function = functools.partial(change, row, start, masked)
+                return _when_visible(state, jax.checkpoint(function), *pieces, of_row)
 
-            more = found(arrays, tangents[0], statistic)
-            return tuple(x.at[row].add(y) for x, y in zip(sums, more, strict=True)), None
+            terms = tile_change(arrays, tangents[0], statistic)
+            return tuple(x.at[row].add(y) for x, y in zip(sums, terms, strict=True)), None
 
-        sums, _ = jax.lax.scan(step, sums, visits[:3])
+        sums, _ = jax.lax.scan(step, sums, schedule[:3])
     changed, total = sums
     flat = jax.tree.map(lambda x: x.reshape(-1), statistic)
-    own = (x["params"]["normalizer"] for x in (arrays, tangents[0]))
-    answer, factor = plan.mechanism.normalizer.statistic_jvp(*own, flat, total.reshape(-1))
+    params = (x.params["normalizer"] for x in (arrays, tangents[0]))
+    statistic_tangent, factor = plan.mechanism.normalizer.statistic_jvp(
+        *params, flat, total.reshape(-1)
+    )
     if factor is not None:
         changed += factor.reshape(total.shape)[..., None] * out
-    answer = jax.tree.map(lambda x: x.reshape(total.shape), answer)
+    statistic_tangent = jax.tree.map(lambda x: x.reshape(total.shape), statistic_tangent)
     no_tangent = np.zeros(bad.shape, jax.dtypes.float0)
-    return (out, statistic, bad), (changed, answer, no_tangent)
+    return (out, statistic, bad), (changed, statistic_tangent, no_tangent)
 
 
 def _weigh(plan, data, piece, row, start, masked, statistic):
@@ -405,7 +514,7 @@ def _weigh(plan, data, piece, row, start, masked, statistic):
     tile = _tile(plan, data, row, start)
     visible = _visible(plan, data, tile, row, start) if masked else None
     logits = _logits(plan, piece, tile, visible)
-    params = piece[0].params["normalizer"]
+    params = piece.inputs.params["normalizer"]
     weights = plan.mechanism.normalizer.weight(params, logits, statistic)
     if visible is not None:
         weights = jnp.where(visible, weights, 0)  # stops what a huge masked value sends back
@@ -417,60 +526,60 @@ def _by_tiles(plan, arrays, data, aux):
     out, statistic, bad = _attend(plan, arrays, data)
     extra = {}
     if "lse" in aux:
-        known = statistic
+        of_softmax = statistic
         if type(plan.mechanism.normalizer) is not Softmax:
             soft = dataclasses.replace(plan.mechanism, normalizer=Softmax())
-            none = {**arrays, "value": arrays["value"][:0]}
-            known = _attend(dataclasses.replace(plan, mechanism=soft), none, data)[1]
-        extra["lse"] = sum(known)
-    asked = {"entropy", "row_max", "column_sums"}.intersection(aux)
-    if asked:
-        extra |= _summaries(plan, arrays, data, statistic, bad, asked)
+            without_values = arrays._replace(value=arrays.value[:0])
+            of_softmax = _attend(dataclasses.replace(plan, mechanism=soft), without_values, data)[1]
+        extra["lse"] = sum(of_softmax)
+    names = {"entropy", "row_max", "column_sums"}.intersection(aux)
+    if names:
+        summaries = _summaries(plan, arrays, data, statistic, bad)
+        extra |= {name: summaries[name] for name in names}
     for name in extra.keys() - {"column_sums"}:
         extra[name] = jnp.where(bad == 2, jnp.nan, extra[name]).reshape(-1)[: plan.rows]
     out = jnp.where((bad > 0)[..., None], jnp.nan, out)
     return out.reshape(-1, out.shape[-1]), extra
 
 
-def _summaries(plan, arrays, data, statistic, bad, asked):
-    """Entropy and largest score of each row, weight of each column: a second look at each tile."""
+def _summaries(plan, arrays, data, statistic, bad):
+    """Entropy and largest score of each row, weight of each column, by a second pass of tiles."""
 
     def summarise(row, start, masked, arrays, statistic):
-        piece = block_inputs(plan, arrays, row, start)
+        piece = _piece(plan, arrays, row, start)
         tile, logits, weights = _weigh(plan, data, piece, row, start, masked, statistic)
         real = (tile.query_index < plan.rows)[:, None]
         top = jax.lax.stop_gradient(jnp.max(logits, axis=1))
         return dense.entropy(weights), top, jnp.where(real, weights, 0).sum(0)
 
-    dtype = arrays["value"].dtype
+    dtype = arrays.value.dtype
     columns = jnp.zeros(plan.padded, dtype)
     sums = jnp.zeros(bad.shape, dtype), jnp.full(bad.shape, -jnp.inf, dtype), columns
-    for name, visits in data["visits"].items():
+    for schedule, masked in data.visits.schedules():
 
-        def step(sums, visit, name=name):
-            row, start, _ = visit
+        def step(sums, pair, masked=masked):
+            row, start, _ = pair
             entropy, top, columns = sums
             row_statistic = jax.tree.map(lambda x: _at(x, row), statistic)
-            function = functools.partial(summarise, row, start, name != "full")
-            more = jax.checkpoint(function)(arrays, row_statistic)
-            entropy, top = entropy.at[row].add(more[0]), top.at[row].max(more[1])
-            return (entropy, top, columns.at[_columns(plan, start)].add(more[2])), None
+            function = functools.partial(summarise, row, start, masked)
+            tile_entropy, tile_top, tile_sums = jax.checkpoint(function)(arrays, row_statistic)
+            entropy, top = entropy.at[row].add(tile_entropy), top.at[row].max(tile_top)
+            return (entropy, top, columns.at[_columns(plan, start)].add(tile_sums)), None
 
-        sums, _ = jax.lax.scan(step, sums, visits[:3])
+        sums, _ = jax.lax.scan(step, sums, schedule[:3])
     entropy, top, columns = sums
-    spoilt = (bad.reshape(-1)[: plan.rows] == 2).any()
-    columns = jnp.where(spoilt, jnp.nan, columns[: plan.columns])
-    found = {"entropy": entropy, "row_max": top, "column_sums": columns}
-    return {name: found[name] for name in asked}
+    any_nan = (bad.reshape(-1)[: plan.rows] == 2).any()
+    columns = jnp.where(any_nan, jnp.nan, columns[: plan.columns])
+    return {"entropy": entropy, "row_max": top, "column_sums": columns}
 
 
-def _by_row(row, start, rows):
-    """Starts of the blocks of columns by block of rows, [rows, visits], and which are real."""
+def _row_visits(row, start, rows):
+    """`RowVisits` of `rows` blocks of rows, from the pairs of `blocks.visible_blocks`."""
     count = np.bincount(row, minlength=rows)
     starts = np.zeros((rows, max(count.max(), 1)), int)
     real = np.arange(starts.shape[1]) < count[:, None]
     starts[real] = start
-    return jnp.asarray(starts), jnp.asarray(real)
+    return RowVisits(jnp.asarray(starts), jnp.asarray(real))
 
 
 def _by_whole_rows(plan, arrays, data, aux):
@@ -480,7 +589,7 @@ def _by_whole_rows(plan, arrays, data, aux):
 
     @jax.checkpoint
     def attend_row(arrays, row):
-        starts, real = (_at(x, row) for x in data["visits"])
+        starts, real = (_at(x, row) for x in data.visits)
         index = (starts[:, None] + jnp.arange(s)).reshape(-1)
 
         def pairs(x):
@@ -489,30 +598,37 @@ def _by_whole_rows(plan, arrays, data, aux):
             return x[:, index] if x.shape[1] > 1 else x
 
         tile = _tile(plan, data, row, 0)
-        given = {name: data[name][index] for name in _BY_COLUMN if data[name] is not None}
-        given.setdefault("key_positions", jnp.minimum(index, plan.columns - 1))
-        tile = dataclasses.replace(tile, key_index=index, consecutive=False, **given)
-        visible = (jnp.repeat(real, s) & (index < plan.columns))[None, :]
-        if "mask" in data:
-            visible &= pairs(data["mask"])
-        bad = dense.NonFinite(_at(data["bad"][0], row), *(x[index] for x in data["bad"][1:]))
-        inputs = dense.Inputs(
-            arrays["params"],
-            _at(arrays["query"], row),
-            arrays["key"][:, index],
-            _at(arrays["features"], row),
-            arrays["key_features"][:, index],
-            arrays["value"][:, index].T,
+        key = jax.tree.map(lambda x: x[index], data.key)
+        if key.positions is None:
+            key = key._replace(positions=jnp.minimum(index, plan.columns - 1))
+        tile = dataclasses.replace(
+            tile,
+            key_index=index,
+            key_positions=key.positions,
+            key_segments=key.segments,
+            consecutive=False,
         )
-        key = jax.random.wrap_key_data(data["dropout_key"]) if plan.dropout_rate else None
+        visible = (jnp.repeat(real, s) & (index < plan.columns))[None, :]
+        if data.mask is not None:
+            visible &= pairs(data.mask)
+        bad = dense.NonFinite(_at(data.bad.query, row), data.bad.key[index], data.bad.value[index])
+        inputs = dense.Inputs(
+            arrays.params,
+            _at(arrays.query, row),
+            arrays.key[:, index],
+            _at(arrays.features, row),
+            arrays.key_features[:, index],
+            arrays.value[:, index].T,
+        )
+        dropout_key = jax.random.wrap_key_data(data.dropout_key) if plan.dropout_rate else None
         out, extra = dense.attend_rows(
             plan.mechanism,
             inputs,
             bad,
             tile,
-            bias=pairs(arrays["bias"]) if "bias" in arrays else None,
+            bias=None if arrays.bias is None else pairs(arrays.bias),
             mask=visible,
-            dropout_key=key,
+            dropout_key=dropout_key,
             dropout_rate=plan.dropout_rate,
             aux=(*names, "weights") if "column_sums" in aux else names,
         )
@@ -521,11 +637,11 @@ def _by_whole_rows(plan, arrays, data, aux):
         return out, extra, jnp.zeros(plan.padded, sums.dtype).at[index].add(sums)
 
     def step(sums, row):
-        out, extra, more = attend_row(arrays, row)
-        return sums + more, (out, extra)
+        out, extra, row_sums = attend_row(arrays, row)
+        return sums + row_sums, (out, extra)
 
-    sums = jnp.zeros(plan.padded, arrays["value"].dtype)
-    sums, (out, extra) = jax.lax.scan(step, sums, jnp.arange(len(arrays["query"])))
+    sums = jnp.zeros(plan.padded, arrays.value.dtype)
+    sums, (out, extra) = jax.lax.scan(step, sums, jnp.arange(len(arrays.query)))
     extra = {name: x.reshape(-1)[: plan.rows] for name, x in extra.items()}
     if "column_sums" in aux:
         extra["column_sums"] = sums[: plan.columns]
