@@ -149,7 +149,7 @@ def explain(
     implementation: str | None = None,
     aux: tuple[str, ...] = (),
 ) -> str:
-    """Which kernel `attend` runs for these arrays, and why each other one does not: a line each.
+    """Which kernel `attend` runs for these arrays, and why it does not run the others: a line each.
 
     Takes arrays or `jax.ShapeDtypeStruct`s; computes nothing. Raises as `attend` does.
     """
@@ -170,9 +170,9 @@ def choose(
     implementation: str | None = None,
     aux: tuple[str, ...] = (),
 ) -> tuple[Kernel, str]:
-    """The kernel that serves such arrays, and why it: of the lowest cost, or `implementation`.
+    """The kernel that serves such arrays, of the lowest cost or `implementation`, and the reason.
 
-    Raises ValueError where that is no kernel, or cannot serve them.
+    Raises ValueError where `implementation` is no kernel, or cannot serve the arrays.
     """
     if implementation is not None and implementation not in KERNELS:
         raise ValueError(

@@ -1,10 +1,10 @@
-"""Incremental attention: keys and values are kept, and new queries attend to all that were.
+"""Incremental attention: keys and values are cached, and new queries attend to all of them.
 
-A causal decoder computes for position i nothing that a later token could change, so a text can be
-fed some tokens at a time (Shazeer 2019, sec. 2.3): each new token appends its key and value to a
-`Cache` and attends to what is there. The keys are kept as `attend` takes them, before any rotation
-or projection of a part, so that every score and position scheme works; a step of T queries costs
-O(T·S), whatever the number of tokens before it.
+What a causal decoder computes at position i does not depend on later tokens, so a text can be fed
+some tokens at a time (Shazeer 2019, sec. 2.3): each new token appends its key and value to a
+`Cache` and attends to all keys in it. The keys are stored as `attend` takes them, before any
+rotation or projection of a part, so that every score and position scheme works; a step of T queries
+costs O(T·S), whatever the number of tokens before it.
 
     cache = decoding.empty((B,), S, K, D)
     cache = decoding.append(cache, key, value)                       # [B, T, K, D], [B, T, K, V]
@@ -36,7 +36,7 @@ class Cache(NamedTuple):
     Attributes:
       key: [..., S, K, D], of which the first `length` are filled.
       value: [..., S, K, V].
-      length: [...] int32, of each example. More than S: it cannot be trusted, see `append`.
+      length: [...] int32, of each example. More than S: tokens were lost, see `append`.
     """
 
     key: Array
@@ -75,10 +75,9 @@ def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None)
     it a batch of prompts of different lengths is appended at once. What comes after those is
     invisible and will be written over.
 
-    A cache is never wrapped around, and what it holds stays: what comes beyond slot S is lost.
-    Where that is known (T > S, or the lengths are not traced) it raises; otherwise `length` exceeds
-    S and all that `attend` returns for the example from now on is NaN. So it does for traced
-    `lengths` that are not 0 to T.
+    A cache never wraps around: tokens beyond slot S are lost. Where that is known (T > S, or the
+    lengths are not traced) it raises; otherwise `length` exceeds S and `attend` returns NaN for the
+    example from then on. So it does for traced `lengths` that are not 0 to T.
 
     Raises ValueError where the shapes or dtypes do not fit, lengths are known not to be 0 to T, or
     the cache is known to be too short.
@@ -117,7 +116,7 @@ def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None)
 
 
 def counts(name: str, lengths: Any, batch: tuple[int, ...], most: int, slots: int) -> Array:
-    """How many of `most` keys each example has, [...] int32; traced and none of that: slots + 1.
+    """How many of `most` keys each example has, [...] int32; traced and out of range: slots + 1.
 
     A cache of more keys than slots makes `attend` return NaN.
 
@@ -156,11 +155,11 @@ def attend(
         wherever the mechanism looks at them.
       mask: bool, broadcastable to [..., H, T, S], True = may attend; slots not filled are invisible
         in any case.
-      options: the other arguments of `attention.attend`. Whatever tells of keys tells of all S
-        slots: bias [..., H, T, S], key_positions and key_segments [..., S]. Of keys the cache knows
-        only how many there are: key_positions are 0, 1, 2 ... unless given, key_lengths are
-        `cache.length` where the mask reads them, and segments of keys must be given with those of
-        the queries, for tokens appended earlier too.
+      options: the other arguments of `attention.attend`. Those about keys are about all S slots:
+        bias [..., H, T, S], key_positions and key_segments [..., S]. The cache only counts keys:
+        key_positions are 0, 1, 2 ... unless given, key_lengths are `cache.length` where the mask
+        reads them, and segments of keys must be given with those of the queries, for tokens
+        appended earlier too.
 
     Returns:
       What `attention.attend` does: out [..., T, H, V], or (out, aux). NaN for an example with more

@@ -237,7 +237,7 @@ def _repeat(query, key, value, bias, mask):
     try:
         batch = jnp.broadcast_shapes(batches[0], *pairs)
     except ValueError:
-        return arrays  # what does not fit `attend` says better
+        return arrays  # `attend` reports what does not fit
     if len(set(batches)) > 1 or batch == batches[0]:
         return arrays
     return [jnp.broadcast_to(x, (*batch, *x.shape[-3:])) for x in arrays]
@@ -286,7 +286,7 @@ def _cudnn(mechanism, arrays, scale, is_causal, window, dropout_rate, aux):
     if reason:
         raise ValueError(f"implementation='cudnn' cannot serve: {reason}")
     lse_of = functools.partial(_lse, mechanism)
-    jax.eval_shape(lse_of, arrays)  # refuses what `attend` does
+    jax.eval_shape(lse_of, arrays)  # raises as `attend` does
     *batch, T, H, D = arrays["query"].shape
     if 0 in (*batch, T, arrays["key"].shape[-3]):
         return attend(mechanism, **arrays, aux=aux)

@@ -46,11 +46,11 @@ class Softmax(OnlineNormalizer):
         return (new, total * factor + jnp.sum(weights, axis=-1)), weights, factor
 
     def finish(self, params, state):
-        seen, total = state
+        largest, total = state
         sink = self.sink(params)
-        top = jnp.maximum(seen, jax.lax.stop_gradient(sink))
+        top = jnp.maximum(largest, jax.lax.stop_gradient(sink))
         top = jnp.where(top == -jnp.inf, 0, top)
-        factor = jnp.exp(seen - top)
+        factor = jnp.exp(largest - top)
         total = total * factor + jnp.exp(sink - top)
         some = total > 0
         log_total = jnp.where(some, jnp.log(jnp.where(some, total, 1)), -jnp.inf)
@@ -60,7 +60,7 @@ class Softmax(OnlineNormalizer):
         top, log_total = statistic
         sink, sink_tangent = jax.jvp(self.sink, (params,), (tangent,))
         lost = jnp.exp(sink - top - jnp.where(log_total == -jnp.inf, 0, log_total))
-        # Σ_j w_ij + lost_i = 1 whatever changes, and the total is what sees to it.
+        # Σ_j w_ij + lost_i = 1 always holds: the change of the total ensures it.
         change = change + lost * sink_tangent
         return (jnp.zeros_like(top), change), -change
 
@@ -118,8 +118,8 @@ class SquaredReLU(OnlineNormalizer):
         return jnp.zeros_like(like)
 
     def update(self, params, state, logits):
-        seen = state + jnp.sum(logits > -jnp.inf, axis=-1)
-        return seen, jnp.square(jax.nn.relu(logits)), None
+        visible_count = state + jnp.sum(logits > -jnp.inf, axis=-1)
+        return visible_count, jnp.square(jax.nn.relu(logits)), None
 
     def finish(self, params, state):
         statistic = jnp.maximum(state, 1)

@@ -1,4 +1,4 @@
-"""Parts by name: what configs and flags write as text."""
+"""Parts from text, as configs and flags name them."""
 
 import ast
 import dataclasses
@@ -103,13 +103,13 @@ def _find(kind: str, name: str) -> type:
     if "." in name:
         where, _, attribute = name.rpartition(".")
         try:
-            found = getattr(importlib.import_module(where), attribute)
+            cls = getattr(importlib.import_module(where), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"{kind}: cannot import {name!r}: {error}") from None
         # Text from a config may name a part, but never call anything else.
-        if not (isinstance(found, type) and issubclass(found, _NAMEABLE)):
+        if not (isinstance(cls, type) and issubclass(cls, _NAMEABLE)):
             raise ValueError(f"{kind}: {name!r} is not an attention.{base.__name__}")
-        return found
+        return cls
     known = {
         cls.__name__.lower(): cls
         for cls in vars(module).values()

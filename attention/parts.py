@@ -81,8 +81,8 @@ class Tile:
     def pick(self, values: Array, column: Callable[[Array], Array]) -> Array:
         """values_{i, column(i − j)}, [t, s], of values [t, n], or [n] for all rows alike.
 
-        `column` maps distances to 0 … n−1. In a tile of consecutive positions only the t + s − 1
-        distances there are get looked up, and gradients are sums of slices.
+        `column` maps distances to 0 … n−1. A tile of consecutive positions has only t + s − 1
+        distances: only those are looked up, and gradients are sums of slices.
         """
         if not self.consecutive:
             columns = column(self.distance)
@@ -99,13 +99,13 @@ class Tile:
 
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
-FAR = 2**60  # beyond every position and distance, and small enough for NumPy to add a few
+FAR = 2**60  # larger than every position and distance; sums of a few fit int64
 
 
 class Range(NamedTuple):
     """Whole numbers from `low` to `high`, both included; arrays for many ranges at once.
 
-    An end of a difference of JAX arrays that is the largest of their dtype means: so far or more.
+    In a difference of JAX arrays, an end at the limit of their dtype means that number or beyond.
     """
 
     low: Any
@@ -132,11 +132,10 @@ class Range(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BlockBounds:
-    """What is known about a block of queries and keys without looking at each: ranges.
+    """Ranges of the attributes of a block of queries and keys.
 
-    The attributes of `Tile` that masks read, as `Range`s, of what can be told. Each end is an
-    array that broadcasts to [query blocks, key blocks], of numbers known while tracing (NumPy)
-    or only when running.
+    The attributes of `Tile` that masks read, as `Range`s. Each end is an array that broadcasts to
+    [query blocks, key blocks]: of NumPy where it is known while tracing, else of JAX.
     """
 
     query_index: Range
@@ -171,7 +170,7 @@ def check_part(name: str, part: Any, kind: type) -> None:
 
 
 def _rename(cls: type, old: str, new: str) -> None:
-    """Lets a part that defines a method by its old name serve for one more release."""
+    """Gives a method with an old name the new one too, and warns: for one release."""
     if old in vars(cls) and new not in vars(cls):
         warnings.warn(
             f"{cls.__name__}.{old} is {new} now: rename it", DeprecationWarning, stacklevel=4
@@ -343,8 +342,8 @@ class Mask(abc.ABC):
     """Which keys a query may attend to. `&`, `|` and `~` combine masks.
 
     Attributes:
-      required_inputs: keyword arguments of `attend` without which the mask means nothing: a set of
-        tuples, of each of which one must be given.
+      required_inputs: keyword arguments of `attend` that the mask needs: a set of tuples, one
+        argument of each tuple is required.
     """
 
     required_inputs: ClassVar[frozenset[tuple[str, ...]]] = frozenset()
@@ -445,8 +444,8 @@ class Normalizer(abc.ABC):
     A score of −inf is a masked key: its weight must be 0, and a row of nothing else must get a
     statistic from which `weight` makes zeros, not NaN.
 
-    That is enough for every kernel; but from an `OnlineNormalizer` the tiled one need not hold a
-    row of scores at once.
+    This is enough for every kernel; with an `OnlineNormalizer` the tiled one does not hold a whole
+    row of scores.
     """
 
     def init(self, key: Array) -> Params:
@@ -456,7 +455,7 @@ class Normalizer(abc.ABC):
 
     @abc.abstractmethod
     def statistic(self, params: Params, logits: Array) -> Any:
-        """What `weight` must know of a whole row: logits [t, S] -> a pytree of [t] arrays."""
+        """The statistic that `weight` takes: logits [t, S] of whole rows -> a pytree of [t]."""
 
     @abc.abstractmethod
     def weight(self, params: Params, logits: Array, statistic: Any) -> Array:
@@ -469,7 +468,7 @@ class Normalizer(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class OnlineNormalizer(Normalizer):
-    """A normaliser that sees the columns of a row some at a time."""
+    """A normaliser that reads the columns of a row block by block."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -477,11 +476,11 @@ class OnlineNormalizer(Normalizer):
 
     @abc.abstractmethod
     def start(self, params: Params, like: Array) -> Any:
-        """What is known of rows of which no score was seen: a pytree of [t] arrays, as `like`."""
+        """The state of rows before any column: a pytree of [t] arrays, as `like`."""
 
     @abc.abstractmethod
     def update(self, params: Params, state: Any, logits: Array) -> tuple[Any, Array, Array | None]:
-        """Sees more columns of the rows, [t, s]: -> state, weights [t, s], factor [t] or None.
+        """Reads more columns of the rows, [t, s]: -> state, weights [t, s], factor [t] or None.
 
         The weights are unfinished: all weights returned earlier are to be multiplied by the
         factors returned since, that of `finish` the last.
@@ -489,12 +488,12 @@ class OnlineNormalizer(Normalizer):
 
     @abc.abstractmethod
     def finish(self, params: Params, state: Any) -> tuple[Any, Array | None]:
-        """All columns were seen: -> the rows' `statistic`, factor [t] or None."""
+        """After the last column: -> the rows' `statistic`, factor [t] or None."""
 
     def statistic_jvp(
         self, params: Params, tangent: Params, statistic: Any, change: Array
     ) -> tuple[Any, Array | None]:
-        """How a statistic answers a change: -> its tangent, the relative change of all weights [t].
+        """Derivative of the statistic: -> its tangent, the relative change of all weights [t].
 
         `tangent` is that of params, and change_i = Σ_j ∂w_ij, the statistic held fixed. Default:
         the statistic is constant almost everywhere.

@@ -107,7 +107,7 @@ class Location(Score):
         positions = tile.key_positions
         inside = (positions >= 0) & (positions < self.max_length)
         rows = params["kernel"].at[positions].get(mode="clip")
-        # NaN enters after the product, so a masked key beyond the table spoils no gradient.
+        # NaN enters after the product, so that gradients are finite where such a key is masked.
         return jnp.where(inside, _product(query, rows.T), jnp.nan)
 
 

@@ -1,6 +1,6 @@
 """Search for a sequence under a model of the next token: greedy, sampled, by beam.
 
-Nothing here knows the model. It is a function and a state,
+The model is a function and a state,
 
     step(state, tokens [N] int) -> logits [N, vocab], state
 
@@ -63,7 +63,7 @@ class Beams(NamedTuple):
 def greedy(
     step: Step, state: State, begin: Array, max_length: int, end: int, *, pad: int = 0
 ) -> Sequences:
-    """The likeliest token, time after time: y_t = argmax_v logits_t[v]; of ties the lowest.
+    """The likeliest token at each step: y_t = argmax_v logits_t[v]; of ties the lowest.
 
     Args:
       step, state: the model, see the module; leaves of the state [B, ...].
@@ -110,12 +110,12 @@ def sample(
     """
     if top_k is not None:
         top_k = whole_number("top_k", top_k, 1)
-    for name, x, good, wanted in (
+    for name, x, good, expected in (
         ("temperature", temperature, lambda x: x > 0, "more than 0 (as it nears 0: `greedy`)"),
         ("top_p", top_p, lambda x: 0 < x <= 1, "in (0, 1]"),
     ):
         if x is not None and not isinstance(x, jax.core.Tracer) and not good(x):
-            raise ValueError(f"{name} must be {wanted}, got {x}")
+            raise ValueError(f"{name} must be {expected}, got {x}")
     by_row = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(jnp.asarray(begin).shape[0]))
 
     def choose(t, logits):
@@ -142,26 +142,26 @@ def _find(step, state, begin, max_length, end, pad, choose):
     dtype = _logits(step, state, begin).dtype
 
     def proceed(loop):
-        t, state, last, ended, found = loop
+        t, state, last, ended, sequences = loop
         logits, state = step(state, last)
         logits = logits.astype(dtype)
         token = jnp.where(ended, pad, choose(t, logits).astype(jnp.int32))
         log_probs = jnp.take_along_axis(_log_softmax(logits), token[:, None], axis=-1)[:, 0]
-        found = Sequences(
-            found.tokens.at[:, t].set(token),
-            found.lengths + ~ended,
-            found.log_probs + jnp.where(ended, 0, log_probs),
+        sequences = Sequences(
+            sequences.tokens.at[:, t].set(token),
+            sequences.lengths + ~ended,
+            sequences.log_probs + jnp.where(ended, 0, log_probs),
         )
-        return t + 1, state, token, ended | (token == end), found
+        return t + 1, state, token, ended | (token == end), sequences
 
     def unfinished(loop):
         t, _, _, ended, _ = loop
         return (t < max_length) & ~ended.all()
 
-    found = Sequences(
+    sequences = Sequences(
         jnp.full((B, max_length), pad, jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B, dtype)
     )
-    loop = (jnp.int32(0), state, begin, jnp.zeros(B, bool), found)
+    loop = (jnp.int32(0), state, begin, jnp.zeros(B, bool), sequences)
     return jax.lax.while_loop(unfinished, proceed, loop)[-1]
 
 
@@ -227,7 +227,7 @@ def beam_search(
     def unfinished(loop):
         t, _, _, log_probs, _, finished = loop
         bound = log_probs / jnp.maximum(penalty(t + 1), penalty(max_length))
-        # Written so that a NaN goes on and is seen in the end.
+        # Written so that a NaN propagates into the result.
         beaten = bound.max(axis=-1) <= finished.scores[:, -1]
         return (t < max_length) & ~beaten.all()
 
@@ -244,19 +244,19 @@ def beam_search(
     )
     t, _, _, log_probs, tokens, finished = jax.lax.while_loop(unfinished, proceed, loop)
     scores = jnp.where(t == max_length, log_probs, -jnp.inf) / penalty(t)
-    found = _merge(finished, Beams(tokens, scores, jnp.full((B, beam), t)))
-    none = found.scores == -jnp.inf
+    best = _merge(finished, Beams(tokens, scores, jnp.full((B, beam), t)))
+    none = best.scores == -jnp.inf
     return Beams(
-        jnp.where(none[..., None], pad, found.tokens),
-        found.scores,
-        jnp.where(none, 0, found.lengths),
+        jnp.where(none[..., None], pad, best.tokens),
+        best.scores,
+        jnp.where(none, 0, best.lengths),
     )
 
 
-def _merge(kept, new):
-    """The best of both, best first, as many as there were kept; of ties those kept."""
-    both = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), kept, new)
-    scores, order = jax.lax.top_k(both.scores, kept.scores.shape[1])
+def _merge(old, new):
+    """The best of both, best first, as many as in `old`; of ties the old ones."""
+    both = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), old, new)
+    scores, order = jax.lax.top_k(both.scores, old.scores.shape[1])
     return Beams(
         jnp.take_along_axis(both.tokens, order[..., None], axis=1),
         scores,

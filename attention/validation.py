@@ -1,4 +1,4 @@
-"""What `attend` refuses, and how it says so."""
+"""Checks of the arguments of `attend`, and their errors."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from attention.mechanism import params_shape
 
 
 def check(mechanism, params, query, key, value, pairs, data):
-    """Raises ValueError for whatever the kernels would choke on, or silently ignore."""
+    """Raises ValueError for arguments that the kernels cannot use, or would silently ignore."""
     check_arrays(query, key, value)
     *batch, T, H, D = query.shape
     S = key.shape[-3]
@@ -46,13 +46,13 @@ def check(mechanism, params, query, key, value, pairs, data):
                 raise ValueError(f"{name} must be [..., {letter}={length}], got {x.shape}")
             _check_broadcast(name, x, (*batch, length), f"[..., {letter}]")
     one_head = params_shape(mechanism, 1, D, value.shape[-1])  # of H, which may be symbolic
-    wanted = jax.tree.map(lambda x: (H, *x.shape[1:]), one_head)
+    expected = jax.tree.map(lambda x: (H, *x.shape[1:]), one_head)
     got = jax.tree.map(jnp.shape, params)
-    if wanted != got:
+    if expected != got:
         raise ValueError(
-            f"params do not fit {mechanism} with {H} heads of width {D}: expected shapes {wanted}, "
-            f"got {got}; make them with mechanism.init(key, num_heads={H}, head_dim={D}, "
-            f"value_dim={value.shape[-1]})"
+            f"params do not fit {mechanism} with {H} heads of width {D}: expected shapes "
+            f"{expected}, got {got}; make them with mechanism.init(key, num_heads={H}, "
+            f"head_dim={D}, value_dim={value.shape[-1]})"
         )
 
 
@@ -109,7 +109,7 @@ def check_dropout(rate, key, query_shape):
 
 
 def check_aux(aux, known, weight_rows, length):
-    """Raises ValueError unless `aux` names what there is, and rows of weights are told which."""
+    """Raises ValueError unless `aux` are known, and 'row_weights' comes with `weight_rows`."""
     if isinstance(aux, str):
         raise ValueError(f"aux must be a tuple of {', '.join(known)}; got {aux!r}")
     if unknown := set(aux) - set(known):

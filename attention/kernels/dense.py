@@ -1,7 +1,7 @@
 """The dense kernel: attention written out with all T·S scores in memory.
 
-The oracle of every other kernel: clear before fast, every part, any derivative. One head of one
-example; `attention.attend` lifts it over heads and batch.
+The reference for every other kernel: it takes every part and any derivative, and prefers clarity to
+speed. One head of one example; `attention.attend` lifts it over heads and batch.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from attention.parts import Array, Params, Tile, accumulator
 
 
 def cost(mechanism: Mechanism, query: Array, key: Array) -> tuple[float, str]:
-    """The numbers that scores and what makes them are at once, and why it runs if it does.
+    """The most intermediate numbers in memory at once, and the reason if this kernel runs.
 
     A symbolic batch counts as one example, symbolic lengths as short ones.
     """
@@ -61,7 +61,7 @@ def attend_head(
     Dropout zeroes weights and divides the others by 1 − dropout_rate. Everything is computed in
     float32, or float64 for float64 inputs; out has the dtype of the query.
     """
-    # XLA would spend minutes to fold what depends on constants alone.
+    # XLA would spend minutes on folding constants.
     tile = jax.tree.map(lambda x: jnp.arange(len(x)) if isinstance(x, np.ndarray) else x, tile)
     inputs, bad = prepare(mechanism, params, query, key, value, tile)
     out, extra = attend_rows(
@@ -108,10 +108,10 @@ def row_weights(
 
 
 class Inputs(NamedTuple):
-    """What a kernel computes with, everything that is O(T + S) done; in the accumulator's dtype.
+    """The arrays that scores are computed from, in the accumulator's dtype, all O(T + S) work done.
 
-    query [T, D] and key [D, S] are the vectors as given, features [T, F] and key_features [F, S]
-    what `Position.rotate` and `Score.prepare` made of them; keys are transposed, as in
+    query [T, D] and key [D, S] are the vectors of `attend_head`, features [T, F] and key_features
+    [F, S] the results of `Position.rotate` and `Score.prepare`; keys are transposed, as in
     `Score.tile`. value is [S, V].
     """
 
@@ -134,16 +134,19 @@ class NonFinite(NamedTuple):
 def prepare(
     mechanism: Mechanism, params: Params, query: Array, key: Array, value: Array, tile: Tile
 ) -> tuple[Inputs, NonFinite]:
-    """Inputs of the arrays that `attend_head` is given, without NaN and inf, and where those were.
+    """`Inputs` of the arguments of `attend_head`, NaN and inf replaced by 0, and where those were.
 
-    What is masked is absent, even a NaN; but 0 · NaN is NaN, in products and in their gradients. So
-    vectors that are not finite become 0, and the rows that see one are set to NaN at the end.
+    A masked vector must change nothing, even if it is NaN; but 0 · NaN is NaN, in products and in
+    their gradients. So vectors that are not finite become 0, and the rows that see one are set to
+    NaN at the end.
     """
     wide = accumulator(query.dtype)
     params = jax.tree.map(lambda x: x.astype(wide), params)
     bad = [~jnp.isfinite(x).all(-1) for x in (query, key, value)]
-    given = [x.astype(wide) for x in (query, key, value)]
-    query, key, value = (_without(spoilt, x) for spoilt, x in zip(bad, given, strict=True))
+    vectors = [x.astype(wide) for x in (query, key, value)]
+    query, key, value = (
+        _without(non_finite, x) for non_finite, x in zip(bad, vectors, strict=True)
+    )
     rotate, own = mechanism.position.rotate, params["position"]
     turned = rotate(own, query, tile.query_positions, "query")
     key_turned = rotate(own, key, tile.key_positions, "key")
@@ -154,12 +157,12 @@ def prepare(
     return Inputs(params, query, key.T, features, key_features.T, value), NonFinite(*bad)
 
 
-def _without(spoilt, x):
-    return jnp.where(spoilt[:, None], 0, x)
+def _without(non_finite, x):
+    return jnp.where(non_finite[:, None], 0, x)
 
 
 def score(mechanism: Mechanism, inputs: Inputs, tile: Tile) -> Array:
-    """Everything the parts add up to the score of each pair, before masking: [t, s]."""
+    """The score of each pair, with the position's term and before masking: [t, s]."""
     params = inputs.params
     scores = mechanism.score.tile(params["score"], inputs.features, inputs.key_features, tile)
     term = mechanism.position.tile(params["position"], inputs.query, inputs.key, tile)
@@ -167,7 +170,7 @@ def score(mechanism: Mechanism, inputs: Inputs, tile: Tile) -> Array:
 
 
 def mix(mechanism: Mechanism, inputs: Inputs, weights: Array, tile: Tile) -> Array:
-    """What weights [t, s] make of the values, [t, V]."""
+    """The mean of the values by weights [t, s], with the position's term: [t, V]."""
     out = weights @ inputs.value
     term = mechanism.position.mix(inputs.params["position"], weights, tile)
     return out if term is None else out + term
@@ -185,12 +188,12 @@ def attend_rows(
     dropout_rate: float = 0.0,
     aux: tuple[str, ...] = (),
 ) -> tuple[Array, dict[str, Array]]:
-    """`attend_head` of any rows, and of all the columns that they may see, once prepared."""
+    """`attend_head` of any rows, and of all columns visible from them, after `prepare`."""
     shape = (*tile.query_index.shape, *tile.key_index.shape)
     visible = jnp.broadcast_to(mechanism.mask.tile(tile), shape)
     if mask is not None:
         visible &= mask
-    seen = sees(bad, visible)
+    worst = sees(bad, visible)
     inputs = hide(inputs, visible.any(1), visible.any(0))
     scores = score(mechanism, inputs, dataclasses.replace(tile, visible=visible))
     if bias is not None:
@@ -203,7 +206,7 @@ def attend_rows(
     if dropout_key is not None and dropout_rate > 0:
         dropped = drop(weights, dropout_key, dropout_rate, tile)
     out = mix(mechanism, inputs, dropped, tile)
-    out = jnp.where((seen > 0)[:, None], jnp.nan, out)
+    out = jnp.where((worst > 0)[:, None], jnp.nan, out)
 
     available = {
         "weights": lambda: weights,
@@ -212,15 +215,15 @@ def attend_rows(
         "row_max": lambda: jax.lax.stop_gradient(jnp.max(logits, axis=-1)),
     }
     extra = {name: available[name]() for name in aux if name != "column_sums"}
-    spoilt = {name: (seen == 2).reshape(-1, *(1,) * (x.ndim - 1)) for name, x in extra.items()}
-    extra = {name: jnp.where(spoilt[name], jnp.nan, x) for name, x in extra.items()}
+    nan_rows = {name: (worst == 2).reshape(-1, *(1,) * (x.ndim - 1)) for name, x in extra.items()}
+    extra = {name: jnp.where(nan_rows[name], jnp.nan, x) for name, x in extra.items()}
     if "column_sums" in aux:
-        extra["column_sums"] = jnp.where((seen == 2)[:, None], jnp.nan, weights).sum(0)
+        extra["column_sums"] = jnp.where((worst == 2)[:, None], jnp.nan, weights).sum(0)
     return out, extra
 
 
 def hide(inputs: Inputs, rows: Array, columns: Array) -> Inputs:
-    """Inputs with 0 in the rows [t] that see nothing and the columns [s] that nobody sees.
+    """Inputs with 0 outside `rows` [t] and `columns` [s], bool: those that see, or are seen.
 
     A masked score may overflow where its vectors are huge, and 0 · inf is NaN in a gradient.
     """
@@ -235,7 +238,7 @@ def hide(inputs: Inputs, rows: Array, columns: Array) -> Inputs:
 
 def sees(bad: NonFinite, visible: Array) -> Array:
     """What rows see: 0, 1 a value, 2 a query or key that is not finite: [t] int."""
-    # A product: heads share what is visible, and would each reduce a copy of it.
+    # A product, since heads share `visible`, and would each reduce a copy of it.
     vectors = jnp.stack([bad.key, bad.value], axis=1).astype(jnp.float32)
     pairs = visible.astype(jnp.float32) @ vectors
     worst = jnp.maximum(2 * (pairs[:, 0] > 0), pairs[:, 1] > 0)
@@ -248,9 +251,9 @@ def entropy(weights: Array) -> Array:
 
 
 def drop(weights: Array, dropout_key: Array, rate: float, tile: Tile) -> Array:
-    """Weights [t, s] of which a share of `rate` became 0, the others divided by 1 − rate.
+    """Weights [t, s] with a share of `rate` set to 0, and the others divided by 1 − rate.
 
-    Which are dropped is a function of key, row and column, of no tiling.
+    Which ones are dropped depends on key, row and column, not on the tiling.
     """
     threshold = round(rate * 2**32)
     if threshold == 2**32:

@@ -1,4 +1,4 @@
-"""What `attend` knows of its kernels: each file of this folder that holds one registers it here."""
+"""The kernels that `attend` chooses from; each file of this folder registers its own here."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ class Kernel(NamedTuple):
     """A kernel; query [..., T, H, D] and key [..., S, K, D] are arrays or `jax.ShapeDtypeStruct`s.
 
     Attributes:
-      name: the `implementation` that insists on it.
+      name: the `implementation` that selects it.
       attend_head: attention of one head of one example; `dense.attend_head` has its signature.
       unsupported: (query, key, aux) -> why it cannot serve them, or None.
       cost: (mechanism, query, key) -> (cost, why): of the kernels that can serve, that of the
@@ -32,5 +32,5 @@ class Kernel(NamedTuple):
 
 
 def register(kernel: Kernel) -> None:
-    """Lets `attend`, `explain` and the suite of contracts know a kernel by its name."""
+    """Makes a kernel known to `attend`, `explain` and the contract tests by its name."""
     KERNELS[kernel.name] = kernel

@@ -1,7 +1,8 @@
-"""What was measured of the tiled kernel on each kind of device, read from block_sizes.json.
+"""Measurements of the tiled kernel on each kind of device, read from block_sizes.json.
 
-`python -m experiments.benchmark --tune` measures it on the device at hand and writes that file, or
-another one with --table, which the environment variable ATTENTION_BLOCK_SIZES then has to name.
+`python -m experiments.benchmark --tune` measures them on this machine's device and writes that
+file, or with --table another one, which the environment variable ATTENTION_BLOCK_SIZES has to name
+then.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""cuDNN's fused attention, by way of `jax.nn.dot_product_attention`, to our contracts.
+"""cuDNN's fused attention, called by `jax.nn.dot_product_attention`, as `attend` defines it.
 
 It computes softmax(scale · QKᵀ + bias) V only, on NVIDIA GPUs. Its backward pass is its own, and
 there is no forward mode.
@@ -29,7 +29,7 @@ def cudnn_unsupported(
 ) -> str | None:
     """Why `cudnn` cannot serve such a call on such a `jax.Device`, or None.
 
-    Arrays may be `jax.ShapeDtypeStruct`s. `weights`: all of them are asked for.
+    Arrays may be `jax.ShapeDtypeStruct`s. `weights`: whether the call returns all of them.
     """
     T, S, D = query.shape[-3], key.shape[-3], query.shape[-1]
     if "cuda" not in device.client.platform_version:
@@ -59,7 +59,7 @@ def cudnn_unsupported(
 
 
 def _native(window, is_causal):
-    """Whether cuDNN knows such a window: it has no right side but that of a causal mask."""
+    """Whether cuDNN has such a window: its right side can only be that of a causal mask."""
     return window is None or (min(window) >= 0 and (is_causal or window[1] == 0))
 
 

@@ -1,4 +1,4 @@
-"""What a Transformer is built of: embedding, MLP, residual block, stack of blocks."""
+"""The modules of a Transformer: embedding, MLP, residual block, stack of blocks."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ class TransformerConfig:
         have a leading L axis. False: one after another, parameters by layer.
       remat_layers: of a block keep its input only and compute the rest once more in the backward
         pass: memory for the activations of one block instead of all (Chen et al. 2016). On a CPU
-        with scan_layers only: else XLA finds that it computes the same twice, and does not.
+        with scan_layers only: otherwise XLA removes the second computation.
       dtype, param_dtype: of the computation and of the parameters.
       implementation: the attention kernel; see `attention.attend`.
 
@@ -126,7 +126,7 @@ class Embedding(nn.Module):
         A token that is not 0 to vocab_size − 1 gives NaN.  ValueError unless tokens are integers.
         """
         tokens = index_array("tokens", tokens)
-        # NumPy's, not traced: so `embed` can refuse a text that is too long for it.
+        # NumPy's, not traced, so that `embed` raises for a text that is too long.
         places = np.arange(tokens.shape[-1]) if positions is None else positions
         rows = jnp.asarray(self.table).at[tokens]
         x = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
@@ -169,7 +169,7 @@ class MLP(nn.Module):
 
 
 class DecoderState(NamedTuple):
-    """What a decoder remembers of a text; of a `Stack`, every leaf has an L axis after the batch.
+    """The state of a decoder within a text; of a `Stack`, every leaf has an L axis after the batch.
 
     Attributes:
       self_attention: keys and values of the text so far.
@@ -346,8 +346,8 @@ class Stack(nn.Module):
             return carry, block.precompute_kv(memory, lengths)
 
         blocks, _ = self._parts()
-        _, kept = self._layers(blocks, layer, (), None, axis=len(batch))
-        return DecoderState(cache, kept)
+        _, memory_cache = self._layers(blocks, layer, (), None, axis=len(batch))
+        return DecoderState(cache, memory_cache)
 
     def _layers(self, blocks, layer, x, state, axis):
         """layer(block, x, state of the layer) -> x, state, one after another."""

@@ -31,7 +31,7 @@ class Dense(nn.Dense):
 
 
 class _Parts(NamedTuple):
-    """What `MultiHeadAttention` learns; the projections split their heads."""
+    """The parameters of `MultiHeadAttention`; the projections split their heads."""
 
     query: Callable
     key: Callable
@@ -86,13 +86,13 @@ class MultiHeadAttention(nn.Module):
         """x [..., T, M], context [..., S, C] or None: x itself -> [..., T, M].
 
         `data` are the arguments of `attend` from `bias` to `prefix_lengths`. In self-attention
-        what is given for the query (positions, lengths, segments) holds for the key too, unless
-        that is given as well.
+        positions, lengths and segments of the query are also those of the key, unless the key has
+        its own.
 
         With a `cache` x continues a text: its keys and values are appended, its queries attend to
-        all that is there, and the result is (out, cache). `lengths` [...] is then how many of an
-        example's T are real; what `data` tell of keys, they tell of all slots (see
-        `attention.decoding`). A context may be what `precompute_kv` made of it.
+        all keys in it, and the result is (out, cache). `lengths` [...] is then how many of an
+        example's T are real; `data` about keys are about all slots (see `attention.decoding`). A
+        context may be the result of `precompute_kv`.
 
         Raises ValueError where the widths and head counts do not fit, and as `attend` and
         `decoding.append` do.
@@ -104,7 +104,7 @@ class MultiHeadAttention(nn.Module):
             options["dropout_rate"] = self.dropout_rate
             options["dropout_key"] = self.make_rng("dropout")
         sow = self.is_mutable_collection("intermediates")
-        # Only the dense kernel has all weights at hand; beside others they are made once more.
+        # Only the dense kernel returns all weights; beside others they are computed once more.
         if sow and self.implementation not in (None, "dense"):
             options |= {"aux": ("row_weights",), "weight_rows": jnp.arange(query.shape[-3])}
         elif sow:
@@ -131,7 +131,7 @@ class MultiHeadAttention(nn.Module):
         return out if cache is None else (out, cache)
 
     def precompute_kv(self, context: Array, lengths: Array | None = None) -> Cache:
-        """Keys and values of a context [..., S, C], projected once to be attended to many times.
+        """Keys and values of a context [..., S, C], projected once for many calls.
 
         `lengths` [...] is how many of an example's S are real, all unless given. Where x is of
         another width than the context, `head_dim` must be set. Raises ValueError for lengths that

@@ -1,4 +1,4 @@
-"""A model on several devices: what each axis of a parameter is, and where on a mesh it lies.
+"""A model on several devices: names of the axes of parameters, and their places on a mesh.
 
 Modules name the axes of a parameter where they create it, by `named`:
 
@@ -11,7 +11,7 @@ Modules name the axes of a parameter where they create it, by `named`:
 
 An axis without a name is the same on every device. `logical_axes` collects the names of a model,
 `shardings` turns them into places on a mesh with the axes 'data' and 'model', and `by_batch` keeps
-the activations of an example where the example is. Without a mesh nothing of this changes anything:
+the activations of an example where the example is. Without a mesh all this has no effect:
 `model.init` returns plain arrays.
 
     mesh = make_mesh("data:4,model:2")
@@ -34,7 +34,7 @@ _asked = contextvars.ContextVar("names are asked for", default=False)
 
 
 def named(init: Callable, *axes: str | None) -> Callable:
-    """The init function of a parameter whose axes are called `axes`; those left over have no name.
+    """The init function of a parameter whose axes are called `axes`; further axes have no name.
 
     `init` may return a tree; then the names are those of each leaf. Without any, every device has
     all of it.
@@ -117,8 +117,8 @@ def shardings(shapes: Any, names: Any, mesh: Mesh, fully_sharded: bool = False) 
 def by_batch(x: Array) -> Array:
     """x [B, ..., M], split over its examples alone.
 
-    Otherwise XLA may as well split activations as the parameters are that they meet, and gather the
-    batch. Only under a mesh and `nn.logical_axis_rules`, and where x has a batch.
+    Otherwise XLA may split activations as the parameters are split, and gather the batch. Has an
+    effect only under a mesh and `nn.logical_axis_rules`, and where x has a batch.
     """
     return nn.with_logical_constraint(x, ("batch", *[None] * (x.ndim - 1))) if x.ndim > 2 else x
 
@@ -132,36 +132,36 @@ def make_mesh(text: str) -> Mesh | None:
     if not text:
         return None
     sizes = mesh_sizes(text)
-    wanted, there = sizes["data"] * sizes["model"], jax.devices()
-    if wanted > len(there):
-        raise ValueError(f"mesh={text!r} needs {wanted} devices, there are {len(there)}")
-    if jax.process_count() > 1 and wanted != len(there):
+    count, devices = sizes["data"] * sizes["model"], jax.devices()
+    if count > len(devices):
+        raise ValueError(f"mesh={text!r} needs {count} devices, there are {len(devices)}")
+    if jax.process_count() > 1 and count != len(devices):
         raise ValueError(
-            f"mesh={text!r} has {wanted} devices, the {jax.process_count()} processes have "
-            f"{len(there)}: all of them must be in it"
+            f"mesh={text!r} has {count} devices, the {jax.process_count()} processes have "
+            f"{len(devices)}: all of them must be in it"
         )
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
         (AxisType.Auto,) * len(sizes),
-        devices=there[:wanted],
+        devices=devices[:count],
     )
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
-    """The axes of the mesh that a text describes, {'data': 4, 'model': 2}; 1 what it leaves out.
+    """The axes of the mesh that a text describes, {'data': 4, 'model': 2}; 1 for others.
 
     Looks for no devices.  ValueError where the text cannot be read.
     """
     sizes = {"data": 1, "model": 1}
-    seen = set()
+    names = set()
     for part in filter(None, text.split(",")):
         name, _, count = (word.strip() for word in part.partition(":"))
-        if not (count.isascii() and count.isdigit() and int(count)) or name in seen:
+        if not (count.isascii() and count.isdigit() and int(count)) or name in names:
             raise ValueError(f"mesh={text!r} cannot be read: write it like 'data:4,model:2'")
         if name not in sizes:
             raise ValueError(f"mesh={text!r} has an axis {name!r}: known are {', '.join(sizes)}")
-        seen.add(name)
+        names.add(name)
         sizes[name] = int(count)
     return sizes
 

@@ -1,4 +1,4 @@
-"""Angles that positions turn by, right to 10⁻⁶ however far the position."""
+"""Angles of rotary and sinusoidal positions, exact to 10⁻⁶ for every position."""
 
 from typing import Any
 

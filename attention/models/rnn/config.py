@@ -87,7 +87,7 @@ def make_cell(config: RNNConfig, features: int, name: str | None = None) -> nn.R
 
 
 def hidden_state(carry: Any) -> Array:
-    """What a cell shows of what it carries: a GRU all of it, an LSTM (c, h) its h."""
+    """The output of a cell from its carry: all of it for a GRU, h of (c, h) for an LSTM."""
     return carry[1] if isinstance(carry, tuple) else carry
 
 

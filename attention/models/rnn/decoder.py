@@ -131,7 +131,7 @@ class RNNDecoder(nn.Module):
         predicted = isinstance(window, LocalP)
         centre = self.centre(query, state["lengths"]) if predicted else steps[:, None]
         offset = jnp.arange(memory.key.shape[1]) - centre[..., None]  # [B, H or 1, T, S]
-        if predicted:  # of a weight times a gain times a value it may as well be the value's
+        if predicted:  # weight · gain · value is the same with the gain on the value
             gain = jnp.exp(-2 * jnp.square(offset / window.width))
             of_value = jnp.moveaxis(gain[:, :, 0], 1, 2)[..., None].astype(memory.value.dtype)
             memory = memory._replace(value=memory.value * of_value)

@@ -23,9 +23,9 @@ class ReadLast(nn.Module):
         """context [B, S, M], of it `lengths` [B] real -> what calls need of it; 0 for length 0."""
         weights = jnp.arange(context.shape[1]) == lengths[:, None] - 1
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
-        found = jnp.take_along_axis(context, last, axis=1)[:, 0]
+        state = jnp.take_along_axis(context, last, axis=1)[:, 0]
         return {
-            "last": jnp.where(lengths[:, None] > 0, found, 0),
+            "last": jnp.where(lengths[:, None] > 0, state, 0),
             "weights": weights.astype(jnp.float32),
         }
 
@@ -99,8 +99,8 @@ class SingleHead(nn.Module):
     def precompute_kv(self, context: Array, lengths: Array) -> Cache:
         """context [B, S, M], of it `lengths` [B] real -> what calls need of it.
 
-        That is features of the keys where the score makes them without looking at the queries:
-        once for all steps then, forwards and backwards.
+        These are the features of the keys where they do not depend on the queries: computed once
+        for all steps then, forwards and backwards.
         """
         key = value = context.astype(self.dtype)
         if separable(self.mechanism, self.model_dim):
@@ -119,8 +119,10 @@ class SingleHead(nn.Module):
             mechanism = dataclasses.replace(mechanism, score=prepared)
             query, _ = self._features(query, jnp.zeros_like(query[:, :1]))
         sow = self.is_mutable_collection("intermediates")
-        seen: dict[str, Any] = {"aux": ("weights",)} if sow else {}
-        out = decoding.attend(mechanism, self.learned, context, query[:, :, None], **seen, **data)
+        aux_options: dict[str, Any] = {"aux": ("weights",)} if sow else {}
+        out = decoding.attend(
+            mechanism, self.learned, context, query[:, :, None], **aux_options, **data
+        )
         if sow:
             out, aux = out
             self.sow("intermediates", "weights", aux["weights"].astype(self.dtype))

@@ -11,8 +11,8 @@ from attention.parts import check_counts
 class LastState:
     """No attention: c_t = h_S, the encoder's state at the last token, for every t.
 
-    Cho et al. 2014, eq. 2 and 3; Sutskever et al. 2014 let it start the decoder only, as it does
-    here besides. What a text says must fit in one vector, however long it is.
+    Cho et al. 2014, eq. 2 and 3; in Sutskever et al. 2014 it only starts the decoder, which it does
+    here as well. One vector has to hold the whole text, however long it is.
     """
 
 
