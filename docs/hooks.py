@@ -1,0 +1,25 @@
+"""MkDocs hooks: pages of the site whose text stands outside docs/."""
+
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+
+
+def on_files(files, config):
+    """Adds results/*.md, CONTRIBUTING.md and CHANGELOG.md."""
+    for path in sorted((ROOT / "results").glob("*.md")):
+        name = f"results/{path.name}"
+        files.append(File.generated(config, name, abs_src_path=str(path)))
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        files.append(File.generated(config, name.lower(), abs_src_path=str(ROOT / name)))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Points links that leave docs/, as a repository's browser follows them, to these pages."""
+    markdown = markdown.replace("](../results/", "](results/").replace("](docs/", "](")
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        markdown = markdown.replace(f"](../{name})", f"]({name.lower()})")
+    return markdown
