@@ -9,7 +9,7 @@ TEST_ENV = JAX_PLATFORMS=cpu XLA_FLAGS="$(TEST_FLAGS) $(shell $(BIN)/python -c '
 OLD_JAX := import jax; print("--xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ablation test test-slow test-kills test-clusters test-browser test-tpu lint constraints
+.PHONY: help setup ablation test test-slow test-kills test-clusters test-browser test-tpu lint docs constraints
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -52,5 +52,9 @@ test-tpu: setup  ## Compile the kernels for a TPU, without one (downloads libtpu
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test,tpu]'
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -m slow tests/test_tpu.py
 
+docs: setup  ## Build the documentation into site/; a broken link or reference fails.
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test,docs]'
+	JAX_PLATFORMS=cpu $(BIN)/mkdocs build --strict
+
 constraints: setup  ## Update constraints.txt to the newest versions.
-	$(BIN)/uv pip compile setup.cfg --extra test-clusters --extra browser --universal --python-version 3.11 --no-header --no-annotate --upgrade --output-file constraints.txt
+	$(BIN)/uv pip compile setup.cfg --extra test-clusters --extra browser --extra docs --universal --python-version 3.11 --no-header --no-annotate --upgrade --output-file constraints.txt
