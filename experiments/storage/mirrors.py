@@ -182,11 +182,11 @@ class _Mirror:
     def _upload_checkpoint(self, step, source):
         self._remove(step)  # what a first try has left
         target = self._there / "checkpoints" / str(step)
-        paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
-        names = [path.relative_to(source).as_posix() for path in paths]
+        files = [path for path in sorted(source.rglob("*")) if path.is_file()]
+        names = [path.relative_to(source).as_posix() for path in files]
         with paths.reaching(target, "written"):
-            target.fs.put([str(path) for path in paths], [(target / name).path for name in names])
-        content = {name: _digest(path) for name, path in zip(names, paths, strict=True)}
+            target.fs.put([str(path) for path in files], [(target / name).path for name in names])
+        content = {name: _digest(path) for name, path in zip(names, files, strict=True)}
         paths.put(target / MARK, json.dumps(content, indent=1).encode())
         self._whole.add(step)
 
