@@ -66,7 +66,7 @@ def main(argv):
             )
     except (Stopped, KeyboardInterrupt):
         cli.leave(stop)
-    except (local.Failed, paths.Unreachable) as error:
+    except (local.Failed, paths.StorageError) as error:
         cli.fail(error)
     except OSError as error:
         if not cells.disk_full(error):

@@ -12,10 +12,9 @@ import pytest
 from launching import CONFIG, ablate, read, start, wait_for
 
 from experiments.config import settings
-from experiments.launch import cells, interrupts, progress
-from experiments.launch import runner as ablate_module
+from experiments.launch import cells, interrupts, progress, runner
 from experiments.launch.executors import clusters, local
-from experiments.storage import leases
+from experiments.storage import holders, leases
 from experiments.training import loop
 
 MORE = """
@@ -147,9 +146,9 @@ class Dying(clusters._Cluster):
 
 
 def test_a_cell_that_always_dies_elsewhere_is_a_failure_in_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(leases, "LAPSE", 1.0)
+    monkeypatch.setattr(holders, "LAPSE", 1.0)
     executor = Dying(tmp_path, 0, {})
-    ablate_module.pursue(tmp_path, [cells.Job("base")], executor, interrupts.Stop())
+    runner.run_until_done(tmp_path, [cells.Job("base")], executor, interrupts.Stop())
     found = cells.outcome(cells.folder(tmp_path, "base"))
     assert found["status"] == "failed" and "its node is gone, 3 times" in found["error"]
     assert executor.submitted == 3

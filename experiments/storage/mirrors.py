@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from experiments.storage import leases, paths
 
 MARK = "uploaded.json"
-KEEP = 2  # checkpoints, as `checkpoints.open` does
+KEEP = 2  # checkpoints, as `checkpoints.open_manager` does
 LOOK = 0.5  # seconds between two looks for a new checkpoint
 LOGS = 10.0  # seconds between two uploads of what has changed without one
 WAITS = (1, 2, 4, 8, 16, 32)  # seconds before a file system is asked once more
@@ -45,7 +45,7 @@ def mirror(directory: Any, stop: Any) -> Iterator[Path]:
     a folder that all of them see.
 
     Raises:
-      paths.Unreachable: it cannot be read, or not be written.
+      paths.StorageError: it cannot be read, or not be written.
       ValueError: the other processes do not see the temporary folder.
     """
     if isinstance(directory, Path):
@@ -85,7 +85,7 @@ def checkpoint(directory: Any) -> Iterator[Path]:
     """A local folder with the checkpoints of a run, for reading; of a remote one the newest.
 
     Raises:
-      paths.Unreachable: it cannot be read.
+      paths.StorageError: it cannot be read.
       ValueError: there is none.
     """
     if isinstance(directory, Path):
@@ -205,7 +205,7 @@ def _insist(act: Callable[[], None], wait: Callable[[float], Any]) -> None:
     for seconds in WAITS:
         try:
             return act()
-        except paths.Unreachable:
+        except paths.StorageError:
             if wait(seconds):
                 return
     act()
@@ -218,7 +218,7 @@ def _fetch_newest(there, here, names):
         folder = here / "checkpoints" / str(step)
         try:
             _download(there / "checkpoints" / str(step), folder, list(content))
-        except paths.Unreachable as error:
+        except paths.StorageError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             content = {}

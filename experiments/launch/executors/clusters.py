@@ -231,7 +231,7 @@ def train_cell(workdir: str, job: dict, signals: tuple = (signal.SIGINT, signal.
                 try:
                     cells.run_cell(place, cells.Job(**job), shown, stop)
                     return "done"
-                except leases.Taken:  # perhaps by a machine that is no more
+                except leases.LeaseHeldError:  # perhaps by a machine that is no more
                     if time.monotonic() > until:
                         return "taken"
                     time.sleep(1)
