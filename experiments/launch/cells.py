@@ -17,7 +17,7 @@ from typing import Any
 from experiments.analysis import statistics
 from experiments.config import settings
 from experiments.launch.interrupts import Stop
-from experiments.launch.progress import Cell
+from experiments.launch.progress import CellProgress
 from experiments.reporting import formatting
 from experiments.storage import leases, mirrors, paths
 from experiments.training import loop
@@ -64,7 +64,7 @@ def _rungs(directory):
 def run_cell(
     workdir: Any,
     job: Job,
-    shown: Cell,
+    shown: CellProgress,
     stop: Stop | None = None,
     compiled: Callable[[], float] = lambda: 0.0,
 ) -> dict[str, Any]:
