@@ -24,7 +24,7 @@ from test_train import Signal, tiny
 
 from experiments.config import sweep
 from experiments.launch import cells, interrupts, runner
-from experiments.launch.executors import clusters
+from experiments.launch.executors import Slurm
 from experiments.reporting import page
 from experiments.storage import holders, leases, mirrors, paths
 from experiments.storage.remote_leases import RemoteLease
@@ -744,6 +744,6 @@ def test_the_logs_of_submitit_are_local(run, tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(AutoExecutor=AutoExecutor))
     monkeypatch.chdir(tmp_path)
-    clusters.Slurm(run, 0, {})._make()
-    clusters.Slurm(tmp_path / "work", 0, {})._make()
+    Slurm(run, 0, {})._make()
+    Slurm(tmp_path / "work", 0, {})._make()
     assert folders == [tmp_path / "slurm" / "run", "run", tmp_path / "work" / "slurm", "work"]

@@ -17,6 +17,7 @@ from typing import Any
 from experiments.analysis import comparisons, run_directory
 from experiments.config import claims, sweep
 from experiments.launch import cells, cli, halving
+from experiments.launch.executors import Executor
 from experiments.launch.interrupts import Stop, Stopped
 from experiments.launch.progress import Progress
 from experiments.reporting import page, terminal
@@ -71,7 +72,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def run_until_done(workdir: Any, jobs: Sequence[cells.Job], executor, stop: Stop) -> None:
+def run_until_done(workdir: Any, jobs: Sequence[cells.Job], executor: Executor, stop: Stop) -> None:
     """Runs jobs until each has its outcome, here or by another launcher.
 
     Raises what the executor raises.
@@ -133,7 +134,7 @@ def train_sweep(
     workdir: Any,
     swept: Sequence[sweep.CellSpec],
     expected: Sequence[claims.Claim],
-    executor: Any,
+    executor: Executor,
     stop: Stop,
     *,
     retry_failed: bool = False,
