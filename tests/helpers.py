@@ -7,7 +7,7 @@ import pytest
 from experiments.launch import progress
 
 
-class Silent(progress.Cell):
+class Silent(progress.CellProgress):
     """Shows nothing; raises at a step on request, as a kill would end the run there."""
 
     def __init__(self, stop_at=None):

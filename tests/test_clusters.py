@@ -3,6 +3,7 @@
 `make test-clusters` runs them; without the extra `cluster` they are skipped.
 """
 
+import importlib.util
 import json
 import os
 import signal
@@ -12,10 +13,9 @@ import pytest
 from launching import CONFIG, ablate, read, start, wait_for
 
 from experiments.config import settings
-from experiments.launch import cells, interrupts, progress
-from experiments.launch import runner as ablate_module
-from experiments.launch.executors import clusters, local
-from experiments.storage import leases
+from experiments.launch import cells, executors, interrupts, progress, runner
+from experiments.launch.executors import base, local
+from experiments.storage import holders, leases
 from experiments.training import loop
 
 MORE = """
@@ -124,10 +124,16 @@ def test_a_signal_to_the_launcher_saves_on_the_cluster(sweep, tmp_path, executor
     assert not list(work.glob("cells/*/lease.json"))
 
 
-class Dying(clusters._Cluster):
+class Dying(base.ClusterExecutor):
     """Tasks that die on another machine, whose lease nobody gives back."""
 
     submitted = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
 
     def _submit(self, job):
         self.submitted += 1
@@ -147,9 +153,9 @@ class Dying(clusters._Cluster):
 
 
 def test_a_cell_that_always_dies_elsewhere_is_a_failure_in_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(leases, "LAPSE", 1.0)
+    monkeypatch.setattr(holders, "LAPSE", 1.0)
     executor = Dying(tmp_path, 0, {})
-    ablate_module.pursue(tmp_path, [cells.Job("base")], executor, interrupts.Stop())
+    runner.run_until_done(tmp_path, [cells.Job("base")], executor, interrupts.Stop())
     found = cells.outcome(cells.folder(tmp_path, "base"))
     assert found["status"] == "failed" and "its node is gone, 3 times" in found["error"]
     assert executor.submitted == 3
@@ -175,19 +181,19 @@ def test_a_worker_that_died_before_its_first_cell_is_replaced(tmp_path, capsys):
     ("ray", "num_gpus", "is name=value,name=value: got 'num_gpus'"),
 ])  # fmt: skip
 def test_resources_that_mean_nothing_are_refused(tmp_path, monkeypatch, name, resources, message):
-    monkeypatch.setattr(local.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
     with pytest.raises(ValueError, match=message):
-        local.create(name, tmp_path, 0, 1, resources)
+        executors.create(name, tmp_path, 0, 1, resources)
 
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(local.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match=r"needs submitit: pip install 'attention\[cluster\]'"):
-        local.create("slurm", tmp_path, 0, 1, "")
+        executors.create("slurm", tmp_path, 0, 1, "")
 
 
 def test_each_worker_has_gpus_of_its_own_or_a_share_of_the_cores(monkeypatch):
-    monkeypatch.setattr(local.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,5")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.storage import leases
+from experiments.storage import holders, leases
 
 ROOT = Path(__file__).parents[1]
 HOLD = """
@@ -34,7 +34,7 @@ def test_a_living_process_keeps_its_lease_and_a_killed_one_does_not(tmp_path):
     process = hold(tmp_path / "cell")
     assert leases.holder(tmp_path / "cell").startswith(f"process {process.pid} on ")
     with (
-        pytest.raises(leases.Taken, match=f"cell is held by process {process.pid} on"),
+        pytest.raises(leases.LeaseHeldError, match=f"cell is held by process {process.pid} on"),
         leases.Lease(tmp_path / "cell"),
     ):
         pass
@@ -73,7 +73,7 @@ def test_another_machine_keeps_its_lease_while_it_touches_it(tmp_path):
     path = tmp_path / leases.NAME
     path.write_text(json.dumps(own))
     assert leases.holder(tmp_path) == "process 1 on ada"
-    past = time.time() - leases.LAPSE - 1
+    past = time.time() - holders.LAPSE - 1
     os.utime(path, (past, past))
     assert leases.holder(tmp_path) is None
     with leases.Lease(tmp_path):
@@ -116,7 +116,7 @@ try:
     with leases.Lease(Path(sys.argv[1])):
         print("held", flush=True)
         time.sleep(2)
-except leases.Taken:
+except leases.LeaseHeldError:
     print("taken", flush=True)
 """
     several = [

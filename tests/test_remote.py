@@ -24,9 +24,10 @@ from test_train import Signal, tiny
 
 from experiments.config import sweep
 from experiments.launch import cells, interrupts, runner
-from experiments.launch.executors import clusters
+from experiments.launch.executors import Slurm
 from experiments.reporting import page
-from experiments.storage import leases, mirrors, paths
+from experiments.storage import holders, leases, mirrors, paths
+from experiments.storage.remote_leases import RemoteLease
 from experiments.training import checkpoints, loop, trained
 
 
@@ -64,7 +65,7 @@ def test_what_a_path_lacks_is_said_in_a_line(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with one_line(ImportError, "gs://bucket/run cannot be used", "install gcsfs"):
         paths.as_path("gs://bucket/run")
-    with monkeypatch.context() as patch, one_line(paths.Unreachable, "memory://run cannot be"):
+    with monkeypatch.context() as patch, one_line(paths.StorageError, "memory://run cannot be"):
         fail(patch, "exists", RuntimeError("no credentials"))
         paths.as_path("memory://run")
     monkeypatch.setitem(sys.modules, "upath", None)
@@ -88,7 +89,7 @@ def test_a_reader_sees_the_old_file_or_the_new_one(run, monkeypatch, stores):
         raise OSError("cut")
 
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", half)
-    with one_line(paths.Unreachable, "memory://run/deep/report.html cannot be written", "cut"):
+    with one_line(paths.StorageError, "memory://run/deep/report.html cannot be written", "cut"):
         paths.replace(path, "another")
     assert paths.read(path) == "new" and paths.files(run) == ["deep/report.html"]
 
@@ -100,7 +101,7 @@ def test_a_file_is_created_once(run, monkeypatch):
     # The answer to a first try was lost, and a second one finds the file.
     assert paths.create(path, "mine")
     fail(monkeypatch, "pipe_file", PermissionError("denied"))
-    with one_line(paths.Unreachable, "memory://run/new cannot be written", "denied"):
+    with one_line(paths.StorageError, "memory://run/new cannot be written", "denied"):
         paths.create(run / "new", "mine")
     fail(monkeypatch, "pipe_file", FileExistsError())  # and was removed since
     assert not paths.create(run / "new", "mine")
@@ -120,7 +121,10 @@ def test_a_remote_lease_is_one_process_s_and_then_free(run):
     for number in (1, 2, 3):
         with leases.Lease(run):
             assert leases.holder(run).startswith(f"process {os.getpid()} on ")
-            with pytest.raises(leases.Taken, match="run is held by process"), leases.Lease(run):
+            with (
+                pytest.raises(leases.LeaseHeldError, match="run is held by process"),
+                leases.Lease(run),
+            ):
                 pass
             assert numbers(run) == [LEASE.format(number)]
         assert leases.holder(run) is None
@@ -129,7 +133,7 @@ def test_a_remote_lease_is_one_process_s_and_then_free(run):
 
 def test_a_killed_process_of_this_machine_holds_no_remote_lease(run):
     process = subprocess.Popen(["sleep", "100"])
-    own = {**leases._process(), "pid": process.pid, "born": leases._born(process.pid)}
+    own = {**holders.this_process(), "pid": process.pid, "born": holders.born(process.pid)}
     paths.put(run / LEASE.format(7), json.dumps(own).encode())
     assert leases.holder(run).startswith(f"process {process.pid} on ")
     process.kill()
@@ -144,10 +148,10 @@ def test_a_remote_lease_that_nobody_touches_lapses_by_the_clock_of_the_store(
     run, monkeypatch, here
 ):
     path = run / LEASE.format(1)
-    paths.put(path, json.dumps(leases._process() if here else ELSEWHERE).encode())
+    paths.put(path, json.dumps(holders.this_process() if here else ELSEWHERE).encode())
     monkeypatch.setattr(time, "time", lambda: 0.0)  # what this machine thinks is of no account
     assert leases.holder(run).startswith(f"process {os.getpid() if here else 1} on ")
-    past = datetime.timedelta(seconds=leases.LAPSE + 1)
+    past = datetime.timedelta(seconds=holders.LAPSE + 1)
     MemoryFileSystem.store[path.path].modified -= past
     assert leases.holder(run) is None
     with leases.Lease(run):
@@ -155,7 +159,7 @@ def test_a_remote_lease_that_nobody_touches_lapses_by_the_clock_of_the_store(
 
 
 def rival(folder):
-    return leases._Numbered(folder, {**leases._process(), "token": "the rival's"})
+    return RemoteLease(folder, {**holders.this_process(), "token": "the rival's"})
 
 
 def test_of_two_that_find_a_lease_free_one_gets_it(run, monkeypatch):
@@ -167,7 +171,7 @@ def test_of_two_that_find_a_lease_free_one_gets_it(run, monkeypatch):
         return created(path, content)
 
     monkeypatch.setattr(paths, "create", late)
-    with pytest.raises(leases.Taken), leases.Lease(run):
+    with pytest.raises(leases.LeaseHeldError), leases.Lease(run):
         pass
     assert numbers(run) == [LEASE.format(1)]
     assert json.loads(paths.read(run / LEASE.format(1)))["token"] == "the rival's"
@@ -186,7 +190,7 @@ def test_who_makes_a_number_that_has_had_its_day_gets_nothing(run, monkeypatch):
         return created(path, content)
 
     monkeypatch.setattr(paths, "create", late)
-    with pytest.raises(leases.Taken), leases.Lease(run):
+    with pytest.raises(leases.LeaseHeldError), leases.Lease(run):
         pass
     assert numbers(run) == [LEASE.format(7)]
 
@@ -212,7 +216,7 @@ def test_of_many_at_once_none_holds_it_beside_another(run, monkeypatch):
 
     def work(name):
         rng = random.Random(name)
-        place = leases._Numbered(run, {**leases._process(), "token": name})
+        place = RemoteLease(run, {**holders.this_process(), "token": name})
         try:
             while len(times) < 200 and not errors:
                 if place.take() is None:
@@ -496,7 +500,7 @@ def test_what_cannot_be_uploaded_fails_the_run_while_it_goes_on(run, quick, monk
     stop = interrupts.Stop()
     with (
         monkeypatch.context() as patch,
-        one_line(paths.Unreachable, "checkpoints/1 cannot be written: RuntimeError: no route"),
+        one_line(paths.StorageError, "checkpoints/1 cannot be written: RuntimeError: no route"),
         mirrors.mirror(run, stop) as here,
     ):
         fail(patch, "put", RuntimeError("no route"))
@@ -740,6 +744,6 @@ def test_the_logs_of_submitit_are_local(run, tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(AutoExecutor=AutoExecutor))
     monkeypatch.chdir(tmp_path)
-    clusters.Slurm(run, 0, {})._make()
-    clusters.Slurm(tmp_path / "work", 0, {})._make()
+    Slurm(run, 0, {})._make()
+    Slurm(tmp_path / "work", 0, {})._make()
     assert folders == [tmp_path / "slurm" / "run", "run", tmp_path / "work" / "slurm", "work"]

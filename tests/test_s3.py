@@ -104,7 +104,7 @@ def test_of_two_who_create_an_object_the_second_is_told(bucket):
     assert paths.create(path, "first")
     assert not paths.create(path, "second") and paths.read(path) == "first"
     assert paths.create(path, "first"), "as after an answer that was lost"
-    with leases.Lease(path.parent), pytest.raises(leases.Taken), leases.Lease(path.parent):
+    with leases.Lease(path.parent), pytest.raises(leases.LeaseHeldError), leases.Lease(path.parent):
         pass
     assert leases.holder(path.parent) is None
 

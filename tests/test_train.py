@@ -201,7 +201,7 @@ def restored_params(config, directory):
     built = program(config)
     task, _ = loop.build(config)
     source = data.TrainSource(task, (0, 1), config.train.batch_size, config.train.steps)
-    with checkpoints.open(directory / "checkpoints") as manager:
+    with checkpoints.open_manager(directory / "checkpoints") as manager:
         step, state, _ = checkpoints.restore(manager, built.state, data.train_iterator(source))
     assert step == config.train.steps
     return state["params"]
