@@ -1,0 +1,103 @@
+"""The library is light: it needs jax and numpy alone, and nothing anywhere needs TensorFlow."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from support import ROOT
+
+SOURCES = [
+    path
+    for folder in ("attention", "experiments", "configs", "tests")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+HEAVY = "flax tensorflow tensorflow_datasets grain matplotlib orbax ml_collections optax absl rich"
+
+
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_light():
+    code = "import attention, sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    imported = set(run(code).split())
+    assert "attention" in imported
+    assert not imported & set(HEAVY.split())
+
+
+ONLY_JAX = """
+import importlib.machinery, sys
+
+class OnlyJax:
+    def find_spec(self, name, path=None, target=None):
+        top = name.partition('.')[0]
+        allowed = {'attention', 'jax', 'jaxlib', 'numpy', 'scipy', 'ml_dtypes', 'opt_einsum'}
+        if top in allowed | sys.stdlib_module_names or top.startswith('_'):
+            return importlib.machinery.PathFinder.find_spec(name, path, target)
+
+sys.meta_path[:] = [
+    importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter, OnlyJax()
+]
+try:
+    import hypothesis
+except ModuleNotFoundError:
+    pass
+else:
+    raise AssertionError('nothing is blocked')
+
+import jax
+import attention
+
+mechanism = attention.Mechanism(attention.parse('score', 'additive(hidden=2)'))
+params = mechanism.init(jax.random.key(0), num_heads=2, head_dim=4)
+x = jax.numpy.ones((3, 2, 4))
+assert attention.attend(mechanism, params, x, x, x).shape == (3, 2, 4)
+assert attention.dot_product_attention(x, x, x, is_causal=True).shape == (3, 2, 4)
+assert 'dense: runs' in attention.explain(mechanism, x, x, x)
+assert all(hasattr(attention, name) for name in attention.__all__)
+"""
+
+
+def test_jax_and_numpy_are_enough():
+    """jax brings jaxlib, ml_dtypes, opt_einsum and scipy; nothing else can be imported."""
+    run(ONLY_JAX)
+
+
+def imports(path):
+    """Top-level names of all modules that the file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.partition(".")[0]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            # importlib.import_module("..."), __import__("..."), pytest.importorskip("...")
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else node.func
+            function = function.id if isinstance(function, ast.Name) else function
+            if "import" in str(function):
+                yield str(node.args[0].value).partition(".")[0]
+
+
+def test_imports_are_found(tmp_path):
+    path = tmp_path / "example.py"
+    path.write_text(
+        "import a.b as x, c\nfrom . import d\nclass C:\n  def f():\n    from e.f import g\n"
+        "    importlib.import_module('h.i')\n    __import__('j')\n    print('k')\n"
+    )
+    assert sorted(imports(path)) == ["a", "c", "e", "h", "j"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_sources(path):
+    """TensorFlow nowhere; in the library, outside nn and models, not even a lazy import."""
+    names = set(imports(path))
+    assert not names & {"tensorflow", "tensorflow_text", "tf_keras", "keras"}
+    inside = path.relative_to(ROOT).parts
+    if inside[0] == "attention" and inside[1] not in ("nn", "models"):
+        assert names <= {"attention", "jax", "numpy"} | sys.stdlib_module_names
+    if inside[0] == "attention":
+        assert not names & {"experiments", "configs", "tests"}
