@@ -195,8 +195,8 @@ class AnyOnline(AnyNormalizer, attention.OnlineNormalizer):
         statistic, factor = zip(*self.each(params, "finish", state), strict=True)
         return statistic, self.factor(params, factor)
 
-    def respond(self, params, tangent, statistic, change):
-        found = self.each(params, "respond", tuple(tangent["parts"]), statistic, change)
+    def statistic_jvp(self, params, tangent, statistic, change):
+        found = self.each(params, "statistic_jvp", tuple(tangent["parts"]), statistic, change)
         answer, factor = zip(*found, strict=True)
         return answer, self.factor(params, factor, 0)
 
