@@ -1,4 +1,4 @@
-"""Translates by a trained model, and draws what each word was read from."""
+"""Translates with a trained model, and draws its alignments."""
 
 import functools
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Translator(trained.Trained):
         return {"source": source, "source_lengths": np.array([len(r) for r in rows], np.int32)}
 
     def tokens(self, texts: Sequence[str], **search: Any) -> np.ndarray:
-        """Token ids [n, T] of the translations; `search` are fields of `program.Decoding`."""
+        """Token ids [n, T] of the translations; `search` are fields of `compilation.Decoding`."""
         batch = self.encode(texts)
         decoding = loop.decoding(self.config, self.task, beam=True)
         if not _has_table(self.config):
@@ -72,10 +72,10 @@ def load(workdir: str | Path, seed: int = 0) -> Translator:
 
     ValueError as `trained.load`, and where the model does not translate.
     """
-    found = trained.load(workdir, seed)
-    if not isinstance(found.task, tasks.Translates):
-        raise ValueError(f"{workdir} holds a model for the task {found.config.task.name!r}")
-    return Translator(*found)
+    model = trained.load(workdir, seed)
+    if not isinstance(model.task, tasks.Translates):
+        raise ValueError(f"{workdir} holds a model for the task {model.config.task.name!r}")
+    return Translator(*model)
 
 
 def _has_table(config):

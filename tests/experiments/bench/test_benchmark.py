@@ -32,7 +32,7 @@ from experiments.bench import (
 from experiments.bench.functions import Function
 from experiments.bench.kernels import Kernel
 from experiments.bench.models import Model
-from experiments.bench.work import Foreign, Program, Unavailable
+from experiments.bench.work import Foreign, JaxWork, Unavailable
 from support import ROOT, isolated
 from support.benchmarks import results_of
 
@@ -159,7 +159,7 @@ def test_flops_are_those_of_the_products():
     packed = dataclasses.replace(SMALL, mask="segments", documents=4)
     assert packed.pairs() == 4 * (T / 4) ** 2
     forward = dataclasses.replace(TINY, derivative="none", context=64, model_dim=32)
-    _, told = compiling.compile(forward.build())
+    _, told = compiling.compile_work(forward.build())
     # XLA counts masked pairs as well, norms and activations; it may not count fewer.
     assert 0.7 < forward.flops() / told["xla_flops"] < 1
 
@@ -204,7 +204,7 @@ def test_who_fails_in_a_later_turn_is_a_row(monkeypatch):
 
 def test_what_is_wrong_before_any_contender_is_in_every_row(monkeypatch):
     def call(*args, **limits):
-        raise isolate.Stopped(None, "needed more than 0 GiB")
+        raise isolate.ProcessAborted(None, "needed more than 0 GiB")
 
     monkeypatch.setattr(isolate, "call", call)
     case = {"contenders": [{"length": 8}, {"length": 9}], "measure": ["time"]}
@@ -287,7 +287,7 @@ class Retraced(Function):
     name: str = "numpy:sin"
 
     def build(self):
-        return Program(lambda static, x: x + 1, Unequal(), (jnp.ones(3),))
+        return JaxWork(lambda static, x: x + 1, Unequal(), (jnp.ones(3),))
 
 
 def test_a_retrace_is_a_fault():
@@ -344,13 +344,13 @@ def test_a_wrong_gradient_is_seen(monkeypatch):
 @pytest.mark.slow
 def test_what_breaks_a_limit_is_stopped():
     limits = {"seconds": 20, "bytes": 2**29}
-    with pytest.raises(isolate.Stopped, match="needed more than 0.5 GiB") as stopped:
+    with pytest.raises(isolate.ProcessAborted, match="needed more than 0.5 GiB") as stopped:
         isolate.call(isolated.eat, 2**30, **limits)
     assert stopped.value.at == 1
-    with pytest.raises(isolate.Stopped, match="took more than 2 s") as stopped:
+    with pytest.raises(isolate.ProcessAborted, match="took more than 2 s") as stopped:
         isolate.call(isolated.sleep, **limits | {"seconds": 2})
     assert stopped.value.at == 0
-    with pytest.raises(isolate.Stopped, match=r"its process died \(signal 9\)") as stopped:
+    with pytest.raises(isolate.ProcessAborted, match=r"its process died \(signal 9\)") as stopped:
         isolate.call(isolated.die, **limits)
     assert stopped.value.at == 2
     with pytest.raises(RuntimeError, match="Unpicklable: a reason"):
@@ -364,7 +364,7 @@ def test_who_broke_a_limit_is_left_out(monkeypatch):
     def call(function, works, measure, budget, skip, *, seconds, bytes):
         tried.append(skip)
         if len(tried) < 3:
-            raise isolate.Stopped(len(tried), "took too long")
+            raise isolate.ProcessAborted(len(tried), "took too long")
         return compare.measure(works, measure, budget, skip=skip)
 
     monkeypatch.setattr(isolate, "call", call)
@@ -524,6 +524,14 @@ def test_tuning_writes_what_attend_uses(tmp_path, monkeypatch):
         monkeypatch.setenv("ATTENTION_BLOCK_SIZES", str(tmp_path / name))
         with pytest.raises(ValueError, match=f"{name} is no table of block sizes"):
             tuned.tuned()
+
+
+def test_a_damaged_table_of_the_package_is_not_blamed_on_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("ATTENTION_BLOCK_SIZES", raising=False)
+    monkeypatch.setattr(tuned, "PATH", tmp_path / "block_sizes.json")
+    with pytest.raises(ValueError, match="^/.*block_sizes.json is no table.*install") as error:
+        tuned.tuned()
+    assert "ATTENTION_BLOCK_SIZES" not in str(error.value)
 
 
 def test_operations_are_told_apart():
