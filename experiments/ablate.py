@@ -17,8 +17,7 @@ from ml_collections import config_flags
 
 from attention.nn.partition import mesh_sizes
 from experiments.config import sweep
-from experiments.launch import cells, cli, runner
-from experiments.launch.executors import local
+from experiments.launch import cells, cli, executors, runner
 from experiments.launch.interrupts import Stop, Stopped
 from experiments.storage import paths
 from experiments.tasks.ranges import at_least, exactly
@@ -46,7 +45,9 @@ def main(argv):
         jax.config.update("jax_platforms", "cpu")
         if size > 1 and "xla_force_host_platform" not in os.environ.get("XLA_FLAGS", ""):
             jax.config.update("jax_num_cpu_devices", size)
-        executor = local.create(_EXECUTOR.value, workdir, _WORKERS.value, size, _RESOURCES.value)
+        executor = executors.create(
+            _EXECUTOR.value, workdir, _WORKERS.value, size, _RESOURCES.value
+        )
         runner.say_untested(swept, expected)
         if _DRY_RUN.value:
             return list_cells(swept)
@@ -66,7 +67,7 @@ def main(argv):
             )
     except (Stopped, KeyboardInterrupt):
         cli.leave(stop)
-    except (local.Failed, paths.Unreachable) as error:
+    except (executors.SweepError, paths.StorageError) as error:
         cli.fail(error)
     except OSError as error:
         if not cells.disk_full(error):
@@ -87,7 +88,7 @@ if __name__ == "__main__":
     _HALVING = flags.DEFINE_integer(
         "halving", 0, "Train all cells a little and only the best of so many further; 0: all."
     )
-    _EXECUTOR = flags.DEFINE_enum("executor", "local", local.NAMES, "Who trains the cells.")
+    _EXECUTOR = flags.DEFINE_enum("executor", "local", executors.NAMES, "Who trains the cells.")
     _WORKERS = flags.DEFINE_integer(
         "workers", 0, "Cells at a time; 0: as many as there are GPUs here, nodes' worth elsewhere."
     )

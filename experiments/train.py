@@ -58,7 +58,7 @@ def main(argv):
                     result = loop.train(config, here, cell, stop, tensorboard=_TENSORBOARD.value)
                 loop.write(path, json.dumps(result, indent=2))
                 cell.finish(f"trained in {result['train_seconds']} s")
-        except (leases.Taken, paths.Unreachable, FloatingPointError) as error:
+        except (leases.LeaseHeldError, paths.StorageError, FloatingPointError) as error:
             cli.fail(error)
         except (Stopped, KeyboardInterrupt):
             cli.leave(stop)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from experiments.analysis import claim_tests, statistics
-from experiments.analysis.run_directory import Cell, Experiment
+from experiments.analysis.run_directory import CellRun, Experiment
 from experiments.config.differences import differences
 
 _NAN = float("nan")
@@ -48,7 +48,7 @@ class Row:
         in the group (`statistics.holm`); nan where there is none.
     """
 
-    cell: Cell
+    cell: CellRun
     metrics: Mapping[str, Estimate] = dataclasses.field(default_factory=dict)
     metric: str = ""
     p_holm: float = _NAN

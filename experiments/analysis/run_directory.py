@@ -37,7 +37,7 @@ def _mebi(size):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class CellRun:
     """One training run of all seeds. `config` and `result` are empty until they are written."""
 
     id: str
@@ -77,7 +77,7 @@ class Experiment:
     created: str
     seeds: Sequence[int]
     environment: Mapping[str, Any]
-    cells: Sequence[Cell]
+    cells: Sequence[CellRun]
     claims: Sequence[Claim] = ()
 
     def bases(self) -> list[str]:
@@ -89,7 +89,7 @@ class Experiment:
         axes = dict.fromkeys(cell.axis for cell in self.cells if cell.base == base)
         return [axis for axis in axes if axis is not None]
 
-    def group(self, base: str, axis: str | None = None) -> list[Cell]:
+    def group(self, base: str, axis: str | None = None) -> list[CellRun]:
         """The cells of a group, base cell first, then axis by axis; of one axis where given."""
         order: list[str | None] = [None, *self.axes(base)]
         cells = [cell for cell in self.cells if cell.base == base]
@@ -137,7 +137,7 @@ def load(workdir: str | os.PathLike[str]) -> Experiment:
                     f"among its metrics: {', '.join(result['metrics'])}"
                 )
         fields = {name: spec[name] for name in ("id", "base", "axis", "value", "overrides")}
-        cells.append(Cell(**fields, path=path, config=config, result=result))
+        cells.append(CellRun(**fields, path=path, config=config, result=result))
     expected = claims.read(sweep.get("claims", []))
     fields = {name: sweep[name] for name in header}
     experiment = Experiment(path=folder, **fields, cells=cells, claims=expected)
@@ -148,7 +148,7 @@ def load(workdir: str | os.PathLike[str]) -> Experiment:
     return dataclasses.replace(experiment, environment=environment)
 
 
-def read_curves(cell: Cell) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_curves(cell: CellRun) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Reads `metrics.jsonl`: of each metric its steps [N] and values [N, seeds].
 
     A line cut short by a kill is left out; of a step logged twice (before a kill and after the
@@ -171,7 +171,7 @@ def read_curves(cell: Cell) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return curves
 
 
-def read_attention(cell: Cell) -> list[dict[str, attention_maps.Map]]:
+def read_attention(cell: CellRun) -> list[dict[str, attention_maps.Map]]:
     """The attention maps of the first seed by example and kind; none of a cell that is not done."""
     path = cell.path / "attention.npz"
     return attention_maps.load(path) if cell.status == "done" and path.exists() else []

@@ -61,7 +61,7 @@ def once() -> None:
     from experiments.training import loop
     from experiments.training.stopping import Stopped
 
-    class FirstStep(progress.Cell):
+    class FirstStep(progress.CellProgress):
         """Stops the run when the loss of the first step has arrived."""
 
         def step(self, step, loss=None):

@@ -16,7 +16,7 @@ from experiments.storage import paths
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class CellSpec:
     """One experiment of a sweep.
 
     Attributes:
@@ -42,7 +42,7 @@ def expand(
     *,
     product: bool = False,
     given: Mapping[str, Any] | None = None,
-) -> list[Cell]:
+) -> list[CellSpec]:
     """All cells: each base, and around it each axis by itself or, with `product`, the grid.
 
     Args:
@@ -59,7 +59,7 @@ def expand(
       ValueError: for a setting that does not exist, has another type, is out of its range or is
         read by nothing, a base that does not exist, and two values of an axis that are the same.
     """
-    cells: dict[str, Cell] = {}
+    cells: dict[str, CellSpec] = {}
     if not bases:
         raise ValueError("bases() names no base: return {'base': {}} for the config as it is")
     for axis, changes in axes.items():
@@ -95,7 +95,7 @@ def expand(
                 for combination in itertools.product(*swept.values())
             ]
         else:
-            cells[id] = Cell(id, base, None, None, {}, start)
+            cells[id] = CellSpec(id, base, None, None, {}, start)
             variants = [(axis, *value) for axis, values in swept.items() for value in values]
         meanings: list[tuple[str, str, dict]] = []
         for axis, value, change in variants:
@@ -115,7 +115,7 @@ def expand(
                     f"the values {cells[name].value} and {value} of {axis} would both be called "
                     f"{name}: give one a 'name' of its own"
                 )
-            cells[name] = Cell(name, base, axis, value, change, varied)
+            cells[name] = CellSpec(name, base, axis, value, change, varied)
     return list(cells.values())
 
 

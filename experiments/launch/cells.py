@@ -17,7 +17,7 @@ from typing import Any
 from experiments.analysis import statistics
 from experiments.config import settings
 from experiments.launch.interrupts import Stop
-from experiments.launch.progress import Cell
+from experiments.launch.progress import CellProgress
 from experiments.reporting import formatting
 from experiments.storage import leases, mirrors, paths
 from experiments.training import loop
@@ -64,7 +64,7 @@ def _rungs(directory):
 def run_cell(
     workdir: Any,
     job: Job,
-    shown: Cell,
+    shown: CellProgress,
     stop: Stop | None = None,
     compiled: Callable[[], float] = lambda: 0.0,
 ) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def run_cell(
     `compiled` waits until its programs are compiled and returns the seconds that took.
 
     Raises:
-      leases.Taken: another process trains the cell.
+      leases.LeaseHeldError: another process trains the cell.
       Stopped: `stop` asks for it; the same call goes on.
       DiskFull: nothing was written.
     """
@@ -167,7 +167,7 @@ def give_up(directory: Any, job: Job, reason: str) -> dict[str, Any] | None:
                 return found
             paths.replace(directory / "traceback.txt", f"{reason}\n")
             write(directory, {"status": "failed", "error": reason})
-    except leases.Taken:
+    except leases.LeaseHeldError:
         return None
     return outcome(directory)
 

@@ -44,9 +44,9 @@ class Progress:
         if self._bar:
             self._bar.stop()
 
-    def cell(self, name: str) -> "Cell":
+    def cell(self, name: str) -> "CellProgress":
         """The progress of one cell."""
-        return Cell(self, name)
+        return CellProgress(self, name)
 
     def left(self, share: float = 0.0) -> str:
         """The time left for all cells, from the pace so far; `share` of the current one is done."""
@@ -57,7 +57,7 @@ class Progress:
         return f"{seconds // 60}:{seconds % 60:02d} left"
 
 
-class Cell:
+class CellProgress:
     """The progress of one cell of a sweep; see `Progress`."""
 
     def __init__(self, sweep: Progress, name: str):
@@ -99,7 +99,7 @@ class Cell:
             print(line, flush=True)
 
 
-class Reported(Cell):
+class Reported(CellProgress):
     """A cell whose progress is told to `say(kind, **what)`, which shows it elsewhere."""
 
     def __init__(self, say: Callable[..., None]):

@@ -17,6 +17,7 @@ from typing import Any
 from experiments.analysis import comparisons, run_directory
 from experiments.config import claims, sweep
 from experiments.launch import cells, cli, halving
+from experiments.launch.executors import Executor
 from experiments.launch.interrupts import Stop, Stopped
 from experiments.launch.progress import Progress
 from experiments.reporting import page, terminal
@@ -25,7 +26,7 @@ from experiments.training import loop
 
 
 def open_workdir(
-    workdir: Any, swept: Sequence[sweep.Cell], expected: Sequence[claims.Claim] = ()
+    workdir: Any, swept: Sequence[sweep.CellSpec], expected: Sequence[claims.Claim] = ()
 ) -> None:
     """Writes sweep.json and each cell's config.json, or adds cells to those already there.
 
@@ -71,7 +72,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def run_until_done(workdir: Any, jobs: Sequence[cells.Job], executor, stop: Stop) -> None:
+def run_until_done(workdir: Any, jobs: Sequence[cells.Job], executor: Executor, stop: Stop) -> None:
     """Runs jobs until each has its outcome, here or by another launcher.
 
     Raises what the executor raises.
@@ -92,7 +93,7 @@ def run_until_done(workdir: Any, jobs: Sequence[cells.Job], executor, stop: Stop
             raise Stopped
 
 
-def halve(workdir: Any, swept: Sequence[sweep.Cell], executor, stop, eta, options) -> None:
+def halve(workdir: Any, swept: Sequence[sweep.CellSpec], executor, stop, eta, options) -> None:
     """Runs the rungs of successive halving but the last; who drops out has that as its result."""
     steps = swept[0].config.train.steps
     bases = [cell.id for cell in swept if cell.axis is None]
@@ -121,7 +122,7 @@ def _outcome(workdir, job):
     return cells.outcome(cells.folder(workdir, job.id), job.until)
 
 
-def say_untested(swept: Sequence[sweep.Cell], expected: Sequence[claims.Claim]) -> None:
+def say_untested(swept: Sequence[sweep.CellSpec], expected: Sequence[claims.Claim]) -> None:
     """Prints which claims are about cells that the sweep does not have."""
     ids = {cell.id for cell in swept}
     for claim in expected:
@@ -131,9 +132,9 @@ def say_untested(swept: Sequence[sweep.Cell], expected: Sequence[claims.Claim]) 
 
 def train_sweep(
     workdir: Any,
-    swept: Sequence[sweep.Cell],
+    swept: Sequence[sweep.CellSpec],
     expected: Sequence[claims.Claim],
-    executor: Any,
+    executor: Executor,
     stop: Stop,
     *,
     retry_failed: bool = False,

@@ -69,8 +69,8 @@ def _work(order, say, stop, ahead):
     try:
         found = cells.run_cell(workdir, job, Reported(say), stop, compiled)
         say("end", status=found["status"])
-    except leases.Taken as taken:
-        say("taken", line=str(taken))
+    except leases.LeaseHeldError as error:
+        say("taken", line=str(error))
 
 
 def _config(workdir, id):

@@ -21,7 +21,7 @@ LONGEST = 96  # tokens of an example that are shown
 
 
 def pack(
-    groups: Sequence[Sequence[run_directory.Cell]], budget: int = BUDGET
+    groups: Sequence[Sequence[run_directory.CellRun]], budget: int = BUDGET
 ) -> list[dict[str, Any]]:
     """The maps of groups of cells, as JSON:
 

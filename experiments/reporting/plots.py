@@ -91,7 +91,7 @@ def learning_curves(experiment: run_directory.Experiment, base: str, axis: str) 
     return figure
 
 
-def _style(cell: run_directory.Cell, variants: Sequence[str]) -> dict[str, Any]:
+def _style(cell: run_directory.CellRun, variants: Sequence[str]) -> dict[str, Any]:
     """How the line of a cell is drawn; `variants` are the ids of those that are not the base."""
     if cell.axis is None:
         return {"color": INK, "linewidth": 2.2, "zorder": 3}
@@ -263,7 +263,7 @@ def _front(points: Sequence[tuple[float, float]], lower: bool) -> list[int]:
     return front
 
 
-def attention_maps(cell: run_directory.Cell) -> "Figure | None":
+def attention_maps(cell: run_directory.CellRun) -> "Figure | None":
     """Weights of every layer (rows) and head (columns) on one example; None where none are kept."""
     if not (examples := run_directory.read_attention(cell)):
         return None
@@ -410,7 +410,7 @@ def heat_maps(
 
 
 def _curves(
-    everyone: Sequence[run_directory.Cell], cells: Sequence[run_directory.Cell], points: int
+    everyone: Sequence[run_directory.CellRun], cells: Sequence[run_directory.CellRun], points: int
 ) -> tuple[str, bool, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """The metric of a group `everyone`, whether lower is better; of each of `cells` steps [N] and
     values [N, seeds], N `points` at most.

@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 from experiments.storage import leases, paths
 
 MARK = "uploaded.json"
-KEEP = 2  # checkpoints, as `checkpoints.open` does
+KEEP = 2  # checkpoints, as `checkpoints.open_manager` does
 LOOK = 0.5  # seconds between two looks for a new checkpoint
 LOGS = 10.0  # seconds between two uploads of what has changed without one
 WAITS = (1, 2, 4, 8, 16, 32)  # seconds before a file system is asked once more
@@ -45,7 +45,7 @@ def mirror(directory: Any, stop: Any) -> Iterator[Path]:
     a folder that all of them see.
 
     Raises:
-      paths.Unreachable: it cannot be read, or not be written.
+      paths.StorageError: it cannot be read, or not be written.
       ValueError: the other processes do not see the temporary folder.
     """
     if isinstance(directory, Path):
@@ -85,7 +85,7 @@ def checkpoint(directory: Any) -> Iterator[Path]:
     """A local folder with the checkpoints of a run, for reading; of a remote one the newest.
 
     Raises:
-      paths.Unreachable: it cannot be read.
+      paths.StorageError: it cannot be read.
       ValueError: there is none.
     """
     if isinstance(directory, Path):
@@ -182,11 +182,11 @@ class _Mirror:
     def _upload_checkpoint(self, step, source):
         self._remove(step)  # what a first try has left
         target = self._there / "checkpoints" / str(step)
-        paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
-        names = [path.relative_to(source).as_posix() for path in paths]
+        files = [path for path in sorted(source.rglob("*")) if path.is_file()]
+        names = [path.relative_to(source).as_posix() for path in files]
         with paths.reaching(target, "written"):
-            target.fs.put([str(path) for path in paths], [(target / name).path for name in names])
-        content = {name: _digest(path) for name, path in zip(names, paths, strict=True)}
+            target.fs.put([str(path) for path in files], [(target / name).path for name in names])
+        content = {name: _digest(path) for name, path in zip(names, files, strict=True)}
         paths.put(target / MARK, json.dumps(content, indent=1).encode())
         self._whole.add(step)
 
@@ -205,7 +205,7 @@ def _insist(act: Callable[[], None], wait: Callable[[float], Any]) -> None:
     for seconds in WAITS:
         try:
             return act()
-        except paths.Unreachable:
+        except paths.StorageError:
             if wait(seconds):
                 return
     act()
@@ -218,7 +218,7 @@ def _fetch_newest(there, here, names):
         folder = here / "checkpoints" / str(step)
         try:
             _download(there / "checkpoints" / str(step), folder, list(content))
-        except paths.Unreachable as error:
+        except paths.StorageError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             content = {}

@@ -18,7 +18,7 @@ from typing import Any
 _STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory"}
 
 
-class Unreachable(OSError):
+class StorageError(OSError):
     """A remote file system does not do what it is asked to; the message says what and why."""
 
 
@@ -30,7 +30,7 @@ def as_path(place: Any) -> Any:
     Raises:
       ImportError: a package is missing, which the message names.
       ValueError: there is no such protocol.
-      Unreachable: nothing there can be read.
+      StorageError: nothing there can be read.
     """
     if isinstance(place, os.PathLike):
         return Path(place)
@@ -61,12 +61,12 @@ def as_path(place: Any) -> Any:
 
 @contextlib.contextmanager
 def reaching(path: Any, done: str) -> Iterator[None]:
-    """Whatever a file system's package raises becomes `Unreachable`: '... cannot be read: ...'."""
+    """Whatever a file system's package raises becomes `StorageError`: '... cannot be read: ...'."""
     try:
         yield
     except Exception as error:
         text = f"{path} cannot be {done}: {type(error).__name__}: {error}"
-        raise Unreachable(text) from error
+        raise StorageError(text) from error
 
 
 def make(folder: Any) -> None:
@@ -78,7 +78,7 @@ def make(folder: Any) -> None:
 def read(path: Any) -> str | None:
     """The text of a file, as it is at one instant; None where there is none.
 
-    Raises Unreachable.
+    Raises StorageError.
     """
     if isinstance(path, Path):
         with contextlib.suppress(FileNotFoundError):
@@ -94,7 +94,7 @@ def read(path: Any) -> str | None:
 def put(path: Any, content: bytes) -> None:
     """Writes a remote file so that a reader sees the old one or the new one, never a part.
 
-    Raises Unreachable.
+    Raises StorageError.
     """
     with reaching(path, "written"):
         if path.protocol in _STORES:
@@ -113,7 +113,7 @@ def create(path: Any, content: str) -> bool:
     """Writes a remote file that is not there; False where it is.
 
     Of several who do so at once one succeeds, on S3, Google's and Azure's stores; a file system
-    that has no such thing looks first and then writes. Raises Unreachable.
+    that has no such thing looks first and then writes. Raises StorageError.
     """
     with reaching(path, "written"):
         try:
@@ -129,7 +129,7 @@ def create(path: Any, content: str) -> bool:
 def files(folder: Any) -> list[str]:
     """The files in a remote folder and in those below, by their place in it.
 
-    Raises Unreachable.
+    Raises StorageError.
     """
     start = folder.path.rstrip("/") + "/"
     with reaching(folder, "read"):
@@ -142,7 +142,7 @@ def files(folder: Any) -> list[str]:
 def remove(folder: Any, names: Sequence[str]) -> None:
     """Removes files of a remote folder, in this order; those that are not there are no error.
 
-    Raises Unreachable.
+    Raises StorageError.
     """
     with reaching(folder, "written"):
         for name in names:

@@ -7,7 +7,7 @@ import jax
 import orbax.checkpoint as ocp
 
 
-def open(directory: Path, keep: int = 2) -> ocp.CheckpointManager:
+def open_manager(directory: Path, keep: int = 2) -> ocp.CheckpointManager:
     """A manager of the `keep` latest checkpoints; leaving its context waits for the last save.
 
     A checkpoint has its name only when it is whole; what a dead process left half is removed here.

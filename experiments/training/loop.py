@@ -156,7 +156,7 @@ def train(
     rates = learning_rates(config)
     iterator = data.train_iterator(source)
     with contextlib.ExitStack() as stack:
-        manager = stack.enter_context(checkpoints.open(directory / "checkpoints"))
+        manager = stack.enter_context(checkpoints.open_manager(directory / "checkpoints"))
         restored = checkpoints.restore(manager, program.state, iterator)
         if restored is None:
             state = program.init(np.asarray(source.seeds, np.int32))

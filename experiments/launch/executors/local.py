@@ -1,10 +1,4 @@
-"""Where the cells of a sweep are trained. All of them leave the same files in the work directory.
-
-An executor trains jobs (`cells.Job`) until each has an outcome or is held by another launcher:
-
-    with Stop() as stop, Local(workdir, workers=2) as executor:
-        executor.run(jobs, progress, stop)
-"""
+"""Cells in processes of this machine."""
 
 import collections
 import contextlib
@@ -22,20 +16,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.launch import cells
+from experiments.launch.executors import base
 from experiments.launch.interrupts import Stop, Stopped
 from experiments.launch.progress import Progress
-from experiments.tasks.ranges import at_least
 
 _TRIES = 2  # of a cell whose process dies
 
-NAMES = ("local", "ray", "slurm")
 
-
-class Failed(Exception):
-    """No cell can go on; the message says why."""
-
-
-class Local:
+class Local(base.Executor):
     """Processes of this machine, each with a device of its own; one cell at a time in each.
 
     A process that dies (out of memory, say) is started again and goes on from the checkpoint; where
@@ -63,12 +51,6 @@ class Local:
             worker.end()
 
     def run(self, jobs: Sequence[cells.Job], progress: Progress, stop: Stop) -> None:
-        """Trains them.
-
-        Raises:
-          Stopped: `stop` asked for it; what was trained is saved.
-          Failed: the disk is full.
-        """
         todo = collections.deque(jobs)
         threads = [
             threading.Thread(target=self._serve, args=(worker, todo, progress, stop), daemon=True)
@@ -122,7 +104,7 @@ class Local:
                     case {"kind": "finish", "line": line}:
                         shown.finish(line)
                     case {"kind": "error", "line": line}:
-                        raise Failed(line)
+                        raise base.SweepError(line)
                     case {"kind": "stopped", "signal": kind}:
                         stop.signal = stop.signal or kind
                         return
@@ -206,37 +188,6 @@ class _Worker:
             with contextlib.suppress(BrokenPipeError):  # what it was not there to read
                 pipe.close()
         return self._process.wait()
-
-
-def create(name: str, workdir: Any, workers: int, devices: int, resources: str) -> Any:
-    """The executor of a name: 'local', or 'ray' and 'slurm' of `clusters`.
-
-    `workers` and `devices` (of a cell) are as of `Local`; a cluster gives what the resources say.
-    `resources` are those of a cell, 'num_gpus=1,TPU=4'.  ValueError where they are not understood
-    or mean nothing, ImportError where a package is missing.
-    """
-    if name == "local":
-        if resources:
-            raise ValueError(f"--resources={resources} is for --executor=ray and slurm")
-        return Local(workdir, workers, devices)
-    from experiments.launch.executors import clusters
-
-    found: dict[str, Any] = {}
-    for part in filter(None, resources.split(",")):
-        key, _, value = part.partition("=")
-        if not value:
-            raise ValueError(f"--resources is name=value,name=value: got {part!r}")
-        try:
-            found[key] = float(value) if "." in value else int(value)
-        except ValueError:
-            found[key] = value
-        if not isinstance(found[key], str):
-            at_least(0.0).check(f"--resources={key}", found[key])
-    package = {"ray": "ray", "slurm": "submitit"}[name]
-    if not importlib.util.find_spec(package):
-        raise ImportError(f"--executor={name} needs {package}: pip install 'attention[cluster]'")
-    kinds = {"ray": clusters.Ray, "slurm": clusters.Slurm}
-    return kinds[name](workdir, workers, found)
 
 
 def _died(code):
