@@ -45,9 +45,9 @@ def attend(
 ) -> Any:
     """Attention of every head of every example: o_i = Σ_j w_ij v_j.
 
-    Under `jax.set_mesh` with an axis 'data' each of its devices goes over examples of its own where
-    a kernel goes over them one by one. Under `jax.export` the batch axes may be symbolic, and for
-    the dense kernel T, S and H too; where they are, None chooses that one.
+    Under `jax.set_mesh` with an axis 'data' each of its devices takes its own share of the batch
+    where a kernel takes examples one by one. Under `jax.export` the batch axes may be symbolic, and
+    for the dense kernel T, S and H too; where they are, None chooses that one.
 
     Args:
       mechanism: what to compute; see `Mechanism`.
@@ -69,7 +69,7 @@ def attend(
         Keys of examples and heads instead, broadcastable to [..., H], are taken as they are: where
         two are equal, the same is dropped.
       implementation: 'dense' (all T·S scores in memory), 'tiled' (memory linear in T and S) or
-        None: the faster one; `explain` tells which and why.
+        None: the faster one; `explain` says which and why.
       block_sizes: queries and keys of a tile; 'tiled' only, and chosen unless given. Results do not
         depend on them beyond rounding.
       aux: any of
@@ -82,7 +82,7 @@ def attend(
       weight_rows: [R] int, indices of queries; NaN for those that are traced and none.
 
     Returns:
-      out [..., T, H, V] in the query's dtype; with `aux` the pair (out, dict of what was asked).
+      out [..., T, H, V] in the query's dtype; with `aux` the pair (out, dict of those).
       A query that may attend to nothing gets output 0, lse −inf and zero gradients, and masked
       keys and values change nothing, be they NaN. A row that does see a key or value that is not
       finite is NaN, and sends back no gradient.

@@ -72,8 +72,8 @@ def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None)
     """The cache with T more keys and values: [..., T, K, D], [..., T, K, V].
 
     `lengths` [...] int, 0 to T, tells how many of an example's T are real, all unless given: with
-    it a batch of prompts of different lengths is appended at once. What comes after those is
-    invisible and will be written over.
+    it a batch of prompts of different lengths is appended at once. Slots after those are
+    invisible and the next call overwrites them.
 
     A cache never wraps around: tokens beyond slot S are lost. Where that is known (T > S, or the
     lengths are not traced) it raises; otherwise `length` exceeds S and `attend` returns NaN for the

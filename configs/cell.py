@@ -1,4 +1,4 @@
-"""What a cell or run was trained with, to train it once more: its config.json as a config file.
+"""The config.json of a cell or run as a config file, to train it again.
 
 python -m experiments.train --config=configs/cell.py:runs/quickstart/cells/text --workdir=runs/text
 """

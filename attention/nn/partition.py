@@ -30,7 +30,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from attention.parts import Array
 
-_asked = contextvars.ContextVar("names are asked for", default=False)
+_collecting_names = contextvars.ContextVar("collecting names", default=False)
 
 
 def named(init: Callable, *axes: str | None) -> Callable:
@@ -39,7 +39,7 @@ def named(init: Callable, *axes: str | None) -> Callable:
     `init` may return a tree; then the names are those of each leaf. Without any, every device has
     all of it.
     """
-    if not _asked.get():
+    if not _collecting_names.get():
         return init
 
     def box(leaf):
@@ -54,11 +54,11 @@ def logical_axes(model: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
     `inputs` and `kwargs` are what the model is called with. Computes nothing. Raises ValueError
     naming a parameter that was created without `named`.
     """
-    token = _asked.set(True)
+    token = _collecting_names.set(True)
     try:
         boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, **kwargs))
     finally:
-        _asked.reset(token)
+        _collecting_names.reset(token)
 
     def names(path, leaf):
         if not isinstance(leaf, nn.LogicallyPartitioned):

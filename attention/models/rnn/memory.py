@@ -144,7 +144,7 @@ class Centre(nn.Module):
 
     @nn.compact
     def __call__(self, states: Array, lengths: Array) -> Array:
-        """states [B, T, M], lengths [B] -> [B, H, T], float32 as places are told apart by it."""
+        """states [B, T, M], lengths [B] -> [B, H, T], float32, so that places stay distinct."""
 
         def dense(width, name, *axes):
             return Dense(
