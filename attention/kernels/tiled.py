@@ -408,7 +408,23 @@ def _when_visible(state, function, *args):
         return function(*args)
     shapes = jax.eval_shape(function, *args)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.cond(state != EMPTY, function, lambda *args: zeros, *args)
+    return jax.lax.cond(_in_any_example(state != EMPTY), function, lambda *args: zeros, *args)
+
+
+@jax.custom_batching.custom_vmap
+def _in_any_example(visible):
+    """`visible` [] bool; under vmap whether it is true anywhere, one answer for all examples.
+
+    A predicate of each example's own would make JAX run both branches, and its rule for that
+    cannot be transposed. The mask of a tile hides what one example does not see of it.
+    """
+    return visible
+
+
+@_in_any_example.def_vmap
+def _in_any_example_vmap(axis_size, in_batched, visible):
+    del axis_size
+    return (visible.any(0) if in_batched[0] else visible), False
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -440,7 +456,9 @@ def _attend(plan, arrays, data):
                 update = functools.partial(visit, schedule.start[i], masked)
                 if schedule.state is None:
                     return update(carry)
-                return jax.lax.cond(schedule.state[i] != EMPTY, update, lambda carry: carry, carry)
+                return jax.lax.cond(
+                    _in_any_example(schedule.state[i] != EMPTY), update, lambda carry: carry, carry
+                )
 
             carry = jax.lax.fori_loop(schedule.first[row], schedule.first[row + 1], step, carry)
         state, out, bad = carry
