@@ -1,7 +1,10 @@
 """The library is light: it needs jax and numpy alone, and nothing anywhere needs TensorFlow."""
 
 import ast
+import configparser
+import importlib.metadata
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -101,3 +104,20 @@ def test_sources(path):
         assert names <= {"attention", "jax", "numpy"} | sys.stdlib_module_names
     if inside[0] == "attention":
         assert not names & {"experiments", "configs", "tests"}
+
+
+def test_what_is_imported_is_declared():
+    """Also what another package brings today."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    declared = {re.split(r"[\[<>=]", line)[0] for text in lines for line in text.split()}
+    declared = {name.lower().replace("_", "-") for name in declared}
+    packages = importlib.metadata.packages_distributions()
+    # Of this project, or of Python 3.14 and what an error tells to install before.
+    others = sys.stdlib_module_names | {"attention", "experiments", "compression", "zstandard"}
+    for path in SOURCES:
+        if path.relative_to(ROOT).parts[0] in ("attention", "experiments"):
+            for name in set(imports(path)) - others:
+                names = {each.lower().replace("_", "-") for each in packages.get(name, [name])}
+                assert names & declared, f"{path} imports {name}: declare it in setup.cfg"
