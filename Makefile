@@ -9,7 +9,7 @@ TEST_ENV = JAX_PLATFORMS=cpu XLA_FLAGS="$(TEST_FLAGS) $(shell $(BIN)/python -c '
 OLD_JAX := import jax; print("--xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ablation test test-slow test-kills test-clusters test-browser test-tpu lint constraints
+.PHONY: help setup ablation test test-slow test-kills test-clusters test-browser test-tpu lint docs constraints
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -38,19 +38,23 @@ test-slow: setup  ## Run the thorough tests (up to an hour).
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
 
 test-kills: setup  ## Kill a launcher a hundred times at any instant; its results are those of a quiet one.
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -s -m slow tests/test_kills.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -s -m slow tests/system/test_kills.py
 
 test-clusters: setup  ## Run the launcher on a Ray cluster, as submitit's local jobs, and on a local S3.
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test-clusters]'
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_clusters.py tests/test_s3.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/system/test_clusters.py tests/system/test_s3.py
 
 test-browser: setup  ## Use the report in the machine's Chromium.
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test,browser]'
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow tests/test_browser.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow tests/system/test_browser.py
 
 test-tpu: setup  ## Compile the kernels for a TPU, without one (downloads libtpu, 0.7 GB).
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test,tpu]'
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -m slow tests/test_tpu.py
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -m slow tests/system/test_tpu.py
+
+docs: setup  ## Build the documentation into site/; a broken link or reference fails.
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test,docs]'
+	JAX_PLATFORMS=cpu $(BIN)/mkdocs build --strict
 
 constraints: setup  ## Update constraints.txt to the newest versions.
-	$(BIN)/uv pip compile setup.cfg --extra test-clusters --extra browser --universal --python-version 3.11 --no-header --no-annotate --upgrade --output-file constraints.txt
+	$(BIN)/uv pip compile setup.cfg --extra test-clusters --extra browser --extra docs --universal --python-version 3.11 --no-header --no-annotate --upgrade --output-file constraints.txt

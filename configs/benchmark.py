@@ -1,18 +1,18 @@
-"""What attention and models cost to compile and to run, against each other and against peers.
+"""Times to compile and run attention and models, against each other and against peers.
 
     python -m experiments.benchmark --config=configs/benchmark.py:kernels --workdir=runs/kernels
 
 | suite | what it asks | needs |
 |---|---|---|
-| `:quick` (the default) | one of each, to see that all is well; under a minute on two CPU cores | |
+| `:quick` (the default) | one of each, a quick check; under a minute on two CPU cores | |
 | `:kernels` | attention kernels against jax.nn, torch and our own plain one; half an hour | torch |
 | `:compile` | depth, heads, T, seeds; scanned and unrolled; forward and backward | |
 | `:decode` | one token more, by length of what was before; grouped heads | |
 | `:models` | train steps of whole models against Flax's stock layers and torch's | torch |
-| `:peers` | every peer there is, on the same attention | extra `peers` |
+| `:peers` | every peer, on the same attention | extra `peers` |
 | `:accelerator` | T from 1k to 64k in bfloat16; cuDNN, FlexAttention, FlashAttention | a GPU |
-| `:profiles` | where the time of our kernels goes | |
-| `:choices` | what the choices of `attend` rest on; `--tune` measures and writes them | |
+| `:profiles` | the time of our kernels by kind of operation | |
+| `:choices` | measurements behind the choices of `attend`; `--tune` measures and writes them | |
 
 `at_most` of a comparison is the ratio of the first contender's time to the second's that we want.
 `--config.only='additive, T = 1024'` takes only those of a suite whose title holds that,
@@ -47,13 +47,13 @@ def get_config(arg=""):
             "suite": arg,
             "comparisons": tuple(suites[arg]()),
             "only": "",  # comparisons with this in their title
-            "measure": (),  # instead of what each comparison asks for
+            "measure": (),  # instead of each comparison's own
             "function": "",  # package.module:name, instead of a suite
             "seconds": 15.0,  # of turns, five at least
             "precision": 0.05,  # enough when medians are known to ± this of themselves
             "rounds": 30,  # turns at most
             "isolate": True,  # each comparison in a process of its own, with limits:
-            "time_limit": 600.0,  # seconds a contender may go on without a sign of life
+            "time_limit": 600.0,  # seconds that a contender may take for one step of work
             "memory_limit": 16.0,  # GiB of the process
         }
     )
@@ -115,7 +115,7 @@ def kernels():
     title = "16 packed documents, T = 8192, plain"
     yield versus(title, packed, {}, at_most=0.15, length=8192, **both)
     additive = {"score": "additive(hidden=64)", **both}
-    for length in (1024, 2048):  # the dense one wants 26 GB for 2048
+    for length in (1024, 2048):  # the dense one needs 26 GB for 2048
         title = f"additive, T = {length}, dense"
         yield versus(title, {}, DENSE, at_most=0.6, length=length, **additive)
     for length in (128, 256):

@@ -68,7 +68,7 @@ def at_temperature(temperature):
 
 
 def texts(num=6, topics=3, widths=(12, 20), noise=0.02):
-    """The same texts told twice, by n and by n' numbers, of which `topics` matter: X, Y."""
+    """The same texts as vectors of n and of n' numbers, of which `topics` matter: X, Y."""
     rng = np.random.default_rng(1)
     about = np.repeat(np.eye(topics), num // topics, axis=0)
     about += 0.4 * rng.normal(size=about.shape)
@@ -116,10 +116,10 @@ def main():
         w_q, w_k = best_projections(form, width)
         error = np.linalg.norm(form - w_q @ w_k.T)
         _, weights = attend(hard, x @ w_q, y @ w_k, np.eye(len(y)))
-        found = np.mean(np.argmax(weights, axis=1) == np.argmax(x @ form @ y.T, axis=1))
+        share = np.mean(np.argmax(weights, axis=1) == np.argmax(x @ form @ y.T, axis=1))
         left = np.sqrt(np.sum(sigma[width:] ** 2))
         print(f"m = {width}: |A − W_Q W_Kᵀ| = {error:.4f} = √Σ σ² of the rest {left:.4f}; "
-              f"chooses as A does for {found:.0%} of the texts")  # fmt: skip
+              f"chooses as A does for {share:.0%} of the texts")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 import hypothesis
 import jax
-import launching
 import pytest
+
+pytest.register_assert_rewrite("support")
+
+from support import launching  # noqa: E402
 
 # The same examples on every run and machine; no deadline, since the first example compiles.
 hypothesis.settings.register_profile(

@@ -32,21 +32,26 @@ class Tuned(NamedTuple):
 def tuned() -> Tuned:
     """Of this device: the entry of its kind, or else that of 'cpu' or 'accelerator'.
 
-    Raises ValueError where the file that ATTENTION_BLOCK_SIZES names is not such a table.
+    Raises ValueError where the package's file, or the one that ATTENTION_BLOCK_SIZES names, is not
+    such a table.
     """
-    path = os.environ.get("ATTENTION_BLOCK_SIZES") or str(PATH)
-    return _read(path, jax.devices()[0].device_kind, jax.default_backend())
+    path = os.environ.get("ATTENTION_BLOCK_SIZES", "")
+    return _read(PATH, path, jax.devices()[0].device_kind, jax.default_backend())
 
 
 @functools.cache
-def _read(path, kind, backend):
+def _read(packaged, path, kind, backend):
+    table, remedy = str(packaged), "install the package again"
     try:
-        known = json.loads(PATH.read_text("utf-8")) | json.loads(Path(path).read_text("utf-8"))
-        found = known.get(kind) or known["cpu" if backend == "cpu" else "accelerator"]
-        tiles = {(int(t), int(s)): float(cost) for t, s, cost in found["tiles"]}
-        return Tuned(tiles, int(found["wide_tile"]), int(found["tiled_above"]))
+        devices = json.loads(packaged.read_text("utf-8"))
+        if path:
+            table = f"ATTENTION_BLOCK_SIZES={path}"
+            remedy = (
+                "write one by `python -m experiments.benchmark --tune --table=FILE`, or unset it"
+            )
+            devices = devices | json.loads(Path(path).read_text("utf-8"))
+        device = devices.get(kind) or devices["cpu" if backend == "cpu" else "accelerator"]
+        tiles = {(int(t), int(s)): float(cost) for t, s, cost in device["tiles"]}
+        return Tuned(tiles, int(device["wide_tile"]), int(device["tiled_above"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"ATTENTION_BLOCK_SIZES={path} is no table of block sizes ({error!r}): write one by "
-            "`python -m experiments.benchmark --tune --table=FILE`, or unset it"
-        ) from None
+        raise ValueError(f"{table} is no table of block sizes ({error!r}): {remedy}") from None

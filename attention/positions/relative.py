@@ -130,7 +130,7 @@ class ALiBi(Position):
 class KerpleLog(Position):
     """−a · log(1 + b |i − j|), a, b > 0 learned per head.  Chi et al. 2022 (KERPLE), eq. 5.
 
-    Learned as logarithms. The start is drawn from a ~ U(0, 2), b ~ U(0, 1).
+    Learned as logarithms. The start is drawn from a ~ U(0.05, 2), b ~ U(0.05, 1).
     """
 
     def init(self, key, head_dim, value_dim):
@@ -149,7 +149,8 @@ class KerpleLog(Position):
 class KerplePower(Position):
     """−a · |i − j|^b, a > 0 and 0 < b ≤ 2 learned per head.  Chi et al. 2022 (KERPLE), eq. 4.
 
-    a is learned as its logarithm, b through 2 · sigmoid; both start from U(0, 1) and U(0, 2).
+    a is learned as its logarithm, b as the x of 2 · sigmoid(x). The start is drawn from
+    a ~ U(0.05, 1), b ~ U(0.1, 1.9).
     """
 
     def init(self, key, head_dim, value_dim):

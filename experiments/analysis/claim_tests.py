@@ -1,4 +1,4 @@
-"""Whether the seeds say what a sweep is expected to find."""
+"""Tests of a sweep's claims by its seeds."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ Verdict = Literal["holds", "contradicted", "open", "missing"]
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What the seeds say of a claim.
+    """The result of the test of a claim.
 
     Attributes:
       claim: it.
@@ -23,7 +23,7 @@ class Finding:
       verdict: 'holds' or 'contradicted' where the one-sided p of the claim or of its opposite is
         below 0.05 after Holm's correction for all claims of the sweep; 'open' where neither is
         significant; 'missing' where a cell has no result.
-      p: the one that decided, else that of the claim.
+      p: that of the verdict, else that of the claim.
       seeds: how many pairs there were.
     """
 
@@ -72,7 +72,7 @@ def _p_against(claim, difference):
     forth, back = _both_ways(difference)
     if claim.kind == "less":
         return statistics.one_sided(back, -claim.margin)
-    # Either may be significant, so both count.
+    # Either may become significant, so Holm's correction counts both.
     return min(1.0, 2 * min(statistics.one_sided(d, claim.margin) for d in (forth, back)))
 
 

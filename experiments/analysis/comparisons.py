@@ -1,11 +1,11 @@
-"""What each cell scored, and how far it is from its base cell.
+"""The metrics of each cell, and their differences from its base cell.
 
 A group is a base cell (`axis` is None) and the cells that change one thing about it. Differences
 are taken within a group only, and seed by seed: the seeds of two cells share their data order and
 their noise, so the paired differences usually vary less than the two means do.
 
-What is chosen is chosen by the primary metric, on validation; what is reported is the same metric
-on the test split, where there is one. A group's differences of the reported metric are one family
+Values are chosen by the primary metric, on validation; the reported metric is the same on the test
+split, where there is one. A group's differences of the reported metric are one family
 of comparisons: which of them are significant is corrected for their number (Holm)."""
 
 import dataclasses
@@ -40,7 +40,7 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What is known of a cell; `metrics` is empty unless the cell is done.
+    """The results of a cell; `metrics` is empty unless the cell is done.
 
     Attributes:
       metric: the name of the reported metric.
@@ -56,7 +56,7 @@ class Row:
     @property
     def primary(self) -> Estimate | None:
         """The metric that values are chosen by: the task's, on validation."""
-        return self.metrics.get(self.cell.result.get("primary"))
+        return self.metrics.get(self.cell.result.get("primary", ""))
 
     @property
     def reported(self) -> Estimate | None:
@@ -95,7 +95,7 @@ def summarize(experiment: Experiment) -> list[Row]:
         done = [cell.result for cell in group if cell.status == "done"]
         tested = all(_on_test(result) in result["metrics"] for result in done)
         reference: Mapping[str, list[float]] = {}
-        found = []
+        group_rows = []
         for cell in group:
             values = {
                 name: np.atleast_1d(np.asarray(x, float)).tolist()
@@ -113,17 +113,17 @@ def summarize(experiment: Experiment) -> list[Row]:
             metric = ""
             if metrics:
                 metric = _on_test(cell.result) if tested else cell.result["primary"]
-            found.append(Row(cell, metrics, metric))
-        p_values = [row.reported.comparison.p if row.reported else _NAN for row in found]
+            group_rows.append(Row(cell, metrics, metric))
+        p_values = [row.reported.comparison.p if row.reported else _NAN for row in group_rows]
         corrected = statistics.holm(p_values).tolist()
         rows += [
-            dataclasses.replace(row, p_holm=p) for row, p in zip(found, corrected, strict=True)
+            dataclasses.replace(row, p_holm=p) for row, p in zip(group_rows, corrected, strict=True)
         ]
     return rows
 
 
 def findings(experiment: Experiment) -> list[claim_tests.Finding]:
-    """What the seeds say of each claim of the sweep."""
+    """The test of each claim of the sweep."""
     values = {
         (row.cell.id, name): estimate.values
         for row in summarize(experiment)
@@ -134,8 +134,11 @@ def findings(experiment: Experiment) -> list[claim_tests.Finding]:
 
 
 def other_metrics(rows: Sequence[Row]) -> list[str]:
-    """What else a group tells: the metric that values are chosen by, others on the same data as
-    the reported one, and those of no split, such as 'attention/entropy'."""
+    """The names of a group's metrics beside the reported one.
+
+    These are the metric that values are chosen by, others on the same data as the reported one, and
+    those of no split, such as 'attention/entropy'.
+    """
     done = [row for row in rows if row.reported]
     names = dict.fromkeys(name for row in done for name in row.metrics)
     chosen = {row.cell.result["primary"] for row in done}
@@ -148,17 +151,21 @@ def other_metrics(rows: Sequence[Row]) -> list[str]:
 
 
 def splits(rows: Sequence[Row]) -> list[str]:
-    """The reported metric on all splits, if a group has one that `other_metrics` leaves out: other
-    lengths, say; else nothing."""
+    """The names of the reported metric on all splits.
+
+    None unless the group has a split that `other_metrics` leaves out, such as another length.
+    """
     done = [row for row in rows if row.reported]
     if not done:
         return []
     reported = done[0].metric
     last = reported.rpartition("/")[2]
     names = dict.fromkeys(name for row in done for name in row.metrics)
-    found = [name for name in names if name.endswith(f"/{last}") and not name.startswith("train/")]
+    on_splits = [
+        name for name in names if name.endswith(f"/{last}") and not name.startswith("train/")
+    ]
     shown = {reported, *other_metrics(rows)}
-    return [reported, *(n for n in found if n != reported)] if set(found) - shown else []
+    return [reported, *(n for n in on_splits if n != reported)] if set(on_splits) - shown else []
 
 
 def axis_effects(rows: Sequence[Row], axis: str) -> list[statistics.Effect] | None:
@@ -205,15 +212,16 @@ class Pairs:
 def pairwise(rows: Sequence[Row]) -> Pairs:
     """Compares all cells of the group `rows` with each other."""
     rows = [row for row in rows if row.reported]
+    values = [row.reported.values for row in rows if row.reported]
     difference, interval, p = np.full((3, len(rows), len(rows)), _NAN)
     above = np.triu_indices(len(rows), 1)
     for i, j in zip(*above, strict=True):
-        a, b = rows[i].reported.values, rows[j].reported.values
+        a, b = values[i], values[j]
         seeds = min(len(a), len(b))
-        found = statistics.paired(a[:seeds], b[:seeds])
-        difference[i, j], difference[j, i] = found.difference, -found.difference
-        interval[i, j] = interval[j, i] = found.interval
-        p[i, j] = found.p
+        comparison = statistics.paired(a[:seeds], b[:seeds])
+        difference[i, j], difference[j, i] = comparison.difference, -comparison.difference
+        interval[i, j] = interval[j, i] = comparison.interval
+        p[i, j] = comparison.p
     p[above] = p.T[above] = statistics.holm(p[above])
     return Pairs(rows, difference, interval, p)
 
@@ -243,21 +251,23 @@ class Change:
 def between(experiments: Sequence[Experiment]) -> list[Change]:
     """Cells of the same id that several run directories have done, against the first directory."""
     by_id = [{row.cell.id: row for row in summarize(x) if row.reported} for x in experiments]
-    found = []
+    changes = []
     for experiment, rows in zip(experiments[1:], by_id[1:], strict=True):
         for id, row in rows.items():
             first = by_id[0].get(id)
-            if first is None or first.metric not in row.metrics:
+            if first is None or not first.reported or first.metric not in row.metrics:
                 continue
             a, b = first.reported, row.metrics[first.metric]
             seeds = min(len(a.values), len(b.values))
             comparison = statistics.paired(b.values[:seeds], a.values[:seeds])
-            changed = differences(first.cell.config, row.cell.config)
-            changed = [f"{name}: {there} → {here}" for name, there, here in changed]
+            changed = [
+                f"{name}: {there} → {here}"
+                for name, there, here in differences(first.cell.config, row.cell.config)
+            ]
             directory = str(experiment.path)
-            found.append(Change(id, directory, first.metric, a, b, comparison, _NAN, changed))
-    corrected = statistics.holm([change.comparison.p for change in found]).tolist()
-    return [dataclasses.replace(x, p_holm=p) for x, p in zip(found, corrected, strict=True)]
+            changes.append(Change(id, directory, first.metric, a, b, comparison, _NAN, changed))
+    corrected = statistics.holm([change.comparison.p for change in changes]).tolist()
+    return [dataclasses.replace(x, p_holm=p) for x, p in zip(changes, corrected, strict=True)]
 
 
 def _on_test(result: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""A run directory as it is read: its cells, what each was told, measured and logged."""
+"""Reads a run directory: its cells, their configs, results and logs."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ COSTS: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
     "cache, bytes per token": lambda result: result.get("cache_bytes_per_token"),
     "ms per decoded token": lambda result: result.get("decode_ms_per_token"),
 }
-"""What a result says that a cell costs, None where it does not.
+"""Costs of a cell by name, from its result; None where the result has no such cost.
 
 A step is one of all its seeds, memory that of a step as XLA counts it, a decoded token one of each
 of `generation.TEXTS` texts.
@@ -68,7 +68,7 @@ class CellRun:
         return f"{self.base} (base)" if self.axis is None else f"{self.axis}={self.value}"
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # compared and hashed as what was read at one time
+@dataclasses.dataclass(frozen=True, eq=False)  # each reading of a directory is its own
 class Experiment:
     """A run directory, read by `load`."""
 
@@ -114,19 +114,19 @@ def load(workdir: str | os.PathLike[str]) -> Experiment:
     """Reads `sweep.json` and of each cell `config.json` and `result.json`, where there.
 
     Raises:
-      ValueError: `workdir` is not a run directory, or one of its files is not what it should be.
+      ValueError: `workdir` is not a run directory, or one of its files is damaged.
     """
-    workdir = paths.as_path(workdir)
-    if paths.read(workdir / "sweep.json") is None:
+    folder = paths.as_path(workdir)
+    if paths.read(folder / "sweep.json") is None:
         raise ValueError(
-            f"{workdir} is not a run directory: no sweep.json; start one with "
+            f"{folder} is not a run directory: no sweep.json; start one with "
             "python -m experiments.ablate --config=... --workdir=..."
         )
     header = ("command", "created", "seeds", "environment")
-    sweep = _read_json(workdir / "sweep.json", *header, "cells")
+    sweep = _read_json(folder / "sweep.json", *header, "cells")
     cells = []
     for spec in sweep["cells"]:
-        path = workdir / "cells" / spec["id"]
+        path = folder / "cells" / spec["id"]
         config = _read_json(path / "config.json")
         result = _read_json(path / "result.json", "status")
         if result.get("status") == "done":
@@ -136,15 +136,16 @@ def load(workdir: str | os.PathLike[str]) -> Experiment:
                     f"{path / 'result.json'}: the primary metric {result['primary']!r} is not "
                     f"among its metrics: {', '.join(result['metrics'])}"
                 )
-        names = ("id", "base", "axis", "value", "overrides")
-        cells.append(CellRun(*(spec[name] for name in names), path, config, result))
+        fields = {name: spec[name] for name in ("id", "base", "axis", "value", "overrides")}
+        cells.append(CellRun(**fields, path=path, config=config, result=result))
     expected = claims.read(sweep.get("claims", []))
-    found = Experiment(workdir, *(sweep[name] for name in header), cells, expected)
+    fields = {name: sweep[name] for name in header}
+    experiment = Experiment(path=folder, **fields, cells=cells, claims=expected)
     devices = dict.fromkeys(cell.result["device"] for cell in cells if "device" in cell.result)
     if not devices:
-        return found
-    environment = {**found.environment, "device": ", ".join(devices)}
-    return dataclasses.replace(found, environment=environment)
+        return experiment
+    environment = {**experiment.environment, "device": ", ".join(devices)}
+    return dataclasses.replace(experiment, environment=environment)
 
 
 def read_curves(cell: CellRun) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -187,8 +188,8 @@ def join(experiments: Sequence[Experiment]) -> Experiment:
     cells = []
     for name, experiment in zip(names, experiments, strict=True):
         for cell in experiment.cells:
-            renamed = {"id": f"{name}/{cell.id}", "base": f"{name}: {cell.base}"}
-            cells.append(dataclasses.replace(cell, **renamed))
+            id, base = f"{name}/{cell.id}", f"{name}: {cell.base}"
+            cells.append(dataclasses.replace(cell, id=id, base=base))
     seeds = max((experiment.seeds for experiment in experiments), key=len)
     return dataclasses.replace(experiments[0], seeds=seeds, cells=cells, claims=())
 

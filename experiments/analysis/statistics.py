@@ -1,6 +1,6 @@
 """Statistics over seeds: intervals, paired tests, corrected p-values, the effects of a grid.
 
-Pure functions of arrays. What SciPy or statsmodels has is theirs; they are imported where they are
+Pure functions of arrays. SciPy and statsmodels do what they can; they are imported where they are
 used, so that starting a sweep does not wait for them.
 """
 
@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 LEVEL = 0.05
 """The significance level: a test's probability of a false positive."""
@@ -17,7 +18,7 @@ LEVEL = 0.05
 _NAN = float("nan")
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+def mean_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
     """Mean and half width of its Student-t interval: t_{n−1} · s / √n, s with n − 1 below.
 
     Student 1908.  One value has no interval (nan); a nan among the values makes both nan.
@@ -35,7 +36,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
         return mean, float(quantile * np.std(values, ddof=1) / math.sqrt(count))
 
 
-def bootstrap_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(values: ArrayLike, confidence: float = 0.95) -> tuple[float, float]:
     """Ends of the BCa bootstrap interval of the mean (Efron 1987); the same at every call.
 
     It assumes no normal distribution, but resamples of few values vary too little: of ten seeds or
@@ -49,10 +50,10 @@ def bootstrap_interval(values: Sequence[float], confidence: float = 0.95) -> tup
         return _NAN, _NAN
     if np.ptp(values) <= _rounding(values):
         return float(values.min()), float(values.max())
-    found = stats.bootstrap(
+    result = stats.bootstrap(
         (values,), np.mean, confidence_level=confidence, method="BCa", rng=np.random.default_rng(0)
     )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Paired:
         return bootstrap_interval(self.differences)
 
 
-def paired(values: Sequence[float], base_values: Sequence[float]) -> Paired:
+def paired(values: ArrayLike, base_values: ArrayLike) -> Paired:
     """The differences values − base_values, paired by position, and the paired t-test.
 
     t = d̄ / (s / √n) with n − 1 degrees of freedom (Student 1908).  Differences that are all equal
@@ -110,7 +111,7 @@ def paired(values: Sequence[float], base_values: Sequence[float]) -> Paired:
     return Paired(tuple(differences.tolist()), mean, interval, p, effect_size)
 
 
-def one_sided(values: Sequence[float], bound: float = 0.0) -> float:
+def one_sided(values: ArrayLike, bound: float = 0.0) -> float:
     """p of the t-test that the mean is above `bound`: 1 − T_{n−1}((x̄ − bound) / (s / √n)).
 
     Student 1908.  Values that are all equal leave nothing to chance: 0 where they are above, else
@@ -127,11 +128,11 @@ def one_sided(values: Sequence[float], bound: float = 0.0) -> float:
     return float(special.stdtr(values.size - 1, (bound - values.mean()) / error))
 
 
-def holm(p_values: Sequence[float]) -> np.ndarray:
+def holm(p_values: ArrayLike) -> np.ndarray:
     """p-values corrected for their number: max_{j ≤ i} min(1, (m − j + 1) · p_(j)), ascending.
 
-    Whoever calls those below 0.05 different errs in 5% of all families at most, however the tests
-    depend on each other (Holm 1979).  A nan is no comparison: it is not counted and stays nan.
+    Of all families, at most 5% have a false positive at 0.05, however the tests depend on each
+    other (Holm 1979).  A nan is no comparison: it is not counted and stays nan.
 
     Raises:
       ValueError: a p-value is not between 0 and 1.
@@ -183,7 +184,7 @@ class Effect:
 
 
 def axis_effects(
-    factors: Mapping[str, Sequence[str]], seeds: Sequence[int], values: Sequence[float]
+    factors: Mapping[str, Sequence[str]], seeds: Sequence[int], values: ArrayLike
 ) -> list[Effect] | None:
     """The analysis of variance of a grid: axes, their pairwise interactions, seeds as blocks.
 
@@ -220,7 +221,7 @@ def axis_effects(
     from statsmodels.formula.api import ols
     from statsmodels.stats.anova import anova_lm
 
-    # What an axis is called need not be a name that formulas can hold.
+    # The name of an axis need not be valid in a formula.
     columns = {f"axis{i}": list(map(str, column)) for i, column in enumerate(factors.values())}
     names = dict(zip(columns, factors, strict=True))
     terms = {f"C({column})": name for column, name in names.items()}
@@ -255,5 +256,5 @@ def axis_effects(
 
 
 def _rounding(values: np.ndarray) -> float:
-    """Up to where a difference of two of the values may be rounding and nothing else."""
+    """The largest difference of two of the values that may be rounding alone."""
     return 64 * np.finfo(float).eps * float(np.abs(values).max())

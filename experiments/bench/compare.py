@@ -19,7 +19,7 @@ from experiments.bench import compiling, isolate, profiling, timing
 from experiments.bench.functions import Function
 from experiments.bench.kernels import Kernel
 from experiments.bench.models import Model
-from experiments.bench.work import Foreign, Program, Unavailable, Work
+from experiments.bench.work import Foreign, JaxWork, Unavailable, Work
 
 WORKS: dict[str, Any] = {"kernel": Kernel, "model": Model, "function": Function}
 MEASURES = ("time", "compile", "memory", "accuracy", "resident", "profile")
@@ -37,7 +37,7 @@ _BUDGET = Budget()
 
 
 def read(contender: dict[str, Any]) -> Work:
-    """The work of a dict: 'kind', one of `WORKS` ('kernel' unless given), and its fields."""
+    """The work of a dict of its fields and 'kind', one of `WORKS` ('kernel' unless given)."""
     fields = dict(contender)
     kind = fields.pop("kind", "kernel")
     if kind not in WORKS:
@@ -49,29 +49,29 @@ def read(contender: dict[str, Any]) -> Work:
 
 
 def describe(work: Work) -> dict[str, Any]:
-    """A dict that `read` reads: what differs from the defaults."""
-    (kind,) = (kind for kind, found in WORKS.items() if isinstance(work, found))
-    found = {"kind": kind}
+    """A dict that `read` reads: the kind, and the fields that differ from their defaults."""
+    (kind,) = (kind for kind, cls in WORKS.items() if isinstance(work, cls))
+    described = {"kind": kind}
     for field in dataclasses.fields(work):  # type: ignore[arg-type]
         if (value := getattr(work, field.name)) != field.default:
-            found[field.name] = value
-    return found
+            described[field.name] = value
+    return described
 
 
 def names(works: Sequence[Work]) -> list[str]:
-    """What tells each of them from the others, 'ours' for the one that is all defaults."""
+    """A name for each, of the fields in which they differ; 'ours' where all are defaults."""
     described = [dataclasses.asdict(work) for work in works]  # type: ignore[call-overload]
-    keys = dict.fromkeys(key for found in described for key in found)
-    varied = [k for k in keys if len({repr(found.get(k)) for found in described}) > 1]
-    found = []
+    keys = dict.fromkeys(key for fields in described for key in fields)
+    varied = [k for k in keys if len({repr(fields.get(k)) for fields in described}) > 1]
+    labels = []
     for own, work in zip(described, works, strict=True):
         default = {f.name: f.default for f in dataclasses.fields(work)}  # type: ignore[arg-type]
         parts = [f"{k}={own[k]}" for k in varied if k in own and own[k] != default[k]]
         if varied == ["library"]:
             parts = [own["library"]]
         alone = own["name"] if isinstance(work, Function) else "ours"
-        found.append(", ".join(parts) or alone)
-    return found
+        labels.append(", ".join(parts) or alone)
+    return labels
 
 
 def measure(
@@ -83,17 +83,16 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each contender; `what` are of `MEASURES`.
 
-    Always: 'name', 'work' (see `describe`), and of a program of JAX `compiling.compile`'s
-    numbers; or 'unavailable' and why. With 'time': 'milliseconds' (median and its 95% interval),
-    'runs', 'gflops' of the products that the definition asks for, and for all but the first
-    'ratio', the first one's time to this one's (median of the turns and its interval): below one,
-    the first is faster. With 'compile': `compiling.phases`. With 'accuracy': 'errors', see
-    `errors`. With 'resident': 'resident_bytes', what a new process holds at most while it does the
-    work, beyond what it held before; on an accelerator the device's peak. With 'profile':
-    'profile', see `profiling`.
+    Always: 'name', 'work' (see `describe`), and for a `JaxWork` its `compiling.costs_of`; or
+    'unavailable' and why. With 'time': 'milliseconds' (median and its 95% interval), 'runs',
+    'gflops' of the products in the definition, and for all but the first 'ratio', the first one's
+    time to this one's (median of the turns and its interval): below one, the first is faster. With
+    'compile': `compiling.phases`. With 'accuracy': 'errors', see `errors`. With 'resident':
+    'resident_bytes', the most memory that a new process takes for the work; on an accelerator the
+    device's peak. With 'profile': 'profile', see `profiling`.
 
-    `note` is told the number of the contender at work; contenders in `skip` are not tried, for
-    the reason given.
+    `note` is called with the number of the contender at work; contenders in `skip` are not tried,
+    `skip` says why.
     """
     check_measures(what)
     rows: list[dict[str, Any]] = []
@@ -106,28 +105,28 @@ def measure(
             continue
 
         def accuracy(work=work):
-            return {"errors": found} if (found := errors(work)) else {}
+            return {"errors": largest} if (largest := errors(work)) else {}
 
         def run_often(work=work, i=i):
-            run, told, compiled = prepare(work)
+            run, costs, compiled = prepare(work)
             if "profile" in what and compiled is not None:
-                told["profile"] = profiling.milliseconds_by_kind(compiled, run)
+                costs["profile"] = profiling.milliseconds_by_kind(compiled, run)
             if "time" in what:
-                run()  # what is only done once
+                run()  # warms up: work that is only done once
                 runs[i] = run
-            return told
+            return costs
 
         def resident(work=work):
             return {"resident_bytes": isolate.in_new_process(_resident, work)}
 
-        for wanted, take in (
+        for measures, take in (
             ({"time", "profile", "memory"}, run_often),
             ({"compile"}, lambda work=work: compiling.phases(work)),
             ({"accuracy"}, accuracy),
             ({"resident"}, resident),
             (set(what), lambda work=work: {"flops": work.flops()}),
         ):
-            if wanted & set(what) and "unavailable" not in row:
+            if measures & set(what) and "unavailable" not in row:
                 note(i)
                 try:
                     row |= take()
@@ -147,7 +146,7 @@ def measure(
 
 
 def check_measures(what: Sequence[str]) -> None:
-    """Raises ValueError for what is none of `MEASURES`."""
+    """Raises ValueError for a measure that is not in `MEASURES`."""
     if unknown := set(what) - set(MEASURES):
         raise ValueError(f"measures are of {', '.join(MEASURES)}; got {', '.join(unknown)}")
 
@@ -157,7 +156,7 @@ class _Failed(Exception):
 
 
 def _in_turns(runs, rows, budget, note):
-    """`timing.take_turns` of those that do not fail meanwhile."""
+    """`timing.take_turns`; a run that fails is left out, and its row says why."""
 
     def guarded(i, run):
         try:
@@ -175,20 +174,20 @@ def _in_turns(runs, rows, budget, note):
 
 
 def prepare(work: Work) -> tuple[Callable[[], Any], dict[str, float], Any]:
-    """-> what does the work once and waits, what compiling told, the `jax.stages.Compiled`."""
+    """-> a function that does the work once and waits, the costs and the `jax.stages.Compiled`."""
     program = work.build()
     if isinstance(program, Foreign):
         return program.run, {}, None
-    compiled, told = compiling.compile(program)
+    compiled, costs = compiling.compile_work(program)
     arguments = list(program.arguments)
 
     def run():
-        found = jax.block_until_ready(compiled(*arguments))
+        result = jax.block_until_ready(compiled(*arguments))
         if program.carry is not None:
-            arguments[program.carry] = found[0]
-        return found
+            arguments[program.carry] = result[0]
+        return result
 
-    return run, told, compiled
+    return run, costs, compiled
 
 
 def errors(work: Work) -> dict[str, float | None]:
@@ -205,22 +204,22 @@ def errors(work: Work) -> dict[str, float | None]:
     got = results(small)
     with jax.enable_x64(True):
         want = results(exact)
-    found = {}
+    largest = {}
     for name, x in got.items():
         scale = np.max(np.abs(want[name])) or 1.0
         error = float(np.max(np.abs(x - want[name])) / scale)
-        found[name] = error if math.isfinite(error) else None
-    return found
+        largest[name] = error if math.isfinite(error) else None
+    return largest
 
 
 def results(work: Work) -> dict[str, np.ndarray]:
     """What the work computes, by name."""
     program = work.build()
-    if isinstance(program, Program):
-        found = compiling.jit(program)(program.static, *program.arguments)
+    if isinstance(program, JaxWork):
+        result = compiling.jit(program)(program.static, *program.arguments)
     else:
-        found = program.run()
-    return program.read(found) if program.read else {}
+        result = program.run()
+    return program.read(result) if program.read else {}
 
 
 def reason_of(error: Exception) -> str:

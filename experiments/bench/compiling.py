@@ -1,4 +1,4 @@
-"""What compiling costs: phase by phase, cold and from the cache, and how often it is done."""
+"""The cost of compiling: each phase, cold and from the cache, and the number of compilations."""
 
 import collections
 import contextlib
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.bench.work import Program, Work
+from experiments.bench.work import JaxWork, Work
 
 _PHASES = {
     "trace_seconds": "/jax/core/compile/jaxpr_trace_duration",
@@ -22,30 +22,28 @@ _HIT = "/jax/compilation_cache/cache_retrieval_time_sec"
 
 
 class Events:
-    """How long JAX was at each of `_PHASES`, in seconds, and how often; see `listen`."""
+    """Seconds that JAX spent in each of `_PHASES`, and how often it did; see `listen`."""
 
     def __init__(self):
-        self.seconds: dict[str, float] = collections.Counter()
-        self.counts: dict[str, int] = collections.Counter()
+        self.seconds: dict[str, float] = collections.defaultdict(float)
+        self.counts: dict[str, int] = collections.defaultdict(int)
 
     def take(self) -> tuple[dict[str, float], dict[str, int]]:
         """Seconds and counts by phase since the last call."""
-        found = tuple({name: x[event] for name, event in _PHASES.items()} for x in self._all())
-        for x in self._all():
-            x.clear()
-        return found
+        seconds = {name: self.seconds[event] for name, event in _PHASES.items()}
+        counts = {name: self.counts[event] for name, event in _PHASES.items()}
+        self.seconds.clear()
+        self.counts.clear()
+        return seconds, counts
 
-    def _all(self):
-        return self.seconds, self.counts
-
-    def __call__(self, event, seconds, **_):
-        self.seconds[event] += seconds
+    def __call__(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self.seconds[event] += duration_secs
         self.counts[event] += 1
 
 
 @contextlib.contextmanager
 def listen() -> Iterator[Events]:
-    """Collects what `jax.monitoring` tells of compiling."""
+    """Collects the durations that `jax.monitoring` reports of compiling."""
     events = Events()
     jax.monitoring.register_event_duration_secs_listener(events)
     try:
@@ -75,36 +73,36 @@ def cache(folder: str | None) -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def jit(program: Program) -> Any:
+def jit(program: JaxWork) -> Any:
     """The jitted function; call it with the static part and the arguments."""
     donated = () if program.carry is None else (1 + program.carry,)
     return jax.jit(program.function, static_argnums=0, donate_argnums=donated)
 
 
-def compile(program: Program) -> tuple[Any, dict[str, float]]:
-    """-> the `jax.stages.Compiled` and what it tells, see `tell`."""
+def compile_work(program: JaxWork) -> tuple[Any, dict[str, float]]:
+    """-> the `jax.stages.Compiled` and its `costs_of`."""
     with cache(None):
         compiled = jit(program).lower(program.static, *program.arguments).compile()
-    return compiled, tell(compiled)
+    return compiled, costs_of(compiled)
 
 
-def tell(compiled: Any) -> dict[str, float]:
+def costs_of(compiled: Any) -> dict[str, float]:
     """Memory and operations of a compiled program, as far as the backend knows them.
 
     'io_bytes' are those of arguments and results, 'temporary_bytes' the most that it holds beside
     them, 'xla_flops' and 'xla_bytes' what XLA's cost model counts (the body of a loop once,
     however often it runs).
     """
-    told: dict[str, float] = {}
+    costs: dict[str, float] = {}
     if (memory := compiled.memory_analysis()) is not None:
-        told["temporary_bytes"] = memory.temp_size_in_bytes
-        told["io_bytes"] = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        costs["temporary_bytes"] = memory.temp_size_in_bytes
+        costs["io_bytes"] = memory.argument_size_in_bytes + memory.output_size_in_bytes
     cost = compiled.cost_analysis() or {}
     cost = cost[0] if isinstance(cost, list) else cost
     for name, key in (("flops", "flops"), ("bytes", "bytes accessed")):
         if key in cost:
-            told[f"xla_{name}"] = cost[key]
-    return told
+            costs[f"xla_{name}"] = cost[key]
+    return costs
 
 
 def phases(work: Work, repeats: int = 3) -> dict[str, Any]:
@@ -113,10 +111,10 @@ def phases(work: Work, repeats: int = 3) -> dict[str, Any]:
     'trace_seconds', 'lower_seconds' and 'compile_seconds' without a cache, 'warm_seconds' all
     three with a persistent cache that has the program; 'stablehlo_bytes', and of the optimised
     program 'instructions', 'fusions', 'executable_bytes' (where the backend can serialise it);
-    what `tell` tells; 'traced' and 'compiled': see `retraces`.
+    `costs_of`; 'traced' and 'compiled': see `retraces`.
     """
     program = work.build()
-    if not isinstance(program, Program):
+    if not isinstance(program, JaxWork):
         return {}
     cold, warm = [], []
     with listen() as events, tempfile.TemporaryDirectory() as folder:
@@ -136,17 +134,17 @@ def phases(work: Work, repeats: int = 3) -> dict[str, Any]:
                 seconds = sum(events.take()[0].values())
                 warm += [seconds] * hit
     text = compiled.as_text()
-    found: dict[str, Any] = {name: _median([x[name] for x in cold]) for name in _PHASES}
-    found |= {
+    costs: dict[str, Any] = {name: _median([x[name] for x in cold]) for name in _PHASES}
+    costs |= {
         "stablehlo_bytes": len(lowered.as_text()),
         "instructions": len(re.findall(r"^\s+(?:ROOT )?%?[\w.\-]+ = ", text, re.M)),
         "fusions": len(re.findall(r" fusion\(", text)),
     }
     if warm:  # not every program can be cached
-        found["warm_seconds"] = _median(warm)
-    with contextlib.suppress(Exception):  # no backend promises it
-        found["executable_bytes"] = len(compiled.runtime_executable().serialize())
-    return found | tell(compiled) | retraces(work)
+        costs["warm_seconds"] = _median(warm)
+    with contextlib.suppress(Exception):  # not every backend can serialise
+        costs["executable_bytes"] = len(compiled.runtime_executable().serialize())
+    return costs | costs_of(compiled) | retraces(work)
 
 
 def retraces(work: Work) -> dict[str, Any]:
@@ -160,14 +158,16 @@ def retraces(work: Work) -> dict[str, Any]:
     if (other := work.different()) is not None:
         specs["different"] = other
     traced, compiled = {}, {}
-    function, program, previous = None, None, None
+    function: Any = None
+    program: Any = None
+    previous: Work | None = None
     jax.clear_caches()
     with listen() as events, cache(None):
         for name, spec in specs.items():
             if spec is not previous:
                 program, previous = spec.build(), spec
             function = function or jit(program)
-            # What a call donates is gone; copies are made before anything is counted.
+            # A call deletes the arguments it donates; they are copied before anything is counted.
             arguments = jax.tree.map(jnp.copy, program.arguments)
             jax.block_until_ready(arguments)
             events.take()

@@ -1,4 +1,4 @@
-"""Figures of a benchmark: what grows how with what, phases of compiling, the roofline."""
+"""Figures of a benchmark: growth with sizes, phases of compiling, the roofline."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from experiments.reporting import plots
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What a series may grow with, and how the axis is called.
+# The x axis of a series -> its label.
 AXES = {
     "length": "T",
     "source_length": "S",
@@ -28,18 +28,18 @@ _MEASURED = {
 }
 
 
-def figures(found: dict[str, Any]) -> Iterator[tuple[str, "Figure"]]:
-    """Name and figure of all that the results have the numbers for."""
-    rows = [row for comparison in found["comparisons"] for row in comparison["rows"]]
+def figures(results: dict[str, Any]) -> Iterator[tuple[str, "Figure"]]:
+    """Name and figure of each plot that the results have the numbers for."""
+    rows = [row for comparison in results["comparisons"] for row in comparison["rows"]]
     for axis in AXES:
         for measured in _MEASURED:
             if lines := series(rows, axis, measured):
                 yield f"{measured}-{axis}", growth(lines, axis, measured)
     compiled = [row for row in rows if "trace_seconds" in row]
     if compiled:
-        yield "compiling", phases(found)
+        yield "compiling", phases(results)
     if any("gflops" in row and "io_bytes" in row for row in rows):
-        yield "roofline", roofline(found, rows)
+        yield "roofline", roofline(results, rows)
 
 
 def series(rows: list[dict], axis: str, measured: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -51,16 +51,16 @@ def series(rows: list[dict], axis: str, measured: str) -> dict[str, tuple[np.nda
         work.pop(axis, None)
         if x is not None and y is not None:
             groups.setdefault(json.dumps(work, sort_keys=True), {})[x] = y
-    kept = {key: points for key, points in groups.items() if len(points) > 2}
-    keys = {k for group in kept for k in json.loads(group)}
-    shared = {k for k in keys if len({repr(json.loads(g).get(k)) for g in kept}) == 1}
-    found = {}
-    for key, points in kept.items():
+    long_enough = {key: points for key, points in groups.items() if len(points) > 2}
+    keys = {k for group in long_enough for k in json.loads(group)}
+    shared = {k for k in keys if len({repr(json.loads(g).get(k)) for g in long_enough}) == 1}
+    lines = {}
+    for key, points in long_enough.items():
         own = {k: v for k, v in json.loads(key).items() if k not in shared}
         name = ", ".join(str(v) if k == "library" else f"{k}={v}" for k, v in own.items())
         x = np.array(sorted(points), float)
-        found[name or "attention"] = (x, np.array([points[i] for i in x]))
-    return found
+        lines[name or "attention"] = (x, np.array([points[i] for i in x]))
+    return lines
 
 
 def _value(row, measured):
@@ -96,11 +96,11 @@ def growth(lines: dict[str, tuple[np.ndarray, np.ndarray]], axis: str, measured:
     return figure
 
 
-def phases(found: dict[str, Any]) -> "Figure":
+def phases(results: dict[str, Any]) -> "Figure":
     """Stacked bars: trace, lower, compile of each contender; beside it a bar from a warm cache."""
     bars = [
         (f"{comparison['title']}: {row['name']}", row)
-        for comparison in found["comparisons"]
+        for comparison in results["comparisons"]
         for row in comparison["rows"]
         if "trace_seconds" in row
     ]
@@ -124,12 +124,12 @@ def phases(found: dict[str, Any]) -> "Figure":
     return figure
 
 
-def roofline(found: dict[str, Any], rows: list[dict]) -> "Figure":
+def roofline(results: dict[str, Any], rows: list[dict]) -> "Figure":
     """FLOP/s against FLOPs a byte of inputs and results, of programs of JAX.
 
     The roof is measured in the same run, for the dtype of the first.
     """
-    peaks = found["peaks"]
+    peaks = results["peaks"]
     points: dict[str, list] = {}
     for row in rows:
         if "gflops" in row and row.get("io_bytes"):

@@ -24,18 +24,18 @@ from experiments.launch import cli
 
 
 def measure(config: ConfigDict, repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """For 'cold' and 'warm' the seconds until the first step was done, a pair for each process.
+    """Seconds until the first step is done, 'cold' and 'warm', a pair for each process.
 
     The first counts from the start of the process, the second from the end of its imports.
-    RuntimeError with what a process said where it failed.
+    RuntimeError with the stderr of a process that failed.
     """
     described = json.dumps(settings.describe(config))
-    found: dict[str, list[tuple[float, float]]] = {"cold": [], "warm": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"cold": [], "warm": []}
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as cache:
             for kind in ("cold", "warm"):
-                found[kind].append(_run(described, cache))
-    return found
+                seconds[kind].append(_run(described, cache))
+    return seconds
 
 
 def _run(described, cache):
@@ -54,7 +54,7 @@ def _run(described, cache):
 
 
 def once() -> None:
-    """Trains one step of the config on standard input; prints when it had imported and was done."""
+    """Trains one step of the config on stdin; prints when its imports and its step are done."""
     import grain  # noqa: F401  (a run imports it when it reads its data)
 
     from experiments.launch import progress

@@ -1,15 +1,15 @@
-"""A function of the user's own."""
+"""A function of the user."""
 
 import dataclasses
 import functools
 import importlib
 
-from experiments.bench.work import Program, Work
+from experiments.bench.work import JaxWork, Work
 
 
 @dataclasses.dataclass(frozen=True)
 class Function(Work):
-    """A function of JAX that is named.
+    """A JAX function, by its name.
 
     Attributes:
       name: 'package.module:name' of a function without arguments that returns (function,
@@ -23,9 +23,9 @@ class Function(Work):
         if not name or not hasattr(importlib.import_module(module), name):
             raise ValueError(f"a function is named as package.module:name, got {self.name!r}")
 
-    def build(self) -> Program:
+    def build(self) -> JaxWork:
         function, arguments = _load(self.name)
-        return Program(_call, function, tuple(arguments))
+        return JaxWork(_call, function, tuple(arguments))
 
     def flops(self) -> None:
         return None
@@ -40,12 +40,12 @@ class Function(Work):
 @functools.cache  # equal names are one function, so that it is compiled once
 def _load(named):
     module, _, name = named.partition(":")
-    found = getattr(importlib.import_module(module), name)()
-    if not (isinstance(found, tuple) and len(found) == 2 and callable(found[0])):
+    work = getattr(importlib.import_module(module), name)()
+    if not (isinstance(work, tuple) and len(work) == 2 and callable(work[0])):
         raise ValueError(
-            f"{named} must return (function, arguments), it returned {type(found).__name__}"
+            f"{named} must return (function, arguments), it returned {type(work).__name__}"
         )
-    return found
+    return work
 
 
 def _call(function, *arguments):

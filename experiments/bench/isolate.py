@@ -10,8 +10,8 @@ from typing import Any
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
-class Stopped(Exception):
-    """The process was stopped or died; `at` is what it noted last, None: nothing."""
+class ProcessAborted(Exception):
+    """The process was killed at a limit or died; `at` is its last note, None if it made none."""
 
     def __init__(self, at: Any, reason: str):
         super().__init__(reason)
@@ -19,7 +19,7 @@ class Stopped(Exception):
 
 
 def in_new_process(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), without limits.  What it raises is raised here."""
+    """function(*args), without limits.  Its exceptions are raised here."""
     with concurrent.futures.ProcessPoolExecutor(1, _CONTEXT) as pool:
         return pool.submit(function, *args).result()
 
@@ -29,12 +29,12 @@ def call(
 ) -> Any:
     """function(*args, note) in a new process.
 
-    `note(x)` tells that work on x begins. More than `seconds` without a note, or more than `bytes`
-    of resident memory, and the process is killed, with those it has started.
+    `note(x)` says that work on x begins. After `seconds` without a note, or above `bytes` of
+    resident memory, the process and its children are killed.
 
     Raises:
-      Stopped: for either, or where it died by itself.
-      RuntimeError: with the type and text of what it raised.
+      ProcessAborted: it was killed, or died by itself.
+      RuntimeError: with the type and text of its exception.
     """
     import psutil
 
@@ -49,7 +49,7 @@ def call(
             return [watched, *watched.children(recursive=True)]
         return []
 
-    def held():
+    def resident_bytes():
         total = 0
         for member in family():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -64,19 +64,21 @@ def call(
                     kind, value = receiver.recv()
                 except EOFError:
                     process.join()
-                    raise Stopped(at, f"its process died ({_exit(process.exitcode)})") from None
+                    raise ProcessAborted(
+                        at, f"its process died ({_exit(process.exitcode)})"
+                    ) from None
                 if kind == "note":
                     at, since = value, time.monotonic()
                 elif kind == "done":
-                    process.join(10)  # it cleans up behind itself, if it can
+                    process.join(10)  # time to clean up
                     return value
                 else:
                     raise RuntimeError(value)
             if time.monotonic() - since > seconds:
-                raise Stopped(at, f"took more than {seconds:g} s (time_limit)")
-            if held() > bytes:
+                raise ProcessAborted(at, f"took more than {seconds:g} s (time_limit)")
+            if resident_bytes() > bytes:
                 limit = f"{bytes / 2**30:.3g} GiB (memory_limit)"
-                raise Stopped(at, f"needed more than {limit}")
+                raise ProcessAborted(at, f"needed more than {limit}")
     finally:
         for member in family():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -86,10 +88,10 @@ def call(
 
 def _run(function, args, sender):
     try:
-        found = ("done", function(*args, lambda x: sender.send(("note", x))))
+        message = ("done", function(*args, lambda x: sender.send(("note", x))))
     except Exception as error:  # as text: not every exception survives a pipe
-        found = ("raised", f"{type(error).__name__}: {error}")
-    sender.send(found)
+        message = ("raised", f"{type(error).__name__}: {error}")
+    sender.send(message)
 
 
 def _exit(code):

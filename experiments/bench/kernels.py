@@ -1,4 +1,4 @@
-"""Attention kernels: ours, and those of others on the same work."""
+"""Attention kernels: ours, and those of other libraries for the same work."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from attention.kernels import blocks
 from attention.parts import Tile
 from experiments.bench.work import (
     Foreign,
-    Program,
+    JaxWork,
     Unavailable,
     Work,
     check_choices,
@@ -31,7 +31,7 @@ PARTS = ("score", "position", "mask", "normalizer")
 
 @dataclasses.dataclass(frozen=True)
 class Kernel(Work):
-    """One attention to compute, and who does it.
+    """One attention to compute, and the library that computes it.
 
     Attributes:
       library: 'attention' or one of `PEERS`.
@@ -87,14 +87,14 @@ class Kernel(Work):
                 )
             if self.documents or self.batching != "axes":
                 raise ValueError("derivative='decode' goes without documents and batching")
-        self.mechanism()  # what cannot be parsed should be told at once
+        self.mechanism()  # raises where a part cannot be parsed
 
     @property
     def keys(self) -> int:
         """S."""
         return self.length if self.source_length is None else self.source_length
 
-    def build(self) -> Program | Foreign:
+    def build(self) -> JaxWork | Foreign:
         return PEERS[self.library](self) if self.library in PEERS else ours(self)
 
     def mechanism(self) -> attention.Mechanism:
@@ -116,25 +116,25 @@ class Kernel(Work):
         return [x.astype(rounded).astype(np.float64) for x in arrays]
 
     def data(self) -> dict[str, np.ndarray]:
-        """What `attend` needs to know of the tokens."""
+        """Arguments of `attend` that describe the tokens."""
         if not self.documents:
             return {}
         count, keys = self.documents, self.keys
-        found = {"query_segments": np.arange(self.length) * count // self.length}
-        return found if keys == self.length else found | {
+        segments = {"query_segments": np.arange(self.length) * count // self.length}
+        return segments if keys == self.length else segments | {
             "key_segments": np.arange(keys) * count // keys
         }  # fmt: skip
 
     def pairs(self) -> float:
-        """How many (i, j) the mask lets be seen, of one head of one example."""
+        """The number of visible pairs (i, j), of one head of one example."""
         first = self.keys - self.length if self.derivative == "decode" else 0
         return _pairs(self.mechanism().mask, self.length, self.keys, first, self.documents)
 
     def flops(self) -> float | None:
         """2 (D + V) a pair, three times as many with a gradient or tangents.
 
-        What the definition asks for: not what a kernel computes twice. None for scores that are no
-        product of a query and a key.
+        Counted by the definition: what a kernel computes twice counts once. None for scores that
+        are not a product of query and key.
         """
         if blocks.numbers_per_pair(self.mechanism(), self.heads, self.width) > 4:
             return None
@@ -172,7 +172,7 @@ class Kernel(Work):
         return small, exact
 
     def _chosen(self):
-        """The kernel that `attend` takes at the size that is timed."""
+        """The kernel that `attend` chooses at the size that is timed."""
         if self.library != "attention":
             return None
         dtype = jnp.dtype(self.dtype)
@@ -183,7 +183,7 @@ class Kernel(Work):
         return choose(self.mechanism(), query, key)[0].name
 
 
-_JUDGED = 1024  # so long that several tiles are summed, so short that float64 fits
+_JUDGED = 1024  # long enough for several tiles, short enough for float64
 
 
 @functools.cache
@@ -201,12 +201,12 @@ def _pairs(mask, length, keys, first, documents):
             query_segments=rows * documents // length if documents else None,
             key_segments=columns * documents // keys if documents else None,
         )
-        seen = np.broadcast_to(mask.tile(tile), (len(rows), len(columns)))
-        total += float(np.count_nonzero(seen))
+        visible = np.broadcast_to(mask.tile(tile), (len(rows), len(columns)))
+        total += float(np.count_nonzero(visible))
     return total
 
 
-def ours(work: Kernel) -> Program:
+def ours(work: Kernel) -> JaxWork:
     """By `attention.attend`, or `attention.decoding` where a cache is appended to."""
     mechanism = work.mechanism()
     with jax.enable_x64(False):  # the same numbers for the oracle
@@ -237,7 +237,7 @@ def _attend(static, params, query, key, value):
 
 
 def _program(work, static, attend, params=None):
-    """`attend(static, params, query, key, value)` lifted to the derivative that is asked for."""
+    """`attend(static, params, query, key, value)` lifted to the work's derivative."""
     if work.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ValueError("dtype='float64' needs JAX_ENABLE_X64=1 in the environment")
     query, key, value, cotangent = (jnp.asarray(x, work.dtype) for x in work.arrays())
@@ -246,8 +246,8 @@ def _program(work, static, attend, params=None):
     names = ("query", "key", "value")
     lifted = {"none": _forward, "gradient": _gradient, "jvp": _tangent}[work.derivative]
 
-    def read(found):
-        out, derived = found
+    def read(result):
+        out, derived = result
         named = {"out": out}
         if work.derivative == "gradient":
             learned, *inputs = derived
@@ -259,7 +259,7 @@ def _program(work, static, attend, params=None):
         return {name: np.asarray(x, np.float64) for name, x in named.items()}
 
     arguments = (cotangent, params, query, key, value)
-    return Program(lifted, (attend, static), arguments, read)
+    return JaxWork(lifted, (attend, static), arguments, read)
 
 
 def _forward(static, cotangent, params, *arrays):
@@ -289,7 +289,7 @@ def _decode_program(work, static, params, query, key, value):
     filled = jnp.full((work.batch,), S - T, jnp.int32)
     cache = decoding.Cache(key, value, filled)
     new = (query, key[:, :T], value[:, :T])
-    return Program(_decode, static, (params, cache, *new), carry=1)
+    return JaxWork(_decode, static, (params, cache, *new), carry=1)
 
 
 def _decode(static, params, cache, query, key, value):
@@ -299,7 +299,7 @@ def _decode(static, params, cache, query, key, value):
         options = {"implementation": work.implementation, "block_sizes": work.block_sizes}
         out = decoding.attend(own, params, cache, query, **options)
         return cache._replace(length=cache.length - query.shape[1]), out
-    # What one writes with jax.nn: all examples have the same length.
+    # As users of jax.nn write it: all examples have the same length.
     at = (0, cache.length[0], 0, 0)
     keys = jax.lax.dynamic_update_slice(cache.key, key, at)
     values = jax.lax.dynamic_update_slice(cache.value, value, at)
@@ -328,7 +328,7 @@ def is_causal(work: Kernel) -> bool:
     return work.mask == "causal"
 
 
-def _jax_nn(implementation: str | None) -> Callable[[Kernel], Program]:
+def _jax_nn(implementation: str | None) -> Callable[[Kernel], JaxWork]:
     def build(work):
         causal = is_causal(work)
         if implementation == "cudnn" and jax.default_backend() != "gpu":
@@ -347,7 +347,7 @@ def _jax_nn_attend(static, params, query, key, value):
     )
 
 
-def _linen(work: Kernel) -> Program:
+def _linen(work: Kernel) -> JaxWork:
     try:
         from flax import linen
     except ImportError:
@@ -355,7 +355,7 @@ def _linen(work: Kernel) -> Program:
     return _program(work, (is_causal(work), linen.dot_product_attention), _flax_attend)
 
 
-def _nnx(work: Kernel) -> Program:
+def _nnx(work: Kernel) -> JaxWork:
     try:
         from flax import nnx
     except ImportError:
@@ -371,14 +371,14 @@ def _flax_attend(static, params, query, key, value):
     return function(query, key, value, mask=mask)
 
 
-def _tokamax(work: Kernel) -> Program:
+def _tokamax(work: Kernel) -> JaxWork:
     try:
         import tokamax
     except ImportError:
         raise Unavailable("tokamax is not installed: pip install '.[peers]'") from None
     from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # else tokamax reads the command line, which is another's
+    if not flags.FLAGS.is_parsed():  # else tokamax reads the command line
         flags.FLAGS(sys.argv[:1])
     return _program(work, (is_causal(work), tokamax.dot_product_attention), _tokamax_attend)
 
@@ -415,8 +415,8 @@ def _torch_run(work, attend):
             lib.cuda.synchronize()
         return out, gradients
 
-    def read(found):
-        out, gradients = found
+    def read(result):
+        out, gradients = result
         named = dict(zip(("query", "key", "value"), gradients or (), strict=False))
         named["out"] = out
         return {

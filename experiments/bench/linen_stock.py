@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 
-class Block(nn.Module):
+class StockBlock(nn.Module):
     """Pre-norm self-attention, cross-attention to a memory if there is one, MLP."""
 
     num_heads: int
@@ -27,7 +27,7 @@ class Block(nn.Module):
         return x + nn.Dense(x.shape[-1], dtype=self.dtype)(y)
 
 
-class Stack(nn.Module):
+class StockStack(nn.Module):
     """Blocks one after another and a last norm."""
 
     num_layers: int
@@ -37,7 +37,7 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x, memory=None, mask=None):
         for _ in range(self.num_layers):
-            x = Block(self.num_heads, self.dtype)(x, memory, mask)
+            x = StockBlock(self.num_heads, self.dtype)(x, memory, mask)
         return nn.LayerNorm(dtype=self.dtype)(x)
 
 
@@ -61,7 +61,7 @@ class Transformer(nn.Module):
             return embedding(tokens) + place[: tokens.shape[1]].astype(self.dtype)
 
         def stack(*args):
-            return Stack(self.num_layers, self.num_heads, self.dtype)(*args)
+            return StockStack(self.num_layers, self.num_heads, self.dtype)(*args)
 
         memory = stack(embed(source[0])) if source else None
         x = stack(embed(tokens), memory, nn.make_causal_mask(tokens))

@@ -1,4 +1,4 @@
-"""What numbers were taken on: versions, flags, and how fast the machine is at what counts."""
+"""The machine of a measurement: versions, flags, and its peak speeds."""
 
 import importlib.metadata
 import os
@@ -48,15 +48,15 @@ def peaks(dtypes: Collection[str]) -> dict[str, float]:
     for dtype in dtypes:
         x = jnp.ones((n, n), dtype)
         work[f"{dtype}_flops"] = (jax.jit(lambda x: x @ x), x, 2 * n**3)
-    found = {}
+    best = {}
     for name, (function, argument, amount) in work.items():
         seconds = []
         for _ in range(11):
             start = time.perf_counter()
             jax.block_until_ready(function(argument))
             seconds.append(time.perf_counter() - start)
-        found[name] = amount / min(seconds)
-    return found
+        best[name] = amount / min(seconds)
+    return best
 
 
 def _cpu():
@@ -70,7 +70,7 @@ def _commit():
     """Of the repository this file is in, '+' if it was changed; '' where there is none."""
     folder = Path(__file__).parent
     try:
-        found = [
+        outputs = [
             subprocess.run(
                 ["git", "-C", str(folder), *command], capture_output=True, text=True, check=True
             ).stdout.strip()
@@ -78,4 +78,4 @@ def _commit():
         ]
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return found[0] + ("+" if found[1] else "")
+    return outputs[0] + ("+" if outputs[1] else "")

@@ -1,4 +1,4 @@
-"""Whole models: a language model's forward pass, train step or decode step, ours and others'."""
+"""Whole Transformers: a forward pass, train step or decode step, ours and other libraries'."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 import attention
 from experiments.bench.work import (
     Foreign,
-    Program,
+    JaxWork,
     Unavailable,
     Work,
     check_choices,
@@ -24,7 +24,9 @@ from experiments.tasks.ranges import at_least, check_fields, ranged
 
 @dataclasses.dataclass(frozen=True)
 class Model(Work):
-    """A Transformer language model (pre-norm, GELU, biases, learned positions, tied embeddings).
+    """A Transformer: a language model or an encoder-decoder.
+
+    Pre-norm, GELU, biases, learned positions, tied embeddings.
 
     Attributes:
       library: 'attention', 'flax.linen' (of its stock attention, Dense, LayerNorm, Embed), 'torch'
@@ -72,9 +74,9 @@ class Model(Work):
             seeds_impl=("map", "vmap"),
         )
         for kind in ("score", "position", "normalizer"):
-            attention.parse(kind, getattr(self, kind))  # what cannot be is told at once
+            attention.parse(kind, getattr(self, kind))  # raises where a part cannot be parsed
 
-    def build(self) -> Program | Foreign:
+    def build(self) -> JaxWork | Foreign:
         if self.library != "attention":
             _plain(self)
         if self.library == "torch":
@@ -86,17 +88,17 @@ class Model(Work):
         init = jax.jit(jax.vmap(lambda seed: module.init(jax.random.key(seed), *inputs)))
         params = init(seeds)
         if self.derivative == "none":
-            return Program(_logits, (module, self.seeds_impl), (params, inputs))
+            return JaxWork(_logits, (module, self.seeds_impl), (params, inputs))
         if self.derivative == "decode":
             if self.library != "attention":
                 raise Unavailable(f"{self.library}'s stock blocks do not decode step by step here")
             state = _start(module, self, params, inputs)
             static = (module, self.seeds_impl)
-            return Program(_decode, static, (params, state, tokens[:, :1]), carry=1)
+            return JaxWork(_decode, static, (params, state, tokens[:, :1]), carry=1)
         import optax
 
         optimizer = jax.jit(jax.vmap(optax.adamw(1e-3).init))(params)
-        return Program(_train, (module, self.seeds_impl), ((params, optimizer), inputs), carry=0)
+        return JaxWork(_train, (module, self.seeds_impl), ((params, optimizer), inputs), carry=0)
 
     def module(self) -> Any:
         """The Linen module."""
@@ -167,8 +169,8 @@ def _plain(work):
 
 def _over_seeds(seeds_impl, function, *trees):
     if jax.tree.leaves(trees[0])[0].shape[0] == 1:
-        found = function(*(jax.tree.map(lambda x: x[0], tree) for tree in trees))
-        return jax.tree.map(lambda x: x[None], found)
+        result = function(*(jax.tree.map(lambda x: x[0], tree) for tree in trees))
+        return jax.tree.map(lambda x: x[None], result)
     if seeds_impl == "vmap":
         return jax.vmap(function)(*trees)
     return jax.lax.map(lambda own: function(*own), trees)

@@ -9,7 +9,7 @@ from experiments.reporting.page import TEMPLATES
 from experiments.storage import paths
 
 
-def write(found: dict[str, Any], workdir: Path) -> Path:
+def write(results: dict[str, Any], workdir: Path) -> Path:
     """Writes them into `workdir`; -> the path of report.html, one self-contained file."""
     import jinja2
     import markupsafe
@@ -17,7 +17,7 @@ def write(found: dict[str, Any], workdir: Path) -> Path:
     folder = workdir / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     inline = {}
-    for name, figure in drawings.figures(found):
+    for name, figure in drawings.figures(results):
         for kind, content in plots.render(figure).items():
             paths.replace(folder / f"{name}.{kind}", content)
             if kind == "svg":
@@ -29,22 +29,22 @@ def write(found: dict[str, Any], workdir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    header, *lines = tables.rows(found, found["comparisons"])
+    header, *lines = tables.rows(results, results["comparisons"])
     faults = [
         (comparison["title"], row["name"], row["fault"])
-        for comparison in found["comparisons"]
+        for comparison in results["comparisons"]
         for row in comparison["rows"]
         if row.get("fault")
     ]
     page = environment.get_template("benchmark.html").render(
-        found=found,
+        results=results,
         header=header,
         lines=lines,
         legend=tables.LEGEND,
-        speeds=tables.speeds(found["peaks"]),
+        speeds=tables.speeds(results["peaks"]),
         figures=inline,
         faults=faults,
     )
-    paths.replace(workdir / "report.md", tables.markdown(found))
+    paths.replace(workdir / "report.md", tables.markdown(results))
     paths.replace(workdir / "report.html", page)
     return workdir / "report.html"

@@ -36,12 +36,12 @@ def milliseconds_by_kind(compiled: Any, run: Callable[[], Any], runs: int = 3) -
                 jax.block_until_ready(run())
         (trace,) = Path(folder).rglob("*.trace.json.gz")
         events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-    found: dict[str, float] = collections.Counter()
+    milliseconds: dict[str, float] = collections.defaultdict(float)
     for event in events:
         name = event.get("args", {}).get("hlo_op")
         if name in kinds:
-            found[kinds[name]] += event["dur"] / 1e3 / runs
-    return {kind: found[kind] for kind in KINDS}
+            milliseconds[kinds[name]] += event["dur"] / 1e3 / runs
+    return {kind: milliseconds[kind] for kind in KINDS}
 
 
 def kinds_of_operations(text: str) -> dict[str, str]:

@@ -18,12 +18,12 @@ _RANGES = {
 
 
 def run(config: Any, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Every comparison of a config; `save` is given what was found so far after each."""
+    """Results of every comparison of a config; `save` is called with those so far after each."""
     suite = cases(config)
     dtypes = dict.fromkeys(x.get("dtype", "float32") for case in suite for x in case["contenders"])
     # In another process, since this one must not hold an accelerator that the others need.
     apart = isolate.in_new_process if config.isolate else lambda function, *args: function(*args)
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "suite": config.suite,
         "command": shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]]),
         **apart(machine.describe),
@@ -31,13 +31,13 @@ def run(config: Any, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         "comparisons": [],
     }
     for case in suite:
-        found["comparisons"].append({**case, "rows": contend(case, config)})
-        save(found)
-    return found
+        results["comparisons"].append({**case, "rows": contend(case, config)})
+        save(results)
+    return results
 
 
 def cases(config: Any) -> list[dict[str, Any]]:
-    """The comparisons wanted: of the suite those with `only` in their title, or the function.
+    """The comparisons to run: those of the suite with `only` in their title, or the function.
 
     ValueError for what cannot be compared, or a limit of the config that is out of its range.
     """
@@ -54,7 +54,7 @@ def cases(config: Any) -> list[dict[str, Any]]:
     for case in suite:
         case["contenders"] = [dict(contender) for contender in case["contenders"]]
         case["measure"] = list(measures or case.get("measure", ("time", "compile")))
-        # What makes no sense should not fail after an hour.
+        # Errors are raised here, not after an hour.
         compare.check_measures(case["measure"])
         for contender in case["contenders"]:
             compare.read(contender)
@@ -72,7 +72,7 @@ def contend(case: dict[str, Any], config: Any) -> list[dict[str, Any]]:
     for _ in works:
         try:
             return isolate.call(_contend, works, case["measure"], budget, dict(skip), **limits)
-        except isolate.Stopped as stopped:
+        except isolate.ProcessAborted as stopped:
             reason = str(stopped)
             if stopped.at is None:  # before any of them
                 break

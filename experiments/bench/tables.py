@@ -1,4 +1,4 @@
-"""The terminal's table, Markdown, and what changed between two results."""
+"""Tables for the terminal and Markdown, and the changes between two results."""
 
 import json
 import math
@@ -82,7 +82,7 @@ def _profile(row):
     return ", ".join(f"{kind} {x:.1f}" for kind, x in spent.items())
 
 
-# What the titles of the columns do not say.
+# Explains the titles of the columns.
 LEGEND = (
     "Contenders of a comparison take turns in one process. ms: median and its 95% interval. first "
     "/ this: the first contender's time to this one's, turn by turn; below one the first is "
@@ -97,12 +97,12 @@ LEGEND = (
 )
 
 
-def columns(found: dict[str, Any]) -> list[Column]:
-    """All there are, for results of this machine."""
+def columns(results: dict[str, Any]) -> list[Column]:
+    """All columns, for results of one machine."""
     return [
         Column("ms", _ms),
         Column("first / this", _ratio),
-        Column("GFLOP/s", lambda row: _rate(row, found["peaks"])),
+        Column("GFLOP/s", lambda row: _rate(row, results["peaks"])),
         Column("GFLOP, XLA's, GB", _counts),
         Column("temporary MiB", lambda row: _mib(row, "temporary_bytes")),
         Column("resident MiB", lambda row: _mib(row, "resident_bytes")),
@@ -114,28 +114,28 @@ def columns(found: dict[str, Any]) -> list[Column]:
     ]
 
 
-def rows(found: dict[str, Any], comparisons: Sequence[dict]) -> list[list[str]]:
-    """A header and a line for each contender; columns that no one fills are left out."""
-    known = columns(found)
+def rows(results: dict[str, Any], comparisons: Sequence[dict]) -> list[list[str]]:
+    """A header and a line for each contender; empty columns are left out."""
+    known = columns(results)
     table = []
     for comparison in comparisons:
         for i, row in enumerate(comparison["rows"]):
-            wanted = comparison.get("at_most") if i == 1 else None
+            limit = comparison.get("at_most") if i == 1 else None
             cells = [column.cell(row) for column in known]
-            if wanted and cells[1]:
-                cells[1] += f", wanted {wanted}"
+            if limit and cells[1]:
+                cells[1] += f", wanted {limit}"
             table.append([comparison["title"] if i == 0 else "", row["name"], *cells])
     titles = ["comparison", "contender", *(column.title for column in known)]
     keep = [j for j in range(len(titles)) if j < 2 or any(line[j] for line in table)]
     return [[line[j] for j in keep] for line in (titles, *table)]
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """What `rows` says of all comparisons, as a Markdown table, and `LEGEND`."""
-    return f"{LEGEND}\n\n{markdown_table(*rows(found, found['comparisons']))}\n"
+def markdown(results: dict[str, Any]) -> str:
+    """`rows` of all comparisons as a Markdown table, and `LEGEND`."""
+    return f"{LEGEND}\n\n{markdown_table(*rows(results, results['comparisons']))}\n"
 
 
-def show(found: dict[str, Any], comparisons: Sequence[dict], header: bool = True) -> None:
+def show(results: dict[str, Any], comparisons: Sequence[dict], header: bool = True) -> None:
     """Prints comparisons, a table each."""
     from rich import box
     from rich.console import Console
@@ -144,13 +144,13 @@ def show(found: dict[str, Any], comparisons: Sequence[dict], header: bool = True
 
     if header:
         print(
-            f"{found['machine']}, {found['device']}, jax {found['versions']['jax']}: "
-            f"{speeds(found['peaks'])}"
+            f"{results['machine']}, {results['device']}, jax {results['versions']['jax']}: "
+            f"{speeds(results['peaks'])}"
         )
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=240)
     for comparison in comparisons:
-        titles, *lines = rows(found, [comparison])
+        titles, *lines = rows(results, [comparison])
         grid = Table(
             title=Text(comparison["title"], style="bold"),
             title_justify="left",
@@ -167,7 +167,7 @@ def show(found: dict[str, Any], comparisons: Sequence[dict], header: bool = True
 
 
 def speeds(peaks: dict[str, float]) -> str:
-    """What `machine.peaks` found, in a line."""
+    """The result of `machine.peaks` in a line."""
     named = {k.removesuffix("_flops"): x for k, x in peaks.items() if k.endswith("_flops")}
     products = ", ".join(f"{dtype} products {x / 1e9:.0f} GFLOP/s" for dtype, x in named.items())
     return (
@@ -178,21 +178,21 @@ def speeds(peaks: dict[str, float]) -> str:
 
 def read(path: Path) -> dict[str, Any]:
     """A results.json.  ValueError for anything else."""
-    found = json.loads(path.read_text("utf-8"))
-    if not (isinstance(found, dict) and "comparisons" in found):
+    results = json.loads(path.read_text("utf-8"))
+    if not (isinstance(results, dict) and "comparisons" in results):
         raise ValueError(f"{path} holds no results of a benchmark")
-    return found
+    return results
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """What became of the contenders of `old` that `new` has tried, too: the same work by the same.
+    """Changes of the contenders that both results have: the same work by the same library.
 
     A dict for each quantity that both have: 'key', 'what', 'ratio' of new to old and whether that
-    is 'beyond_noise': of times, that the two 95% intervals do not touch; of memory, always. Where
-    it cannot run any more, retraces or is less accurate, 'fault' says so.
+    is 'beyond_noise': of times, that the two 95% intervals do not touch; of memory, always. 'fault'
+    says where a contender cannot run any more, retraces or is less accurate.
     """
     before = dict(_by_work(old))
-    found = []
+    differences = []
     for work, (key, row) in _by_work(new):
         if work not in before:
             continue
@@ -203,23 +203,25 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
             )
             apart = low > old_high or high < old_low
             ratio = middle / old_middle
-            found.append({"key": key, "what": "time", "ratio": ratio, "beyond_noise": apart})
+            differences.append({"key": key, "what": "time", "ratio": ratio, "beyond_noise": apart})
         if was.get("temporary_bytes") and "temporary_bytes" in row:
             ratio = row["temporary_bytes"] / was["temporary_bytes"]
-            found.append({"key": key, "what": "memory", "ratio": ratio, "beyond_noise": True})
+            differences.append({"key": key, "what": "memory", "ratio": ratio, "beyond_noise": True})
         if "unavailable" in row and "unavailable" not in was:
-            found.append({"key": key, "fault": row["unavailable"]})
+            differences.append({"key": key, "fault": row["unavailable"]})
         if row.get("fault") and not was.get("fault"):
-            found.append({"key": key, "fault": row["fault"]})
+            differences.append({"key": key, "fault": row["fault"]})
         for name, error in row.get("errors", {}).items():
             least = was.get("errors", {}).get(name)
             if least is not None and _largest(error) > 10 * least:
-                found.append({"key": key, "fault": f"the error of {name} is {error}, was {least}"})
-    return found
+                differences.append(
+                    {"key": key, "fault": f"the error of {name} is {error}, was {least}"}
+                )
+    return differences
 
 
-def _by_work(found):
-    for comparison in found["comparisons"]:
+def _by_work(results):
+    for comparison in results["comparisons"]:
         for row in comparison["rows"]:
             work = json.dumps(row["work"], sort_keys=True)
             yield (comparison["title"], work), (f"{comparison['title']}: {row['name']}", row)
@@ -244,8 +246,8 @@ def show_changes(old: dict[str, Any], new: dict[str, Any], threshold: float) -> 
             continue
         bad = change["ratio"] > threshold
         worse += [change["key"]] * bad
-        more = {"time": "slower", "memory": "larger"}, {"time": "faster", "memory": "smaller"}
-        word = more[change["ratio"] < 1][change["what"]]
+        words = {"time": "slower", "memory": "larger"}, {"time": "faster", "memory": "smaller"}
+        word = words[change["ratio"] < 1][change["what"]]
         print(f"{word}, {change['ratio']:.2f} of before{' (!)' * bad}: {change['key']}")
     print(f"{len(both)} numbers compared, {len(worse)} worse than {threshold} of before")
     return worse

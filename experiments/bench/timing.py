@@ -19,7 +19,8 @@ def take_turns(
     Turns end when every median is known to ± `precision` of itself (see `interval`), the `seconds`
     are up (but not before five turns), or there were `rounds`. Before each timed run there is a
     pause, since threads of another library that wait for more work in a loop take cores away, and
-    a run or more that wake up those of this one. `note` is told, before that, whose turn it is.
+    a run or more that wake up those of this one. `note` is called before that with the name of the
+    run.
     """
     times: dict[Any, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + seconds

@@ -1,4 +1,4 @@
-"""Measures what `attention.attend` chooses by, on the device at hand."""
+"""Measures on this device the table by which `attention.attend` chooses kernels and tiles."""
 
 import dataclasses
 import json
@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,16 +23,16 @@ _SIZES = (128, 256, 512, 1024)
 
 
 def tune(path: Path, say: Callable[[str], None], length: int = 4096, seconds: float = 60.0) -> str:
-    """Writes the entry of this device into the table at `path`; -> a line on what it says.
+    """Writes the entry of this device into the table at `path`; -> a line that sums it up.
 
     Tiles are compared on a causal gradient pass over `length` tokens, 8 heads of 64, `seconds` in
     all; those that cost more than half again as much a pair as the best are left out. Then dense
     and tiled are compared on shorter and shorter texts, to find where they take the same time.
     """
-    # Measured from scratch: a table that is yet to be written must not be asked for.
+    # The table that is to be written must not be read.
     os.environ.pop("ATTENTION_BLOCK_SIZES", None)
     known = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    if not os.access(path.parent, os.W_OK):  # rather now than after minutes
+    if not os.access(path.parent, os.W_OK):  # fail before minutes of measuring
         raise ValueError(f"cannot write {path}: give another --table")
     base = Kernel(length=length, mask="causal", derivative="gradient", implementation="tiled")
     if jax.default_backend() != "cpu":
@@ -42,12 +43,15 @@ def tune(path: Path, say: Callable[[str], None], length: int = 4096, seconds: fl
     for size, work in works.items():
         try:
             runs[size] = prepare(work)[0]
-        except Exception as error:  # a tile too large for the device's memory, say
+        except Exception as error:  # such as a tile too large for the device's memory
             say(f"{size}: {str(error).splitlines()[0]}")
     times = timing.take_turns(runs, seconds, precision=0.0, rounds=1000)
-    cost = {size: np.median(x) / visited(works[size], size) for size, x in times.items()}
-    best = min(cost.values())
-    cost = {size: float(x / best) for size, x in sorted(cost.items(), key=lambda item: item[1])}
+    seconds_a_pair = {
+        size: float(np.median(x)) / visited(works[size], size) for size, x in times.items()
+    }
+    best = min(seconds_a_pair.values())
+    ordered = sorted(seconds_a_pair.items(), key=lambda item: item[1])
+    cost = {size: x / best for size, x in ordered}
     for size, x in cost.items():
         say(f"{size}: {x:.2f} a pair")
     kind = jax.devices()[0].device_kind
@@ -63,8 +67,9 @@ def tune(path: Path, say: Callable[[str], None], length: int = 4096, seconds: fl
 
 def visited(work: Kernel, size: tuple[int, int]) -> int:
     """How many pairs the tiles of that size hold that the mask does not rule out."""
-    index = np.arange(work.length)
-    tile = Tile(index, index, index, index, np.int32(0), work.heads, consecutive=True)
+    index: Any = np.arange(work.length)
+    head: Any = np.int32(0)
+    tile = Tile(index, index, index, index, head, work.heads, consecutive=True)
     return len(blocks.visible_blocks(work.mechanism().mask, tile, size)[0]) * size[0] * size[1]
 
 

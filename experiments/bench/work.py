@@ -1,4 +1,4 @@
-"""What a contender of a comparison comes down to."""
+"""The work of a contender of a comparison."""
 
 import os
 from collections.abc import Callable, Hashable
@@ -12,16 +12,16 @@ class Unavailable(Exception):
     """A contender that cannot run here; the message says why."""
 
 
-class Program(NamedTuple):
-    """Work of JAX: function(static, *arguments), not jitted yet.
+class JaxWork(NamedTuple):
+    """Work that JAX does: function(static, *arguments), to be jitted.
 
     Attributes:
-      function: the same object for the same kind of work, so that only `static` tells two apart.
+      function: the same object for the same kind of work, so that two differ in `static` only.
       static: hashable; equal for equal specs.
       arguments: arrays.
-      read: what it returns -> arrays by name, to judge accuracy by; None: nothing to compare.
+      read: its result -> arrays by name, to judge accuracy by; None: nothing to compare.
       carry: which argument takes the place of the first result in the next run, as the state of a
-        train step does; None: every run is given the same.
+        train step does; None: all runs have the same arguments.
     """
 
     function: Callable[..., Any]
@@ -41,21 +41,21 @@ class Foreign(NamedTuple):
 class Work(Protocol):
     """A contender: a frozen dataclass of numbers and texts."""
 
-    def build(self) -> Program | Foreign:
-        """Raises `Unavailable` where it cannot be had here, ValueError for what makes no sense."""
+    def build(self) -> JaxWork | Foreign:
+        """Raises `Unavailable` where it cannot run here, ValueError for fields that do not fit."""
 
     def flops(self) -> float | None:
         """Of the products that the definition asks for, counted by hand; None: not known."""
 
     def different(self) -> "Work | None":
-        """A spec that needs another program, to see that one is made; None: there is none."""
+        """A spec that needs another program, to test that it compiles one; None: there is none."""
 
     def oracle(self) -> "tuple[Work, Work] | None":
-        """This work and what judges it in float64, both small enough for that."""
+        """This work and its float64 reference, both small enough for float64."""
 
 
 def check_choices(work: Work, **known: tuple[str, ...]) -> None:
-    """Raises ValueError for a field that is none of those known."""
+    """Raises ValueError for a field whose value is not one of its choices."""
     for name, choices in known.items():
         if (value := getattr(work, name)) not in choices:
             raise ValueError(f"{name} is one of {choices}, got {value!r}")
@@ -77,5 +77,5 @@ def torch() -> Any:
 
 
 def torch_device() -> str:
-    """Where torch does the work: as JAX does."""
+    """The device of torch: the kind that JAX uses."""
     return "cuda" if jax.default_backend() == "gpu" else "cpu"

@@ -1,4 +1,4 @@
-"""What a sweep is expected to find, and whether the seeds say so.
+"""Claims: the expected results of a sweep, to be tested by its seeds.
 
 A config file states it beside its sweeps, in the literature's terms:
 
@@ -27,7 +27,7 @@ class Claim:
     Attributes:
       says: it in words, with its source.
       kind: 'less' (mean of right − left > margin) or 'equal' (|mean| < margin).
-      left, right: of whom; see `Side`.
+      left, right: what is compared; see `Side`.
       metric: of sides that name none; '' is the reported metric.
       margin: in units of the metric.
     """
@@ -66,7 +66,7 @@ def _about_cells(claim):
 
 def cells(claim: Claim) -> set[str]:
     """The ids of the cells that a claim is about."""
-    flat = []
+    flat: list[Any] = []
     for side in (claim.left, claim.right):
         flat += side if isinstance(side, tuple) else [side]
     return {part.partition("@")[0] for part in flat if isinstance(part, str)}
@@ -78,9 +78,10 @@ def describe(claims: Sequence[Claim]) -> list[dict[str, Any]]:
 
 
 def read(described: Sequence[Mapping[str, Any]]) -> list[Claim]:
-    """What `describe` described."""
-    sides = ("left", "right")
-    return [
-        Claim(**{k: tuple(x) if k in sides and isinstance(x, list) else x for k, x in d.items()})
-        for d in described
-    ]
+    """Claims from the result of `describe`."""
+    claims = []
+    for fields in described:
+        sides = {name: fields[name] for name in ("left", "right")}
+        pairs = {name: tuple(side) for name, side in sides.items() if isinstance(side, list)}
+        claims.append(Claim(**{**fields, **pairs}))
+    return claims

@@ -38,14 +38,14 @@ def build(config: ConfigDict) -> tuple[tasks.Task, Any]:
 def transformer(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
     """The Transformer of the settings `model`: a decoder or an encoder-decoder, as the task is."""
     padded = {**parts, "mask": attention.masks.Padding()}
-    # Where a word stands in its own text is told by the encoder; i − j between texts tells nothing.
+    # The encoder adds positions to the source; i − j between two texts means nothing.
     crossed = {**padded, "position": attention.positions.NoPE()}
     sizes = (
         *("model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "norm"),
         *("dropout_rate", "attention_dropout_rate", "use_bias", "tie_embeddings", "init_stddev"),
         *("scan_layers", "remat_layers", "implementation"),
     )
-    found = TransformerConfig(
+    config = TransformerConfig(
         vocab_size=task.vocab_size,
         decoder=attention.Mechanism(**parts),
         encoder=attention.Mechanism(**padded),
@@ -53,7 +53,7 @@ def transformer(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
         dtype=jnp.dtype(m.dtype),
         **{name: m[name] for name in sizes},
     )
-    return {"decoder": LanguageModel, "encoder_decoder": EncoderDecoder}[task.architecture](found)
+    return {"decoder": LanguageModel, "encoder_decoder": EncoderDecoder}[task.architecture](config)
 
 
 def rnn(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
@@ -70,7 +70,7 @@ def rnn(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
         "local_m": LocalM(own.window_width),
         "local_p": LocalP(own.window_width),
     }
-    reads = {
+    reads: dict[str, Any] = {
         "none": LastState,
         "bahdanau": lambda: Bahdanau(mechanism, heads),
         "luong": lambda: Luong(mechanism, heads, windows[own.window], own.input_feeding),

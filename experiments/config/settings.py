@@ -1,6 +1,6 @@
 """Every setting of an experiment: its default, its range, who reads it.
 
-Files in configs/ change what they are about.
+Files in configs/ change some of them.
 
     python -m experiments.config.settings
 
@@ -36,10 +36,10 @@ from experiments.tasks.ranges import (
 
 
 class Reader(NamedTuple):
-    """What reads a setting: where `reads` a config is true, which `when` says in words.
+    """When a setting has an effect: `reads(config)`, which `when` says in words.
 
-    Elsewhere a value other than the default is an error. What is `inherited` may be there all the
-    same: a variant of a sweep has it from a base that reads it.
+    Elsewhere a value other than the default is an error. An `inherited` setting is allowed: a
+    variant of a sweep has it from a base that reads it.
     """
 
     when: str
@@ -47,10 +47,10 @@ class Reader(NamedTuple):
     inherited: bool = False
 
 
-def _tasks(wanted: Callable[[type], bool]) -> Reader:
-    names = [name for name, task in tasks.TASKS.items() if wanted(task)]
+def _tasks(reads: Callable[[Any], bool]) -> Reader:
+    names = [name for name, task in tasks.TASKS.items() if reads(task)]
     when = f"task.name {'one of ' * (len(names) > 1)}{', '.join(names)}"
-    return Reader(when, lambda c: wanted(tasks.TASKS[c.task.name]))
+    return Reader(when, lambda c: reads(tasks.TASKS[c.task.name]))
 
 
 EVERYONE = Reader("any settings", lambda c: True)
@@ -126,7 +126,9 @@ SETTINGS: dict[str, Any] = {
             "attention": Setting("bahdanau", one_of("bahdanau", "luong", "none"), reader=RNN),
             "window": Setting("none", one_of("none", "local_m", "local_p"), reader=LUONG),
             "window_width": Setting(5, at_least(1), "states to each side", WINDOW),
-            "input_feeding": Setting(True, SWITCH, reader=LUONG),
+            "input_feeding": Setting(
+                True, SWITCH, "Luong et al., sec. 3.3; `models.Luong` by itself has False", LUONG
+            ),
         },
     },
     "optimizer": {  # AdamW, linear warm-up, cosine decay
@@ -184,7 +186,7 @@ def task_config(name: str, **settings) -> ConfigDict:
     task = tasks.create({"name": name, **settings})
     hints = typing.get_type_hints(type(task))
     fields = {"name": name}
-    for field in dataclasses.fields(task):
+    for field in dataclasses.fields(task):  # type: ignore[arg-type]
         value = getattr(task, field.name)
         optional = [kind for kind in typing.get_args(hints[field.name]) if kind is not type(None)]
         fields[field.name] = placeholder(optional[0]) if value is None else value
@@ -192,7 +194,7 @@ def task_config(name: str, **settings) -> ConfigDict:
 
 
 def argument(file: str, arg: str, known: Collection[str]) -> str:
-    """What a config file does with its argument, 'sort' of configs/transduction.py:sort.
+    """The checked argument of a config file, 'sort' of configs/transduction.py:sort.
 
     It is one of `known`, or empty for the first of them. ValueError for any other, naming `file`,
     which is the `__file__` of the config.
@@ -211,7 +213,7 @@ def check(config: ConfigDict) -> None:
         value = get(config, name)
         if not (value is None and isinstance(setting.default, type)):
             setting.range.check(name, value)
-    if config.model.dtype == "float64" and not jax.config.jax_enable_x64:
+    if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError("model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment")
 
 
@@ -312,14 +314,14 @@ def describe(config: ConfigDict) -> dict[str, Any]:
 def read(described: Mapping[str, Any]) -> ConfigDict:
     """The config that `describe` described."""
     own = {key: value for key, value in described["task"].items() if key != "fingerprint"}
-    found = config(own["name"])
-    found.unlock()
-    found.update({**described, "task": own})
-    return found.lock()
+    settings = config(own["name"])
+    settings.unlock()
+    settings.update({**described, "task": own})
+    return settings.lock()
 
 
 def complete(described: Mapping[str, Any]) -> dict[str, Any]:
-    """What `describe` described, with the default of each setting that was not known then."""
+    """The result of `describe`, with the defaults of settings that did not exist then."""
 
     def filled(default, value):
         if not (isinstance(default, Mapping) and isinstance(value, Mapping)):

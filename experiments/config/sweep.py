@@ -128,7 +128,7 @@ def _override(config, changes):
 
 
 def _meaning(config):
-    """What is equal for configs that say the same in different words."""
+    """A value that is equal for configs that mean the same, 'rope' and 'RoPE()'."""
     model = config.model.to_dict()
     for kind in ("score", "position", "mask", "normalizer"):
         model[kind] = attention.parse(kind, model[kind])
@@ -146,16 +146,16 @@ def load(
 ) -> tuple[dict[str, Mapping[str, Any]], dict[str, list], list[Claim]]:
     """The bases, axes and claims of a config file: of `bases`, `sweep_<name>` and `claims`.
 
-    `names` are the axes wanted, separated by commas; 'all' takes every one there is and '' none.
+    `names` are the axes to sweep, separated by commas; 'all' takes every axis and '' none.
     A sweep with a parameter is given the `config`, for values that depend on it.
 
-    Raises ValueError for a sweep that does not exist, and where one of these functions returns
-    something else than it should.
+    Raises ValueError for a sweep that does not exist, and where one of these functions returns a
+    value of the wrong type.
     """
     functions = runpy.run_path(path)
     known = [name.removeprefix("sweep_") for name in functions if name.startswith("sweep_")]
-    wanted = known if names == "all" else [name for name in names.split(",") if name]
-    for name in wanted:
+    chosen = known if names == "all" else [name for name in names.split(",") if name]
+    for name in chosen:
         if name not in known:
             raise ValueError(
                 f"{path} has no sweep_{name}; it has {', '.join(known) or 'no sweeps'}"
@@ -167,7 +167,7 @@ def load(
             f"returned {bases!r}"
         )
     axes = {}
-    for name in wanted:
+    for name in chosen:
         function = functions[f"sweep_{name}"]
         values = _list(path, function, *[config] * len(inspect.signature(function).parameters))
         for value in values:
@@ -197,11 +197,11 @@ def _list(path, function, *arguments):
 
 
 def _values(changes, base):
-    """What each value of an axis is called and changes, for a base."""
-    found = []
+    """Name and settings of each value of an axis, for a base."""
+    values = []
     for change in changes:
         settings = {key: v for key, v in change.items() if key not in ("base", "name")}
         if change.get("base", base) == base:
             name = change.get("name", ", ".join(str(v) for v in settings.values()))
-            found.append((str(name), settings))
-    return found
+            values.append((str(name), settings))
+    return values

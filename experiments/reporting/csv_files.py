@@ -12,8 +12,10 @@ from experiments.analysis.comparisons import Estimate, Row, pairwise
 from experiments.storage.paths import replace
 
 _NAN = float("nan")
-_FACTS = ("num_params", "compile_seconds", "steps_per_second", "memory_bytes")
-_FACTS += ("decode_ms_per_token", "cache_bytes_per_token")
+_FACTS = (
+    *("num_params", "compile_seconds", "steps_per_second", "memory_bytes"),
+    *("decode_ms_per_token", "cache_bytes_per_token"),
+)
 _COLUMNS = (
     *("cell", "base", "axis", "value", "status", "seeds", "metric", "mean", "interval95"),
     *("difference", "difference_interval95", "bootstrap95_low", "bootstrap95_high"),
@@ -60,7 +62,7 @@ def write_pairs(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     writer.writerow(("cell", "other", "metric", "difference", "interval95", "p_holm"))
     for base in dict.fromkeys(row.cell.base for row in rows):
         pairs = pairwise([row for row in rows if row.cell.base == base])
-        for i, j in zip(*np.triu_indices(len(pairs.rows), 1), strict=True):
+        for i, j in np.transpose(np.triu_indices(len(pairs.rows), 1)).tolist():
             ids = [pairs.rows[k].cell.id for k in (i, j)]
             numbers = (pairs.difference[i, j], pairs.interval[i, j], pairs.p[i, j])
             known = ["" if math.isnan(x) else x for x in numbers]

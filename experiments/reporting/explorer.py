@@ -1,4 +1,4 @@
-"""What the attention explorer of a report shows: the maps of all cells, small enough for one page.
+"""Data of a report's attention explorer: the maps of all cells, small enough for one page.
 
 A weight takes a byte, of its square root, so that small weights can be told apart: of a weight w it
 is wrong by 0.004 √w at most, in units of the largest of its map. The bytes are compressed; the page
@@ -36,18 +36,25 @@ def pack(
     """
     packed: list[dict[str, Any]] = [{"tokens": [], "cut": 0} for _ in groups]
     read = [
-        {cell.id: _examples(cell, found) for cell in group}
-        for group, found in zip(groups, packed, strict=True)
+        {cell.id: _examples(cell, entry) for cell in group}
+        for group, entry in zip(groups, packed, strict=True)
     ]
-    read = [{id: examples for id, examples in of.items() if examples} for of in read]
-    for found, of in zip(packed, read, strict=True):
-        found["cells"] = {id: [] for id in of}
-        found["kept"] = [max(map(len, of.values()), default=0), len(of)]
+    read = [
+        {id: examples for id, examples in examples_by_cell.items() if examples}
+        for examples_by_cell in read
+    ]
+    for entry, examples_by_cell in zip(packed, read, strict=True):
+        entry["cells"] = {id: [] for id in examples_by_cell}
+        entry["kept"] = [max(map(len, examples_by_cell.values()), default=0), len(examples_by_cell)]
     full = [False] * len(read)
     # One example after another over all groups, so that no group takes all.
     for example in range(attention_maps.KEPT):
-        for number, (found, of) in enumerate(zip(packed, read, strict=True)):
-            new = {id: examples[example] for id, examples in of.items() if example < len(examples)}
+        for number, (entry, examples_by_cell) in enumerate(zip(packed, read, strict=True)):
+            new = {
+                id: examples[example]
+                for id, examples in examples_by_cell.items()
+                if example < len(examples)
+            }
             sizes = {id: len(json.dumps(kinds)) for id, kinds in new.items()}
             if full[number] or example and sum(sizes.values()) > budget:
                 full[number] = True
@@ -55,11 +62,11 @@ def pack(
             for id, kinds in new.items():
                 if sizes[id] <= budget:
                     budget -= sizes[id]
-                    found["cells"][id].append(kinds)
-    for found in packed:
-        found["cells"] = {id: examples for id, examples in found["cells"].items() if examples}
-        shown = found["cells"].values()
-        found["shown"] = [max(map(len, shown), default=0), len(shown)]
+                    entry["cells"][id].append(kinds)
+    for entry in packed:
+        entry["cells"] = {id: examples for id, examples in entry["cells"].items() if examples}
+        shown = entry["cells"].values()
+        entry["shown"] = [max(map(len, shown), default=0), len(shown)]
     return packed
 
 

@@ -27,8 +27,10 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
     if not done:
         return f"no value has a result yet{note}."
     sign = 1 if done[0].cell.result["lower_is_better"] else -1
-    best = min(done, key=lambda row: sign * row.primary.mean)
-    where = "" if best.reported is best.primary else " on validation"
+    metric = done[0].cell.result["primary"]
+    best = min(done, key=lambda row: sign * row.metrics[metric].mean)
+    primary, reported = best.metrics[metric], best.metrics[best.metric]
+    where = "" if reported is primary else " on validation"
     digits = decimals([*done, base] if base else done)
 
     def score(row):
@@ -41,7 +43,7 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
 
     own = experiment.base_value(base.cell.base, axis)
     name = "the base" if own == "base" else f"the base ({own})"
-    comparison = best.reported.comparison
+    comparison = reported.comparison
     gap = sign * comparison.difference
     size = f"by {plus_minus(abs(gap), comparison.interval, digits)}{unit(best.metric)}"
     if math.isnan(best.p_holm):
@@ -49,7 +51,7 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
     else:
         what = "significantly different" if best.significant else "no significant difference"
         certain = f" ({what}: {p_equals(best.p_holm)}, Holm)"
-    if sign * best.primary.comparison.difference >= 0:
+    if sign * primary.comparison.difference >= 0:
         close = f"{'worse' if gap > 0 else 'better'} {size}{certain}"
         close = f"{value} comes closest, {close}" if gap else f"{value} equals it"
         sentence = f"no value beats {name}{where}, {score(base)}; {close}"
@@ -81,14 +83,14 @@ def too_few_seeds(rows: Sequence[Row]) -> str:
     smallest = statistics.smallest_effect(seeds, count)
     if not smallest > _TOO_LARGE:
         return ""
-    more = max(10, 2 * seeds)
+    enough = max(10, 2 * seeds)
     return (
         f"with {seeds} seeds and {count} comparison{'s' if count > 1 else ''} only differences "
         f"above {smallest:.1f} standard deviations can be significant: take more seeds "
-        f"({more} seeds: {statistics.smallest_effect(more, count):.1f})"
+        f"({enough} seeds: {statistics.smallest_effect(enough, count):.1f})"
     )
 
 
 def _finite(row):
-    """Whether a cell is done and no seed of it diverged."""
+    """Whether a cell is done and none of its seeds diverged."""
     return row.primary is not None and math.isfinite(row.primary.mean + row.reported.mean)

@@ -26,7 +26,7 @@ def metric_title(rows: Sequence[Row]) -> str:
     done = [row for row in rows if row.reported]
     if not done:
         return "no results yet"
-    metric, seeds = done[0].metric, len(done[0].reported.values)
+    metric, seeds = done[0].metric, len(done[0].metrics[done[0].metric].values)
     direction = "lower" if done[0].cell.result["lower_is_better"] else "higher"
     split = "; no test split" if metric.startswith("validation/") else ""
     over = f"mean ± 95% interval over {seeds} seeds" if seeds > 1 else "one seed, no interval"
@@ -43,8 +43,8 @@ def decimals(rows: Sequence[Row], metric: str = "") -> int:
 
     Of the reported metric unless another one is named.
     """
-    found = [row.metrics.get(metric) if metric else row.reported for row in rows]
-    means = [abs(estimate.mean) for estimate in found if estimate]
+    estimates = [row.metrics.get(metric) if metric else row.reported for row in rows]
+    means = [abs(estimate.mean) for estimate in estimates if estimate]
     means = [mean for mean in means if math.isfinite(mean) and mean > 0]
     typical = float(np.median(means)) if means else 1.0
     exponent = math.floor(math.log10(typical))

@@ -8,25 +8,25 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-_PAUSE = 2.0  # seconds between two looks at the files, at least
-_SHARE = 10.0  # and so many times as long as it took to make a page: the sweep needs the machine
+_PAUSE = 2.0  # least seconds between two reads of the files
+_SHARE = 10.0  # and this multiple of the time that a page takes: the sweep needs the machine
 
 _AGAIN = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="3">'
 
 
 def version(workdirs: Sequence[Path]) -> str:
-    """Changes with what there is to show: with any result, log or settings of the directories."""
+    """A hash that changes with any result, log or settings of the directories."""
     digest = hashlib.sha256()
     for workdir in workdirs:
         for pattern in ("sweep.json", "cells/*/result.json", "cells/*/metrics.jsonl"):
             for path in sorted(workdir.glob(pattern)):
-                found = path.stat()
-                digest.update(f"{path} {found.st_size} {found.st_mtime}\n".encode())
+                status = path.stat()
+                digest.update(f"{path} {status.st_size} {status.st_mtime}\n".encode())
     return digest.hexdigest()[:16]
 
 
 class Live:
-    """The page as of the latest change, made when it is asked for.
+    """The page as of the latest change, made on request.
 
     `render(version)` makes it, and nothing is written to the directories.
     """
@@ -73,7 +73,7 @@ def server(live: Live, port: int = 0) -> http.server.ThreadingHTTPServer:
             if self.path.partition("?")[0] == "/":
                 try:
                     return self._answer(200, "text/html", live.page())
-                except Exception as error:  # a file that is being replaced, say
+                except Exception as error:  # such as a file that is being replaced
                     text = html.escape(f"{type(error).__name__}: {error}")
                     return self._answer(503, "text/html", f"{_AGAIN}<p>Not now: {text}</p>")
             return self._answer(404, "text/plain", "there is / and /version")

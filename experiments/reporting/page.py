@@ -22,7 +22,7 @@ from experiments.reporting import (
 from experiments.storage import paths
 
 TEMPLATES = Path(__file__).with_name("templates")
-_LARGEST = 4_700_000  # characters of a page, of which the maps take what is left
+_LARGEST = 4_700_000  # characters of a page; the maps use what the rest leaves
 
 
 def write_report(
@@ -198,19 +198,19 @@ def _bootstrap(ends: tuple[float, float], digits: int) -> str:
 
 def _configs(experiment):
     """Of each cell its settings by dotted name, those of its base left out where they are equal."""
-    found, of_base = [], {}
+    configs, of_base = [], {}
     for cell in experiment.cells:
         flat = _flat(cell.config)
         if cell.axis is None:
             of_base[cell.base] = cell.id, flat
         id, other = of_base.get(cell.base, (None, {}))
         if id is None or id == cell.id:
-            found.append({"id": cell.id, "settings": flat})
+            configs.append({"id": cell.id, "settings": flat})
         else:
             own = {name: x for name, x in flat.items() if name not in other or other[name] != x}
             gone = [name for name in other if name not in flat]
-            found.append({"id": cell.id, "base": id, "settings": own, "gone": gone})
-    return found
+            configs.append({"id": cell.id, "base": id, "settings": own, "gone": gone})
+    return configs
 
 
 def _flat(config, prefix=""):
@@ -224,14 +224,14 @@ def _flat(config, prefix=""):
 
 
 def _json(content: Any) -> Any:
-    """JSON inside of a script element, which no text of it can end."""
+    """JSON for a script element; no text in it can end the element."""
     import markupsafe
 
     return markupsafe.Markup(json.dumps(content, allow_nan=False).replace("<", "\\u003c"))
 
 
 def _inline(drawings: Mapping[str, str], *names: str) -> list[Any]:
-    """Those of the drawings that there are, as markup, escaped by Matplotlib."""
+    """The drawings that exist, as markup, escaped by Matplotlib."""
     import markupsafe
 
     return [markupsafe.Markup(drawings[name]) for name in names if name in drawings]

@@ -31,7 +31,7 @@ LINES = ["#0f7fc1", "#e29a08", "#0c9c73", "#d6589f", "#55b1e3", "#d1580f", "#8d6
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.2)))
 WIDTH = 4.4
 """Inches of a figure of one panel: a third of a page, and still legible on a telephone."""
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 11,  # not bold: a second font makes a PDF half as slow again to write
     "axes.titlelocation": "left",
@@ -115,7 +115,7 @@ def legend_below(figure: "Figure", lines: Sequence[Any], names: Sequence[str]) -
     columns = max(1, min(4, 60 // (6 + longest)))
     rows = sum(name.count("\n") for name in plain) + math.ceil(len(plain) / columns)
     figure.set_figheight(figure.get_figheight() + 0.19 * rows)
-    where = {"loc": "outside lower left", "ncols": columns}
+    where: dict[str, Any] = {"loc": "outside lower left", "ncols": columns}
     return figure.legend(lines, plain, handlelength=1.6, fontsize=8, **where)
 
 
@@ -140,8 +140,13 @@ def axis_plot(experiment: run_directory.Experiment, base: str, axis: str) -> "Fi
             estimate = row.reported
             if estimate is None:
                 place = panel.get_yaxis_transform()
-                note = {"transform": place, "va": "center", "style": "italic", "alpha": 0.6}
-                panel.text(0.01, y, row.cell.status, **note)
+                panel.text(
+                    *(0.01, y, row.cell.status),
+                    transform=place,
+                    va="center",
+                    style="italic",
+                    alpha=0.6,
+                )
                 continue
             color = INK if row.cell.axis is None else COLORS[row.verdict]
             seeds = estimate.values
@@ -181,29 +186,31 @@ def cost_plot(experiment: run_directory.Experiment, base: str, cost: str) -> "Fi
     rows = [
         row for row in comparisons.summarize(experiment) if row.cell.base == base and row.reported
     ]
-    found = {row.cell.id: run_directory.COSTS[cost](row.cell.result) for row in rows}
-    values = list(found.values())
-    if not rows or None in values or max(values) <= 1.01 * min(values):
+    costs = [run_directory.COSTS[cost](row.cell.result) for row in rows]
+    values = [value for value in costs if value is not None]
+    if not rows or len(values) < len(rows) or max(values) <= 1.01 * min(values):
         return None
+    estimates = [row.reported for row in rows if row.reported]
+    places = [(x, estimate.mean) for x, estimate in zip(values, estimates, strict=True)]
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     lower = rows[0].cell.result["lower_is_better"]
-    best = _front([(found[row.cell.id], row.reported.mean) for row in rows], lower)
+    best = _front(places, lower)
     with paper_style():
         figure = new_figure(WIDTH, 3.1)
         panel = figure.subplots()
-        for i, row in enumerate(rows):
+        for i, (row, estimate, place) in enumerate(zip(rows, estimates, places, strict=True)):
             color = INK if row.cell.axis is None else COLORS[row.verdict]
-            interval = 0 if math.isnan(row.reported.interval) else row.reported.interval
-            place = found[row.cell.id], row.reported.mean
+            interval = 0 if math.isnan(estimate.interval) else estimate.interval
             panel.errorbar(*place, yerr=interval, color=color, lw=1, alpha=0.6)
             panel.plot(*place, "o", color=color, markersize=5, gid=f"cost|{row.cell.id}|{cost}")
             if i in best or row.cell.axis is None:
                 text = "base" if row.cell.axis is None else _short(str(row.cell.value))
-                where = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7}
-                panel.annotate(_plain(text), place, **where)
-        steps = [(found[rows[i].cell.id], rows[i].reported.mean) for i in best]
-        panel.plot(*zip(*steps, strict=True), color=INK, lw=0.8, alpha=0.5, ls=":", zorder=0)
+                panel.annotate(
+                    _plain(text), place, xytext=(5, 4), textcoords="offset points", fontsize=7
+                )
+        front = [places[i] for i in best]
+        panel.plot(*zip(*front, strict=True), color=INK, lw=0.8, alpha=0.5, ls=":", zorder=0)
         if min(values) > 0 and max(values) > 20 * min(values):
             panel.set_xscale("log")
         else:
@@ -247,7 +254,7 @@ def split_plot(experiment: run_directory.Experiment, base: str) -> "Figure | Non
 
 
 def _front(points: Sequence[tuple[float, float]], lower: bool) -> list[int]:
-    """The indices of (cost, quality) that nothing as cheap is better than, by rising cost."""
+    """The indices of the Pareto front of (cost, quality), by rising cost."""
     sign, best, front = (1 if lower else -1), math.inf, []
     for i in sorted(range(len(points)), key=lambda i: (points[i][0], sign * points[i][1])):
         if sign * points[i][1] < best:
@@ -258,9 +265,9 @@ def _front(points: Sequence[tuple[float, float]], lower: bool) -> list[int]:
 
 def attention_maps(cell: run_directory.CellRun) -> "Figure | None":
     """Weights of every layer (rows) and head (columns) on one example; None where none are kept."""
-    if not (kept := run_directory.read_attention(cell)):
+    if not (examples := run_directory.read_attention(cell)):
         return None
-    weights, query, key = maps.main(kept[0])
+    weights, query, key = maps.main(examples[0])
     names = [f"layer {i + 1}" for i in range(len(weights))]
     return heat_maps(list(weights), names, query, key, f"{cell.label}: attention weights")
 
@@ -273,17 +280,17 @@ def score_maps(
     None where no cell of the axis has kept its weights.
     """
     shown = [(cell, run_directory.read_attention(cell)) for cell in experiment.group(base, axis)]
-    kept = [(cell, maps.main(examples[0])) for cell, examples in shown if examples]
-    if not any(cell.axis == axis for cell, _ in kept):
+    examples_by_cell = [(cell, maps.main(examples[0])) for cell, examples in shown if examples]
+    if not any(cell.axis == axis for cell, _ in examples_by_cell):
         return None
     names = [
         _base_name(experiment, base, axis) if cell.axis is None else str(cell.value)
-        for cell, _ in kept
+        for cell, _ in examples_by_cell
     ]
-    _, (weights, query, key) = kept[0]
+    _, (weights, query, key) = examples_by_cell[0]
     where = "the last layer" if layer == -1 else f"layer {range(len(weights))[layer] + 1}"
     title = f"{base}: attention weights of {where} by {axis}"
-    return heat_maps([one.weights[layer] for _, one in kept], names, query, key, title)
+    return heat_maps([one.weights[layer] for _, one in examples_by_cell], names, query, key, title)
 
 
 def of_report(experiment: run_directory.Experiment) -> Iterator[tuple[str, "Figure"]]:
@@ -339,7 +346,7 @@ def render(figure: "Figure", kinds: Sequence[str] = ("png", "pdf", "svg")) -> di
 
 
 def paper_style() -> contextlib.AbstractContextManager[None]:
-    """What all figures are drawn with: `with paper_style(): ...`."""
+    """The style of all figures: `with paper_style(): ...`."""
     import matplotlib
 
     return matplotlib.rc_context(_STYLE)

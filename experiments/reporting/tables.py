@@ -19,8 +19,8 @@ def markdown(experiments: Sequence[run_directory.Experiment]) -> str:
         group = [row for row in rows if row.cell.base == base]
         parts.append(f"## {base}")
         axes = experiment.axes(base)
-        found = [f"- **{axis}:** {findings.finding(experiment, group, axis)}" for axis in axes]
-        parts += ["\n".join(found)] * bool(found)
+        lines = [f"- **{axis}:** {findings.finding(experiment, group, axis)}" for axis in axes]
+        parts += ["\n".join(lines)] * bool(lines)
         parts.append(f"{_sentence(formatting.metric_title(group))} A star: {STAR}.")
         parts.append(markdown_table(*_columns(group, "±", "**{}**".format)))
         if warning := findings.too_few_seeds(group):
@@ -100,9 +100,9 @@ def _columns(rows, plus_minus, bold, escape=str):
         else:
             cells += ["", "", ""]
         for name in others:
-            found = row.metrics.get(name)
+            estimate = row.metrics.get(name)
             own = formatting.decimals(rows, name)
-            cells.append(number(found.mean, found.interval, digits=own) if found else "")
+            cells.append(number(estimate.mean, estimate.interval, digits=own) if estimate else "")
         cells += [formatting.cost_text(name, row.cell.result) for name in costs]
         table.append([*cells, row.cell.status])
     return table
@@ -115,10 +115,10 @@ def splits_table(rows: Sequence[comparisons.Row]) -> list[list[str]]:
         return []
     table = [["cell", *names]]
     for row in (row for row in rows if row.reported):
-        found = [(row.metrics.get(name), formatting.decimals(rows, name)) for name in names]
+        estimates = [(row.metrics.get(name), formatting.decimals(rows, name)) for name in names]
         texts = [
             formatting.plus_minus(one.mean, one.interval, digits).replace("-", "−") if one else ""
-            for one, digits in found
+            for one, digits in estimates
         ]
         table.append([row.cell.label, *texts])
     return table
@@ -156,9 +156,9 @@ def changes_table(changes: Sequence[comparisons.Change]) -> list[list[str]]:
     return table
 
 
-def _difference(found):
-    digits = max(0, 5 - len(f"{abs(found.difference):.0f}"))
-    text = formatting.plus_minus(found.difference, found.interval, digits, "+")
+def _difference(comparison):
+    digits = max(0, 5 - len(f"{abs(comparison.difference):.0f}"))
+    text = formatting.plus_minus(comparison.difference, comparison.interval, digits, "+")
     return text.replace("-", "−")
 
 

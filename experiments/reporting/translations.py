@@ -1,4 +1,4 @@
-"""Translates by a trained model, and draws what each word was read from."""
+"""Translates with a trained model, and draws its alignments."""
 
 import functools
 from collections.abc import Sequence
@@ -71,10 +71,10 @@ def load(workdir: str | Path, seed: int = 0) -> Translator:
 
     ValueError as `trained.load`, and where the model does not translate.
     """
-    found = trained.load(workdir, seed)
-    if not isinstance(found.task, tasks.Translates):
-        raise ValueError(f"{workdir} holds a model for the task {found.config.task.name!r}")
-    return Translator(*found)
+    model = trained.load(workdir, seed)
+    if not isinstance(model.task, tasks.Translates):
+        raise ValueError(f"{workdir} holds a model for the task {model.config.task.name!r}")
+    return Translator(*model)
 
 
 def _has_table(config):

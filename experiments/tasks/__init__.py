@@ -36,7 +36,7 @@ Batch = dict[str, np.ndarray]
 
 @typing.runtime_checkable
 class Task(typing.Protocol):
-    """What training needs to know of a task.  Letters: n examples, T and S tokens.
+    """The interface of a task.  Letters: n examples, T and S tokens.
 
     A batch is a dict of arrays:
 
@@ -74,9 +74,10 @@ class Task(typing.Protocol):
         """The training examples numbered `indices` [n]: a pure function of (seed, index)."""
 
     def eval_splits(self) -> dict[str, Batch]:
-        """All evaluation examples by split: 'validation', and where there are any 'test' and, for
-        every longer length n asked for, 'length_<n>'.  Never an example of the training set, as far
-        as the task draws the line itself.
+        """All evaluation examples by split: 'validation', 'test' if any, and 'length_<n>'.
+
+        The last for every longer test length n.  Where the task makes the splits itself, no example
+        is one of the training set.
 
         Reads and checks all the data a task has, so call it before compiling anything.
         """
@@ -128,11 +129,11 @@ class Translates(typing.Protocol):
 
     @property
     def signature(self) -> str:
-        """How the scores are found, as sacreBLEU signs them."""
+        """sacreBLEU's signature of the scores."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes with any text and with the vocabulary."""
+        """A hash that changes with any text and with the vocabulary."""
 
     def summary(self) -> str:
         """How much text there is, and what was left out."""
@@ -161,8 +162,8 @@ def create(config: Mapping[str, Any]) -> Task:
                 f"Other fields: {', '.join(others)}"
             )
     types = typing.get_type_hints(TASKS[name])
-    given = {key: value for key, value in fields.items() if value is not None}
-    return TASKS[name](**{key: _typed(name, key, given[key], types[key]) for key in given})
+    values = {key: value for key, value in fields.items() if value is not None}
+    return TASKS[name](**{key: _typed(name, key, values[key], types[key]) for key in values})
 
 
 def _nearest(word, known):

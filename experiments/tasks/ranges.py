@@ -1,4 +1,4 @@
-"""Which values a setting may have, written beside its default.
+"""The values that a setting may have, written beside its default.
 
 The check, the error and the documentation of a setting all come from its `Range`.
 """

@@ -104,10 +104,10 @@ class Recall:
             draw(3, len(distance)), distance ** (self.power - 1.0), pairs
         )
         where += 2 * pairs
-        asked = hashing.permutations(draw(4, pairs))
+        order = hashing.permutations(draw(4, pairs))
         targets, weights = np.zeros_like(inputs), np.zeros(inputs.shape, np.float32)
-        np.put_along_axis(inputs, where, np.take_along_axis(keys, asked, axis=1), axis=1)
-        np.put_along_axis(targets, where, np.take_along_axis(values, asked, axis=1), axis=1)
+        np.put_along_axis(inputs, where, np.take_along_axis(keys, order, axis=1), axis=1)
+        np.put_along_axis(targets, where, np.take_along_axis(values, order, axis=1), axis=1)
         np.put_along_axis(weights, where, 1, axis=1)
         return {
             "inputs": inputs.astype(np.int32),

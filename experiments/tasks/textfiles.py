@@ -11,7 +11,7 @@ _SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 
 
 def plain_name(name: str) -> str:
-    """The name of a file without what says that it is compressed: 'train.de' of 'train.de.gz'."""
+    """The name of a file without its suffix of compression: 'train.de' of 'train.de.gz'."""
     return next((name.removesuffix(end) for end in _SUFFIXES if name.endswith(end)), name)
 
 

@@ -38,14 +38,14 @@ def open_splits(
     """Random-access sources of the examples of some splits, downloaded and prepared if need be.
 
     Args:
-      name: what the user calls the set, for messages.
+      name: of the set, for messages.
       builder: the result of `find`.
       splits: for each name in the result the TFDS split, 'train' or 'train[:10%]'; None stands for
         the split of the same name, which is left out where the set has none.
       instead: what the user can do without TFDS, the end of a sentence.
 
     Raises:
-      ValueError: where the set lacks a split asked for.
+      ValueError: where the set lacks one of `splits`.
       OSError: where the set cannot be prepared; says where to copy a prepared one.
     """
     try:

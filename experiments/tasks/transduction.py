@@ -14,7 +14,7 @@ NUM_SPECIAL = 3
 
 @dataclasses.dataclass(frozen=True)
 class Transduction:
-    """Token sequences of varying length; a subclass says what becomes of them.
+    """Token sequences of varying length; a subclass defines their targets.
 
         source   5 3 9 END PAD PAD     source_lengths 4
         inputs   BEGIN y₁ y₂ y₃ ·  ·
@@ -25,8 +25,8 @@ class Transduction:
     as in Sutskever et al. 2014 (arXiv:1409.3215), and are uniform in [min_length, length]; the
     sequences of split 'length_<n>' have exactly n tokens.
 
-    The least vocabulary has one symbol beside pad, begin and end, the least length one before the
-    end token.
+    The smallest vocabulary has one symbol beside pad, begin and end, the shortest sequence one
+    before the end token.
 
     Raises ValueError for a field out of its range, and if min_length is more than length.
     """

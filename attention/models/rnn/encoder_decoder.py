@@ -21,7 +21,7 @@ class RNNEncoderDecoder(nn.Module):
         logits, state = model.apply(variables, state, tokens, method='step')
 
     Apply it with `mutable=['intermediates']` to get the attention weights [B, H, T, S] as
-    ['decoder']['cross_attention']['weights'][0] of that collection.
+    `['decoder']['cross_attention']['weights'][0]` of that collection.
     """
 
     config: RNNConfig

@@ -79,7 +79,8 @@ class Luong(_Attention):
     Attributes:
       mechanism, num_heads: as in `Bahdanau`.
       window: None (global), `LocalM(width)` or `LocalP(width)`.
-      input_feeding: s_t = cell([y_{t−1}; h̃_{t−1}], s_{t−1}), sec. 3.3.
+      input_feeding: s_t = cell([y_{t−1}; h̃_{t−1}], s_{t−1}), sec. 3.3. The paper reports models
+        without and with it. False here; the experiments' setting model.rnn.input_feeding is True.
 
     Raises ValueError where one of them is none of that.
     """

@@ -1,4 +1,4 @@
-"""How good translations are, by sacreBLEU (Post 2018, arXiv:1804.08771)."""
+"""Scores of translations, by sacreBLEU (Post 2018, arXiv:1804.08771)."""
 
 from collections.abc import Sequence
 
@@ -63,14 +63,14 @@ def by_length(
     """
     _check(hypotheses, references)
     ranges = (np.asarray(lengths) - 1) // width
-    found = {}
+    scores = {}
     # Else a range of sentences shorter than four tokens scores 0 however good; no other changes.
     bleu = _bleu(tokenize, effective_order=True)
     for number in np.unique(ranges).tolist():
         rows = np.flatnonzero(ranges == number).tolist()
         chosen = [hypotheses[i] for i in rows], [[references[i] for i in rows]]
-        found[f"{number * width + 1}-{(number + 1) * width}"] = bleu.corpus_score(*chosen).score
-    return found
+        scores[f"{number * width + 1}-{(number + 1) * width}"] = bleu.corpus_score(*chosen).score
+    return scores
 
 
 def _check(hypotheses, references):
@@ -85,7 +85,7 @@ def _bleu(tokenize, **options):
     from sacrebleu.metrics import BLEU
 
     try:
-        # force: what has been tokenised is scored as it is, and that is meant.
+        # force: silences the warning that a text is tokenised already.
         return BLEU(tokenize=tokenize, force=True, **options)
     except Exception as error:
         reason = " ".join(str(error).split())

@@ -1,8 +1,8 @@
 """Batches of examples of about one length, as pure functions of the seed and the step.
 
 A bucket holds the examples of a range of lengths and pads them to the longest.  Seeds that are
-trained together need batches of one shape, so the step alone says which bucket's turn it is; the
-seed says which of its examples come.
+trained together need batches of one shape, so the bucket of a step depends on the step alone; the
+examples in it depend on the seed.
 """
 
 import bisect
@@ -35,11 +35,11 @@ def choose(lengths: np.ndarray, most: int) -> tuple[int, ...]:
         )
         starts.append(total.argmin(axis=0))
         cost = np.insert(total.min(axis=0), 0, np.inf)
-    found, end = [], num
+    chosen, end = [], num
     for start in reversed(starts):
-        found.append(int(values[end - 1]))
+        chosen.append(int(values[end - 1]))
         end = int(start[end - 1])
-    return tuple(reversed(found))
+    return tuple(reversed(chosen))
 
 
 class Turn(NamedTuple):
@@ -50,7 +50,7 @@ class Turn(NamedTuple):
 
 
 def turn(counts: Sequence[int], rows: Sequence[int], step: int) -> Turn:
-    """Which bucket's turn it is at a step: a function of nothing else.
+    """The bucket of a step, and its number of earlier batches: a function of the step alone.
 
     Steps come in rounds.  Through the first r rounds, bucket k with counts[k] examples in batches
     of rows[k] has had ⌈r · counts[k] / rows[k]⌉ batches: a round shows about every example once,
@@ -91,11 +91,11 @@ def shuffled(seed: int, bucket: int, count: int, places: np.ndarray) -> np.ndarr
     count to 2 · count − 1 once more in another, and so on.
     """
     passes, within = np.divmod(np.asarray(places, np.int64), count)
-    found = np.empty(len(within), np.int64)
+    examples = np.empty(len(within), np.int64)
     for number in np.unique(passes).tolist():
         here = passes == number
-        found[here] = _permutation(seed, bucket, count, number)[within[here]]
-    return found
+        examples[here] = _permutation(seed, bucket, count, number)[within[here]]
+    return examples
 
 
 @functools.lru_cache(maxsize=256)

@@ -25,8 +25,8 @@ class Corpus(NamedTuple):
       languages: codes of source and target.
       splits: 'train', 'validation', and 'test' where there is one.
       empty: by split, how many pairs were left out because a side was empty.
-      folder: where its files are, None if they are not ours to add to.
-      tokenised: whether punctuation already stands apart, as far as the files' names tell.
+      folder: where its files are; None where no file may be added.
+      tokenised: whether the files' names say that punctuation is set apart.
     """
 
     languages: tuple[str, str]
@@ -71,9 +71,9 @@ def read_files(
             f"{source or 'de'} and train.{target or 'en'} there, and valid and test likewise"
         )
     candidates = {}
-    for split, given in stems.items():
-        found = [s for s in files if s[len(prefix) :].lstrip("._-").startswith(_PREFIXES[split])]
-        candidates[split] = found if given is None else [given]
+    for split, explicit in stems.items():
+        matching = [s for s in files if s[len(prefix) :].lstrip("._-").startswith(_PREFIXES[split])]
+        candidates[split] = matching if explicit is None else [explicit]
     languages = sorted({code for stem in candidates["train"] for code in files.get(stem, ())})
     for field, code in (("source", source), ("target", target)):
         if languages and code not in languages:

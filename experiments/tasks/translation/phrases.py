@@ -1,4 +1,4 @@
-"""Dates and numbers as people write them, each with one right translation into digits."""
+"""Dates and numbers as people write them, each with its translation into digits."""
 
 import datetime
 import itertools
@@ -23,7 +23,7 @@ _FORMS = (
         "{d}. {m}. {yyyy}",
     ),
 )
-# A hundred years, so that two digits of a year say which.
+# A hundred years, so that two digits identify a year.
 _FIRST_DAY = datetime.date(1950, 1, 1).toordinal()
 _NUM_DAYS = datetime.date(2050, 1, 1).toordinal() - _FIRST_DAY
 

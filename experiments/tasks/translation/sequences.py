@@ -8,7 +8,7 @@ import numpy as np
 from experiments.tasks.transduction import BEGIN, END, PAD
 
 
-class Sequences(NamedTuple):
+class TokenArrays(NamedTuple):
     """Sentences one after another: sentence i is ids[starts[i] : starts[i] + counts[i]]."""
 
     ids: np.ndarray
@@ -26,19 +26,19 @@ class Sequences(NamedTuple):
         return np.where(inside, self.ids[at], PAD).astype(np.int32), inside
 
 
-def with_end(ids: np.ndarray, counts: np.ndarray) -> Sequences:
+def with_end(ids: np.ndarray, counts: np.ndarray) -> TokenArrays:
     """Sentences of `counts` [n] ids each, END put behind every one."""
     ends = np.cumsum(counts)
     starts = np.insert(ends[:-1], 0, 0) + np.arange(len(counts))
-    return Sequences(np.insert(ids, ends, END), starts, counts + 1)
+    return TokenArrays(np.insert(ids, ends, END), starts, counts + 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Sentences and what becomes of them, one to one."""
+    """Source sentences and their translations, one to one."""
 
-    source: Sequences
-    target: Sequences
+    source: TokenArrays
+    target: TokenArrays
 
     def __len__(self) -> int:
         return len(self.source.counts)

@@ -15,7 +15,7 @@ from experiments.tasks.translation import bleu, buckets, corpora, phrases, vocab
 from experiments.tasks.translation.sequences import Examples, with_end
 from experiments.tasks.translation.vocabulary import SPECIAL, UNK
 
-# Each is a program to compile, which must not take longer than a short training itself.
+# Each is a program to compile; compiling must not take longer than a short training.
 _MOST_BUCKETS = {"text": 6, "generated": 3}
 
 
@@ -28,8 +28,8 @@ class Translation:
         targets  y₁ y₂ END PAD PAD
         weights  1  1  1   0   0
 
-    The text is that of `path`, or of `tfds`, or else a generated one (see `phrases.generate`), for
-    which nothing need be there.  Ids 0 to 3 are PAD, BEGIN, END and UNK.
+    The text is that of `path`, or of `tfds`, or else a generated one (see `phrases.generate`),
+    which needs no files.  Ids 0 to 3 are PAD, BEGIN, END and UNK.
 
     Training batches are bucketed by max(source, target) length, see `step_batch`.  Training pairs
     longer than `length` are left out; of evaluation pairs none is, only their `targets` are cut to
@@ -94,9 +94,9 @@ class Translation:
     def __post_init__(self):
         check_fields(self)
         places = {name: getattr(self, name) for name in ("path", "tfds", "synthetic")}
-        given = [f"{name}={value!r}" for name, value in places.items() if value is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)}: give one of them")
+        sources = [f"{name}={value!r}" for name, value in places.items() if value is not None]
+        if len(sources) > 1:
+            raise ValueError(f"{' and '.join(sources)}: give one of them")
         if self.data_dir is not None and self.tfds is None:
             raise ValueError(f"data_dir={self.data_dir!r} says where a tfds set is: give tfds")
         for name in ("source", "target", "train", "validation", "test"):
@@ -130,7 +130,7 @@ class Translation:
 
     @property
     def signature(self) -> str:
-        """sacreBLEU's, which says how `score` finds its BLEU."""
+        """sacreBLEU's signature of the BLEU of `score`."""
         return bleu.signature(self._bleu_tokenize)
 
     def summary(self) -> str:
@@ -159,10 +159,9 @@ class Translation:
         """The batch of a step: a pure function of its arguments, its shape one of step alone.
 
         A bucket of length l has batch_size · length // l rows, so all batches hold about as many
-        tokens; sources and targets are padded to the longest of each in the bucket.  Whose turn it
-        is, is hashed from the step, in proportion to how many examples the buckets have
-        (`buckets.turn`); within a bucket every example comes once per pass, in an order hashed from
-        the seed.
+        tokens; sources and targets are padded to the longest of each in the bucket.  The bucket is
+        hashed from the step, in proportion to the buckets' numbers of examples (`buckets.turn`);
+        within a bucket every example comes once per pass, in an order hashed from the seed.
         """
         data = self._data
         rows = self._rows(batch_size)
@@ -214,11 +213,11 @@ class Translation:
 
     def detokenize(self, ids: np.ndarray) -> str:
         """The text of target ids [T] up to the first END, or all where there is none."""
-        found = np.asarray(ids).tolist()
-        found = found[: found.index(END)] if END in found else found
+        tokens = np.asarray(ids).tolist()
+        tokens = tokens[: tokens.index(END)] if END in tokens else tokens
         # A model can name a word of the source where the table holds both vocabularies.
         size = 4 + len(self._data.target.labels)
-        return self._data.target.decode([i if i < size else UNK for i in found])
+        return self._data.target.decode([i if i < size else UNK for i in tokens])
 
     def score(self, hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         """'bleu', 'chrf' and 'exact_match': see `bleu.score`."""
@@ -271,7 +270,7 @@ class Translation:
 
 
 class _Data(NamedTuple):
-    """What `Translation` reads and works out once.
+    """What `Translation` computes once from the text.
 
     `rows` are the training pairs that are short enough, `buckets` those of each bucket, `widths`
     what its sources and targets are padded to; `real` is the share of batches that is not padding.

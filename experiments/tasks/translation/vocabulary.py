@@ -47,11 +47,11 @@ class Tokens:
         split = [_split(line, self.tokenizer) for line in lines]
         counts = np.fromiter(map(len, split), np.int64, len(split))
         ids = self._ids
-        found = (ids.get(token, UNK) for token in itertools.chain.from_iterable(split))
-        return np.fromiter(found, np.int32, counts.sum()), counts
+        flat_ids = (ids.get(token, UNK) for token in itertools.chain.from_iterable(split))
+        return np.fromiter(flat_ids, np.int32, counts.sum()), counts
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; PAD, BEGIN and END are none."""
+        """The text of ids; PAD, BEGIN and END have no text."""
         tokens = [SPECIAL[UNK] if i == UNK else self.labels[i - 4] for i in ids if i >= UNK]
         if self.tokenizer == "char":
             return "".join(tokens)
@@ -105,8 +105,8 @@ _CHARACTERS = {code: character for character, code in _RESERVED.items()}
 
 
 def _unescaped(text):
-    found = "\ufdd0([\ufdd0-\ufdd3])|[\ufdd1-\ufdd3]"
-    return re.sub(found, lambda match: match[1] or _CHARACTERS[match[0]], text)
+    escaped = "\ufdd0([\ufdd0-\ufdd3])|[\ufdd1-\ufdd3]"
+    return re.sub(escaped, lambda match: match[1] or _CHARACTERS[match[0]], text)
 
 
 Vocabulary = Tokens | Pieces
@@ -146,8 +146,8 @@ def learn(
             itertools.chain.from_iterable(_split(line, tokenizer) for line in lines)
         )
         ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-        kept = [token for token, count in ordered if count >= min_count]
-        return Tokens(tuple(kept[: None if max_size is None else max_size - 4]), tokenizer)
+        frequent = [token for token, count in ordered if count >= min_count]
+        return Tokens(tuple(frequent[: None if max_size is None else max_size - 4]), tokenizer)
     import sentencepiece
 
     escaped = [line.translate(_ESCAPES) for line in lines]
@@ -168,15 +168,15 @@ def learn(
         "remove_extra_whitespaces": False,
         # Else the text's own "<s>", "<unk>", … are left out, and "<" is unknown.
         **{f"{name}_piece": f"{_ESCAPE}{name}" for name in ("pad", "bos", "eos", "unk")},
-        "num_threads": 1,  # with more, what is learnt is a matter of luck
-        # Longer lines are left out: none is.
+        "num_threads": 1,  # with more threads the result is not reproducible
+        # SentencePiece leaves out longer lines: with this limit, none.
         "max_sentence_length": max(len(line.encode()) for line in escaped),
     }
     digest = hashlib.sha256(repr((sentencepiece.__version__, options)).encode())
     digest.update("\n".join(lines).encode())
     name = f"vocabulary.{tokenizer}.{size}.{digest.hexdigest()[:16]}.model"
     folders = [place for place in (folder, cache_folder()) if place is not None]
-    return _kept(name, folders, lambda: Pieces(_learn_subwords(escaped, options)))
+    return _cached_pieces(name, folders, lambda: Pieces(_learn_subwords(escaped, options)))
 
 
 def _learn_subwords(lines, options):
@@ -203,31 +203,33 @@ def _learn_subwords(lines, options):
     return model.getvalue()
 
 
-def _kept(name: str, folders: Sequence[pathlib.Path], make: Callable[[], Pieces]) -> Pieces:
+def _cached_pieces(
+    name: str, folders: Sequence[pathlib.Path], make: Callable[[], Pieces]
+) -> Pieces:
     for folder in folders:
         try:
-            found = Pieces((folder / name).read_bytes())
-            if found.labels:
-                return found
-        except (OSError, RuntimeError):  # not there, or damaged: then it is made anew
+            pieces = Pieces((folder / name).read_bytes())
+            if pieces.labels:
+                return pieces
+        except (OSError, RuntimeError):  # missing or damaged: learn it again
             continue
-    made = make()
+    pieces = make()
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            paths.replace(folder / name, made.model)
+            paths.replace(folder / name, pieces.model)
             break
-        except OSError:  # a folder that only others may write to
+        except OSError:  # a folder without write permission
             continue
-    return made
+    return pieces
 
 
 def cache_folder() -> pathlib.Path:
-    """This user's folder for what can be made again, by the conventions of the platform."""
+    """This user's cache folder, by the conventions of the platform."""
     home = pathlib.Path.home()
-    given = os.environ.get("XDG_CACHE_HOME")
-    if given and os.path.isabs(given):  # the specification says to ignore relative ones
-        base = pathlib.Path(given)
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    if xdg and os.path.isabs(xdg):  # the specification says to ignore relative ones
+        base = pathlib.Path(xdg)
     elif sys.platform == "darwin":
         base = home / "Library" / "Caches"
     elif sys.platform == "win32":

@@ -1,0 +1,909 @@
+"""The tiled kernel: the dense one is its oracle, for every part, derivative and size of block."""
+
+import dataclasses
+import functools
+import itertools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+import attention
+from attention import Mechanism, attend, masks, normalizers, positions, scores
+from attention.kernels import blocks
+from attention.nn import MultiHeadAttention
+from attention.parts import PARTIAL, Tile
+from support.mechanisms import (
+    EPS,
+    LEARNED,
+    MECHANISMS,
+    NO_PARAMS,
+    NORMALIZERS,
+    POSITIONS,
+    SCORES,
+    Counted,
+    Manhattan,
+    assert_close,
+    assert_same,
+    dot,
+    init,
+    normal,
+    put,
+    qkv,
+    wide,
+)
+
+T, S, H, K, D, V = 13, 17, 4, 2, 4, 3
+BLOCKS = (4, 8)
+SUMMARIES = ("lse", "entropy", "row_max", "column_sums")
+
+
+def by_kernel(implementation, mechanism, *, size=BLOCKS, **options):
+    """(params, query, key, value) -> `attend` by that kernel."""
+    sizes = {"block_sizes": size} if implementation == "tiled" else {}
+    return functools.partial(attend, mechanism, implementation=implementation, **sizes, **options)
+
+
+@functools.cache
+def pulled(implementation, mechanism, **options):
+    """jitted (params, q, k, v, bias, cotangent, data) -> (out, aux), gradients of all but data.
+
+    The cotangents of aux are ones; that of the output is given, as nothing is as blind as ones.
+    """
+
+    @jax.jit
+    def both(params, query, key, value, bias, cotangent, data):
+        def run(*args):
+            attended = by_kernel(implementation, mechanism, **options, **data)
+            result = attended(*args[:4], bias=args[4])
+            return result if isinstance(result, tuple) else (result, {})
+
+        (out, aux), pull = jax.vjp(run, params, query, key, value, bias)
+        finite = {name: jnp.where(jnp.isfinite(x), 1, 0) for name, x in aux.items()}
+        finite = {name: x.astype(aux[name].dtype) for name, x in finite.items()}
+        return (out, aux), pull((cotangent.astype(out.dtype), finite))
+
+    return both
+
+
+def arrays(mechanism, *, batch=(), T=T, S=S, H=H, K=K, dtype="float32", seed=0):
+    """params, query, key, value, bias, cotangent; the learned arrays a little off their start."""
+    params = jax.tree.map(lambda x: wide(x) + 0.1 * normal(5, *x.shape), init(mechanism, H=H))
+    given = *qkv(batch, T, S, H, K, dtype=dtype, seed=seed), normal(4, H, T, S, dtype=dtype)
+    kind = "float64" if dtype == "float64" else "float32"
+    params = jax.tree.map(lambda x: x.astype(kind), params)
+    return params, *given, normal(9, *batch, T, H, V)
+
+
+def agree(mechanism, data=None, tolerance=1e-10, *, dtype="float64", like=None, **options):
+    """Tiled and dense agree in float64, for output, aux and the gradient of every leaf."""
+    data = data or {}
+    sizes = {name: options.pop(name) for name in ("size",) if name in options}
+    given = arrays(mechanism, dtype=dtype, **(like or {}))
+    got = pulled("tiled", mechanism, **sizes, **options)(*given, data)
+    assert_close(got, pulled("dense", mechanism, **options)(*given, data), tolerance)
+
+
+# Contract 1: the oracle. One program holds all parts of a kind and is told which to use, so that
+# thousands of mechanisms are compiled once.
+
+
+def stacked(which, found):
+    """The one of several arrays, of shapes that broadcast, which is asked for."""
+    return jnp.stack(jnp.broadcast_arrays(*found))[which]
+
+
+def number(params):
+    """Of the part asked for, from a learned array that nothing learns."""
+    return jnp.round(jax.lax.stop_gradient(params["which"])).astype(int)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyScore(attention.Score):
+    """One of several scores: of their features side by side, each takes its own."""
+
+    parts: tuple[attention.Score, ...]
+
+    def init(self, key, head_dim):
+        return {"which": jnp.zeros(()), "parts": [x.init(key, head_dim) for x in self.parts]}
+
+    def prepare(self, params, query, key):
+        pairs = zip(self.parts, params["parts"], strict=True)
+        features = [part.prepare(own, query, key) for part, own in pairs]
+        return tuple(jnp.concatenate(side, axis=1) for side in zip(*features, strict=True))
+
+    def tile(self, params, query, key, tile):
+        found, start = [], 0
+        like = jax.ShapeDtypeStruct((1, D), query.dtype)
+        for part, own in zip(self.parts, params["parts"], strict=True):
+            shapes = jax.eval_shape(part.prepare, own, like, like)
+            columns = slice(start, start + shapes[0].shape[1])
+            found.append(part.tile(own, query[:, columns], key[columns], tile))
+            start = columns.stop
+        return stacked(number(params), found)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyPosition(attention.Position):
+    """One of several positions."""
+
+    parts: tuple[attention.Position, ...]
+
+    @property
+    def whole_row(self):
+        return any(part.whole_row for part in self.parts)
+
+    def init(self, key, head_dim, value_dim):
+        own = [part.init(key, head_dim, value_dim) for part in self.parts]
+        return {"which": jnp.zeros(()), "parts": own}
+
+    def each(self, params, method, otherwise, *args):
+        pairs = zip(self.parts, params["parts"], strict=True)
+        found = [getattr(part, method)(own, *args) for part, own in pairs]
+        return stacked(number(params), [otherwise if x is None else x for x in found])
+
+    def rotate(self, params, x, positions, side):
+        return self.each(params, "rotate", x, x, positions, side)
+
+    def tile(self, params, query, key, tile):
+        return self.each(params, "tile", jnp.zeros((1, 1)), query, key, tile)
+
+    def mix(self, params, weights, tile):
+        return self.each(params, "mix", jnp.zeros((1, 1)), weights, tile)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyNormalizer(attention.Normalizer):
+    """One of several normalisers."""
+
+    parts: tuple[attention.Normalizer, ...]
+
+    def init(self, key):
+        return {"which": jnp.zeros(()), "parts": [part.init(key) for part in self.parts]}
+
+    def each(self, params, method, *args):
+        """The method of every part, with its own parameters and its own of each tuple."""
+        return [
+            getattr(part, method)(own, *(x[n] if isinstance(x, tuple) else x for x in args))
+            for n, (part, own) in enumerate(zip(self.parts, params["parts"], strict=True))
+        ]
+
+    def statistic(self, params, logits):
+        return tuple(self.each(params, "statistic", logits))
+
+    def weight(self, params, logits, statistic):
+        return stacked(number(params), self.each(params, "weight", logits, statistic))
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyOnline(AnyNormalizer, attention.OnlineNormalizer):
+    """One of several that are online."""
+
+    def start(self, params, like):
+        return tuple(self.each(params, "start", like))
+
+    def update(self, params, state, logits):
+        found = self.each(params, "update", state, logits)
+        state, weights, factor = zip(*found, strict=True)
+        return state, stacked(number(params), weights), self.factor(params, factor)
+
+    def finish(self, params, state):
+        statistic, factor = zip(*self.each(params, "finish", state), strict=True)
+        return statistic, self.factor(params, factor)
+
+    def statistic_jvp(self, params, tangent, statistic, change):
+        found = self.each(params, "statistic_jvp", tuple(tangent["parts"]), statistic, change)
+        answer, factor = zip(*found, strict=True)
+        return answer, self.factor(params, factor, 0)
+
+    def factor(self, params, found, otherwise=1.0):
+        return stacked(number(params), [jnp.float32(otherwise) if x is None else x for x in found])
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyMask(attention.Mask):
+    """One of several masks: that of the number `prefix_lengths`."""
+
+    parts: tuple[attention.Mask, ...]
+
+    @property
+    def required_inputs(self):
+        return frozenset({("prefix_lengths",)}).union(
+            *(part.required_inputs for part in self.parts)
+        )
+
+    def tile(self, tile):
+        return stacked(tile.prefix_length, [part.tile(tile) for part in self.parts])
+
+    def block(self, bounds):
+        which = bounds.prefix_length.low
+        if isinstance(which, int):  # not known while tracing
+            return PARTIAL
+        return stacked(which, [part.block(bounds) for part in self.parts])
+
+
+EVERY_SCORE = (*SCORES[:4], scores.Location(max_length=32), *SCORES[5:])
+EVERY_POSITION = (positions.NoPE(), *(x for x in POSITIONS if not x.whole_row))
+WHOLE_ROW_POSITIONS = (positions.NoPE(), *(x for x in POSITIONS if x.whole_row), positions.RoPE())
+ONLINE = (
+    normalizers.Softmax(),
+    *(x for x in NORMALIZERS if isinstance(x, attention.OnlineNormalizer)),
+)
+WHOLE_ROW = (
+    normalizers.Softmax(),
+    *(x for x in NORMALIZERS if not isinstance(x, attention.OnlineNormalizer)),
+)
+EVERY_MASK = (
+    masks.Full(),
+    masks.Causal(),
+    masks.SlidingWindow(3),
+    masks.SlidingWindow(5, 1),
+    masks.Prefix(6),
+    masks.Padding(),
+    masks.Segments(),
+    masks.BlockLocal(5),
+    masks.Dilated(3),
+    masks.Causal() & masks.Segments(),
+    masks.Causal() | masks.Prefix(5),
+    masks.Padding() & ~masks.Dilated(2) & masks.SlidingWindow(6),
+    ~(masks.Causal() & masks.SlidingWindow(2)) | masks.Segments() & masks.Padding(),
+    ~masks.Full(),
+)
+DATA = {
+    "query_lengths": np.array(11),
+    "key_lengths": np.array(9),
+    "query_segments": np.arange(T) // 5,
+    "key_segments": np.arange(S) // 6,
+}
+
+
+def _new(missing, case, kind, n):
+    """How many pairs part n of a kind would add that are not covered."""
+    case = {**case, kind: n}
+    pairs = itertools.combinations(sorted(case), 2)
+    return sum((x, y, case[x], case[y]) in missing for x, y in pairs)
+
+
+def pairwise(*sizes):
+    """Indices such that every two parts of different kinds meet, by taking what is best next.
+
+    A greedy search over all that has not been covered: short, not shortest.
+    """
+    kinds = list(itertools.combinations(range(len(sizes)), 2))
+    missing = {(a, b, i, j) for a, b in kinds for i in range(sizes[a]) for j in range(sizes[b])}
+    found = []
+    while missing:
+        a, b, i, j = min(missing)
+        case = {a: i, b: j}
+        for kind in set(range(len(sizes))) - {a, b}:
+            new = functools.partial(_new, missing, case, kind)
+            case[kind] = max(range(sizes[kind]), key=new)
+        missing -= {(x, y, case[x], case[y]) for x, y in kinds}
+        found.append(tuple(case[n] for n in range(len(sizes))))
+    return found
+
+
+def check_any(parts, cases, aux, dtype="float64"):
+    """Every case, a tuple of indices into the parts of each kind."""
+    kinds = (AnyScore, AnyPosition, AnyMask, AnyOnline if parts[3] is ONLINE else AnyNormalizer)
+    mechanism = Mechanism(*(kind(own) for kind, own in zip(kinds, parts, strict=True)))
+    params, *rest = arrays(mechanism, dtype=dtype)
+    kernels = [pulled(name, mechanism, aux=aux) for name in ("tiled", "dense")]
+    for score, position, mask, normalizer in cases:
+        chosen = {"score": score, "position": position, "normalizer": normalizer}
+        own = {
+            kind: {**params[kind], "which": np.full(H, n, params[kind]["which"].dtype)}
+            for kind, n in chosen.items()
+        }
+        results = [run(own, *rest, {**DATA, "prefix_lengths": np.array(mask)}) for run in kernels]
+        case = [str(x[n]) for x, n in zip(parts, (score, position, mask, normalizer), strict=True)]
+        try:
+            assert_close(*results, 1e-10)
+        except AssertionError as error:
+            raise AssertionError(f"{' × '.join(case)}: {error}") from None
+
+
+ANY = {
+    "online": (EVERY_SCORE, EVERY_POSITION, EVERY_MASK, ONLINE),
+    "whole rows": (EVERY_SCORE, WHOLE_ROW_POSITIONS, EVERY_MASK, WHOLE_ROW),
+}
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_every_pair_of_parts(name, x64):
+    parts = ANY[name]
+    # Not `lse` in the online case: it is that of another normaliser, and compiled for it.
+    check_any(parts, pairwise(*map(len, parts)), SUMMARIES[name == "online" :])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ANY)
+def test_every_mechanism(name, x64):
+    """The full product of parts."""
+    parts = ANY[name]
+    check_any(parts, itertools.product(*map(range, map(len, parts))), SUMMARIES)
+
+
+def data_of(mask):
+    return {
+        name: x for name, x in DATA.items() if any(name in names for names in mask.required_inputs)
+    }
+
+
+QUICK_MASKS = (masks.SlidingWindow(5, 1), masks.Causal() & masks.Segments())
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [x if x in QUICK_MASKS else pytest.param(x, marks=pytest.mark.slow) for x in EVERY_MASK],
+    ids=str,
+)
+def test_masks_known_while_tracing(mask, x64):
+    """What a mask says of its blocks is used differently if it is known; T5 has a tile's places."""
+    agree(Mechanism(position=positions.T5(4, 6), mask=mask), data_of(mask))
+
+
+ROUNDED = [(m, dtype) for m in (*MECHANISMS, *LEARNED) for dtype in ("float32", "bfloat16")]
+QUICK_ROUNDED = [(MECHANISMS[3], "bfloat16"), (MECHANISMS[8], "float32")]
+
+
+@pytest.mark.parametrize(
+    "mechanism, dtype",
+    [x if x in QUICK_ROUNDED else pytest.param(*x, marks=pytest.mark.slow) for x in ROUNDED],
+    ids=str,
+)
+def test_rounding(mechanism, dtype):
+    """Errors are at most twice those of the dense kernel, and some ulp; no gradient is lost.
+
+    Both add up T, S, D and H · B numbers of order 1, in another order: 60 terms at most.
+    """
+    mechanism = dataclasses.replace(mechanism, mask=masks.Causal())
+    if isinstance(mechanism.score, scores.Location):
+        mechanism = dataclasses.replace(mechanism, score=scores.Location(max_length=S))
+    given = arrays(mechanism, dtype=dtype)
+    tiled_result, dense_result = (pulled(x, mechanism)(*given, {}) for x in ("tiled", "dense"))
+    with jax.enable_x64(True):
+        exact = pulled("dense", mechanism)(*jax.tree.map(wide, given), {})
+
+    def check(got, other, want):
+        want = wide(want)
+        scale = 1 + abs(want).max()
+        error, allowed = (abs(wide(x) - want).max() for x in (got, other))
+        assert got.dtype == other.dtype
+        assert error <= 2 * allowed + 60 * EPS["float32"] * scale
+        assert (want == 0).all() or (wide(got) != 0).any()
+
+    jax.tree.map(check, tiled_result, dense_result, exact)
+
+
+def test_lse_beside_another_softmax(x64):
+    """`lse` knows of no sink, and of no value that positions add; its gradients are right too."""
+    agree(LEARNED[1], aux=("lse",))
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [normalizers.Softmax(), pytest.param(normalizers.Entmax15(), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_padding_of_tiles_beyond_a_table(normalizer, x64):
+    """`Location` scores the columns that fill up a tile NaN: not what is learned around it."""
+    score = scores.Temperature(scores.Location(max_length=S))
+    agree(Mechanism(score, normalizer=normalizer))
+
+
+# Contract 2: derivatives of any order.
+
+
+def scalar(implementation, mechanism, *, size):
+    """A scalar function of (params, q, k, v) that reads everything; row 3 sees nothing."""
+    mechanism = dataclasses.replace(mechanism, mask=masks.SlidingWindow(3))
+    mask = np.arange(5)[:, None] != 3
+    run = by_kernel(implementation, mechanism, size=size, mask=mask)
+    return lambda *args: jnp.sum(jnp.sin(3 * run(*args)))
+
+
+ORDERS = [*LEARNED, Mechanism(normalizer=normalizers.Sigmoid()), MECHANISMS[8]]
+
+
+@pytest.mark.parametrize(
+    "mechanism, thorough",
+    [(LEARNED[1], False), *(pytest.param(x, True, marks=pytest.mark.slow) for x in ORDERS)],
+    ids=str,
+)
+def test_every_order(mechanism, thorough, x64):
+    """Forward and reverse mode over each other: those of the dense kernel."""
+    point = arrays(mechanism, T=5, S=6, H=2, K=1, dtype="float64")[:4]
+    point = jax.tree.map(jnp.asarray, point)
+    tangent = jax.tree.map(lambda x: jnp.sin(1.0 + jnp.arange(x.size)).reshape(x.shape), point)
+    every = (0, 1, 2, 3)
+
+    def derivatives(implementation):
+        function = scalar(implementation, mechanism, size=(2, 4))
+        grad = jax.grad(function, every)
+
+        def along(*x):
+            return jax.jvp(function, x, tangent)[1]
+
+        def found(*x):
+            yield "jvp", along(*x)
+            yield "forward over reverse", jax.jvp(grad, x, tangent)[1]
+            yield "reverse over reverse", jax.grad(lambda *x: dot(grad(*x), tangent), every)(*x)
+            if thorough:
+                yield "reverse over forward", jax.grad(along, every)(*x)
+                yield "linearize", jax.linearize(grad, *x)[1](*tangent)
+                yield "jacfwd", jax.jacfwd(lambda q: function(x[0], q, *x[2:]))(x[1])
+
+        return jax.jit(lambda *x: dict(found(*x)))
+
+    got, want = derivatives("tiled")(*point), derivatives("dense")(*point)
+    assert_close(got, want, 1e-10)
+    # A leaf that nothing moves is tested by nothing.
+    assert all((x != 0).any() for x in jax.tree.leaves(want["forward over reverse"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mechanism", [Mechanism(mask=masks.Causal()), *LEARNED], ids=str)
+def test_numerical_gradients(mechanism, x64):
+    """Of both orders and modes, against differences."""
+    point = arrays(mechanism, T=5, S=6, H=2, K=1, dtype="float64")[:4]
+    run = jax.jit(by_kernel("tiled", mechanism, size=(2, 4)))
+    jax.test_util.check_grads(run, point, order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
+
+
+# Contract 3: no result depends on the blocks, beyond rounding.
+
+
+@pytest.mark.parametrize(
+    "size",
+    [(5, 3), *(pytest.param(x, marks=pytest.mark.slow) for x in ((16, 16), (1, 1))), (64, 64)],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        Mechanism(scores.Cosine(2.0), positions.Shaw(clip=2, value_side=True), masks.Causal()),
+        pytest.param(LEARNED[0], marks=pytest.mark.slow),
+        pytest.param(MECHANISMS[8], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_block_sizes(mechanism, size, x64):
+    agree(mechanism, size=size, tolerance=1e-12)
+
+
+@pytest.mark.parametrize(
+    "length, other",
+    [
+        (t, s) if (t, s) in ((1, 1), (5, 9)) else pytest.param(t, s, marks=pytest.mark.slow)
+        for t in (1, 3, 4, 5)
+        for s in (1, 7, 8, 9)
+    ],
+)
+def test_lengths_around_a_block(length, other, x64):
+    """One less, as many, one more than a block has, and a single row or column."""
+    agree(Mechanism(mask=masks.SlidingWindow(4)), like={"T": length, "S": other}, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("columns", [96, pytest.param(128, marks=pytest.mark.slow)])
+def test_long_blocks(columns, x64):
+    """Where blocks of columns may start is no matter of their length."""
+    mechanism = Mechanism(mask=masks.SlidingWindow(120, 0))
+    agree(mechanism, size=(32, columns), like={"T": 200, "S": 210, "H": 1, "K": 1})
+
+
+# Contract 4: transformations, and the same bits.
+
+
+def test_transformations():
+    """vmap of the jitted kernel and its gradient is the loop."""
+    mechanism = Mechanism(scores.Cosine(2.0), positions.T5(), masks.Causal() & masks.Padding())
+    given = arrays(mechanism, batch=(3,), T=5, S=9, H=2, K=1)
+    params, *qkv = given[:4]
+    lengths = np.array([1, 6, 9])
+
+    def loss(params, query, key, value, lengths):
+        run = by_kernel("tiled", mechanism, key_lengths=lengths)
+        return jnp.sin(run(params, query, key, value)).sum()
+
+    both = jax.value_and_grad(loss, (0, 1, 2, 3))
+    compiled = jax.jit(both)
+    loop = [compiled(params, *(x[n] for x in qkv), lengths[n]) for n in range(3)]
+    want = jax.tree.map(lambda *x: np.stack(x), *loop)
+    mapped = jax.jit(jax.vmap(both, (None, 0, 0, 0, 0)))(params, *qkv, lengths)
+    assert_close(mapped, want)
+
+
+def test_same_bits():
+    """Run again and compiled again, forward and backward, with dropout."""
+    mechanism = Mechanism(scores.Additive(hidden=3), mask=masks.Causal() & masks.Padding())
+    given = arrays(mechanism)
+    data = {"key_lengths": np.array(11), "dropout_key": jax.random.key(3)}
+
+    def run():
+        function = pulled.__wrapped__("tiled", mechanism, dropout_rate=0.3)
+        return function(*given, data), function(*given, data)
+
+    first, again = run()
+    assert_same(again, first)
+    assert_same(run(), (first, first))
+
+
+# Contract 5: what is masked is absent, even a NaN; what is seen is not.
+
+ABSENT = [
+    # (mask, normaliser, data, columns that nobody sees)
+    (masks.Padding(), normalizers.Softmax(), {"key_lengths": np.array(9)}, np.s_[9:]),
+    (masks.Causal(), normalizers.Softmax(), {}, np.s_[13:]),
+    (masks.Full(), normalizers.Softmax(), {"mask": np.arange(S) % 5 != 2}, np.s_[2::5]),
+    pytest.param(
+        masks.Padding(),
+        normalizers.Entmax15(),
+        {"key_lengths": np.array(9)},
+        np.s_[9:],
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(masks.Causal(), normalizers.LearnedSink(), {}, np.s_[13:], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("mask, normalizer, data, columns", ABSENT, ids=lambda x: str(x)[:30])
+def test_absent_keys(mask, normalizer, data, columns):
+    """NaN, inf and huge numbers there change no bit; what would have to learn from them gets 0."""
+    mechanism = Mechanism(scores.Gaussian(), mask=mask, normalizer=normalizer)
+    function = pulled("tiled", mechanism, aux=("lse",))
+    params, query, key, value, bias, cotangent = arrays(mechanism, H=2, K=1)
+    want = function(params, query, key, value, bias, cotangent, data)
+    assert all(np.isfinite(wide(x)).all() for x in jax.tree.leaves(want))
+    for bad in np.nan, np.inf, 3e38:
+        poisoned = put(key, columns, bad), put(value, columns, -bad)
+        spoilt = put(bias, np.s_[:, :, columns], bad)
+        assert_same(function(params, query, *poisoned, spoilt, cotangent, data), want)
+    _, (_, _, to_key, to_value, to_bias) = want
+    assert (to_key[columns] == 0).all() and (to_value[columns] == 0).all()
+    assert (to_bias[:, :, columns] == 0).all() and (to_key != 0).any()
+
+
+@pytest.mark.parametrize("side", ["key", "value"])
+def test_nan_in_the_future(side):
+    """A NaN that later rows see reaches those alone, and no gradient of the earlier ones."""
+    mechanism = Mechanism(mask=masks.Causal())
+    run = by_kernel("tiled", mechanism, aux=("lse", "entropy"))
+
+    def early(*args):
+        out, aux = run(NO_PARAMS, *args)
+        return jnp.sum(out[:6]) + jnp.sum(aux["lse"][:6]), (out, aux)
+
+    function = jax.jit(jax.value_and_grad(early, (0, 1, 2), has_aux=True))
+    clean = dict(zip(("query", "key", "value"), qkv((), T, S), strict=True))
+    (_, (want, want_aux)), gradients = function(*clean.values())
+    spoilt = {**clean, side: put(clean[side], np.s_[6, :, 1], np.nan)}
+    (_, (out, aux)), found = function(*spoilt.values())
+    assert_same(found, gradients)
+    assert_same(out[:6], want[:6])
+    assert np.isnan(out[6:]).all()
+    for name in aux:
+        assert_same(aux[name][:6], want_aux[name][:6])
+        assert np.isnan(aux[name][6:]).all() == (side == "key")
+    if side == "key":
+        # A query reaches its own row alone, and none where it sees nothing.
+        query = put(clean["query"], (np.array([2, 7]), 0, 1), np.nan)
+        hidden = np.arange(T)[:, None] != 2
+        masked = jax.jit(by_kernel("tiled", mechanism, mask=hidden))
+        out = masked(NO_PARAMS, query, clean["key"], clean["value"])
+        want = put(put(want, 2, 0), np.s_[7, 0], np.nan)
+        assert_close(put(out, np.s_[7, 0], 0), put(want, np.s_[7, 0], 0), 1e-6)
+        assert np.isnan(out[7, 0]).all()
+
+
+# Contract 6: rows that see nothing.
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [normalizers.Softmax(), normalizers.Sparsemax()]
+    + [pytest.param(x, marks=pytest.mark.slow) for x in NORMALIZERS],
+    ids=str,
+)
+def test_empty_rows(normalizer):
+    """In every place of a block, and all from some row on: output 0, lse −inf, gradient 0."""
+    mechanism = Mechanism(mask=masks.Padding(), normalizer=normalizer)
+    function = pulled("tiled", mechanism, aux=("lse",))
+    params, *rest = arrays(mechanism, H=2, K=1)
+    everything = np.ones((T, 1), bool)
+    cases = [({"mask": put(everything, i, False)}, T, slice(i, i + 1)) for i in range(T)]
+    cases += [({"mask": everything}, n, slice(n, T)) for n in range(T + 1)]
+    for masked, length, rows in cases:
+        data = {**masked, "query_lengths": np.array(length)}
+        spoilt = [put(rest[0], rows, np.nan), *rest[1:]]
+        (out, aux), gradients = function(params, *spoilt, data)
+        assert (out[rows] == 0).all()
+        np.testing.assert_array_equal(
+            np.isneginf(aux["lse"]).any(1), np.isin(range(T), range(T)[rows])
+        )
+        assert (gradients[1][rows] == 0).all() and (gradients[4][:, rows] == 0).all()
+        assert all(np.isfinite(wide(x)).all() for x in jax.tree.leaves((out, gradients)))
+
+
+# Contract 7: scores of any size.
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [normalizers.Softmax(), pytest.param(normalizers.LearnedSink(), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_large_scores(normalizer):
+    """Around −10⁴, 10⁴ and both in a row: only differences count, to what the sums can hold."""
+    mechanism = Mechanism(normalizer=normalizer, mask=masks.Causal())
+    params, query, key, value, bias, cotangent = arrays(mechanism, H=2, K=1)
+    kernels = [pulled(name, mechanism, aux=("lse",)) for name in ("tiled", "dense")]
+    sides = np.where(np.arange(S) % 7 < 4, 1e4, -1e4)
+    for size in -1e4, 1e4, sides, -sides:
+        given = params, query, key, value, (bias + size).astype(np.float32), cotangent
+        got, other = (run(*given, {}) for run in kernels)
+        assert_close(got, other, 1e-5)
+        with jax.enable_x64(True):
+            want = kernels[1](*jax.tree.map(wide, given), {})
+        assert_close(got[0][1], want[0][1], EPS["float32"])
+        assert_close(got, want, 1e-2)  # the bias alone is rounded to 10⁻³
+
+
+# Contract 8: dropout.
+
+
+def test_dropout(x64):
+    """The same bits are dropped as by the dense kernel, whatever the blocks."""
+    mechanism = Mechanism(mask=masks.Causal())
+    given = arrays(mechanism, H=2, K=1, batch=(2,), dtype="float64")
+    data = {"dropout_key": jax.random.key(5)}
+    want = pulled("dense", mechanism, dropout_rate=0.4)(*given, data)
+    got = pulled("tiled", mechanism, dropout_rate=0.4)(*given, data)
+    assert_close(got, want, 1e-12)
+    # Forward: other blocks, and a normaliser of whole rows.
+    sparse = dataclasses.replace(mechanism, normalizer=normalizers.Sparsemax())
+    for other, size in (mechanism, (5, 3)), (sparse, BLOCKS):
+        options = {"dropout_rate": 0.4, **data}
+        runs = by_kernel("tiled", other, size=size, **options), by_kernel("dense", other, **options)
+        assert_close(*(jax.jit(run)(*given[:4]) for run in runs), 1e-12)
+    plain = jax.jit(by_kernel("dense", mechanism))(*given[:4])
+    assert (abs(plain - want[0][0]) > 1e-3).any()
+
+
+# Contract 9: arrays that mask and add.
+
+SHAPES = [(T, S), (1, S), (T, 1), (2, 1, 1, S), (2, T, S), (2, 2, 1, 1), (2, 2, T, S), ()]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [x if x == (2, 1, 1, S) else pytest.param(x, marks=pytest.mark.slow) for x in SHAPES],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "normalizer",
+    [normalizers.Softmax(), pytest.param(normalizers.Entmax15(), marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_bias_and_mask(shape, normalizer, x64):
+    """Of every shape that broadcasts, with the gradient of the bias."""
+    mechanism = Mechanism(normalizer=normalizer)
+    params, query, key, value, _, cotangent = arrays(
+        mechanism, H=2, K=1, batch=(2,), dtype="float64"
+    )
+    bias, mask = normal(4, *shape, dtype="float64"), normal(6, *shape) > -0.5
+    given = params, query, key, value, bias, cotangent, {"mask": mask}
+    got, want = (pulled(name, mechanism, aux=("lse",))(*given) for name in ("tiled", "dense"))
+    assert got[1][-1].shape == shape
+    assert_close(got, want, 1e-12)
+
+
+# Contract 10: aux.
+
+
+def test_weights():
+    """Rows of them are those of all; all are too many for this kernel."""
+    mechanism = Mechanism(position=positions.T5(4, 6), mask=masks.Causal() & masks.Padding())
+    params, *qkv = arrays(mechanism, batch=(2,))[:4]
+    options = {"key_lengths": np.array([9, 12])}
+    rows = jnp.array([12, 0, 7])
+    names = "row_weights", "entropy"
+    _, want = attend(mechanism, params, *qkv, aux=("weights",), implementation="dense", **options)
+    for name in "tiled", "dense":
+        run = by_kernel(name, mechanism, aux=names, **options)
+        found = jax.jit(lambda rows, run=run: run(params, *qkv, weight_rows=rows)[1])(rows)
+        assert set(found) == set(names)
+        assert_close(found["row_weights"], want["weights"][:, :, rows])
+    with pytest.raises(ValueError, match="implementation='tiled' .*row_weights"):
+        by_kernel("tiled", mechanism, aux=("weights",), **options)(params, *qkv)
+
+
+# Contract 11: masks of data.
+
+
+def test_masks_of_data_do_not_retrace():
+    """Other documents and lengths run the same program, and agree with the dense kernel."""
+    mechanism = Mechanism(Counted(), mask=masks.Segments() & masks.Padding() & masks.Causal())
+    given = arrays(mechanism, batch=(2,), H=2, K=1)
+    kernels = [jax.jit(by_kernel(x, mechanism, aux=("lse",))) for x in ("tiled", "dense")]
+    counts = []
+    for n in 2, 3, 5, 20:
+        data = {
+            "query_segments": np.stack([np.arange(T) // n, np.arange(T) % n]),
+            "key_segments": np.stack([np.arange(S) // n, np.arange(S) % n]),
+            "query_lengths": np.array([n, 13]),
+            "key_lengths": np.array([17, n + 4]),
+        }
+        assert_close(*(run(*given[:4], **data) for run in kernels))
+        counts.append(len(Counted.traced))
+    assert len(set(counts)) == 1
+
+
+# Contract 13: memory is linear in T and S. Compiled, never run.
+
+
+def temporary(mechanism, T, order=1, **data):
+    """Bytes that the compiled derivative needs beside its arguments and results."""
+    shapes = [jax.ShapeDtypeStruct((T, 1, n), jnp.float32) for n in (8, 8, 8)]
+    params = init(mechanism, H=1, D=8, V=8)
+
+    def loss(params, query, key, value, data):
+        run = by_kernel("tiled", mechanism, size=(128, 128), **data)
+        return jnp.sum(jnp.square(run(params, query, key, value)))
+
+    def derivative(params, query, key, value, data):
+        grad = jax.grad(lambda *x: loss(*x, data), (0, 1, 2, 3))
+        args = params, query, key, value
+        return grad(*args) if order == 1 else jax.jvp(grad, args, args)[1]
+
+    compiled = jax.jit(derivative).lower(params, *shapes, data).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+SEGMENTS = Mechanism(mask=masks.Segments() & masks.Causal())
+LARGE = [
+    (Mechanism(position=positions.T5(), mask=masks.Causal()), 1),
+    (Mechanism(position=positions.T5(), mask=masks.Causal()), 2),
+    (Mechanism(scores.Additive(hidden=8)), 1),
+    (SEGMENTS, 1),
+    (SEGMENTS, 2),
+    (Mechanism(normalizer=normalizers.Entmax15()), 1),
+    (Mechanism(normalizer=normalizers.Entmax15()), 2),
+]
+
+
+@pytest.mark.parametrize(
+    "mechanism, order",
+    [x if x == (SEGMENTS, 1) else pytest.param(*x, marks=pytest.mark.slow) for x in LARGE],
+    ids=str,
+)
+def test_memory_is_linear(mechanism, order):
+    def size(T):
+        shape = jax.ShapeDtypeStruct((T,), jnp.int32)
+        data = {"query_segments": shape} if mechanism.mask.required_inputs else {}
+        return temporary(mechanism, T, order, **data)
+
+    small, *more = map(size, (2048, 4096, 8192))
+    for large in more:
+        assert large < 2.2 * small
+        small = large
+    assert large < 8192**2  # not even a byte for every pair
+
+
+# Contract 14: what is masked is not visited.
+
+
+def visited(mask, length, block):
+    """Pairs of blocks that the kernel looks at."""
+    index = np.arange(length)
+    tile = Tile(*(index,) * 4, np.int32(0), 1, consecutive=True)
+    row, start = blocks.visible_blocks(mask, tile, block)
+    assert len(row) == len(start)
+    return len(row)
+
+
+@pytest.mark.parametrize("size", [64, 100, 256])
+def test_visits(size):
+    """All pairs, half of them and the diagonal; of a window what it covers, not its square."""
+    n = 16
+    length = n * size
+    every = visited(masks.Full(), length, (size, size))
+    causal = visited(masks.Causal(), length, (size, size))
+    assert every == n * n
+    assert causal == n * (n + 1) // 2
+    assert visited(masks.BlockLocal(size), length, (size, size)) == n
+    assert visited(~masks.Full(), length, (size, size)) == 0
+    for window in 1, size // 2, size, 3 * size:
+        mask = masks.SlidingWindow(window, 0)
+        few = visited(mask, length, (size, size))
+        assert few <= n * (2 + -(-window // size))
+        # In proportion to the length.
+        more = visited(mask, 2 * length, (size, size)) - few
+        assert more <= n * (2 + -(-window // size))
+
+
+# Contract 15: parts of one's own, and what a score costs.
+
+
+def test_numbers_per_pair():
+    def count(*parts):
+        return blocks.numbers_per_pair(Mechanism(*parts), 2, 16)
+
+    assert count(scores.ScaledDot()) == count(scores.Dot()) == count(scores.Cosine()) == 1
+    assert count(scores.Additive(hidden=64)) == 64
+    assert count(scores.Scale(scores.Additive(hidden=8), 2.0)) == 8
+    assert count(Manhattan()) == 16
+    assert count(scores.Dot(), positions.T5()) < 4
+
+
+def test_own_score(x64):
+    """Ten lines make a score that learns: gradients of both orders."""
+    mechanism = Mechanism(Manhattan(), mask=masks.Causal())
+    point = jax.tree.map(jnp.asarray, arrays(mechanism, T=7, S=9, H=2, K=1, dtype="float64")[:4])
+
+    def both(implementation):
+        run = by_kernel(implementation, mechanism, size=(3, 4))
+        grad = jax.grad(lambda *x: jnp.sum(jnp.sin(run(*x))), (0, 1, 2, 3))
+        return jax.jit(lambda *x: (run(*x), jax.jvp(grad, x, x)))
+
+    got, want = both("tiled")(*point), both("dense")(*point)
+    assert_close(got, want, 1e-12)
+    assert (want[1][1][0]["score"]["a"] != 0).all()
+
+
+# Contract 16: in a module.
+
+
+def test_multi_head_attention():
+    x, context = normal(1, 2, 7, 8), normal(2, 2, 9, 8)
+    mechanism = Mechanism(position=positions.RoPE(), mask=masks.Padding())
+    lengths = np.array([9, 4])
+    results = []
+    for name in "tiled", "dense":
+        module = MultiHeadAttention(4, mechanism, num_kv_heads=2, implementation=name)
+        variables = jax.jit(module.init)(jax.random.key(0), x, context, key_lengths=lengths)
+
+        def run(variables, module=module):
+            return jnp.sum(jnp.sin(module.apply(variables, x, context, key_lengths=lengths)))
+
+        results.append((variables, *jax.jit(jax.value_and_grad(run))(variables)))
+    assert_close(*results)
+
+
+# Contract 17: any shapes.
+
+
+@hypothesis.settings(max_examples=3)
+@hypothesis.given(
+    batch=st.sampled_from([(), (2,), (2, 1)]),
+    lengths=st.tuples(st.integers(1, 11), st.integers(1, 11)),
+    heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]),
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    mask=st.sampled_from(EVERY_MASK[:5] + EVERY_MASK[7:9]),
+    normalizer=st.sampled_from([*ONLINE, normalizers.Sigmoid()]),
+    shifted=st.booleans(),
+    dtype=st.sampled_from(["float32", "bfloat16", "float64"]),
+)
+def test_any_shape(batch, lengths, heads, size, mask, normalizer, shifted, dtype):
+    """Tiled is dense, within rounding, in every dtype and for positions in any order."""
+    (rows, columns), (H, K) = lengths, heads
+    mechanism = Mechanism(position=positions.ALiBi(), mask=mask, normalizer=normalizer)
+    data = {}
+    if shifted:
+        order = np.random.default_rng(0).permutation(columns)
+        data = {"query_positions": np.arange(rows) + 2, "key_positions": order}
+    with jax.enable_x64(dtype == "float64"):
+        given = arrays(mechanism, batch=batch, T=rows, S=columns, H=H, K=K, dtype=dtype)[:5]
+
+        def run(implementation):
+            kernel = by_kernel(implementation, mechanism, size=size, aux=("lse",))
+            return jax.jit(lambda *x: kernel(*x[:4], bias=x[4], **data))(*given)
+
+        got, want = run("tiled"), run("dense")
+    assert got[0].dtype == want[0].dtype == dtype
+    assert_close(got[0], want[0], 20 * EPS[dtype])
+    assert_close(got[1], want[1], 1e-12 if dtype == "float64" else 1e-5)

@@ -1,0 +1,370 @@
+"""The Linen modules and models: against plain formulas, and every option of theirs."""
+
+import dataclasses
+import functools
+import runpy
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from attention import Mechanism, masks, normalizers, positions, scores
+from attention.models import Encoder, EncoderDecoder, LanguageModel
+from attention.nn import MLP, Embedding, MultiHeadAttention, Stack, TransformerConfig
+from support import ROOT
+
+KEY = jax.random.key(0)
+SMALL = TransformerConfig(vocab_size=11, model_dim=16, num_layers=2, num_heads=4, init_stddev=0.3)
+
+
+def run(module, *args, **kwargs):
+    """Parameters and output."""
+    variables = jax.jit(functools.partial(module.init, **kwargs))(KEY, *args)
+    return variables, apply(module, variables, *args, **kwargs)
+
+
+def apply(module, variables, *args, **kwargs):
+    """module.apply, compiled once for each module: Flax runs op by op otherwise."""
+    static = {k: v for k, v in kwargs.items() if isinstance(v, str | bool | tuple)}
+    arrays = {k: v for k, v in kwargs.items() if k not in static}
+    return compiled(module, **static)(variables, *args, **arrays)
+
+
+@functools.cache
+def compiled(module, **static):
+    return jax.jit(functools.partial(module.apply, **static))
+
+
+def tokens(*shape, vocab=11):
+    return jax.random.randint(KEY, shape, 0, vocab)
+
+
+def test_multi_head_attention_is_the_equation_of_the_paper():
+    x = np.asarray(jax.random.normal(KEY, (2, 5, 12)))
+    variables, out = run(MultiHeadAttention(3, Mechanism(mask=masks.Causal())), x)
+    p = jax.tree.map(np.asarray, variables["params"])
+    expected = np.zeros_like(x)
+    for head in range(3):
+        part = slice(4 * head, 4 * head + 4)
+        q, k, v = (x @ p[name]["kernel"][:, part] for name in ("query", "key", "value"))
+        s = np.where(np.tri(5, dtype=bool), q @ k.swapaxes(1, 2) / 2, -np.inf)
+        w = np.exp(s - s.max(-1, keepdims=True))
+        expected += (w / w.sum(-1, keepdims=True)) @ v @ p["out"]["kernel"][part]
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+def test_multi_head_attention_agrees_with_flax():
+    x, context = jax.random.normal(KEY, (2, 5, 12)), jax.random.normal(KEY, (2, 7, 12))
+    ours, theirs = MultiHeadAttention(3, use_bias=True), nn.MultiHeadDotProductAttention(3)
+    variables, out = run(ours, x, context)
+    params = variables["params"]
+    split = lambda p: {"kernel": p["kernel"].reshape(12, 3, 4), "bias": p["bias"].reshape(3, 4)}  # noqa: E731
+    renamed = {name: split(params[name]) for name in ("query", "key", "value")}
+    renamed["out"] = params["out"] | {"kernel": params["out"]["kernel"].reshape(3, 4, 12)}
+    np.testing.assert_allclose(out, theirs.apply({"params": renamed}, x, context), atol=2e-6)
+
+
+@pytest.mark.parametrize("mechanism", [
+    Mechanism(scores.Additive(4), positions.T5(), masks.Causal(), normalizers.Sigmoid()),
+    Mechanism(scores.Cosine(), positions.Shaw(2, value_side=True) + positions.ALiBi()),
+    Mechanism(scores.Temperature(scores.General()), positions.RoPE(), masks.SlidingWindow(2)),
+])  # fmt: skip
+def test_every_learned_array_of_a_mechanism_is_a_parameter_with_a_gradient(mechanism):
+    x = jax.random.normal(KEY, (2, 6, 16))
+    module = MultiHeadAttention(4, mechanism, num_kv_heads=2, value_dim=3)
+    variables, _ = run(module, x)
+    weights = jax.random.normal(jax.random.key(1), x.shape)
+    grads = jax.jit(jax.grad(lambda v: jnp.sum(weights * module.apply(v, x))))(variables)
+    expected = mechanism.init(KEY, num_heads=4, head_dim=4, value_dim=3)
+    got = grads["params"]["mechanism"]
+    assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, expected)
+    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(grads))
+
+
+def test_what_learns_nothing_adds_no_parameters():
+    variables, _ = run(MultiHeadAttention(2), jnp.ones((1, 3, 4)))
+    assert set(variables["params"]) == {"query", "key", "value", "out"}
+    variables, _ = run(Embedding(5, 4, positions.Sinusoidal()), tokens(1, 3, vocab=5))
+    assert set(variables["params"]) == {"table"}
+
+
+def test_grouped_heads_have_smaller_keys_and_values():
+    variables, _ = run(MultiHeadAttention(4, num_kv_heads=1), jnp.ones((1, 3, 16)))
+    shapes = jax.tree.map(jnp.shape, variables["params"])
+    assert shapes["query"]["kernel"] == (16, 16)
+    assert shapes["key"]["kernel"] == shapes["value"]["kernel"] == (16, 4)
+
+
+def test_weights_are_sown_when_asked_for():
+    module = MultiHeadAttention(2, Mechanism(mask=masks.Causal()))
+    x = jax.random.normal(KEY, (3, 5, 8))
+    variables, _ = run(module, x)
+    _, sown = apply(module, variables, x, mutable=("intermediates",))
+    (weights,) = sown["intermediates"]["weights"]
+    assert weights.shape == (3, 2, 5, 5)
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", [None, "tiled"])
+def test_sown_weights_are_in_the_dtype_of_the_module(implementation):
+    module = MultiHeadAttention(2, dtype=jnp.bfloat16, implementation=implementation)
+
+    def sown(x):
+        return module.apply(module.init(KEY, x), x, mutable=["intermediates"])[1]
+
+    (weights,) = jax.eval_shape(sown, jnp.ones((3, 5, 8)))["intermediates"]["weights"]
+    assert weights.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+def test_multi_head_attention_exports_with_a_symbolic_batch(implementation):
+    module = MultiHeadAttention(2, Mechanism(mask=masks.Padding()), implementation=implementation)
+    x, lengths = jax.random.normal(KEY, (3, 5, 8)), np.array([1, 5, 0], np.int32)
+    variables, want = run(module, x, query_lengths=lengths)
+
+    @jax.jit
+    def call(x, lengths):
+        return module.apply(variables, x, query_lengths=lengths)
+
+    (b,) = export.symbolic_shape("b")
+    shapes = (jax.ShapeDtypeStruct((b, *a.shape[1:]), a.dtype) for a in (x, lengths))
+    program = export.export(call)(*shapes)
+    for n in 2, 3:
+        np.testing.assert_allclose(program.call(x[:n], lengths[:n]), want[:n], atol=2e-6)
+
+
+def test_a_language_model_exports_with_a_symbolic_batch():
+    model = LanguageModel(SMALL)
+    text = tokens(3, 6)
+    variables, want = run(model, text)
+    (b,) = export.symbolic_shape("b")
+    call = jax.jit(functools.partial(model.apply, variables))
+    program = export.export(call)(jax.ShapeDtypeStruct((b, 6), text.dtype))
+    for n in 2, 3:
+        np.testing.assert_allclose(program.call(text[:n]), want[:n], atol=2e-5)
+
+
+def test_dropout_acts_only_when_not_deterministic():
+    module = MultiHeadAttention(2, dropout_rate=0.5)
+    x = jax.random.normal(KEY, (1, 6, 8))
+    variables, out = run(module, x)
+    np.testing.assert_array_equal(out, apply(module, variables, x, deterministic=True))
+
+    def drop(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return apply(module, variables, x, deterministic=False, rngs=rngs)
+
+    assert not np.allclose(drop(0), out)
+    np.testing.assert_array_equal(drop(0), drop(0))
+    assert not np.allclose(drop(0), drop(1))
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: MultiHeadAttention(3), "num_heads must divide"),
+    (lambda: MultiHeadAttention(4, num_kv_heads=3), "num_kv_heads must divide"),
+    (lambda: MultiHeadAttention(2, Mechanism(mask=masks.Segments())), "query_segments"),
+])  # fmt: skip
+def test_bad_sizes_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        run(make(), jnp.ones((1, 3, 8)))
+
+
+@pytest.mark.parametrize("change", [
+    {"norm": "middle"}, {"num_heads": 3}, {"num_kv_heads": 3}, {"num_heads": 0},
+    {"num_kv_heads": 0}, {"num_layers": 0}, {"mlp_dim": -1}, {"dropout_rate": 1.0},
+    {"attention_dropout_rate": float("nan")},
+])  # fmt: skip
+def test_bad_configs_are_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        dataclasses.replace(SMALL, **change)
+
+
+def test_mlp_and_norms_of_a_block_are_where_the_config_says():
+    x = jax.random.normal(KEY, (1, 4, 16))
+    for norm in ("pre", "post"):
+        config = dataclasses.replace(SMALL, norm=norm, num_layers=1, scan_layers=False)
+        variables, out = run(Stack(config, config.decoder), x)
+        p = variables["params"]["layer_0"]
+        mix = MultiHeadAttention(4, config.decoder)
+        mlp = MLP(64)
+
+        def attend(y, p=p, mix=mix):
+            return mix.apply({"params": p["self_attention"]}, y)
+
+        def feed(y, p=p, mlp=mlp):
+            return mlp.apply({"params": p["mlp"]}, y)
+
+        def ln(y):
+            mean, variance = y.mean(-1, keepdims=True), y.var(-1, keepdims=True)
+            return (y - mean) / jnp.sqrt(variance + 1e-6)
+
+        if norm == "pre":
+            y = x + attend(ln(x))
+            expected = ln(y + feed(ln(y)))
+        else:
+            y = ln(x + attend(x))
+            expected = ln(y + feed(y))
+        np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_scanned_and_unrolled_layers_compute_the_same():
+    text = tokens(2, 6)
+    scanned, unrolled = (
+        LanguageModel(dataclasses.replace(SMALL, scan_layers=scan)) for scan in (True, False)
+    )
+    variables, out = run(scanned, text)
+    params = dict(variables["params"])
+    layers = params["decoder"]["layers"]
+    params["decoder"] = {"norm": params["decoder"]["norm"]} | {
+        f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(2)
+    }
+    np.testing.assert_allclose(out, apply(unrolled, {"params": params}, text), atol=1e-5)
+
+
+def test_compiled_size_of_a_scanned_model_does_not_grow_with_depth():
+    def size(layers, scan):
+        model = LanguageModel(dataclasses.replace(SMALL, num_layers=layers, scan_layers=scan))
+        variables = jax.eval_shape(model.init, KEY, tokens(1, 4))
+        return len(jax.jit(model.apply).lower(variables, tokens(1, 4)).as_text())
+
+    assert size(12, True) < 1.05 * size(2, True)
+    assert size(12, False) > 3 * size(2, False)
+
+
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_remat_keeps_less_and_computes_the_same(scan):
+    text, kept, found = tokens(2, 32), [], []
+    for remat in (False, True):
+        config = dataclasses.replace(SMALL, num_layers=4, scan_layers=scan, remat_layers=remat)
+        model = LanguageModel(dataclasses.replace(config, dropout_rate=0.1))
+        variables = model.init(KEY, text)
+
+        def loss(variables, model=model):
+            logits = model.apply(variables, text, deterministic=False, rngs={"dropout": KEY})
+            return jnp.sum(jnp.sin(logits))
+
+        compiled = jax.jit(jax.grad(loss)).lower(variables).compile()
+        kept.append(compiled.memory_analysis().temp_size_in_bytes)
+        found.append(compiled(variables))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *found)
+    if scan:  # what is not scanned XLA's CPU compiler merges again
+        assert kept[1] < 0.75 * kept[0]
+    else:
+        assert "remat" in str(jax.make_jaxpr(jax.grad(loss))(variables))
+
+
+def test_a_language_model_does_not_look_ahead_and_counts_order():
+    model = LanguageModel(SMALL)
+    text = tokens(1, 8)
+    variables, logits = run(model, text)
+    changed = apply(model, variables, text.at[0, 5].add(1))
+    np.testing.assert_array_equal(logits[:, :5], changed[:, :5])
+    assert not np.allclose(logits[:, 5], changed[:, 5])
+    assert logits.shape == (1, 8, 11) and logits.dtype == jnp.float32
+
+
+def test_packed_documents_do_not_see_each_other():
+    mask = masks.Causal() & masks.Segments()
+    config = dataclasses.replace(SMALL, decoder=Mechanism(position=positions.RoPE(), mask=mask))
+    model = LanguageModel(config)
+    first, second = tokens(1, 4), tokens(1, 3) + 1
+    packed = jnp.concatenate([first, second], axis=1)
+    segments = jnp.array([[0] * 4 + [1] * 3])
+    at = jnp.array([[0, 1, 2, 3, 0, 1, 2]])
+    variables, logits = run(model, packed, segments=segments, positions=at)
+    alone = [apply(model, variables, x, segments=jnp.zeros_like(x)) for x in (first, second)]
+    np.testing.assert_allclose(logits, jnp.concatenate(alone, axis=1), atol=1e-5)
+
+
+def test_an_encoder_decoder_ignores_padding_and_sees_the_source():
+    model = EncoderDecoder(SMALL)
+    source, target, lengths = tokens(2, 6), tokens(2, 5), jnp.array([6, 3])
+    variables, logits = run(model, source, target, lengths)
+    assert logits.shape == (2, 5, 11)
+    padded = apply(model, variables, source.at[1, 4].add(1), target, lengths)
+    np.testing.assert_array_equal(logits, padded)
+    seen = apply(model, variables, source.at[1, 2].add(1), target, lengths)
+    np.testing.assert_array_equal(logits[0], seen[0])
+    assert not np.allclose(logits[1], seen[1])
+    memory = apply(model, variables, source, lengths, method="encode")
+    again = apply(model, variables, memory, target, lengths, method="decode")
+    np.testing.assert_allclose(logits, again, atol=1e-5)
+
+
+def test_an_encoder_sees_both_ways_up_to_the_length():
+    model = Encoder(SMALL)
+    text, lengths = tokens(1, 6), jnp.array([4])
+    variables, out = run(model, text, lengths)
+    assert out.shape == (1, 6, 16)
+    assert not np.allclose(out[:, 0], apply(model, variables, text.at[0, 3].add(1), lengths)[:, 0])
+    ignored = apply(model, variables, text.at[0, 4].add(1), lengths)
+    np.testing.assert_array_equal(out[:, :4], ignored[:, :4])
+
+
+def test_weights_of_all_layers_are_stacked():
+    model = EncoderDecoder(SMALL)
+    source, target = tokens(2, 6), tokens(2, 5)
+    variables, _ = run(model, source, target)
+    _, sown = apply(model, variables, source, target, mutable=("intermediates",))
+    decoder = sown["intermediates"]["decoder"]["layers"]
+    assert decoder["cross_attention"]["weights"][0].shape == (2, 2, 4, 5, 6)
+    assert decoder["self_attention"]["weights"][0].shape == (2, 2, 4, 5, 5)
+
+
+def test_bfloat16_computes_narrow_and_keeps_parameters_wide():
+    model = LanguageModel(dataclasses.replace(SMALL, dtype=jnp.bfloat16, init_stddev=0.1))
+    wide = LanguageModel(dataclasses.replace(SMALL, init_stddev=0.1))
+    text = tokens(1, 6)
+    variables, logits = run(model, text)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    assert logits.dtype == jnp.float32
+    exact = apply(wide, variables, text)
+    assert 0 < jnp.abs(logits - exact).max() < 0.05 * jnp.abs(exact).max()
+    _, sown = apply(model, variables, text, capture_intermediates=True, mutable=("intermediates",))
+    block = sown["intermediates"]["decoder"]["layers"]["__call__"][0]
+    assert block.dtype == jnp.bfloat16
+
+
+def test_tied_and_untied_output():
+    for tie, names in ((True, {"table"}), (False, {"table", "head"})):
+        model = LanguageModel(dataclasses.replace(SMALL, tie_embeddings=tie))
+        variables, _ = run(model, tokens(1, 3))
+        assert set(variables["params"]["embedding"]) == names
+
+
+def test_a_text_longer_than_the_learned_positions_is_refused():
+    config = dataclasses.replace(SMALL, decoder=Mechanism(position=positions.Learned(length=4)))
+    model = LanguageModel(config)
+    variables, _ = run(model, tokens(1, 4))
+    with pytest.raises(ValueError, match="no vector for position 4"):
+        jax.eval_shape(model.apply, variables, tokens(1, 5))
+
+
+def test_modules_of_equal_configs_are_equal():
+    assert LanguageModel(SMALL) == LanguageModel(dataclasses.replace(SMALL))
+    assert hash(LanguageModel(SMALL)) == hash(LanguageModel(dataclasses.replace(SMALL)))
+
+
+def test_the_nnx_example_learns_every_part(capsys):
+    example = runpy.run_path(str(ROOT / "examples/nnx_attention.py"))
+    example["main"]()
+    out = capsys.readouterr().out
+    for name in ("learned/position/table", "learned/score/query", "qkv/kernel", "out/kernel"):
+        assert name in out
+
+
+def test_the_nnx_example_agrees_with_the_linen_module():
+    from flax import nnx
+
+    path = ROOT / "examples/nnx_attention.py"
+    mechanism = Mechanism(position=positions.RoPE(), mask=masks.Causal())
+    module = runpy.run_path(str(path))["MultiHeadAttention"](16, 4, mechanism, rngs=nnx.Rngs(0))
+    x = jax.random.normal(KEY, (2, 5, 16))
+    kernels = jnp.split(module.qkv.kernel[...], 3, axis=1)
+    params = {n: {"kernel": k} for n, k in zip(("query", "key", "value"), kernels, strict=True)}
+    params["out"] = {"kernel": module.out.kernel[...]}
+    expected = MultiHeadAttention(4, mechanism).apply({"params": params}, x)
+    np.testing.assert_allclose(module(x), expected, atol=1e-6)

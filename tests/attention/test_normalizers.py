@@ -1,0 +1,256 @@
+"""Normalisers: each against its formula, the sparse ones with τ found by bisection."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attention import Mechanism, attend, masks, normalizers, scores
+from support.formulas import (
+    KEY_POSITIONS,
+    PLACES,
+    QUERY_POSITIONS,
+    D,
+    H,
+    S,
+    V,
+    by_hand,
+    check,
+    check_extremes,
+    inputs,
+    public_classes,
+    run,
+    same,
+    softmax,
+    weights,
+)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+# p: what the head has learned; s: the scores of the keys a query sees, n of them.
+
+
+def off_by_one(p, s):
+    return np.exp(s) / (1 + np.exp(s).sum())  # Miller 2023
+
+
+def learned_sink(p, s):
+    return np.exp(s) / (np.exp(p["sink"]) + np.exp(s).sum())
+
+
+def sigmoid(p, s):
+    return 1 / (1 + np.exp(-(s + p["bias"] - math.log(len(s)))))  # Ramapuram et al. 2024
+
+
+def squared_relu(p, s):
+    return np.maximum(s, 0) ** 2 / len(s)  # Hua et al. 2022
+
+
+def threshold(weights_at, s, top):
+    """τ in [top − 1, top] at which the weights, falling in τ, sum to 1."""
+    low, high = top - 1, top
+    for _ in range(55):
+        middle = (low + high) / 2
+        low, high = (middle, high) if weights_at(middle).sum() > 1 else (low, middle)
+    return weights_at(low)
+
+
+def sparsemax(p, s):
+    """Martins & Astudillo 2016, proposition 1."""
+    return threshold(lambda tau: np.maximum(s - tau, 0), s, s.max())
+
+
+def entmax15(p, s):
+    """Peters et al. 2019: [(α − 1) s − τ]₊^(1/(α − 1)) for α = 1.5."""
+    return threshold(lambda tau: np.maximum(s / 2 - tau, 0) ** 2, s, s.max() / 2)
+
+
+def hardmax(p, s):
+    return (s == s.max()) / (s == s.max()).sum()
+
+
+NORMALIZERS = {
+    "softmax": (normalizers.Softmax(), lambda p, s: softmax(s)),
+    "off by one": (normalizers.SoftmaxOffByOne(), off_by_one),
+    "learned sink": (normalizers.LearnedSink(), learned_sink),
+    "sigmoid": (normalizers.Sigmoid(), sigmoid),
+    "squared relu": (normalizers.SquaredReLU(), squared_relu),
+    "sparsemax": (normalizers.Sparsemax(), sparsemax),
+    "entmax": (normalizers.Entmax15(), entmax15),
+    "hardmax": (normalizers.Hardmax(), hardmax),
+}
+SUM_TO_ONE = ["softmax", "sparsemax", "entmax", "hardmax"]
+
+
+def test_every_normalizer_is_here():
+    tested = {type(normalizer) for normalizer, _ in NORMALIZERS.values()}
+    assert public_classes(normalizers) <= tested
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_formula_and_gradients(name):
+    """Under a causal mask, so that the rows differ in the number of keys they see."""
+    normalizer, formula = NORMALIZERS[name]
+
+    def attended(x):
+        def row(p, q, keys, b, t, h):
+            visible = KEY_POSITIONS[b] <= QUERY_POSITIONS[b, t]
+            return np.where(visible, keys @ q / math.sqrt(D) + x["bias"][b, h, t], -np.inf)
+
+        return by_hand(x, row, lambda p, s: formula(p["normalizer"], s))
+
+    mechanism = Mechanism(mask=masks.Causal(), normalizer=normalizer)
+    # The derivative of hardmax is 0 wherever it has one: only the values learn.
+    flat = ("query", "key", "bias") if name == "hardmax" else ()
+    check(mechanism, attended, flat=flat, bias=True)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_extremes(name, dtype):
+    check_extremes(Mechanism(scores.Dot(), normalizer=NORMALIZERS[name][0]), dtype, **PLACES)
+
+
+def of_scores(normalizer, s, params=None):
+    """Weights of one row of scores."""
+    mechanism = Mechanism(normalizer=normalizer)
+    params = {"score": {}, "position": {}, "normalizer": params or {}}
+    s = np.asarray(s, float)
+    query, key = np.zeros((1, 1, D)), np.zeros((len(s), 1, D))
+    aux = attend(mechanism, params, query, key, key, bias=s, aux=("weights",))[1]
+    return np.asarray(aux["weights"])[0, 0]
+
+
+@pytest.mark.parametrize("name", SUM_TO_ONE)
+def test_long_rows_sum_to_one(name):
+    normalizer, formula = NORMALIZERS[name]
+    s = np.random.default_rng(0).normal(size=200) * 3
+    found = of_scores(normalizer, s)
+    same(found, formula({}, s))
+    same(found.sum(), 1)
+    if name in ("sparsemax", "entmax"):
+        assert 1 < np.sum(found > 0) < 20 and np.sum(found == 0) > 180
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "sparsemax", "entmax", "hardmax"])
+def test_equal_scores_have_equal_weights(name):
+    """Also in the derivative: of ties no key is preferred."""
+    normalizer, formula = NORMALIZERS[name]
+    mechanism = Mechanism(normalizer=normalizer)
+    params = mechanism.init(jax.random.key(0), num_heads=1, head_dim=D)
+    key = np.zeros((S, 1, D))
+
+    @jax.jit
+    def slope(bias):
+        def top_weight(bias):
+            query = np.zeros((1, 1, D))
+            aux = attend(mechanism, params, query, key, key, bias=bias, aux=("weights",))[1]
+            return aux["weights"][0, 0, 0], aux["weights"][0, 0]
+
+        return jax.grad(top_weight, has_aux=True)(bias)
+
+    p = jax.tree.map(lambda x: x[0], params["normalizer"])
+    gradient, found = slope(np.full(S, 0.5))
+    same(found, formula(p, np.full(S, 0.5)))
+    assert np.ptp(found) == 0
+    np.testing.assert_allclose(gradient[1:], gradient[1], rtol=0, atol=1e-12)
+
+
+def swapped(x, normalizer):
+    """The same inputs for a normaliser that has learned something else."""
+    return {**x, "params": {**x["params"], "normalizer": normalizer}}
+
+
+@pytest.mark.parametrize(
+    "sink, same_as",
+    [(-np.inf, normalizers.Softmax()), (0.0, normalizers.SoftmaxOffByOne())],
+    ids=["softmax", "off by one"],
+)
+def test_sinks_at_both_ends(sink, same_as):
+    """Also for a row that sees nothing, which sends no NaN back."""
+    mechanism = Mechanism(mask=masks.Causal(), normalizer=normalizers.LearnedSink())
+    x = swapped(inputs(mechanism), {"sink": jnp.full(H, sink)})
+    places = {"query_positions": np.array([3, 1, 0]), "key_positions": np.array([1, 2, 3, 4])}
+
+    @jax.jit
+    def slopes(x):
+        def functional(x):
+            out = run(mechanism, x, **places)
+            return jnp.sum(out**2), out
+
+        return jax.grad(functional, has_aux=True)(x)
+
+    gradients, out = slopes(x)
+    expected = run(Mechanism(mask=masks.Causal(), normalizer=same_as), swapped(x, {}), **places)
+    same(out, expected)
+    for leaf in jax.tree.leaves(gradients):
+        assert np.isfinite(leaf).all()
+
+
+def test_a_sink_of_infinity_takes_everything():
+    found = of_scores(normalizers.LearnedSink(), [1.0, 2.0], {"sink": np.array([np.inf])})
+    np.testing.assert_array_equal(found, 0)
+
+
+def test_hardmax_is_softmax_at_temperature_zero():
+    cold = Mechanism(scores.Scale(scores.Dot(), 1e3))
+    hard = Mechanism(scores.Dot(), normalizer=normalizers.Hardmax())
+    x = inputs(hard)
+    same(weights(hard, x), weights(cold, x))
+
+
+def test_hardmax_looks_up():
+    """A query that equals a key gets that key's value, whole: a dictionary."""
+    keys = np.eye(D)[:, None]
+    values = np.random.default_rng(0).normal(size=(D, 1, V))
+    params = {"score": {}, "position": {}, "normalizer": {}}
+    mechanism = Mechanism(normalizer=normalizers.Hardmax())
+    found = attend(mechanism, params, keys[[4, 0, 4]], keys, values)
+    np.testing.assert_array_equal(found, values[[4, 0, 4]])
+
+
+def test_hardmax_shares_between_ties():
+    found = of_scores(normalizers.Hardmax(), [1.0, 3.0, -2.0, 3.0, 3.0, 0.0])
+    np.testing.assert_allclose(found, [0, 1 / 3, 0, 1 / 3, 1 / 3, 0], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["sparsemax", "entmax"])
+def test_a_gap_makes_one_hot(name):
+    """A lead of 1 (sparsemax) or 2 (1.5-entmax) leaves nothing for the others."""
+    gap = {"sparsemax": 1.0, "entmax": 2.0}[name]
+    normalizer = NORMALIZERS[name][0]
+    np.testing.assert_array_equal(of_scores(normalizer, [gap + 1e-9, 0, 0]), [1, 0, 0])
+    assert of_scores(normalizer, [gap - 1e-3, 0, 0])[1] > 0
+
+
+@pytest.mark.parametrize("name", SUM_TO_ONE)
+def test_a_constant_changes_nothing(name):
+    """Weights that sum to one depend on the differences of the scores alone."""
+    s = np.array([0.3, -1.0, 0.9, 0.2])
+    normalizer = NORMALIZERS[name][0]
+    found, expected = of_scores(normalizer, s + 2), of_scores(normalizer, s)
+    same(found, expected)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "squared relu"])
+def test_no_competition(name):
+    """A weight depends on its own score and on how many keys there are, not on the other scores."""
+    normalizer = NORMALIZERS[name][0]
+    p = {"bias": np.zeros(1)} if name == "sigmoid" else {}
+    one, other = of_scores(normalizer, [0.5, 9, 2], p), of_scores(normalizer, [0.5, 1, -3], p)
+    assert one[0] == other[0] > 0
+
+
+def test_starting_values():
+    for normalizer, name in ((normalizers.LearnedSink(), "sink"), (normalizers.Sigmoid(), "bias")):
+        assert normalizer.init(jax.random.key(0)) == {name: 0}
+    # So that n keys of score 0 share a weight of about 1.
+    found = of_scores(normalizers.Sigmoid(), np.zeros(99), {"bias": np.zeros(1)})
+    same(found, 1 / 100)

@@ -1,0 +1,366 @@
+"""The launcher, as its user runs it: sweeps, resuming, failures, mistakes."""
+
+import csv
+import runpy
+import sys
+import time
+
+import pytest
+from absl.flags import Error, FlagValues
+from ml_collections import config_flags
+
+from experiments.config import claims, settings, sweep
+from experiments.launch import cli, progress
+from experiments.storage import paths
+from experiments.training import loop
+from support.helpers import one_line
+from support.launching import ROOT, ablate
+
+
+def test_a_sweep_from_start_to_report(config, tmp_path):
+    work = tmp_path / "work"
+    first = ablate(f"--config={config}", f"--workdir={work}")
+    assert first.returncode == 1 and "Traceback" not in first.stderr
+    last = first.stderr.strip().splitlines()[-1]
+    assert last == "error: 1 of 3 cells failed; --retry_failed tries them again"
+    assert "[3/3] base.rate" in first.stdout and "failed: FloatingPointError" in first.stdout
+    rows = list(csv.DictReader((work / "results.csv").read_text().splitlines()))
+    assert {row["cell"] for row in rows} == {
+        "base", "base.position=none", "base.rate=1e+30,0",
+    }  # fmt: skip
+    assert {row["status"] for row in rows} == {"done", "failed"}
+    page = (work / "report.html").read_text()
+    assert "position=none" in page and "FloatingPointError" in page
+    assert (work / "cells/base.rate=1e+30,0/traceback.txt").exists()
+    assert list((work / "plots").glob("*.png"))
+    assert "I1" not in first.stderr, "libraries' logs are silenced"
+
+    times = {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()}
+    began = time.monotonic()
+    second = ablate(f"--config={config}", f"--workdir={work}")
+    assert second.returncode == 1 and "all 3 cells were done already" in second.stdout
+    assert "1 of 3 cells failed" in second.stderr
+    assert time.monotonic() - began < 60
+    assert times == {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()}
+
+    other = ablate(f"--config={config}", f"--workdir={work}", "--config.model.num_heads=1")
+    assert other.returncode == 1
+    assert other.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "model.num_heads is 2 there, 1 here" in other.stderr
+    assert times == {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()}
+
+
+MISTAKES = [
+    (["--config.train.seeds=0"], "train.seeds=0 must be a whole number of at least 1"),
+    (["--config.model.num_head=3"], "no setting 'num_head'; did you mean 'num_heads'?"),
+    (["--config.model.num_heads=many"], "invalid literal for int()"),
+    (["--config.model.num_heads=3"], "num_heads must divide model_dim"),
+    (["--config.model.score=aditive"], "unknown 'aditive'; known are Additive"),
+    (["--config.task.path=missing.txt"], "no setting 'path'"),
+    (["--sweep=colour"], "has no sweep_colour; it has position, rate"),
+    (["stray"], "cannot use 'stray'"),
+    (["--config.model.rnn.cell=lstm"], "is read only with model.architecture='rnn'"),
+    (["--max_minutes=nan"], "--max_minutes=nan: must be a finite number of at least 0"),
+    (["--workers=-1"], "--workers=-1: must be a whole number of at least 0"),
+    (["--halving=1"], "--halving=1: must be 0 or a whole number of at least 2"),
+    (["--executor=ray", "--resources=num_gpus=-1"], "--resources=num_gpus=-1 must be a finite"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [MISTAKES[0], *(pytest.param(*x, marks=pytest.mark.slow) for x in MISTAKES[1:])],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(config, tmp_path, flags, message):
+    work = tmp_path / "work"
+    done = ablate(f"--config={config}", f"--workdir={work}", *flags)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last, done.stderr
+    assert "Traceback" not in done.stderr and not work.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module, flags, message", [
+    ("train", ["--process_id=1"], "go with --coordinator=host:port"),
+    ("train", ["--coordinator=localhost:1", "--num_processes=2", "--process_id=2"],
+     "--process_id=2 must be below --num_processes=2"),
+    ("train", ["--config.model.norm=middle"], "model.norm='middle' must be one of pre, post"),
+    ("trained", ["--output=out", "--seed=-1"], "--seed=-1: must be a whole number of at least 0"),
+    ("translate", ["--text=a", "--beam_size=0"], "--beam_size=0: must be a whole number of at"),
+    ("translate", ["--text=a", "--input=b"], "--text and --input both say what to translate"),
+    ("translate", ["--text=a", "--layer=1"], "say what to draw: give --heatmap"),
+    ("report", ["--watch", "--port=70000"], "--port=70000: must be a whole number from 0 to 65535"),
+    ("benchmark", ["--threshold=nan"], "--threshold=nan: must be a finite number above 0"),
+    ("benchmark", ["--config.rounds=0"], "rounds=0 must be a whole number of at least 1"),
+])  # fmt: skip
+def test_a_mistake_in_another_command_is_one_line(config, tmp_path, module, flags, message):
+    flags = [f"--config={config}", *flags] if module == "train" else flags
+    done = ablate(*flags, f"--workdir={tmp_path / 'work'}", module=module)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last and not (tmp_path / "work").exists()
+
+
+@pytest.mark.slow
+def test_mistakes_about_files(tmp_path):
+    quick = ROOT / "configs/quickstart.py"
+    for flags, message in [
+        ((f"--config={tmp_path}/none.py",), "none.py"),
+        ((f"--config={quick}", "--config.task.path=no_such.txt", "--sweep="), "no_such.txt"),
+    ]:
+        done = ablate(*flags, f"--workdir={tmp_path / 'work'}")
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ") and message in last
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    done = ablate(f"--config={quick}", f"--config.task.path={short}", f"--workdir={tmp_path / 'w'}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_dry_run_lists_the_cells_and_writes_nothing(config, tmp_path):
+    flags = (f"--config={config}", f"--workdir={tmp_path / 'work'}")
+    done = ablate(*flags, "--dry_run", "--product")
+    assert done.returncode == 0, done.stderr
+    assert "base.position×rate=" in done.stdout and "1 cells of 2 seeds" in done.stdout
+    assert not (tmp_path / "work").exists()
+
+
+def test_train_runs_one_config_and_prints_its_metrics(config, tmp_path):
+    flags = [f"--config={config}", f"--workdir={tmp_path / 'one'}"]
+    done = ablate(*flags, module="train")
+    assert done.returncode == 0, done.stderr
+    assert "validation/accuracy: " in done.stdout and (tmp_path / "one/result.json").exists()
+    wrong = ablate(*flags, "--config.train.steps=21", module="train")
+    assert wrong.returncode == 1 and "train.steps is 20 there, 21 here" in wrong.stderr
+
+
+def base():
+    return settings.config("recall")
+
+
+def test_one_axis_at_a_time_around_every_base():
+    bases = {"a": {}, "b": {"model.num_layers": 1}}
+    axes = {
+        "score": [{"model.score": "dot"}, {"model.score": "scaled_dot"}],
+        "heads": [{"model.num_heads": 2, "base": "b"}],
+    }
+    cells = {cell.id: cell for cell in sweep.expand(base(), bases, axes)}
+    assert list(cells) == ["a", "a.score=dot", "b", "b.score=dot", "b.heads=2"]
+    assert cells["b.heads=2"].config.model.num_layers == 1
+    assert cells["b.heads=2"].config.model.num_heads == 2
+    assert cells["a.score=dot"].overrides == {"model.score": "dot"}
+    assert (cells["b"].axis, cells["b.heads=2"].axis) == (None, "heads")
+
+
+def test_the_product_of_axes_has_every_combination():
+    axes = {
+        "score": [{"model.score": s} for s in ("dot", "scaled_dot")],
+        "heads": [{"model.num_heads": h} for h in (1, 2, 4)],
+    }
+    cells = sweep.expand(base(), {"base": {}}, axes, product=True)
+    pairs = {(c.config.model.score, c.config.model.num_heads) for c in cells}
+    assert len(cells) == 6 and len(pairs) == 6
+    assert {cell.axis for cell in cells} == {"score×heads"}
+
+
+def test_the_users_flags_hold_in_every_base():
+    bases = {"a": {}, "b": {"train.steps": 7}}
+    cells = sweep.expand(base(), bases, {}, given={"train.steps": 3})
+    assert [cell.config.train.steps for cell in cells] == [3, 3]
+
+
+def test_overrides_check_names_and_types():
+    for change, message in [
+        ({"model.scor": "dot"}, 'Did you mean "score"'),
+        ({"modle.score": "dot"}, "modle"),
+        ({"model.num_heads": "four"}, "must be int, like 4; got 'four'"),
+        ({"task": {"name": "recal"}}, "unknown task 'recal'; choose from recall"),
+        ({"model.num_heads.x": 3}, "model.num_heads.x is no setting: model.num_heads has none"),
+        ({"model": {"num_heads": 3}}, "model is a group of settings: change one of architecture"),
+        ({3: 4}, "3"),
+        ({"task": "text"}, "task='text' must be a dict with the 'name' of a task"),
+        ({"task": {"context": 3}}, "must be a dict with the 'name' of a task"),
+        ({"task": None}, "must be a dict with the 'name' of a task"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            settings.override(base(), change)
+    changed = settings.override(base(), {"task": {"name": "text", "context": 9}})
+    assert (changed.task.name, changed.task.context) == ("text", 9)
+    assert base().task.name == "recall"
+
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
+EXPERIMENTS = [(path,) for path in CONFIGS if path.stem not in ("benchmark", "cell")]
+EXPERIMENTS += [(ROOT / "configs/transduction.py", task) for task in ("reverse", "sort")]
+EXPERIMENTS += [
+    (ROOT / "configs/translation.py", name) for name in ("rnn", "rnn_no_attention", "tiny")
+]
+
+
+def test_two_values_of_one_name_are_told():
+    masks = ("causal & sliding_window(8)", "causal | sliding_window(8)")
+    with pytest.raises(ValueError, match="would both be called base.mask=causal_sliding_window"):
+        sweep.expand(base(), {"base": {}}, {"mask": [{"model.mask": mask} for mask in masks]})
+
+
+def test_two_spellings_of_a_part_are_one_value():
+    def cells(*positions, start="rope"):
+        axes = {"position": [{"model.position": position} for position in positions]}
+        return sweep.expand(base(), {"base": {"model.position": start}}, axes)
+
+    for same in ("RoPE()", "rope(base=10000)", " Rope"):
+        assert [cell.id for cell in cells(same, "none")] == ["base", "base.position=none"]
+    with one_line(ValueError, "the values rope and RoPE() of position are the same"):
+        cells("rope", "alibi", "RoPE()", start="none")
+    heads = [{"model.num_kv_heads": 4}, {"model.mlp_dim": 256}, {"model.num_kv_heads": 2}]
+    found = sweep.expand(base(), {"base": {}}, {"sizes": heads})
+    assert [cell.id for cell in found] == ["base", "base.sizes=2"], "4 and 256 are the defaults"
+
+
+def test_a_long_value_names_a_folder_that_can_be_made(tmp_path):
+    masks = [" | ".join(f"sliding_window({n + i})" for i in range(30)) for n in (1, 2)]
+    cells = sweep.expand(base(), {"base": {}}, {"mask": [{"model.mask": mask} for mask in masks]})
+    names = {cell.id for cell in cells}
+    assert len(names) == 3 and paths.file_name("a" * 255) == "a" * 255
+    for name in (*names, paths.file_name("ä" * 300, 200) + ".png"):
+        (tmp_path / name).mkdir()
+
+
+def test_a_variant_that_nothing_reads_is_no_cell_but_an_error():
+    with one_line(ValueError, "model.rnn.cell='lstm' is read only with model.architecture='rnn'"):
+        sweep.expand(base(), {"base": {}}, {"cell": [{"model.rnn.cell": "lstm"}]})
+    rnn = settings.override(settings.config("copy"), {
+        "model.architecture": "rnn", "model.score": "dot", "model.position": "none",
+    })  # fmt: skip
+    none = {"model.rnn.attention": "none"}
+    assert len(sweep.expand(rnn, {"base": {}}, {"attention": [none]})) == 2, "score is inherited"
+    for bases, given in (({"base": none}, {"model.score": "cosine"}), ({"base": {}}, None)):
+        axes = {} if given else {"score": [none | {"model.score": "cosine"}]}
+        with one_line(ValueError, "model.score='cosine' is read only with attention, not"):
+            sweep.expand(rnn, bases, axes, given=given)
+
+
+@pytest.mark.parametrize("code, message", [
+    ("def sweep_x(): return None", "sweep_x() must yield its values or return a list of them"),
+    ("def sweep_x(): yield None", "sweep_x() must yield dicts of overrides"),
+    ("def sweep_x(): return {'model.num_heads': 8}", "sweep_x() must yield its values"),
+    ("def sweep_x(): yield {'base': 'txt', 'model.num_heads': 8}", "'txt'; the bases are base"),
+    ("def sweep_x(): yield from ()", "sweep_x() has no values for this config"),
+    ("def sweep_x(): yield {'train.steps': 0}", "train.steps=0 must be a whole number of at least"),
+    ("def bases(): return None", "bases() must return a dict of overrides by name"),
+    ("def bases(): return {}", "bases() names no base"),
+    ("def bases(): return {'..': {}}", "the base '..' cannot name a folder"),
+    ("def bases(): return {'a b': {}, 'a/b': {}}", "the base 'a/b' cannot name a folder"),
+    ("def claims(): return None", "claims() must yield its values or return a list of them"),
+    ("def claims(): yield 'rope'", "claims() must yield `less` or `equal`; got 'rope'"),
+])  # fmt: skip
+def test_what_a_config_file_returns_is_checked(tmp_path, code, message):
+    path = tmp_path / "config.py"
+    path.write_text(code)
+    with one_line(ValueError, message):
+        bases, axes, _ = sweep.load(str(path), "x" if "sweep" in code else "", base())
+        sweep.expand(base(), bases, axes)
+
+
+@pytest.mark.parametrize("place, message", [
+    ("configs/recall.py:smoke", "error: configs/recall.py takes no argument; got 'smoke'"),
+    ("configs/reference/heads.py:", "error: configs/reference/heads.py takes no argument; got ''"),
+    ("configs/cell.py", "error: configs/cell.py needs an argument: --config=configs/cell.py:arg"),
+    ("configs/transduction.py:recall", "takes :copy, :reverse, :sort; got 'recall'"),
+    ("configs/translation.py:big", "takes :transformer, :rnn, :rnn_no_attention, :tiny; got 'big'"),
+    ("configs/benchmark.py:slow", "takes :quick, :kernels, "),
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:the load_module")  # by ml_collections
+def test_an_argument_that_a_config_does_not_know_is_an_error(place, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    own = FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=own, sys_argv=[])
+    with pytest.raises(Error) as info:
+        own(["ablate", f"--config={place}"])
+    with pytest.raises(SystemExit) as status:
+        cli.fail(info.value)
+    error = capsys.readouterr().err
+    assert status.value.code == 1 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["train", pytest.param("ablate", marks=pytest.mark.slow)])
+def test_a_config_that_returns_none_and_none_at_all(module, config, tmp_path):
+    config.write_text("def get_config(): pass")
+    for flags, message in (
+        ([f"--config={config}"], "get_config() must return what settings.config(task) does"),
+        ([], "--config says what to train: give a file such as those in configs/"),
+    ):
+        done = ablate(*flags, f"--workdir={tmp_path / 'work'}", module=module)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert done.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
+        assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_trained_again_loses_nothing(config, tmp_path):
+    command = (f"--config={config}", "--sweep=rate", f"--workdir={tmp_path / 'work'}")
+    assert ablate(*command).returncode == 1
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    wrong = ablate(*command, "--retry_failed", "--config.mesh=data:3")
+    assert wrong.returncode == 1 and "must be a multiple of data:3" in wrong.stderr
+    assert files == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_a_value_may_have_a_name_of_its_own():
+    change = {"name": "wide", "model.model_dim": 16, "model.init_stddev": 0.25}
+    cells = sweep.expand(base(), {"base": {}}, {"width": [change]})
+    assert [cell.id for cell in cells] == ["base", "base.width=wide"]
+    assert cells[1].value == "wide" and list(cells[1].overrides) == [*change][1:]
+    assert (cells[1].config.model.model_dim, cells[1].config.model.init_stddev) == (16, 0.25)
+
+
+@pytest.mark.parametrize("given", EXPERIMENTS, ids=lambda x: ":".join([x[0].stem, *x[1:]]))
+def test_every_config_in_the_repository_is_sound(given):
+    path, *arguments = given
+    module = runpy.run_path(str(path))
+    config = module["get_config"](*arguments)
+    bases, axes, expected = sweep.load(str(path), "all", config)
+    cells = sweep.expand(config, bases, axes)
+    ids = {cell.id for cell in cells}
+    for claim in expected:
+        assert claims.cells(claim) <= ids, claim.says
+    assert len(expected) >= 4 * (path.parent.name == "reference")
+    checked = set()
+    for cell in cells:
+        loop.build(cell.config)
+        if cell.base not in checked:  # tracing each of them would take long
+            loop.check(cell.config)
+            checked.add(cell.base)
+    assert module["__doc__"].count("python -m experiments.") or "make " in module["__doc__"]
+
+
+def test_the_quickstart_has_the_cells_it_promises():
+    path = ROOT / "configs/quickstart.py"
+    config = runpy.run_path(str(path))["get_config"]()
+    bases, axes, _ = sweep.load(str(path), "all", config)
+    cells = sweep.expand(config, bases, axes)
+    assert len(cells) >= 16 and config.train.seeds == 3
+    assert {c.config.task.name for c in cells} == {"text", "recall"}
+    assert {"score", "heads", "position"} <= {c.axis for c in cells}
+
+
+def test_progress_is_plain_lines_in_a_pipe_and_a_bar_on_a_terminal(capsys, monkeypatch):
+    def show():
+        with progress.Progress(cells=2) as bar:
+            cell = bar.cell("text")
+            cell.start(steps=10)
+            cell.step(5, loss=1.25)
+            time.sleep(0.3)  # the bar is drawn ten times a second
+            cell.finish("done [3 seeds]")
+
+    show()
+    assert capsys.readouterr().out == "[1/2] text: done [3 seeds]\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    show()
+    shown = capsys.readouterr().out
+    assert "1.250" in shown and "left" in shown and "done [3 seeds]" in shown

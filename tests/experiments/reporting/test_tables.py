@@ -1,0 +1,72 @@
+"""Tables of a report for papers: Markdown and LaTeX."""
+
+from experiments.analysis import comparisons, run_directory
+from experiments.config.claims import equal, less
+from experiments.reporting import page, tables
+from support.runs import CELLS, DISAGREE, LONGER, SCRIPT, write_run
+
+
+def load(path, *args, **kwargs):
+    experiment = run_directory.load(write_run(path, *args, **kwargs))
+    return experiment, comparisons.summarize(experiment)
+
+
+def test_latex_has_a_row_a_cell_and_bold_what_is_best(tmp_path):
+    _, rows = load(tmp_path, CELLS[:4])
+    text = tables.latex(rows)
+    assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 1
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(lines) == 1 + 4 and {line.count("&") for line in lines} == {8}
+    assert r"\begin{tabular}{lrrrrrrrr}" in text
+    assert r"score=additive & \textbf{2.000 $\pm$ 0.237} & $-$0.100 $\pm$ 0.025* & 0.007" in text
+    assert r"text (base) & 2.100 $\pm$ 0.248 & " in text  # which is the best
+    assert r"score=$<$script$>$x & 2.400 $\pm$ " in text and text.count("textbf") == 1
+    assert SCRIPT not in text and r"\_" in tables._escape("a_b")
+
+
+def test_markdown_tells_findings_cells_claims_and_how(tmp_path):
+    claims = [
+        less("text.score=b", "text.score=a", says="b | beats a"),
+        equal("text", "text.score=a", within=0.01, says="a is as good"),
+    ]
+    experiment, _ = load(tmp_path, DISAGREE, claims=claims)
+    text = tables.markdown([experiment])
+    assert "## text\n\n- **score:** a did best on validation; on test it is worse" in text
+    assert "| score=a | 3.303 ± 0.249 | +0.203 ± 0.014* | <0.001 |" in text
+    assert r"| b \| beats a | `text.score=b` and `text.score=a` | +0." in text
+    assert "| > 0 | <0.001 | holds |" in text and "| within ±0.01 |" in text
+    assert "| contradicted |" in text
+    assert f"    {experiment.command}" in text and "jax 0.10.2" in text
+    lines = [line.replace(r"\|", "") for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {10, 7}  # of both tables
+
+
+def test_what_was_reached_on_other_splits_has_a_table(tmp_path):
+    experiment, rows = load(tmp_path / "longer", LONGER)
+    assert tables.splits_table(rows) == [
+        ["cell", "validation/loss", "length_64/loss"],
+        ["text (base)", "2.100 ± 0.248", "3.200 ± 0.497"],
+        ["position=b", "2.100 ± 0.248", "2.500 ± 0.000"],
+    ]
+    assert "| position=b | 2.100 ± 0.248 | 2.500 ± 0.000 |" in tables.markdown([experiment])
+    for number, cells in enumerate([CELLS, DISAGREE]):  # what they have is in their main table
+        assert tables.splits_table(load(tmp_path / str(number), cells)[1]) == []
+
+
+def test_the_best_is_the_highest_where_higher_is_better_and_no_diverged_cell(tmp_path):
+    recall = [*CELLS[-3:], ("recall", "position", "nan", {}, [0.99, float("nan"), 0.99])]
+    _, rows = load(tmp_path, recall)
+    assert tables.best(rows) == {"recall.position=learned"}
+    assert tables.best([row for row in rows if row.cell.value == "nan"]) == set()
+
+
+def test_tables_of_failed_and_missing_cells(tmp_path):
+    text = tables.markdown([load(tmp_path)[0]])
+    assert "| position=none |  |  |  |" in text and "| failed |" in text
+    assert "| heads=8 |  |  |  |" in text and "| not run |" in text
+
+
+def test_a_report_writes_its_tables(tmp_path):
+    page.write_report(write_run(tmp_path, [CELLS[0], CELLS[-3]], layers=1, heads=1))
+    assert {path.name for path in (tmp_path / "tables").iterdir()} == {"text.tex", "recall.tex"}
+    assert (tmp_path / "report.md").read_text("utf-8").startswith("## text\n")

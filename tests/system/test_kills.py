@@ -1,0 +1,78 @@
+"""A launcher killed with -9 at any instant, again and again, ends in the bits of a quiet one."""
+
+import random
+import signal
+import time
+
+import psutil
+import pytest
+
+from support.kills import finish, launch, left, quiet
+
+# What a file or folder of that name means that appears in the work directory.
+INSTANTS = {
+    "sweep": "sweep.json",
+    "lease": "cells/*/lease.json",  # it compiles
+    "save": "cells/*/checkpoints/*orbax-checkpoint-tmp*",
+    "saved": "cells/*/checkpoints/[0-9]*",
+    "result": "cells/*/.result.json.*",
+    "attention": "cells/*/.attention.npz.*",
+    "done": "cells/*/result.json",
+    "report": ".results.csv.*",
+    "plots": "plots/*",
+    "page": ".report.html.*",
+}
+
+
+def kill(config, work, instant, seconds, sweep=None):
+    """Starts the launcher and kills it when something new shows, or after some seconds.
+
+    Returns whether that came before its end.
+    """
+    process = launch(config, work, sweep)
+    seen = set(work.glob(INSTANTS[instant])) if instant else set()
+    until = time.monotonic() + seconds
+    while process.poll() is None:
+        if instant and set(work.glob(INSTANTS[instant])) - seen:
+            break
+        if not instant and time.monotonic() > until:
+            break
+        time.sleep(0.0005)
+    early = process.poll() is None
+    family = psutil.Process(process.pid).children(recursive=True) if early else []
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not psutil.wait_procs(family, timeout=20)[1], "they end with the launcher"
+    return early
+
+
+def test_killed_while_it_compiles_saves_and_writes_it_ends_in_the_same_bits(tmp_path):
+    config, expected, _ = quiet(tmp_path, "position")
+    work = tmp_path / "cut"
+    for instant in ("sweep", "lease", "save", "done", "plots"):
+        assert kill(config, work, instant, 0, "position"), instant
+    finish(launch(config, work, "position"))
+    assert left(work) == expected
+    assert not list(work.glob("cells/*/checkpoints/*tmp*"))
+
+
+@pytest.mark.slow
+def test_killed_a_hundred_times_at_random_it_ends_in_the_same_bits(tmp_path):
+    config, expected, _ = quiet(tmp_path)
+    began = time.monotonic()
+    finish(launch(config, tmp_path / "again"))  # its programs are kept by now
+    duration = time.monotonic() - began
+    rng = random.Random(0)
+    kills, sweeps = 0, 0
+    while kills < 100:
+        sweeps += 1
+        work = tmp_path / f"sweep{sweeps}"
+        over = False
+        while kills < 100 and not over:
+            instant = rng.choice([None, None, None, None, *INSTANTS])
+            early = kill(config, work, instant, rng.uniform(0.1, 0.8) * duration)
+            kills += early
+            over = not early and (work / "report.html").exists()
+            print(kills, sweeps, instant, early, flush=True)
+        finish(launch(config, work))
+        assert left(work) == expected, f"sweep {sweeps}, after {kills} kills"
