@@ -11,8 +11,7 @@ import numpy as np
 from experiments import tasks
 from experiments.reporting import plots
 from experiments.storage import paths
-from experiments.training import attention_stats, loop, trained
-from experiments.training.compilation import translator
+from experiments.training import attention_stats, decode, trained
 
 
 class Translator(trained.Trained):
@@ -39,14 +38,14 @@ class Translator(trained.Trained):
         return {"source": source, "source_lengths": np.array([len(r) for r in rows], np.int32)}
 
     def tokens(self, texts: Sequence[str], **search: Any) -> np.ndarray:
-        """Token ids [n, T] of the translations; `search` are fields of `compilation.Decoding`."""
+        """Token ids [n, T] of the translations; `search` are fields of `decode.Decoding`."""
         batch = self.encode(texts)
-        decoding = loop.decoding(self.config, self.task, beam=True)
+        decoding = decode.from_config(self.config, self.task, beam=True)
         if not _has_table(self.config):
             decoding = decoding._replace(max_length=2 * batch["source"].shape[1] + 16)
         decoding = decoding._replace(**search)
         one, seeds = (lambda x: jax.tree.map(lambda leaf: leaf[None], x)), "map"
-        translate = translator(self.model, decoding, seeds)
+        translate = decode.translator(self.model, decoding, seeds)
         return np.asarray(translate(one(self.params), one(batch)))[0, 0]
 
     def __call__(self, texts: Sequence[str], **search: Any) -> list[str]:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from experiments.config import settings
 from experiments.storage import mirrors, paths
 from experiments.training import checkpoints, loop
+from experiments.training.steps import final_params
 
 
 class Trained(NamedTuple):
@@ -54,7 +55,7 @@ def load(workdir: str | Path, seed: int = 0) -> Trained:
         raise ValueError(f"seed {seed} of {config.train.seeds}: the first is 0")
     with mirrors.checkpoint(workdir) as directory:
         state = checkpoints.read_state(directory)
-    params = jax.tree.map(lambda x: jnp.asarray(x[seed]), loop.final_params(state))
+    params = jax.tree.map(lambda x: jnp.asarray(x[seed]), final_params(state))
     return Trained(config, task, model, params)
 
 

@@ -1,7 +1,10 @@
 """What imports what: the library little, rooms those below them, no module itself."""
 
 import ast
+import configparser
 import graphlib
+import importlib.metadata
+import re
 import subprocess
 import sys
 
@@ -172,3 +175,20 @@ def test_no_module_imports_itself_by_way_of_others(package):
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+
+
+def test_what_is_imported_is_declared():
+    """Also what another package brings today."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    declared = {re.split(r"[\[<>=]", line)[0] for text in lines for line in text.split()}
+    declared = {name.lower().replace("_", "-") for name in declared}
+    packages = importlib.metadata.packages_distributions()
+    # Of this project, or of Python 3.14 and what an error tells to install before.
+    others = sys.stdlib_module_names | {"attention", "experiments", "compression", "zstandard"}
+    for path in SOURCES:
+        if path.relative_to(ROOT).parts[0] in ("attention", "experiments"):
+            for name in {name.partition(".")[0] for name in imports(path)} - others:
+                names = {each.lower().replace("_", "-") for each in packages.get(name, [name])}
+                assert names & declared, f"{path} imports {name}: declare it in setup.cfg"

@@ -13,7 +13,7 @@ from experiments.config import settings
 from experiments.reporting import translations
 from experiments.storage import paths
 from experiments.training import attention_maps, checkpoints, loop
-from experiments.training.compilation import better
+from experiments.training.steps import keep_best
 from support.helpers import Silent, one_line
 
 
@@ -68,7 +68,7 @@ def test_the_best_parameters_of_each_seed_are_kept(trained):
 
 def test_only_the_seeds_that_are_better_replace_their_best():
     best = {"params": {"x": np.zeros((2, 3))}, "score": np.array([1.0, 1.0], np.float32)}
-    found = better(best, {"x": np.ones((2, 3))}, np.array([2.0, 0.5]))
+    found = keep_best(best, {"x": np.ones((2, 3))}, np.array([2.0, 0.5]))
     np.testing.assert_array_equal(found["params"]["x"], [[1, 1, 1], [0, 0, 0]])
     np.testing.assert_array_equal(found["score"], [2, 1])
 

@@ -12,8 +12,9 @@ import safetensors.numpy
 from experiments import tasks
 from experiments.config import settings
 from experiments.launch import interrupts
-from experiments.training import attention_maps, checkpoints, data, loop, trained
+from experiments.training import attention_maps, checkpoints, data, loop, optimizer, trained
 from experiments.training import compilation as programs
+from experiments.training.run_record import RunRecord
 from support import ROOT, launching
 from support.helpers import Silent, one_line
 from support.training import Signal, run, tiny
@@ -166,6 +167,20 @@ def test_a_checkpoint_of_another_jax_goes_on(tmp_path, version):
         np.testing.assert_allclose(found["metrics"][name], values, rtol=1e-4, err_msg=name)
 
 
+def test_a_record_is_read_as_it_was_described_in_a_checkpoint():
+    record = RunRecord(seconds=1.5, pending=[{"loss": np.array([0.1, 0.2], np.float32)}])
+    described = json.loads(json.dumps(record.describe()))
+    names = "seconds log_bytes pending first_loss best since ended"  # also in older checkpoints
+    assert set(described) == set(names.split())
+    found = RunRecord.read(described)
+    np.testing.assert_array_equal(found.pending[0]["loss"], record.pending[0]["loss"])
+    found.judge(2.0, patience=2)
+    found.judge(2.0, patience=2)
+    assert not found.ended
+    found.judge(3.0, patience=2)
+    assert found.ended and found.best == 2.0
+
+
 def restored_params(config, directory):
     built = program(config)
     task, _ = loop.build(config)
@@ -288,7 +303,7 @@ def test_learning_rates_warm_up_and_decay():
         "optimizer.learning_rate": 1.0,
         "optimizer.final_learning_rate": 0.1,
     })  # fmt: skip
-    rates = loop.learning_rates(config)
+    rates = optimizer.learning_rates(config)
     assert rates.shape == (110,) and rates[0] > 0
     assert (np.diff(rates[:11]) > 0).all() and rates[10] == 1
     assert (np.diff(rates[10:]) < 0).all() and rates[-1] == pytest.approx(0.1, abs=1e-3)
@@ -321,7 +336,7 @@ def test_a_step_smooths_the_targets_and_averages_the_parameters():
 def test_weight_decay_is_for_matrices_and_embeddings_alone():
     _, model = loop.build(tiny(**{"model.position": "t5 + learned", "model.score": "additive"}))
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 8), np.int32))
-    adamw = programs.Recipe(0.9, 0.99, weight_decay=0.5, clip_norm=1.0).transformation()
+    adamw = optimizer.Recipe(0.9, 0.99, weight_decay=0.5, clip_norm=1.0).transformation()
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = jax.jit(adamw.update)(zeros, adamw.init(params), params)
     for path, update in jax.tree_util.tree_leaves_with_path(updates):
@@ -421,7 +436,7 @@ def test_the_ends_of_a_range_are_in_it():
 
 def test_all_settings_are_listed_with_range_and_default():
     table = settings.table()
-    assert "| loop.steps | 500 | a whole number of at least 1 |" in table
+    assert "| train.steps | 500 | a whole number of at least 1 |" in table
     assert "| model.norm | 'pre' | one of pre, post | read only with model.arch" in table
     assert "| task.num_pairs | 4 | a whole number of at least 1 | of task.name='recall' |" in table
     config = settings.config("translation").to_dict()

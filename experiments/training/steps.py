@@ -1,0 +1,143 @@
+"""What a run computes: pure functions, of one seed unless they say otherwise.
+
+A state has 'params', 'optimizer', 'dropout' (a key) and 'step'; 'average' where the recipe has one;
+'best', parameters and score, where the best of a run are kept. Of all seeds, R leads every array.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.training import attention_maps, attention_stats
+from experiments.training.data import model_inputs
+from experiments.training.optimizer import Recipe
+
+
+def seed_map(seeds_impl: str) -> Callable:
+    """`jax.vmap`, or the same one after another."""
+    return jax.vmap if seeds_impl == "vmap" else _map
+
+
+def _map(function):
+    return lambda *trees: jax.lax.map(lambda args: function(*args), trees)
+
+
+def init_state(
+    model: Any, recipe: Recipe, seed: jax.Array, row: Mapping[str, Any], has_best: bool
+) -> dict[str, Any]:
+    """The state of a run before its first step; `row` is a batch of one example."""
+    for_params, for_dropout = jax.random.split(jax.random.key(seed))
+    params = model.init(for_params, *model_inputs(row))
+    state = {
+        "params": params,
+        "optimizer": recipe.transformation().init(params),
+        "dropout": for_dropout,
+        "step": jnp.zeros((), jnp.int32),
+    }
+    if recipe.ema_decay:
+        state["average"] = params
+    if has_best:
+        state["best"] = {"params": params, "score": jnp.full((), -jnp.inf)}
+    return state
+
+
+def train_step(
+    model: Any,
+    recipe: Recipe,
+    state: dict[str, Any],
+    batch: Mapping[str, jax.Array],
+    learning_rate: jax.Array,
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """A step on a batch [b, ...] -> the next state and the metrics of the step."""
+
+    def mean_loss(params):
+        key = jax.random.fold_in(state["dropout"], state["step"])
+        sums = losses(model, params, batch, key, recipe.label_smoothing)
+        total = jnp.maximum(sums["weights"], 1)
+        return sums["loss"] / total, sums["accuracy"] / total
+
+    grad = jax.value_and_grad(mean_loss, has_aux=True)
+    (loss, accuracy), grads = grad(state["params"])
+    optimizer = recipe.transformation()
+    updates, moments = optimizer.update(grads, state["optimizer"], state["params"])
+    params = jax.tree.map(lambda p, u: p - learning_rate * u, state["params"], updates)
+    state = {**state, "params": params, "optimizer": moments, "step": state["step"] + 1}
+    if recipe.ema_decay:
+        state["average"] = recipe.average(state["average"], params, state["step"])
+    norm = optax.tree.norm(grads)
+    return state, {"loss": loss, "accuracy": accuracy, "gradient_norm": norm}
+
+
+def losses(
+    model: Any,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    dropout_key: jax.Array | None = None,
+    label_smoothing: float = 0.0,
+) -> dict[str, jax.Array]:
+    """Sums over a batch [b, ...] of the loss in nats, of hits ('accuracy') and of the weights.
+
+    Without a `dropout_key` nothing is dropped.
+    """
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    logits = model.apply(params, *model_inputs(batch), deterministic=dropout_key is None, rngs=rngs)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+    if label_smoothing:
+        of_all = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
+        loss += label_smoothing * (of_all - loss)
+    # The loss needs the largest logit, too, and nothing needs where it is; ties are hits.
+    own = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    hits = (own >= jnp.max(logits, axis=-1)).astype(jnp.float32)
+    weights = batch["weights"]
+    return {
+        "loss": jnp.sum(weights * loss),
+        "accuracy": jnp.sum(weights * hits),
+        "weights": jnp.sum(weights),
+    }
+
+
+def measure_attention(
+    model: Any, params: Any, examples: Mapping[str, jax.Array]
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """`attention_stats.means` of the examples by seed, and weights of a few; of all seeds.
+
+    The weights are `attention_stats.weights` of the first seed on the first `attention_maps.KEPT`.
+    """
+    few = {name: x[: attention_maps.KEPT] for name, x in examples.items()}
+    first = jax.tree.map(lambda x: x[0], params)
+
+    def measure(params):
+        def one(example):
+            alone = {name: x[None] for name, x in example.items()}
+            return attention_stats.totals(attention_stats.weights(model, params, alone), alone)
+
+        return attention_stats.means(jax.lax.map(one, examples))
+
+    # One after another: the weights of all examples and seeds would be more than a step takes.
+    return jax.lax.map(measure, params), attention_stats.weights(model, first, few)
+
+
+def keep_best(best: dict[str, Any], params: Any, score: jax.Array) -> dict[str, Any]:
+    """For each seed the parameters of the higher score, `best` where they are equal.
+
+    `best` has 'params' and 'score' [R], `params` leaves [R, ...].
+    """
+    higher = score > best["score"]
+
+    def choose(new, old):
+        return jnp.where(higher.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    return {
+        "params": jax.tree.map(choose, params, best["params"]),
+        "score": jnp.where(higher, score, best["score"]),
+    }
+
+
+def final_params(state: dict[str, Any]) -> Any:
+    """What a model is used with: the best on the way, else the running mean, else the last."""
+    if "best" in state:
+        return state["best"]["params"]
+    return state.get("average", state["params"])
