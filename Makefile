@@ -8,8 +8,13 @@ TEST_ENV = JAX_PLATFORMS=cpu XLA_FLAGS="$(TEST_FLAGS) $(shell $(BIN)/python -c '
 # Halves the time to compile, but XLA ends the process where it knows a flag no more.
 OLD_JAX := import jax; print("--xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11)))
 
+# Of every part of the code what compiles least.
+FAST := $(addprefix tests/,attention/kernels/test_contracts.py attention/test_masks.py attention/test_mechanism.py \
+	experiments/analysis experiments/reporting/test_results.py experiments/reporting/test_tables.py \
+	experiments/storage/test_leases.py experiments/training/test_pairing.py system/test_imports.py system/test_renamed.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help setup ablation test test-slow test-kills test-clusters test-browser test-tpu lint docs constraints
+.PHONY: help setup ablation test test-fast test-slow test-kills test-clusters test-browser test-tpu lint docs constraints
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -33,6 +38,9 @@ lint: setup  ## Check formatting, lint and types.
 
 test: lint  ## Run the tests (minutes).
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+
+test-fast: setup  ## Run the tests for work in between (about a minute): the contracts, statistics, reports, imports.
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' $(FAST)
 
 test-slow: setup  ## Run the thorough tests (up to an hour).
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow

@@ -1,4 +1,4 @@
-"""`attend` with the dense kernel: against a NumPy reference, and the contracts that it keeps."""
+"""`attend` with the dense kernel against a NumPy reference; what all kernels keep is elsewhere."""
 
 import dataclasses
 import functools
@@ -185,7 +185,7 @@ def test_reference(dtype, batch, lengths, heads, widths, which, bias, mask, shif
     np.testing.assert_allclose(extra["entropy"], entropy, rtol=tolerance, atol=tolerance)
 
 
-# Contract 1: the oracle is right, leaf by leaf.
+# The oracle is right, leaf by leaf.
 
 
 @pytest.mark.parametrize("mechanism", LEARNED[:2], ids=str)
@@ -217,7 +217,7 @@ def test_rounding(mechanism):
         jax.tree.map(check, got, want)
 
 
-# Contracts 2 and 3: empty rows and masked numbers, for every part.
+# Empty rows and masked numbers, for every part.
 
 
 def derivatives(mechanism, order, **options):
@@ -284,78 +284,6 @@ def test_masked_is_absent(mechanism, dtype, order):
         assert (b[..., ~mask] == 0).all()
 
 
-SEES_NOTHING = [
-    # (mask, what else attend gets, rows that see nothing); two examples, T = 5 and S = 6
-    (masks.Full(), {"mask": np.arange(5)[:, None] != 3}, [(0, 3), (1, 3)]),
-    (~masks.Full(), {}, [(n, i) for n in range(2) for i in range(5)]),
-    (masks.Padding(), {"query_lengths": np.array([4, 5])}, [(0, 4)]),
-    (masks.Padding(), {"key_lengths": np.array([6, 0])}, [(1, i) for i in range(5)]),
-    (
-        masks.Segments(),
-        {"query_segments": np.array([0, 0, 1, 2, 2]), "key_segments": np.array([0, 0, 0, 2, 2, 3])},
-        [(0, 2), (1, 2)],
-    ),
-    (masks.Causal(), {"key_positions": np.arange(6) + 1}, [(0, 0), (1, 0)]),
-    (masks.SlidingWindow(1), {"query_positions": np.array([0, 9, 9, 2, 3])}, [(0, 1), (1, 2)]),
-    (masks.Causal() & masks.Prefix(), {"prefix_lengths": np.array([0, 2])}, [(0, 0), (0, 4)]),
-]
-
-
-@pytest.mark.parametrize("mask, options, rows", SEES_NOTHING, ids=lambda x: str(x)[:30])
-def test_empty_rows(mask, options, rows):
-    """However a row comes to see nothing, NaN in it included: output 0, lse −inf, gradient 0."""
-    n, i = np.array(rows).T
-    query, key, value = qkv()
-
-    @jax.jit
-    def run(*arrays):
-        both = functools.partial(attend, Mechanism(mask=mask), NO_PARAMS, aux=("lse",), **options)
-        primal, pull = jax.vjp(both, *arrays)
-        return *primal, pull(jax.tree.map(jnp.ones_like, primal))
-
-    out, aux, gradients = run(put(query, (n, i), np.nan), key, value)
-    assert (out[n, i] == 0).all() and (aux["lse"][n, i] == -jnp.inf).all()
-    assert (gradients[0][n, i] == 0).all()
-    assert all(np.isfinite(wide(x)).all() for x in (out, *gradients))
-
-
-ABSENT = [
-    # (mask, what else attend gets, places [n, j] of keys and values that nobody sees)
-    (masks.Full(), {"mask": np.arange(6) != 3}, [(0, 3), (1, 3)]),
-    (masks.Full(), {"mask": np.tri(7, 6, -1)[4:6, None, None] > 0}, [(0, 4), (1, 5)]),
-    (masks.Padding(), {"key_lengths": np.array([2, 5])}, [(0, 2), (0, 5), (1, 5)]),
-    (masks.Segments(), {"query_segments": np.zeros(5, int), "key_segments": np.arange(6) // 3},
-     [(0, 3), (1, 5)]),
-    (masks.Causal(), {}, [(0, 5), (1, 5)]),
-    (masks.BlockLocal(2) & masks.Causal(), {"query_positions": np.array([4, 4, 5, 5, 3])},
-     [(0, 0), (1, 1)]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("mask, options, places", ABSENT, ids=lambda x: str(x)[:30])
-def test_absent_keys(mask, options, places):
-    """NaN and inf in padding and the like change no bit, however they come to be masked."""
-    n, j = np.array(places).T
-    function = value_and_vjp(functools.partial(attend, Mechanism(mask=mask), NO_PARAMS, **options))
-    query, key, value = qkv()
-    want = function(query, key, value)
-    for bad in np.nan, np.inf:
-        poisoned = put(key, (n, j), bad), put(value, (n, j), -bad)
-        assert_same(function(query, *poisoned), want)
-
-
-@pytest.mark.parametrize("score", [scores.ScaledDot(), scores.Gaussian()], ids=str)
-def test_absent_keys_may_overflow(score):
-    """Nor does inf that a padded key or value would have become in products and squares."""
-    mechanism = Mechanism(score, mask=masks.Padding())
-    lengths = np.array([4, 5])
-    function = value_and_vjp(lambda *args: attend(mechanism, *args, key_lengths=lengths))
-    params, (query, key, value) = init(mechanism), qkv()
-    want = function(params, query, key, value)
-    huge = put(key, np.s_[:, 5], 1e30), put(value, np.s_[:, 5], 3e38)
-    assert_same(function(params, query, *huge), want)
-
-
 def test_absent_keys_beyond_a_table():
     """`Location` has no vector for padding past `max_length`, and needs none."""
     mechanism = Mechanism(scores.Location(max_length=4), mask=masks.Padding())
@@ -364,69 +292,7 @@ def test_absent_keys_beyond_a_table():
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(result))
 
 
-def nan_in(side):
-    """Arrays whose key or value 3 holds one NaN."""
-    return tuple(
-        put(x, np.s_[:, 3, :, 1], np.nan) if name == side else x
-        for name, x in zip(("query", "key", "value"), qkv(), strict=True)
-    )
-
-
-@pytest.mark.parametrize("side", ["key", "value"])
-def test_nan_in_the_future(side):
-    """A NaN that later rows see reaches exactly those, and changes no bit of the earlier ones."""
-    run = functools.partial(
-        attend, Mechanism(mask=masks.Causal()), NO_PARAMS, aux=("weights", "lse", "entropy")
-    )
-    want, want_aux = run(*qkv())
-    out, aux = run(*nan_in(side))
-    assert_same(out[:, :3], want[:, :3])
-    assert np.isnan(out[:, 3:, :, 1]).all()
-    if side == "value":
-        assert_same(aux, want_aux)  # which know of no values
-    else:
-        assert np.isnan(out[:, 3:]).all()
-        for name in "lse", "entropy":
-            assert_same(aux[name][:, :3], want_aux[name][:, :3])
-            assert np.isnan(aux[name][:, 3:]).all()
-        assert_same(aux["weights"][:, :, :3], want_aux["weights"][:, :, :3])
-        assert np.isnan(aux["weights"][:, :, 3:]).any(-1).all()
-
-
-@pytest.mark.parametrize("side", ["key", "value"])
-def test_gradient_of_the_past(side):
-    """A NaN in the future of all the rows that a loss reads changes no bit of its gradient."""
-    mechanism = Mechanism(mask=masks.Causal())
-    function = value_and_vjp(lambda *x: attend(mechanism, NO_PARAMS, *x)[:, :3])
-    assert_same(function(*nan_in(side)), function(*qkv()))
-
-
-def test_nan_in_a_query():
-    """It reaches its own row alone."""
-    query, key, value = qkv()
-    want = attend(Mechanism(), NO_PARAMS, query, key, value)
-    query = put(query, np.s_[:, 2, 0, 1], np.nan)
-    out = attend(Mechanism(), NO_PARAMS, query, key, value)
-    assert_same(out, put(want, np.s_[:, 2, 0], np.nan))
-
-
-# Contract 4: the same bits, sums in float32.
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_same_bits(dtype):
-    """Run again and compiled again, forward and backward, with dropout."""
-    mechanism = Mechanism(scores.Additive(hidden=8), mask=masks.Causal())
-    params, arrays = init(mechanism, H=4, D=16, V=16), qkv((2,), 33, 33, 4, 2, 16, 16, dtype)
-    options = {"dropout_rate": 0.3, "dropout_key": jax.random.key(3)}
-
-    def run():
-        function = value_and_vjp(lambda *x: attend(mechanism, *x, aux=("lse",), **options))
-        return function(params, *arrays), function(params, *arrays)
-
-    first, again = run()
-    assert_same(again, first)
-    assert_same(run(), (first, first))  # compiled again: the function is a new one
+# Sums in float32.
 
 
 def test_long_sums():
@@ -461,7 +327,7 @@ def test_long_sums():
     assert (to_key == 128).all() and (to_value == 256).all() and to_bias == n
 
 
-# Contract 5: derivatives of any order.
+# Derivatives of any order.
 
 
 def derivative_case(mechanism):
@@ -553,7 +419,7 @@ def test_every_order(x64):
     assert (hessian[3] == 0).all() and (hessian[0] != 0).any()
 
 
-# Contract 6: no retrace.
+# No retrace.
 
 
 def test_no_retrace():
@@ -601,7 +467,7 @@ def test_no_retrace_under_transformations():
     assert len(Counted.traced) == 1
 
 
-# Contract 7: bad input.
+# Bad input.
 
 Q, K, V = (5, 2, 4), (6, 1, 4), (6, 1, 3)
 
@@ -683,28 +549,7 @@ def test_bad_input(message, options):
     assert "\n" not in str(error.value)
 
 
-# Around `attend`: transformations, sharing, dropout, aux, one's own parts.
-
-
-def test_transformations():
-    """vmap of attend is the loop; jit, checkpoint and more batch axes change nothing."""
-    mechanism = Mechanism(scores.Cosine(2.0), positions.T5(), masks.Causal() & masks.Padding())
-    params, arrays = init(mechanism), qkv((3, 2))
-    lengths = np.array([[1, 6], [3, 4], [5, 2]])
-
-    def loss(params, query, key, value, lengths):
-        return jnp.sin(attend(mechanism, params, query, key, value, key_lengths=lengths)).sum()
-
-    both = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
-    loop = [both(params, *(x[n] for x in arrays), lengths[n]) for n in range(3)]
-    want = jax.tree.map(lambda *x: np.stack(x), *loop)
-    mapped = jax.jit(jax.vmap(jax.value_and_grad(loss, (0, 1, 2, 3)), (None, 0, 0, 0, 0)))
-    assert_close(mapped(params, *arrays, lengths), want)
-    total, (learned, *rest) = both(params, *arrays, lengths)
-    assert_close((total, learned), jax.tree.map(lambda x: x.sum(0), (want[0], want[1][0])))
-    assert_close(tuple(rest), want[1][1:])
-    remat = jax.jit(jax.value_and_grad(jax.checkpoint(loss), (0, 1, 2, 3)))
-    assert_close(remat(params, *arrays, lengths), (total, (learned, *rest)))
+# Around `attend`: sharing, dropout, aux, one's own parts.
 
 
 def test_grouped_heads():
@@ -821,17 +666,6 @@ def test_dropout_keys_of_examples_and_heads():
     by_head = run(dropout_key=keys[0])  # those of the first example
     assert_close(by_head[0], want[0])
     assert (abs(by_head[1] - want[1]) > 1e-3).any()
-
-
-@pytest.mark.parametrize("block_sizes", [None, (2, 3)])
-def test_dropout_of_all(block_sizes):
-    for implementation in ("dense", "tiled") if block_sizes is None else ("tiled",):
-        out, aux = attend(
-            Mechanism(mask=masks.Causal()), NO_PARAMS, *qkv(), dropout_rate=1.0,
-            dropout_key=jax.random.key(0), implementation=implementation,
-            block_sizes=block_sizes, aux=("lse",),
-        )  # fmt: skip
-        assert not out.any() and np.isfinite(aux["lse"]).all()
 
 
 def test_dropout():

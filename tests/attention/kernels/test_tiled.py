@@ -17,66 +17,24 @@ from attention import Mechanism, attend, masks, normalizers, positions, scores
 from attention.kernels import blocks
 from attention.nn import MultiHeadAttention
 from attention.parts import PARTIAL, Tile
+from support.kernels import D, H, S, T, arrays, by_kernel, pulled
 from support.mechanisms import (
     EPS,
     LEARNED,
     MECHANISMS,
-    NO_PARAMS,
     NORMALIZERS,
     POSITIONS,
     SCORES,
     Counted,
     Manhattan,
     assert_close,
-    assert_same,
     dot,
     init,
     normal,
-    put,
-    qkv,
     wide,
 )
 
-T, S, H, K, D, V = 13, 17, 4, 2, 4, 3
-BLOCKS = (4, 8)
 SUMMARIES = ("lse", "entropy", "row_max", "column_sums")
-
-
-def by_kernel(implementation, mechanism, *, size=BLOCKS, **options):
-    """(params, query, key, value) -> `attend` by that kernel."""
-    sizes = {"block_sizes": size} if implementation == "tiled" else {}
-    return functools.partial(attend, mechanism, implementation=implementation, **sizes, **options)
-
-
-@functools.cache
-def pulled(implementation, mechanism, **options):
-    """jitted (params, q, k, v, bias, cotangent, data) -> (out, aux), gradients of all but data.
-
-    The cotangents of aux are ones; that of the output is given, as nothing is as blind as ones.
-    """
-
-    @jax.jit
-    def both(params, query, key, value, bias, cotangent, data):
-        def run(*args):
-            attended = by_kernel(implementation, mechanism, **options, **data)
-            result = attended(*args[:4], bias=args[4])
-            return result if isinstance(result, tuple) else (result, {})
-
-        (out, aux), pull = jax.vjp(run, params, query, key, value, bias)
-        finite = {name: jnp.where(jnp.isfinite(x), 1, 0) for name, x in aux.items()}
-        finite = {name: x.astype(aux[name].dtype) for name, x in finite.items()}
-        return (out, aux), pull((cotangent.astype(out.dtype), finite))
-
-    return both
-
-
-def arrays(mechanism, *, batch=(), T=T, S=S, H=H, K=K, dtype="float32", seed=0):
-    """params, query, key, value, bias, cotangent; the learned arrays a little off their start."""
-    params = jax.tree.map(lambda x: wide(x) + 0.1 * normal(5, *x.shape), init(mechanism, H=H))
-    given = *qkv(batch, T, S, H, K, dtype=dtype, seed=seed), normal(4, H, T, S, dtype=dtype)
-    kind = "float64" if dtype == "float64" else "float32"
-    params = jax.tree.map(lambda x: x.astype(kind), params)
-    return params, *given, normal(9, *batch, T, H, V)
 
 
 def agree(mechanism, data=None, tolerance=1e-10, *, dtype="float64", like=None, **options):
@@ -88,7 +46,7 @@ def agree(mechanism, data=None, tolerance=1e-10, *, dtype="float64", like=None, 
     assert_close(got, pulled("dense", mechanism, **options)(*given, data), tolerance)
 
 
-# Contract 1: the oracle. One program holds all parts of a kind and is told which to use, so that
+# The oracle. One program holds all parts of a kind and is told which to use, so that
 # thousands of mechanisms are compiled once.
 
 
@@ -396,7 +354,7 @@ def test_padding_of_tiles_beyond_a_table(normalizer, x64):
     agree(Mechanism(score, normalizer=normalizer))
 
 
-# Contract 2: derivatives of any order.
+# Derivatives of any order.
 
 
 def scalar(implementation, mechanism, *, size):
@@ -455,7 +413,7 @@ def test_numerical_gradients(mechanism, x64):
     jax.test_util.check_grads(run, point, order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
 
 
-# Contract 3: no result depends on the blocks, beyond rounding.
+# No result depends on the blocks, beyond rounding.
 
 
 @pytest.mark.parametrize(
@@ -496,213 +454,7 @@ def test_long_blocks(columns, x64):
     agree(mechanism, size=(32, columns), like={"T": 200, "S": 210, "H": 1, "K": 1})
 
 
-# Contract 4: transformations, and the same bits.
-
-
-def test_transformations():
-    """vmap of the jitted kernel and its gradient is the loop."""
-    mechanism = Mechanism(scores.Cosine(2.0), positions.T5(), masks.Causal() & masks.Padding())
-    given = arrays(mechanism, batch=(3,), T=5, S=9, H=2, K=1)
-    params, *qkv = given[:4]
-    lengths = np.array([1, 6, 9])
-
-    def loss(params, query, key, value, lengths):
-        run = by_kernel("tiled", mechanism, key_lengths=lengths)
-        return jnp.sin(run(params, query, key, value)).sum()
-
-    both = jax.value_and_grad(loss, (0, 1, 2, 3))
-    compiled = jax.jit(both)
-    loop = [compiled(params, *(x[n] for x in qkv), lengths[n]) for n in range(3)]
-    want = jax.tree.map(lambda *x: np.stack(x), *loop)
-    mapped = jax.jit(jax.vmap(both, (None, 0, 0, 0, 0)))(params, *qkv, lengths)
-    assert_close(mapped, want)
-
-
-def test_same_bits():
-    """Run again and compiled again, forward and backward, with dropout."""
-    mechanism = Mechanism(scores.Additive(hidden=3), mask=masks.Causal() & masks.Padding())
-    given = arrays(mechanism)
-    data = {"key_lengths": np.array(11), "dropout_key": jax.random.key(3)}
-
-    def run():
-        function = pulled.__wrapped__("tiled", mechanism, dropout_rate=0.3)
-        return function(*given, data), function(*given, data)
-
-    first, again = run()
-    assert_same(again, first)
-    assert_same(run(), (first, first))
-
-
-# Contract 5: what is masked is absent, even a NaN; what is seen is not.
-
-ABSENT = [
-    # (mask, normaliser, data, columns that nobody sees)
-    (masks.Padding(), normalizers.Softmax(), {"key_lengths": np.array(9)}, np.s_[9:]),
-    (masks.Causal(), normalizers.Softmax(), {}, np.s_[13:]),
-    (masks.Full(), normalizers.Softmax(), {"mask": np.arange(S) % 5 != 2}, np.s_[2::5]),
-    pytest.param(
-        masks.Padding(),
-        normalizers.Entmax15(),
-        {"key_lengths": np.array(9)},
-        np.s_[9:],
-        marks=pytest.mark.slow,
-    ),
-    pytest.param(masks.Causal(), normalizers.LearnedSink(), {}, np.s_[13:], marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize("mask, normalizer, data, columns", ABSENT, ids=lambda x: str(x)[:30])
-def test_absent_keys(mask, normalizer, data, columns):
-    """NaN, inf and huge numbers there change no bit; what would have to learn from them gets 0."""
-    mechanism = Mechanism(scores.Gaussian(), mask=mask, normalizer=normalizer)
-    function = pulled("tiled", mechanism, aux=("lse",))
-    params, query, key, value, bias, cotangent = arrays(mechanism, H=2, K=1)
-    want = function(params, query, key, value, bias, cotangent, data)
-    assert all(np.isfinite(wide(x)).all() for x in jax.tree.leaves(want))
-    for bad in np.nan, np.inf, 3e38:
-        poisoned = put(key, columns, bad), put(value, columns, -bad)
-        spoilt = put(bias, np.s_[:, :, columns], bad)
-        assert_same(function(params, query, *poisoned, spoilt, cotangent, data), want)
-    _, (_, _, to_key, to_value, to_bias) = want
-    assert (to_key[columns] == 0).all() and (to_value[columns] == 0).all()
-    assert (to_bias[:, :, columns] == 0).all() and (to_key != 0).any()
-
-
-@pytest.mark.parametrize("side", ["key", "value"])
-def test_nan_in_the_future(side):
-    """A NaN that later rows see reaches those alone, and no gradient of the earlier ones."""
-    mechanism = Mechanism(mask=masks.Causal())
-    run = by_kernel("tiled", mechanism, aux=("lse", "entropy"))
-
-    def early(*args):
-        out, aux = run(NO_PARAMS, *args)
-        return jnp.sum(out[:6]) + jnp.sum(aux["lse"][:6]), (out, aux)
-
-    function = jax.jit(jax.value_and_grad(early, (0, 1, 2), has_aux=True))
-    clean = dict(zip(("query", "key", "value"), qkv((), T, S), strict=True))
-    (_, (want, want_aux)), gradients = function(*clean.values())
-    spoilt = {**clean, side: put(clean[side], np.s_[6, :, 1], np.nan)}
-    (_, (out, aux)), found = function(*spoilt.values())
-    assert_same(found, gradients)
-    assert_same(out[:6], want[:6])
-    assert np.isnan(out[6:]).all()
-    for name in aux:
-        assert_same(aux[name][:6], want_aux[name][:6])
-        assert np.isnan(aux[name][6:]).all() == (side == "key")
-    if side == "key":
-        # A query reaches its own row alone, and none where it sees nothing.
-        query = put(clean["query"], (np.array([2, 7]), 0, 1), np.nan)
-        hidden = np.arange(T)[:, None] != 2
-        masked = jax.jit(by_kernel("tiled", mechanism, mask=hidden))
-        out = masked(NO_PARAMS, query, clean["key"], clean["value"])
-        want = put(put(want, 2, 0), np.s_[7, 0], np.nan)
-        assert_close(put(out, np.s_[7, 0], 0), put(want, np.s_[7, 0], 0), 1e-6)
-        assert np.isnan(out[7, 0]).all()
-
-
-# Contract 6: rows that see nothing.
-
-
-@pytest.mark.parametrize(
-    "normalizer",
-    [normalizers.Softmax(), normalizers.Sparsemax()]
-    + [pytest.param(x, marks=pytest.mark.slow) for x in NORMALIZERS],
-    ids=str,
-)
-def test_empty_rows(normalizer):
-    """In every place of a block, and all from some row on: output 0, lse −inf, gradient 0."""
-    mechanism = Mechanism(mask=masks.Padding(), normalizer=normalizer)
-    function = pulled("tiled", mechanism, aux=("lse",))
-    params, *rest = arrays(mechanism, H=2, K=1)
-    everything = np.ones((T, 1), bool)
-    cases = [({"mask": put(everything, i, False)}, T, slice(i, i + 1)) for i in range(T)]
-    cases += [({"mask": everything}, n, slice(n, T)) for n in range(T + 1)]
-    for masked, length, rows in cases:
-        data = {**masked, "query_lengths": np.array(length)}
-        spoilt = [put(rest[0], rows, np.nan), *rest[1:]]
-        (out, aux), gradients = function(params, *spoilt, data)
-        assert (out[rows] == 0).all()
-        np.testing.assert_array_equal(
-            np.isneginf(aux["lse"]).any(1), np.isin(range(T), range(T)[rows])
-        )
-        assert (gradients[1][rows] == 0).all() and (gradients[4][:, rows] == 0).all()
-        assert all(np.isfinite(wide(x)).all() for x in jax.tree.leaves((out, gradients)))
-
-
-# Contract 7: scores of any size.
-
-
-@pytest.mark.parametrize(
-    "normalizer",
-    [normalizers.Softmax(), pytest.param(normalizers.LearnedSink(), marks=pytest.mark.slow)],
-    ids=str,
-)
-def test_large_scores(normalizer):
-    """Around −10⁴, 10⁴ and both in a row: only differences count, to what the sums can hold."""
-    mechanism = Mechanism(normalizer=normalizer, mask=masks.Causal())
-    params, query, key, value, bias, cotangent = arrays(mechanism, H=2, K=1)
-    kernels = [pulled(name, mechanism, aux=("lse",)) for name in ("tiled", "dense")]
-    sides = np.where(np.arange(S) % 7 < 4, 1e4, -1e4)
-    for size in -1e4, 1e4, sides, -sides:
-        given = params, query, key, value, (bias + size).astype(np.float32), cotangent
-        got, other = (run(*given, {}) for run in kernels)
-        assert_close(got, other, 1e-5)
-        with jax.enable_x64(True):
-            want = kernels[1](*jax.tree.map(wide, given), {})
-        assert_close(got[0][1], want[0][1], EPS["float32"])
-        assert_close(got, want, 1e-2)  # the bias alone is rounded to 10⁻³
-
-
-# Contract 8: dropout.
-
-
-def test_dropout(x64):
-    """The same bits are dropped as by the dense kernel, whatever the blocks."""
-    mechanism = Mechanism(mask=masks.Causal())
-    given = arrays(mechanism, H=2, K=1, batch=(2,), dtype="float64")
-    data = {"dropout_key": jax.random.key(5)}
-    want = pulled("dense", mechanism, dropout_rate=0.4)(*given, data)
-    got = pulled("tiled", mechanism, dropout_rate=0.4)(*given, data)
-    assert_close(got, want, 1e-12)
-    # Forward: other blocks, and a normaliser of whole rows.
-    sparse = dataclasses.replace(mechanism, normalizer=normalizers.Sparsemax())
-    for other, size in (mechanism, (5, 3)), (sparse, BLOCKS):
-        options = {"dropout_rate": 0.4, **data}
-        runs = by_kernel("tiled", other, size=size, **options), by_kernel("dense", other, **options)
-        assert_close(*(jax.jit(run)(*given[:4]) for run in runs), 1e-12)
-    plain = jax.jit(by_kernel("dense", mechanism))(*given[:4])
-    assert (abs(plain - want[0][0]) > 1e-3).any()
-
-
-# Contract 9: arrays that mask and add.
-
-SHAPES = [(T, S), (1, S), (T, 1), (2, 1, 1, S), (2, T, S), (2, 2, 1, 1), (2, 2, T, S), ()]
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [x if x == (2, 1, 1, S) else pytest.param(x, marks=pytest.mark.slow) for x in SHAPES],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    "normalizer",
-    [normalizers.Softmax(), pytest.param(normalizers.Entmax15(), marks=pytest.mark.slow)],
-    ids=str,
-)
-def test_bias_and_mask(shape, normalizer, x64):
-    """Of every shape that broadcasts, with the gradient of the bias."""
-    mechanism = Mechanism(normalizer=normalizer)
-    params, query, key, value, _, cotangent = arrays(
-        mechanism, H=2, K=1, batch=(2,), dtype="float64"
-    )
-    bias, mask = normal(4, *shape, dtype="float64"), normal(6, *shape) > -0.5
-    given = params, query, key, value, bias, cotangent, {"mask": mask}
-    got, want = (pulled(name, mechanism, aux=("lse",))(*given) for name in ("tiled", "dense"))
-    assert got[1][-1].shape == shape
-    assert_close(got, want, 1e-12)
-
-
-# Contract 10: aux.
+# The weights.
 
 
 def test_weights():
@@ -722,7 +474,7 @@ def test_weights():
         by_kernel("tiled", mechanism, aux=("weights",), **options)(params, *qkv)
 
 
-# Contract 11: masks of data.
+# Masks of data.
 
 
 def test_masks_of_data_do_not_retrace():
@@ -743,7 +495,7 @@ def test_masks_of_data_do_not_retrace():
     assert len(set(counts)) == 1
 
 
-# Contract 13: memory is linear in T and S. Compiled, never run.
+# Memory is linear in T and S. Compiled, never run.
 
 
 def temporary(mechanism, T, order=1, **data):
@@ -794,7 +546,7 @@ def test_memory_is_linear(mechanism, order):
     assert large < 8192**2  # not even a byte for every pair
 
 
-# Contract 14: what is masked is not visited.
+# What is masked is not visited.
 
 
 def visited(mask, length, block):
@@ -826,7 +578,7 @@ def test_visits(size):
         assert more <= n * (2 + -(-window // size))
 
 
-# Contract 15: parts of one's own, and what a score costs.
+# Parts of one's own, and what a score costs.
 
 
 def test_numbers_per_pair():
@@ -855,7 +607,7 @@ def test_own_score(x64):
     assert (want[1][1][0]["score"]["a"] != 0).all()
 
 
-# Contract 16: in a module.
+# In a module.
 
 
 def test_multi_head_attention():
@@ -874,7 +626,7 @@ def test_multi_head_attention():
     assert_close(*results)
 
 
-# Contract 17: any shapes.
+# Any shapes.
 
 
 @hypothesis.settings(max_examples=3)
