@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from attention import decoding
+from attention.integers import count_array
 from attention.mechanism import Mechanism
 from attention.nn.blocks import DecoderState, Embedding, Stack, TransformerConfig
 from attention.parts import Array
@@ -29,6 +30,8 @@ def _embedding(config: TransformerConfig, mechanism: Mechanism, name: str) -> Em
 def _step(model, state, tokens, lengths, **kwargs):
     """The tokens [..., T] that come next -> logits of those after each, state."""
     cache = state.self_attention  # all layers have the same length
+    if lengths is not None:
+        lengths = count_array("lengths", lengths, tokens.shape[:-1], tokens.shape[-1])
     at = decoding.positions(cache._replace(length=cache.length[..., 0]), tokens.shape[-1])
     x = model.embedding(tokens, at)
     x, state = model.decoder(x, state=state, lengths=lengths, **kwargs)
@@ -159,9 +162,15 @@ class EncoderDecoder(nn.Module):
         return self.embedding.logits(x)
 
     def start(self, source: Array, source_lengths: Array | None, max_length: int) -> DecoderState:
-        """Encodes source [..., S] -> the state of empty targets with room for max_length tokens."""
-        memory = self.encode(source, source_lengths)
-        lengths = _lengths(source, source_lengths)
+        """Encodes source [..., S] -> the state of empty targets with room for max_length tokens.
+
+        Raises ValueError for lengths that are known not to be 0 to S; NaN where they are traced.
+        """
+        # Here, because a scan over layers traces whatever it is given.
+        lengths = count_array(
+            "source_lengths", _lengths(source, source_lengths), source.shape[:-1], source.shape[-1]
+        )
+        memory = self.encode(source, lengths)
         return self.decoder.start(source.shape[:-1], max_length, memory, lengths)
 
     def step(

@@ -7,7 +7,7 @@ import pytest
 
 from attention import Mechanism, attend, decoding, masks, positions, scores, search
 from attention.integers import difference
-from attention.models import EncoderDecoder, RNNEncoderDecoder, rnn
+from attention.models import EncoderDecoder, LanguageModel, RNNEncoderDecoder, rnn
 from attention.nn import Embedding, MultiHeadAttention, TransformerConfig
 from attention.parts import EMPTY, FULL, BlockBounds, Range, Tile
 
@@ -287,6 +287,21 @@ def test_models_check_the_lengths_of_sources(model):
     for lengths in [4, 1], [-1, 1]:
         with pytest.raises(ValueError, match=r"lengths must be in 0 … 3"):
             logits(np.array(lengths))
+    out = jax.jit(logits)(jnp.array([4, 1]))
+    assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
+
+
+def test_a_language_model_checks_the_lengths_of_what_comes_next():
+    model = LanguageModel(TransformerConfig(7, model_dim=4, num_layers=1, num_heads=1))
+    tokens = np.ones((2, 3), int)
+    variables = model.init(jax.random.key(0), tokens)
+
+    def logits(lengths):
+        state = model.apply(variables, 2, 8, method="start")
+        return model.apply(variables, state, tokens, lengths, method="step")[0]
+
+    with pytest.raises(ValueError, match=r"lengths must be in 0 … 3, got 4"):
+        logits(np.array([4, 1]))
     out = jax.jit(logits)(jnp.array([4, 1]))
     assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
 
