@@ -63,7 +63,7 @@ def _signed(name, x):
 def count_array(name: str, x: Any, shape: tuple[int, ...], most: int) -> jax.Array:
     """x, how many of `most` each example has, as int32 of `shape`, the batch axes.
 
-    Traced numbers outside 0 … most are returned as they are.
+    Traced numbers below 0 become −1, those above `most` become most + 1.
 
     Raises ValueError, naming `name`, for those that are known, for other dtypes and shapes.
     """
@@ -74,7 +74,7 @@ def count_array(name: str, x: Any, shape: tuple[int, ...], most: int) -> jax.Arr
             if not 0 <= end <= most:
                 raise ValueError(f"{name} must be in 0 … {most}, got {end}")
     try:
-        return jnp.broadcast_to(counts, shape)
+        return jnp.broadcast_to(jnp.clip(counts, -1, most + 1).astype(jnp.int32), shape)
     except ValueError:
         raise ValueError(
             f"{name} must be [...] with batch axes {shape}, got {counts.shape}"
@@ -88,7 +88,8 @@ def whole_number(name: str, x: Any, least: int = 0, most: int | None = None) -> 
         number = operator.index(x)
     except TypeError:
         number = None
-    if number is None or isinstance(x, bool) or number < least or number > (most or number):
+    too_many = most is not None and number is not None and number > most
+    if number is None or isinstance(x, bool) or number < least or too_many:
         raise ValueError(f"{name} must be a whole number, {least} {top}; got {x!r}")
     return number
 

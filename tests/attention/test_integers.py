@@ -255,6 +255,12 @@ def test_appended_lengths_of_another_kind(lengths):
         filled(lengths, jitted=False)
 
 
+def test_a_cache_keeps_its_dtype_under_x64(x64):
+    cache, x = decoding.empty((2,), 4, 1, 2), jnp.ones((2, 1, 1, 2), jnp.float32)
+    appended = decoding.append(cache, x, x, np.array([1, 0]))  # int64
+    assert appended.length.dtype == cache.length.dtype == jnp.int32
+
+
 def test_kept_contexts_check_their_lengths():
     module = MultiHeadAttention(1)
     x = jnp.ones((2, 3, 4))
