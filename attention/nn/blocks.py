@@ -16,7 +16,7 @@ from attention.integers import index_array
 from attention.mechanism import Mechanism
 from attention.nn.multi_head import Dense, MultiHeadAttention, param_if_any
 from attention.nn.partition import by_batch, named
-from attention.parts import Array, Position
+from attention.parts import Array, Position, check_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +73,7 @@ class TransformerConfig:
 
     def __post_init__(self):
         sizes = ("vocab_size", "model_dim", "num_layers", "num_heads")
-        for name in (*sizes, "num_kv_heads", "head_dim", "mlp_dim"):
-            if (size := getattr(self, name)) is not None and size < 1:
-                raise ValueError(f"{name} must be 1 or more, got {size}")
+        check_counts(self, **dict.fromkeys((*sizes, "num_kv_heads", "head_dim", "mlp_dim"), 1))
         for name in ("dropout_rate", "attention_dropout_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

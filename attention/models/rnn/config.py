@@ -10,7 +10,7 @@ from attention import positions
 from attention.models.rnn.reading import Bahdanau, LastState, Luong
 from attention.nn.blocks import Embedding
 from attention.nn.partition import named
-from attention.parts import Array
+from attention.parts import Array, check_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +48,7 @@ class RNNConfig:
     param_dtype: Any = jnp.float32
 
     def __post_init__(self):
-        for name in ("vocab_size", "model_dim", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        check_counts(self, vocab_size=1, model_dim=1, num_layers=1)
         if self.cell not in ("gru", "lstm"):
             raise ValueError(f"cell must be 'gru' or 'lstm', got {self.cell!r}")
         if self.bidirectional and self.model_dim % 2:

@@ -24,8 +24,7 @@ class _Attention:
     def __post_init__(self):
         if not isinstance(self.mechanism, Mechanism):
             raise ValueError(f"mechanism must be an attention.Mechanism, got {self.mechanism!r}")
-        if self.num_heads < 1:
-            raise ValueError(f"num_heads must be 1 or more, got {self.num_heads}")
+        check_counts(self, num_heads=1)
 
 
 @dataclasses.dataclass(frozen=True)

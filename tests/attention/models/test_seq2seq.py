@@ -460,11 +460,11 @@ def test_equal_configs_are_equal():
 @pytest.mark.parametrize("make, message", [
     (lambda: model(LastState(), cell="rnn"), "cell must be 'gru' or 'lstm', got 'rnn'"),
     (lambda: model(LastState(), model_dim=5), "model_dim must be even .* got 5"),
-    (lambda: model(LastState(), num_layers=0), "num_layers must be 1 or more, got 0"),
+    (lambda: model(LastState(), num_layers=0), "num_layers of RNNConfig must be a whole .*; got 0"),
     (lambda: model(LastState(), dropout_rate=1.0), "dropout_rate must be in"),
     (lambda: model(Bahdanau), "attention must be LastState"),
     (lambda: model(Bahdanau(num_heads=3)), "num_heads=3, model_dim=4"),
-    (lambda: Bahdanau(num_heads=0), "num_heads must be 1 or more, got 0"),
+    (lambda: Bahdanau(num_heads=0), "num_heads of Bahdanau must be a whole .*; got 0"),
     (lambda: Bahdanau(scores.Dot()), "mechanism must be an attention.Mechanism, got Dot"),
     (lambda: Luong(window=3), "window must be None, LocalM"),
     (lambda: LocalM(0), "width of LocalM must be a whole number, 1 or more; got 0"),
