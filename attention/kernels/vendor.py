@@ -14,6 +14,8 @@ contracts of `attend`:
 """
 
 import dataclasses
+import functools
+import importlib
 import math
 from typing import Any, NamedTuple
 
@@ -195,6 +197,7 @@ class _Visible(NamedTuple):
       columns: [B or 1, S] bool, within some row's.
       pairs: () -> [B or 1, H or 1, T, S] bool, computed where it is read; None: all of them.
       length: S.
+      held: whether an array of all pairs is in memory anyway.
     """
 
     first: Array
@@ -202,6 +205,7 @@ class _Visible(NamedTuple):
     columns: Array
     pairs: Any
     length: int
+    held: bool
 
     def rows(self):
         """Which see something: [B or 1, T, H or 1] bool."""
@@ -228,6 +232,8 @@ class _Visible(NamedTuple):
             by_head = jnp.swapaxes(jnp.repeat(bad, repeats, axis=2), 1, 2)
             return jnp.swapaxes((self.pairs() & by_head[:, :, None]).any(-1), 1, 2)
 
+        if self.held:
+            return look(bad)
         shape = jax.eval_shape(look, bad).shape
         return jax.lax.cond(bad.any(), look, lambda bad: jnp.zeros(shape, bool), bad)
 
@@ -253,7 +259,7 @@ def _visible(plan, T, S, mask, data):
         columns &= j < data["key_lengths"][:, None]
     segments = "query_segments" in data
     if mask is None and not segments:
-        return _Visible(first, end, columns, None, S)
+        return _Visible(first, end, columns, None, S, held=False)
 
     def pairs():
         seen = ((first[:, :, None] <= j) & (j < end[:, :, None]))[:, None]
@@ -262,7 +268,7 @@ def _visible(plan, T, S, mask, data):
             seen &= (query[:, :, None] == key[:, None, :])[:, None]
         return seen if mask is None else seen & mask
 
-    return _Visible(first, end, columns, pairs, S)
+    return _Visible(first, end, columns, pairs, S, held=mask is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,24 +356,32 @@ def _cudnn(plan, params, query, key, value, bias, mask, data):
 
 def _splash(plan, params, query, key, value, bias, mask, data):
     del bias, mask
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
-
     dtype = query.dtype
     query, key = _features(plan.mechanism, params, query, key)
     B, H, T, _ = query.shape
     S = key.shape[2]
     value = jnp.swapaxes(value, 1, 2)
     value = jnp.repeat(value, key.shape[1] // value.shape[1], axis=1)
-    left, right = plan.band
-    shape = (T, S)
-    if not plan.band.limited:
-        mask = splash_attention_mask.FullMask(shape)
-    elif left is None and right == 0:
-        mask = splash_attention_mask.CausalMask(shape)
-    else:
-        mask = splash_attention_mask.LocalMask(shape, (left, right), 0)
-    masks_of_heads = splash_attention_mask.MultiHeadMask([mask] * H)
+    kernel = _splash_kernel(plan.band, plan.product.cap, H, T, S, plan.interpret)
+    ids = _segments(data, B, T, S)
+    arrays = query, key, value, ids
+    out = jax.vmap(kernel)(*arrays)
+    lse = None
+    if plan.lse:  # which splash returns, or has a gradient
+        options = kernel.kwargs | {"save_residuals": True}
+        infos = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
+        run = type(kernel)(*infos, **options)
+        lse = jnp.swapaxes(jax.vmap(run)(*jax.lax.stop_gradient(arrays))[1][0], 1, 2)
+    return jnp.swapaxes(out, 1, 2).astype(dtype), lse
+
+
+_BLOCKS = (512, 256, 128)  # not measured: splash's own default is the last
+
+
+@functools.cache
+def _splash_kernel(band, cap, H, T, S, interpret):
+    """Cached, since splash looks at all T·S pairs of its mask: ten seconds for 32k."""
+    splash, shape = _modules()[0], (T, S)
     rows, columns = (next(n for n in _BLOCKS if length % n == 0) for length in shape)
     sizes = splash.BlockSizes(
         block_q=rows,
@@ -377,30 +391,32 @@ def _splash(plan, params, query, key, value, bias, mask, data):
         block_q_dq=rows,
         block_kv_dq=columns,
     )
-
-    def kernel(save):
+    with jax.ensure_compile_time_eval():
         return splash.make_splash_mha(
-            masks_of_heads,
+            _splash_mask(band, shape, H),
             block_sizes=sizes,
-            save_residuals=save,
-            attn_logits_soft_cap=plan.product.cap,
+            attn_logits_soft_cap=cap,
             head_shards=1,
             q_seq_shards=1,
-            interpret=plan.interpret,
+            interpret=interpret,
         )
 
-    ids = _segments(data, B, T, S)
-    segments = None if ids is None else splash.SegmentIds(*ids)
-    arrays = query, key, value, segments
-    out = jax.vmap(kernel(False))(*arrays)
-    lse = None
-    if plan.lse:
-        constants = jax.lax.stop_gradient(arrays)
-        lse = jnp.swapaxes(jax.vmap(kernel(True))(*constants)[1][0], 1, 2)
-    return jnp.swapaxes(out, 1, 2).astype(dtype), lse
+
+def _splash_mask(band, shape, heads):
+    splash_masks = _modules()[1]
+    if not band.limited:
+        mask = splash_masks.FullMask(shape)
+    elif band == _Band(right=0):
+        mask = splash_masks.CausalMask(shape)
+    else:
+        mask = splash_masks.LocalMask(shape, tuple(band), 0)
+    return splash_masks.MultiHeadMask([mask] * heads)
 
 
-_BLOCKS = (512, 256, 128)  # not measured: splash's own default is the last
+def _modules():
+    """Imported where needed: Pallas for TPUs takes half a second."""
+    package = "jax.experimental.pallas.ops.tpu.splash_attention.splash_attention"
+    return [importlib.import_module(f"{package}_{name}") for name in ("kernel", "mask")]
 
 
 def _features(mechanism, params, query, key):
@@ -425,7 +441,7 @@ def _features(mechanism, params, query, key):
 
 
 def _segments(data, B, T, S):
-    """Labels [B, T], [B, S] int32 of rows and columns, equal where one sees the other, or None."""
+    """splash's labels [B, T], [B, S] of rows and columns that may see each other, or None: all."""
     if not {"query_segments", "key_lengths"} & data.keys():
         return None
     query = data.get("query_segments", jnp.zeros((1, T), jnp.int32)).astype(jnp.int32)
@@ -442,7 +458,7 @@ def _segments(data, B, T, S):
 
         query, key = jax.vmap(ranks)(query, key)
         key = jnp.where(jnp.arange(S) < data["key_lengths"][:, None], key, T)
-    return query.astype(jnp.int32), key.astype(jnp.int32)
+    return _modules()[0].SegmentIds(query.astype(jnp.int32), key.astype(jnp.int32))
 
 
 # The pair, and what it is derived by.

@@ -2,8 +2,6 @@
 
 import functools
 import inspect
-import re
-from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -16,7 +14,6 @@ from hypothesis import strategies as st
 from jax import export
 
 from attention import attend, dot_product_attention
-from attention.kernels import vendor
 
 THEIRS = inspect.signature(jax.nn.dot_product_attention).parameters
 OURS = inspect.signature(dot_product_attention).parameters

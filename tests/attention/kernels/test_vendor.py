@@ -27,7 +27,7 @@ from attention.kernels import registry
 from attention.kernels.products import Product, product_of
 from attention.kernels.registry import KERNELS, Device, describe
 from support.kernels import arrays
-from support.mechanisms import Manhattan, assert_close, assert_same, init, normal, put, wide
+from support.mechanisms import Manhattan, assert_close, assert_same, normal, put, wide
 
 HOPPER = Device("cuda", "NVIDIA H100 80GB HBM3", 9.0)
 TPU = Device("tpu", "TPU v5e")
