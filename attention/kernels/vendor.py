@@ -500,10 +500,55 @@ def _has_bias_gradient(bias, mask):
     return bias is not None and len(bias) == 1 and (mask is None or len(mask) == 1)
 
 
-def _forward(plan, *args):
+def _vmapped(function):
+    """`function`(plan, args, ...), whose `jax.vmap` gives JAX's rule for cuDNN what it expects.
+
+    That is arrays which all have the mapped axis, and no bias: with one a loop calls cuDNN instead.
+    """
+
+    @functools.wraps(function)
+    def run(plan, args, *more):
+        if plan.vendor != "cudnn":
+            return function(plan, args, *more)
+        call = jax.custom_batching.custom_vmap(functools.partial(function, plan))
+
+        @call.def_vmap
+        def rule(size, batched, *arrays):
+            def with_axis(x, has_it):
+                return x if has_it else jnp.broadcast_to(x, (size, *x.shape))
+
+            arrays = jax.tree.map(with_axis, arrays, tuple(batched))
+            one = functools.partial(function, plan)
+            mapped = jax.vmap(one) if arrays[0][4] is None else _in_turn(one)
+            out = mapped(*arrays)
+            return out, jax.tree.map(lambda _: True, out)
+
+        return call(args, *more)
+
+    return run
+
+
+def _in_turn(function):
+    return lambda *arrays: jax.lax.map(lambda x: function(*x), arrays)
+
+
+@_vmapped
+def _forward_of(plan, args):
     out, pull, lse = _pulled(plan, *args)
     outputs = {"out": out, "lse": lse} if plan.lse else {"out": out}
     return outputs, tuple(jax.tree.leaves(pull))
+
+
+def _forward(plan, *args):
+    return _forward_of(plan, args)
+
+
+@_vmapped
+def _backward_of(plan, args, residuals, out):
+    """Cotangents of what the vendor derives by."""
+    # The pullback is a pytree of arrays and of what is known while tracing.
+    pull = jax.eval_shape(lambda args: _pulled(plan, *args)[1], args)
+    return jax.tree.structure(pull).unflatten(residuals)(out)
 
 
 def _backward(plan, args, outputs, residuals, cotangents):
@@ -511,9 +556,7 @@ def _backward(plan, args, outputs, residuals, cotangents):
     out = cotangents["out"]
     if out is None:
         out = jnp.zeros_like(outputs["out"])
-    # The pullback is a pytree of arrays and of what is known while tracing.
-    pull = jax.eval_shape(lambda args: _pulled(plan, *args)[1], args)
-    of_arrays = list(jax.tree.structure(pull).unflatten(residuals)(out))
+    of_arrays = list(_backward_of(plan, args, residuals, out))
 
     def of_reference(name, cotangent, arrays):
         """Of those arrays, by the tiled kernel."""
@@ -555,6 +598,9 @@ def _by_vendor(vendor):
         product = product_of(mechanism, query.shape[-1], value.shape[-1])
         interpret = vendor == "splash" and device_of(query).platform != "tpu"
         plan = _Plan(vendor, mechanism, product, _band(mechanism.mask), "lse" in aux, interpret)
+        if {"query_lengths", "key_lengths"} & data.keys():  # cuDNN takes both or none
+            full = {"query_lengths": query.shape[1], "key_lengths": key.shape[1]}
+            data = {name: jnp.full(1, n, jnp.int32) for name, n in full.items()} | data
         arrays = {
             "params": jax.tree.map(lambda x: x[None], params),
             "arrays": (query, key, value, bias, mask),

@@ -352,6 +352,41 @@ def test_cudnn_refuses_before_it_runs(handed):
     assert dot_product_attention(empty, empty, empty, implementation="cudnn").shape == empty.shape
 
 
+LOWERED = {
+    "causal": (masks.Causal(), {}),
+    "window": (masks.Causal() & masks.SlidingWindow(20), {}),
+    "lengths": (masks.Padding(), {"key_lengths": ((2,), "int32")}),
+    "mask": (masks.Causal(), {"mask": ((2, 1, 1, 256), "bool")}),
+    "bias": (masks.Full(), {"bias": ((1, 4, 256, 256), "bfloat16")}),
+}
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["", "vmap"])
+@pytest.mark.parametrize("kind", LOWERED)
+def test_a_gradient_is_two_calls_of_cudnn(monkeypatch, kind, mapped):
+    """In the program for a GPU: forward and backward, and no loop of the tiled kernel."""
+    stablehlo = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(stablehlo, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(registry, "device_of", lambda _: HOPPER)
+    mask, options = LOWERED[kind]
+    options = {name: jax.ShapeDtypeStruct(*x) for name, x in options.items()}
+
+    def gradient(query, key, value, options):
+        def loss(*arrays):
+            run = attend(Mechanism(mask=mask), NONE, *arrays, aux=("lse",), **options)
+            return run[0].astype(jnp.float32).sum()
+
+        return jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
+
+    lead = (3, 2) if mapped else (2,)
+    arrays = [jax.ShapeDtypeStruct((*lead, 256, h, 64), jnp.bfloat16) for h in (4, 2, 2)]
+    run = jax.vmap(gradient, (0, 0, 0, None)) if mapped else gradient
+    program = jax.jit(run).trace(*arrays, options).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("__cudnn") == 2 and "Backward" in program
+    assert ("stablehlo.while" in program) == (mapped and kind == "bias")  # a call for each example
+
+
 # Splash in the interpreter.
 
 EVERY = Mechanism(
