@@ -96,7 +96,10 @@ def _wide(x):
 
 
 def accuracy(case: Case) -> None:
-    """Every result errs at most twice as much as the dense kernel's of that dtype, and 2 ulp."""
+    """Every result errs at most twice as much as the dense kernel's of that dtype, and 2 ulp.
+
+    And as much as sums of 60 terms in float32 in another order.
+    """
     got = _pulled(case.mechanism, case.kernel, case.arrays(case.dtype), case.data())
     other, want = _references(dataclasses.replace(case, kernel="dense"))
     leaves = zip(
@@ -106,9 +109,9 @@ def accuracy(case: Case) -> None:
         finite = np.isfinite(exact)
         assert (np.isfinite(_wide(x)) == finite).all(), f"{_named(path)} is not finite"
         error, allowed = (abs(_wide(z)[finite] - exact[finite]).max(initial=0) for z in (x, y))
-        ulp = ULP[case.dtype if x.dtype == jnp.bfloat16 else "float32"]
         scale = abs(exact[finite]).max(initial=0)
-        assert error <= 2 * allowed + 2 * ulp * (1 + scale) * _SUMS, (
+        slack = 2 * ULP[case.dtype] * scale + 60 * ULP["float32"] * (1 + scale)
+        assert error <= 2 * allowed + slack, (
             f"{_named(path)} errs by {error:.2e}, dense by {allowed:.2e}, of {scale:.2g}"
         )
 
@@ -121,9 +124,6 @@ def _references(case):
     with jax.enable_x64(True), jax.default_device(host):
         exact = _pulled(case.mechanism, "dense", case.arrays("float64"), case.data())
     return jax.tree.map(np.asarray, dense), jax.tree.map(_wide, exact)
-
-
-_SUMS = 8  # sums of some hundred terms, in another order
 
 
 def _named(path):
