@@ -28,9 +28,11 @@ from support.mechanisms import (
     Counted,
     Manhattan,
     assert_close,
+    assert_same,
     dot,
     init,
     normal,
+    put,
     wide,
 )
 
@@ -211,11 +213,15 @@ EVERY_MASK = (
     ~(masks.Causal() & masks.SlidingWindow(2)) | masks.Segments() & masks.Padding(),
     ~masks.Full(),
 )
-DATA = {
-    "query_lengths": np.array(11),
-    "key_lengths": np.array(9),
+TILE_DATA = {
+    "query_length": np.array(11),
+    "key_length": np.array(9),
     "query_segments": np.arange(T) // 5,
     "key_segments": np.arange(S) // 6,
+}
+DATA = {
+    {"query_length": "query_lengths", "key_length": "key_lengths"}.get(name, name): x
+    for name, x in TILE_DATA.items()
 }
 
 
@@ -246,7 +252,10 @@ def pairwise(*sizes):
 
 
 def check_any(parts, cases, aux, dtype="float64"):
-    """Every case, a tuple of indices into the parts of each kind."""
+    """Every case, a tuple of indices into the parts of each kind.
+
+    What a mask hides changes no bit and has gradients of 0, be it NaN or inf.
+    """
     kinds = (AnyScore, AnyPosition, AnyMask, AnyOnline if parts[3] is ONLINE else AnyNormalizer)
     mechanism = Mechanism(*(kind(own) for kind, own in zip(kinds, parts, strict=True)))
     params, *rest = arrays(mechanism, dtype=dtype)
@@ -259,10 +268,31 @@ def check_any(parts, cases, aux, dtype="float64"):
         }
         results = [run(own, *rest, {**DATA, "prefix_lengths": np.array(mask)}) for run in kernels]
         case = [str(x[n]) for x, n in zip(parts, (score, position, mask, normalizer), strict=True)]
+        spoilt, hidden = poisoned(parts[2][mask], rest)
         try:
             assert_close(*results, 1e-10)
+            for run, clean in zip(kernels, results, strict=True) if mask in POISONED else ():
+                data = {**DATA, "prefix_lengths": np.array(mask)}
+                assert_same(run(own, *spoilt, data), clean)
+                for to_input, places in zip(clean[1][1:], hidden, strict=True):
+                    assert (np.asarray(to_input)[places] == 0).all()
         except AssertionError as error:
             raise AssertionError(f"{' × '.join(case)}: {error}") from None
+
+
+POISONED = [EVERY_MASK.index(x) for x in (masks.Causal(), masks.Padding())]
+
+
+def poisoned(mask, inputs):
+    """query, key, value, bias and cotangent, not finite where the mask hides them; those places."""
+    rows, columns = np.arange(T), np.arange(S)
+    visible = np.asarray(mask.tile(Tile(rows, columns, rows, columns, 0, H, **TILE_DATA)))
+    visible = np.broadcast_to(visible, (T, S))
+    absent = ~visible.any(1), ~visible.any(0)
+    places = absent[0], absent[1], absent[1], np.s_[:, ~visible]
+    numbers = np.nan, np.inf, np.nan, -np.inf
+    pairs = zip(inputs[:4], places, numbers, strict=True)
+    return [*(put(x, place, bad) for x, place, bad in pairs), inputs[4]], places
 
 
 ANY = {
