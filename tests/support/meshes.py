@@ -12,8 +12,11 @@ from support import ROOT
 DEVICES = {
     "JAX_PLATFORMS": "cpu",
     "PJRT_NPROC": "16",  # else 8 devices wait for each other on a machine of few cores
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
+    + os.environ.get(
+        "XLA_FLAGS",
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    ),
 }
 RECALL = {"model.dropout_rate": 0.1, "model.position": "t5 + learned"}
 PATH = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
