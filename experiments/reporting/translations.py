@@ -59,11 +59,18 @@ class Translator(trained.Trained):
         ended = np.flatnonzero(tokens == tasks.END)
         targets = tokens[: ended[0] + 1] if len(ended) else tokens
         inputs = np.insert(targets[:-1], 0, tasks.BEGIN).astype(np.int32)[None]
-        batch = {**source, "inputs": inputs}
         look = jax.jit(functools.partial(attention_stats.weights, self.model))
-        weights = look(self.params, batch)["cross"]
+        weights = look(self.params, {**source, "inputs": inputs})["cross"]
         names = self.task.tokens(targets), self.task.tokens(source["source"][0, :count])
         return np.asarray(weights[:, 0, ..., :count]), *names
+
+    def alignment_heads(self) -> tuple[int, int]:
+        """L and H of every `alignment`; compiles nothing."""
+        token = np.zeros((1, 1), np.int32)
+        batch = {"source": token, "source_lengths": np.ones(1, np.int32), "inputs": token}
+        look = functools.partial(attention_stats.weights, self.model)
+        L, _, H, _, _ = jax.eval_shape(look, self.params, batch)["cross"].shape
+        return L, H
 
 
 def load(workdir: str | Path, seed: int = 0) -> Translator:
@@ -81,15 +88,20 @@ def _has_table(config):
     return "learned" in config.model.position.lower()
 
 
-def draw(
-    path: str, alignment: tuple, title: str, layer: int | None, head: int | None, mean: bool
-) -> None:
-    """Writes the heat maps of some layers and heads as PNG.  ValueError where there is no such."""
-    weights, query, key = alignment
-    names = [f"layer {i + 1}" for i in range(len(weights))]
-    for what, number, count in (("layer", layer, len(weights)), ("head", head, weights.shape[1])):
+def check_choice(layers: int, heads: int, layer: int | None, head: int | None) -> None:
+    """Raises ValueError for a layer or head, from 1, that none of so many is."""
+    for name, number, count in (("layer", layer, layers), ("head", head, heads)):
         if number is not None and not 1 <= number <= count:
-            raise ValueError(f"--{what}={number}: there are {count}")
+            raise ValueError(f"--{name}={number}: there are {count}")
+
+
+def draw(
+    path: Any, alignment: tuple, title: str, layer: int | None, head: int | None, mean: bool
+) -> None:
+    """Writes the heat maps of some layers and heads as PNG.  ValueError as `check_choice`."""
+    weights, query, key = alignment
+    check_choice(len(weights), weights.shape[1], layer, head)
+    names = [f"layer {i + 1}" for i in range(len(weights))]
     if layer is not None:
         weights, names = weights[layer - 1 : layer], names[layer - 1 : layer]
     if head is not None:
