@@ -24,7 +24,7 @@ def test_defaults_are_plain_attention():
 
 
 @pytest.mark.parametrize(
-    "kind, given, message",
+    "kind, part, message",
     [
         ("score", scores.Dot, r"score must be an attention.Score, got .*Dot.*forget the \(\)"),
         ("position", scores.Dot(), r"position must be an attention.Position, got Dot\(\)"),
@@ -33,9 +33,9 @@ def test_defaults_are_plain_attention():
         ("position", positions.YaRN(2.0, original_length=8), r"position must be .*got YaRN"),
     ],
 )
-def test_validation(kind, given, message):
+def test_validation(kind, part, message):
     with pytest.raises(ValueError, match=message):
-        Mechanism(**{kind: given})
+        Mechanism(**{kind: part})
 
 
 @pytest.mark.parametrize(
@@ -301,8 +301,8 @@ def test_explain():
     assert title == str(mechanism)
     assert lines[0].strip().startswith("dense: runs: scores and what makes them are 576 numbers")
     assert lines[1].strip() == "tiled: could, was not chosen"
-    asked = explain(mechanism, query, key, key, implementation="tiled").splitlines()
-    assert [line.strip() for line in asked[1:]] == [
+    by_name = explain(mechanism, query, key, key, implementation="tiled").splitlines()
+    assert [line.strip() for line in by_name[1:]] == [
         "dense: could, was not chosen",
         "tiled: runs: asked for",
     ]
