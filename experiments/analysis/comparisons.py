@@ -194,7 +194,7 @@ def axis_effects(rows: Sequence[Row], axis: str) -> list[statistics.Effect] | No
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
+class PairwiseComparisons:
     """Every cell of a group against every other one, by the reported metric; see `pairwise`.
 
     Attributes:
@@ -209,7 +209,7 @@ class Pairs:
     p: np.ndarray
 
 
-def pairwise(rows: Sequence[Row]) -> Pairs:
+def pairwise(rows: Sequence[Row]) -> PairwiseComparisons:
     """Compares all cells of the group `rows` with each other."""
     rows = [row for row in rows if row.reported]
     values = [row.reported.values for row in rows if row.reported]
@@ -223,7 +223,7 @@ def pairwise(rows: Sequence[Row]) -> Pairs:
         interval[i, j] = interval[j, i] = comparison.interval
         p[i, j] = comparison.p
     p[above] = p.T[above] = statistics.holm(p[above])
-    return Pairs(rows, difference, interval, p)
+    return PairwiseComparisons(rows, difference, interval, p)
 
 
 @dataclasses.dataclass(frozen=True)

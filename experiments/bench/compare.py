@@ -16,12 +16,12 @@ import jax
 import numpy as np
 
 from experiments.bench import compiling, isolate, profiling, timing
-from experiments.bench.functions import Function
-from experiments.bench.kernels import Kernel
-from experiments.bench.models import Model
+from experiments.bench.functions import FunctionWork
+from experiments.bench.kernels import KernelWork
+from experiments.bench.models import ModelWork
 from experiments.bench.work import Foreign, JaxWork, Unavailable, Work
 
-WORKS: dict[str, Any] = {"kernel": Kernel, "model": Model, "function": Function}
+WORKS: dict[str, Any] = {"kernel": KernelWork, "model": ModelWork, "function": FunctionWork}
 MEASURES = ("time", "compile", "memory", "accuracy", "resident", "profile")
 
 
@@ -69,7 +69,7 @@ def names(works: Sequence[Work]) -> list[str]:
         parts = [f"{k}={own[k]}" for k in varied if k in own and own[k] != default[k]]
         if varied == ["library"]:
             parts = [own["library"]]
-        alone = own["name"] if isinstance(work, Function) else "ours"
+        alone = own["name"] if isinstance(work, FunctionWork) else "ours"
         labels.append(", ".join(parts) or alone)
     return labels
 

@@ -27,7 +27,7 @@ from experiments.tasks.ranges import (
     NUMBER,
     SWITCH,
     TEXT,
-    Range,
+    ValueRange,
     above,
     at_least,
     exactly,
@@ -70,7 +70,7 @@ WINDOW = Reader("a model.rnn.window", lambda c: LUONG.reads(c) and c.model.rnn.w
 TRANSLATION = _tasks(lambda task: hasattr(task, "references"))
 LANGUAGE_MODEL = _tasks(lambda task: task.architecture == "decoder")
 
-PART = Range("a text that `attention.parse` reads", TEXT.holds)
+PART = ValueRange("a text that `attention.parse` reads", TEXT.holds)
 
 
 class Setting(NamedTuple):
@@ -84,7 +84,7 @@ class Setting(NamedTuple):
     """
 
     default: Any
-    range: Range
+    range: ValueRange
     says: str = ""
     reader: Reader = EVERYONE
 

@@ -48,7 +48,7 @@ def pack(
         entry["kept"] = [max(map(len, examples_by_cell.values()), default=0), len(examples_by_cell)]
     full = [False] * len(read)
     # One example after another over all groups, so that no group takes all.
-    for example in range(attention_maps.KEPT):
+    for example in range(attention_maps.NUM_MAPS):
         for number, (entry, examples_by_cell) in enumerate(zip(packed, read, strict=True)):
             new = {
                 id: examples[example]

@@ -51,7 +51,7 @@ def check(config: ConfigDict, changed: Collection[str] = ()) -> None:
     devices.check(config, model, inputs)
 
 
-class Progress(Protocol):
+class RunProgress(Protocol):
     """What is shown of a run, as `experiments.launch.progress` does."""
 
     def start(self, steps: int, at: int = 0) -> None:
@@ -93,7 +93,7 @@ def prepare(config: ConfigDict) -> Run:
     }
     examples = attention_maps.first(whole["validation"], attention_maps.MEASURED)
     greedy = beam = None
-    searches = ()
+    searches: tuple[tuple[str, Decoding], ...] = ()
     if isinstance(task, tasks.Translates):
         greedy, beam = (decode.from_config(config, task, beam) for beam in (False, True))
         searches = (("validation", greedy), *((name, beam) for name in splits))
@@ -114,7 +114,7 @@ def prepare(config: ConfigDict) -> Run:
 def train(
     config: ConfigDict,
     directory: Path,
-    progress: Progress,
+    progress: RunProgress,
     stop: StopRequest | None = None,
     *,
     until: int | None = None,
@@ -252,7 +252,7 @@ def _finish(config, run, program, params, directory):
     Writes translations and attention maps.
     """
     statistics, weights = jax.device_get(program.attention_stats(params, run.examples))
-    few = attention_maps.first(run.examples, attention_maps.KEPT)
+    few = attention_maps.first(run.examples, attention_maps.NUM_MAPS)
     maps = attention_maps.keep(run.task, few, weights)
     write(directory / "attention.npz", attention_maps.dump(maps))
     details = {"attention": jax.tree.map(lambda x: np.round(x, 4).tolist(), statistics)}

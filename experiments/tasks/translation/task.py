@@ -269,7 +269,7 @@ class Translation:
         return self._data.corpus.splits[split]
 
 
-class _Data(NamedTuple):
+class _TaskData(NamedTuple):
     """What `Translation` computes once from the text.
 
     `rows` are the training pairs that are short enough, `buckets` those of each bucket, `widths`
@@ -318,7 +318,7 @@ def _load(task):
     members = [rows[which == bucket] for bucket in np.unique(which)]
     widths = [tuple(counts[:, m].max(axis=1).tolist()) for m in members]
     padded = sum(len(m) * sum(width) for m, width in zip(members, widths, strict=True))
-    return _Data(
+    return _TaskData(
         corpus=corpus,
         target=target,
         encode_source=encode_source,
