@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-_TEMPLATES = Path(__file__).with_name("templates")
+TEMPLATES = Path(__file__).with_name("templates")
 
 
 def render(template: str, *, version: str = "", **values: Any) -> str:
@@ -15,7 +15,7 @@ def render(template: str, *, version: str = "", **values: Any) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
