@@ -141,12 +141,12 @@ def other_metrics(rows: Sequence[Row]) -> list[str]:
     """
     done = [row for row in rows if row.reported]
     names = dict.fromkeys(name for row in done for name in row.metrics)
-    chosen = {row.cell.result["primary"] for row in done}
+    primaries = {row.cell.result["primary"] for row in done}
     splits = {row.metric.partition("/")[0] for row in done} | {"attention"}
     return [
         name
         for name in names
-        if name != done[0].metric and (name in chosen or name.partition("/")[0] in splits)
+        if name != done[0].metric and (name in primaries or name.partition("/")[0] in splits)
     ]
 
 
@@ -164,8 +164,10 @@ def splits(rows: Sequence[Row]) -> list[str]:
     on_splits = [
         name for name in names if name.endswith(f"/{last}") and not name.startswith("train/")
     ]
-    shown = {reported, *other_metrics(rows)}
-    return [reported, *(n for n in on_splits if n != reported)] if set(on_splits) - shown else []
+    elsewhere = {reported, *other_metrics(rows)}
+    return (
+        [reported, *(n for n in on_splits if n != reported)] if set(on_splits) - elsewhere else []
+    )
 
 
 def axis_effects(rows: Sequence[Row], axis: str) -> list[statistics.Effect] | None:

@@ -140,12 +140,12 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     p_values = np.asarray(p_values, float)
     if ((p_values < 0) | (p_values > 1)).any():
         raise ValueError(f"p-values are between 0 and 1: got {p_values.tolist()}")
-    known = ~np.isnan(p_values)
+    numbers = ~np.isnan(p_values)
     corrected = np.full(p_values.shape, _NAN)
-    if known.any():
+    if numbers.any():
         from statsmodels.stats.multitest import multipletests
 
-        corrected[known] = multipletests(p_values[known], method="holm")[1]
+        corrected[numbers] = multipletests(p_values[numbers], method="holm")[1]
     return corrected
 
 

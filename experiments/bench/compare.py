@@ -201,13 +201,13 @@ def errors(work: Work) -> dict[str, float | None]:
     if pair is None:
         return {}
     small, exact = pair
-    got = results(small)
+    values = results(small)
     with jax.enable_x64(True):
-        want = results(exact)
+        reference = results(exact)
     largest = {}
-    for name, x in got.items():
-        scale = np.max(np.abs(want[name])) or 1.0
-        error = float(np.max(np.abs(x - want[name])) / scale)
+    for name, x in values.items():
+        scale = np.max(np.abs(reference[name])) or 1.0
+        error = float(np.max(np.abs(x - reference[name])) / scale)
         largest[name] = error if math.isfinite(error) else None
     return largest
 

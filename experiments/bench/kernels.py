@@ -316,8 +316,8 @@ def _decode(static, params, cache, query, key, value):
 def is_causal(work: KernelWork) -> bool:
     """For peers that compute softmax(QKᵀ/√D) V, causal or not; `Unavailable` for anything else."""
     plain = {"score": "scaled_dot", "position": "none", "normalizer": "softmax"}
-    for name, known in plain.items():
-        if getattr(work, name) != known:
+    for name, value in plain.items():
+        if getattr(work, name) != value:
             raise Unavailable(f"{work.library} has no {name} {getattr(work, name)!r}")
     if work.mask not in ("none", "causal") or work.documents:
         raise Unavailable(f"{work.library} has no mask {work.mask!r}")

@@ -31,7 +31,7 @@ def tune(path: Path, say: Callable[[str], None], length: int = 4096, seconds: fl
     """
     # The table that is to be written must not be read.
     os.environ.pop("ATTENTION_BLOCK_SIZES", None)
-    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    by_device = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if not os.access(path.parent, os.W_OK):  # fail before minutes of measuring
         raise ValueError(f"cannot write {path}: give another --table")
     base = KernelWork(length=length, mask="causal", derivative="gradient", implementation="tiled")
@@ -61,7 +61,7 @@ def tune(path: Path, say: Callable[[str], None], length: int = 4096, seconds: fl
         "tiled_above": crossing(base, say, seconds),
         "measured": f"{machine.describe()['machine']}, {kind}, 8 heads of 64, {base.dtype}",
     }
-    paths.replace(path, json.dumps({**known, kind: entry}, indent=1) + "\n")
+    paths.replace(path, json.dumps({**by_device, kind: entry}, indent=1) + "\n")
     return f"{path}: tiles {entry['tiles']}, tiled above {entry['tiled_above']:,} numbers"
 
 

@@ -193,15 +193,15 @@ def task_config(name: str, **settings) -> ConfigDict:
     return ConfigDict(fields)
 
 
-def argument(file: str, arg: str, known: Collection[str]) -> str:
+def argument(file: str, arg: str, arguments: Collection[str]) -> str:
     """The checked argument of a config file, 'sort' of configs/transduction.py:sort.
 
-    It is one of `known`, or empty for the first of them. ValueError for any other, naming `file`,
-    which is the `__file__` of the config.
+    It is one of `arguments`, or empty for the first of them. ValueError for any other, naming
+    `file`, which is the `__file__` of the config.
     """
-    first, *_ = known
-    if (arg or first) not in known:
-        raise ValueError(f"{os.path.relpath(file)} takes :{', :'.join(known)}; got {arg!r}")
+    first, *_ = arguments
+    if (arg or first) not in arguments:
+        raise ValueError(f"{os.path.relpath(file)} takes :{', :'.join(arguments)}; got {arg!r}")
     return arg or first
 
 

@@ -147,12 +147,12 @@ def load(
     value of the wrong type.
     """
     functions = runpy.run_path(path)
-    known = [name.removeprefix("sweep_") for name in functions if name.startswith("sweep_")]
-    chosen = known if names == "all" else [name for name in names.split(",") if name]
-    for name in chosen:
-        if name not in known:
+    axis_names = [name.removeprefix("sweep_") for name in functions if name.startswith("sweep_")]
+    swept = axis_names if names == "all" else [name for name in names.split(",") if name]
+    for name in swept:
+        if name not in axis_names:
             raise ValueError(
-                f"{path} has no sweep_{name}; it has {', '.join(known) or 'no sweeps'}"
+                f"{path} has no sweep_{name}; it has {', '.join(axis_names) or 'no sweeps'}"
             )
     bases = functions.get("bases", lambda: {"base": {}})()
     if not (isinstance(bases, Mapping) and all(isinstance(x, Mapping) for x in bases.values())):
@@ -161,7 +161,7 @@ def load(
             f"returned {bases!r}"
         )
     axes = {}
-    for name in chosen:
+    for name in swept:
         function = functions[f"sweep_{name}"]
         values = _list(path, function, *[config] * len(inspect.signature(function).parameters))
         for value in values:

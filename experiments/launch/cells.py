@@ -64,7 +64,7 @@ def _rungs(directory):
 def run_cell(
     workdir: Any,
     job: Job,
-    shown: CellProgress,
+    progress: CellProgress,
     stop: Stop | None = None,
     compiled: Callable[[], float] = lambda: 0.0,
 ) -> dict[str, Any]:
@@ -82,10 +82,10 @@ def run_cell(
     try:
         with leases.Lease(directory):
             if result := outcome(directory, job.until):
-                shown.finish("done by another process")
+                progress.finish("done by another process")
                 return result
             waited = compiled()
-            result = _train(directory, job, shown, stop)
+            result = _train(directory, job, progress, stop)
             if result["status"] == "done":
                 result["compile_seconds"] = round(waited + result["compile_seconds"], 2)
             write(directory, result)
@@ -97,11 +97,11 @@ def run_cell(
                 "the last checkpoint"
             ) from error
         raise
-    shown.finish(line(result))
+    progress.finish(line(result))
     return result
 
 
-def _train(directory, job, shown, stop):
+def _train(directory, job, progress, stop):
     stop = stop or Stop()
     try:
         config = settings.read(json.loads((directory / "config.json").read_text("utf-8")))
@@ -110,7 +110,7 @@ def _train(directory, job, shown, stop):
             return loop.train(
                 config,
                 here,
-                shown,
+                progress,
                 stop,
                 until=job.until,
                 max_minutes=job.max_minutes,

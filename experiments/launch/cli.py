@@ -102,9 +102,9 @@ def _drop_halves(folder):
     folder that holds one without.
     """
     for path in folder.glob("*-cache"):
-        used = path.with_name(path.name.removesuffix("-cache") + "-atime")
+        last_use = path.with_name(path.name.removesuffix("-cache") + "-atime")
         with contextlib.suppress(OSError):
-            if not used.exists() and time.time() - path.stat().st_mtime > 60:
+            if not last_use.exists() and time.time() - path.stat().st_mtime > 60:
                 path.unlink()
 
 

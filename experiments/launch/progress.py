@@ -76,8 +76,8 @@ class CellProgress:
         """`step` steps are done; `loss` where it is known."""
         left = self._sweep.left(step / self._steps)
         if bar := self._sweep._bar:
-            shown = {} if loss is None else {"loss": f"loss {loss:.3f}"}
-            bar.update(self._task, completed=step, left=left, **shown)
+            fields = {} if loss is None else {"loss": f"loss {loss:.3f}"}
+            bar.update(self._task, completed=step, left=left, **fields)
         elif loss is not None and time.monotonic() - self._last_line > _PLAIN_SECONDS:
             self._last_line = time.monotonic()
             print(f"  {self._name} step {step}/{self._steps} loss {loss:.4f}, {left}", flush=True)

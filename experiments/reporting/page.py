@@ -90,8 +90,8 @@ def page(
     bases = joined.bases()
     changes = comparisons.between(experiments)
     configs = _json(_configs(joined))
-    shown = [drawing for name, drawing in drawings.items() if not name.endswith("-maps")]
-    room = _LARGEST - len(configs) - sum(map(len, shown)) - 3000 * len(joined.cells)
+    svgs = [drawing for name, drawing in drawings.items() if not name.endswith("-maps")]
+    room = _LARGEST - len(configs) - sum(map(len, svgs)) - 3000 * len(joined.cells)
     groups = [joined.group(base) for base in bases]
     maps = explorer.pack(groups, max(0, min(explorer.BUDGET, room)))
     return html.render(

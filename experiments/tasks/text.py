@@ -151,9 +151,9 @@ def _load(path, tfds, tfds_records, data_dir, level):
     codes = {name: _codes(text, level) for name, text in texts.items()}
     characters = None
     if level == "char":
-        used = np.unique(np.concatenate(list(codes.values())))
-        codes = {name: np.searchsorted(used, c).astype(np.int32) for name, c in codes.items()}
-        characters = "".join(map(chr, used.tolist()))
+        alphabet = np.unique(np.concatenate(list(codes.values())))
+        codes = {name: np.searchsorted(alphabet, c).astype(np.int32) for name, c in codes.items()}
+        characters = "".join(map(chr, alphabet.tolist()))
     if "validation" not in codes:
         size = int(0.9 * len(codes["train"]))
         codes["train"], codes["validation"] = codes["train"][:size], codes["train"][size:]

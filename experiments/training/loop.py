@@ -154,10 +154,11 @@ def train(
             progress.step(step)
             last = step == c.steps
             at_log = last or step % c.log_every == 0
+            at_eval = bool(run.greedy) if last else step % c.eval_every == 0
             if at_log:
                 loss = _log(log, record, step, rates[step - 1], c.explosion)
                 progress.step(step, loss)
-            if step % c.eval_every == 0 and not last or last and run.greedy:
+            if at_eval:
                 record.seconds += _lap(state, began)
                 metrics, state = _judge(run, program, state)
                 log.write(step, metrics)
@@ -167,12 +168,12 @@ def train(
                 raise stop.error
             late = 0 < max_minutes * 60 < time.perf_counter() - started
             signal, late = devices.agree(stop.signal or 0, late, now=at_log)
-            ended = step == end or record.ended
-            if step % c.checkpoint_every == 0 or ended or late or signal:
+            at_end = step == end or record.ended
+            if step % c.checkpoint_every == 0 or at_end or late or signal:
                 record.seconds += _lap(state, began)
                 record.log_bytes = log.bytes
                 checkpoints.save(manager, step, state, iterator, record.describe())
-                if not ended and (signal or late):
+                if not at_end and (signal or late):
                     manager.wait_until_finished()
                     _check_signal(stop, signal)
                     raise TimeoutError(f"at step {step} after {max_minutes:g} minutes")

@@ -133,14 +133,14 @@ def train_cell(workdir: str, job: dict, signals: tuple = (signal.SIGINT, signal.
     """Trains a cell here; -> 'done', 'taken' by another process, or the signal that ended it."""
     cli.keep_compiled()
     place = paths.as_path(workdir)
-    shown = Reported(lambda *_, **__: None)
+    progress = Reported(lambda *_, **__: None)
     until = time.monotonic() + _PATIENCE
     stop = Stop(signals)
     try:
         with stop:
             while True:
                 try:
-                    cells.run_cell(place, cells.Job(**job), shown, stop)
+                    cells.run_cell(place, cells.Job(**job), progress, stop)
                     return "done"
                 except leases.LeaseHeldError:  # perhaps by a machine that is no more
                     if time.monotonic() > until:

@@ -86,7 +86,7 @@ class Local(base.Executor):
 
     def _train(self, worker, job, following, progress, stop):
         for tried in range(1, _TRIES + 1):
-            shown = progress.cell(job.id)
+            cell = progress.cell(job.id)
             order = {
                 "workdir": str(self._workdir),
                 "job": dataclasses.asdict(job),
@@ -98,11 +98,11 @@ class Local(base.Executor):
             for event in worker.work(order, limit):
                 match event:
                     case {"kind": "start", "steps": steps, "at": step}:
-                        shown.start(steps, step)
+                        cell.start(steps, step)
                     case {"kind": "step", "step": step, "loss": loss}:
-                        shown.step(step, loss)
+                        cell.step(step, loss)
                     case {"kind": "finish", "line": line}:
-                        shown.finish(line)
+                        cell.finish(line)
                     case {"kind": "error", "line": line}:
                         raise base.SweepError(line)
                     case {"kind": "stopped", "signal": kind}:
@@ -124,12 +124,12 @@ class Local(base.Executor):
                 reason = f"TimeoutError: nothing after step {step}, a minute past --max_minutes"
                 break
             if tried < _TRIES:
-                shown.note(f"{reason}; once more, from the last checkpoint")
+                cell.note(f"{reason}; once more, from the last checkpoint")
         else:
             reason += f", {_TRIES} times"
         directory = cells.folder(self._workdir, job.id)
         if outcome := cells.give_up(directory, job, reason):
-            shown.finish(cells.line(outcome))
+            cell.finish(cells.line(outcome))
 
 
 class _Worker:
