@@ -164,10 +164,10 @@ def splits(rows: Sequence[Row]) -> list[str]:
     on_splits = [
         name for name in names if name.endswith(f"/{last}") and not name.startswith("train/")
     ]
-    elsewhere = {reported, *other_metrics(rows)}
-    return (
-        [reported, *(n for n in on_splits if n != reported)] if set(on_splits) - elsewhere else []
-    )
+    in_table = {reported, *other_metrics(rows)}
+    if set(on_splits) <= in_table:
+        return []
+    return [reported, *(n for n in on_splits if n != reported)]
 
 
 def axis_effects(rows: Sequence[Row], axis: str) -> list[statistics.Effect] | None:

@@ -140,12 +140,12 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     p_values = np.asarray(p_values, float)
     if ((p_values < 0) | (p_values > 1)).any():
         raise ValueError(f"p-values are between 0 and 1: got {p_values.tolist()}")
-    numbers = ~np.isnan(p_values)
+    is_number = ~np.isnan(p_values)
     corrected = np.full(p_values.shape, _NAN)
-    if numbers.any():
+    if is_number.any():
         from statsmodels.stats.multitest import multipletests
 
-        corrected[numbers] = multipletests(p_values[numbers], method="holm")[1]
+        corrected[is_number] = multipletests(p_values[is_number], method="holm")[1]
     return corrected
 
 

@@ -199,7 +199,7 @@ def _combine(axes, values):
             if combined.setdefault(key, value) != value:
                 raise ValueError(
                     f"sweep_{axis_of[key]} and sweep_{axis} both set {key}, to {combined[key]!r} "
-                    f"and {value!r}: with --product, --sweep may name one of the two"
+                    f"and {value!r}: with --product, name only one of the two in --sweep"
                 )
             axis_of.setdefault(key, axis)
     return ", ".join(name for name, _ in values), combined

@@ -59,8 +59,9 @@ class Translator(trained.Trained):
         ended = np.flatnonzero(tokens == tasks.END)
         targets = tokens[: ended[0] + 1] if len(ended) else tokens
         inputs = np.insert(targets[:-1], 0, tasks.BEGIN).astype(np.int32)[None]
+        batch = {**source, "inputs": inputs}
         look = jax.jit(functools.partial(attention_stats.weights, self.model))
-        weights = look(self.params, {**source, "inputs": inputs})["cross"]
+        weights = look(self.params, batch)["cross"]
         names = self.task.tokens(targets), self.task.tokens(source["source"][0, :count])
         return np.asarray(weights[:, 0, ..., :count]), *names
 

@@ -81,8 +81,9 @@ class Lease:
                 os._exit(1)
 
 
-# filelock's SoftFileLease is no substitute: it takes over only what it has itself watched for the
-# whole time, so nobody could tell at once whether a folder is free, and it knows no object stores.
+# filelock's SoftFileLease is no substitute: another machine's lease counts as lapsed only for who
+# has watched it for the whole time, so none could say at once whether a folder is free, nor is
+# there one for object stores.
 class _LocalLease:
     """A lease on a folder of this machine or of a file system that it shares."""
 
