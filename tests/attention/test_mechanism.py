@@ -301,8 +301,8 @@ def test_explain():
     assert title == str(mechanism)
     assert lines[0].strip().startswith("dense: runs: scores and what makes them are 576 numbers")
     assert lines[1].strip() == "tiled: could, was not chosen"
-    by_name = explain(mechanism, query, key, key, implementation="tiled").splitlines()
-    assert [line.strip() for line in by_name[1:]] == [
+    asked = explain(mechanism, query, key, key, implementation="tiled").splitlines()
+    assert [line.strip() for line in asked[1:]] == [
         "dense: could, was not chosen",
         "tiled: runs: asked for",
     ]
