@@ -30,7 +30,7 @@ PARTS = ("score", "position", "mask", "normalizer")
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel(Work):
+class KernelWork(Work):
     """One attention to compute, and the library that computes it.
 
     Attributes:
@@ -142,13 +142,13 @@ class Kernel(Work):
         times = 3.0 if self.derivative in ("gradient", "jvp") else 1.0
         return 2 * widths * self.pairs() * self.heads * self.batch * times
 
-    def different(self) -> "Kernel | None":
+    def different(self) -> "KernelWork | None":
         if self.library != "attention":
             return None
         other = "softmax" if self.normalizer != "softmax" else "softmax_off_by_one"
         return dataclasses.replace(self, normalizer=other)
 
-    def oracle(self) -> "tuple[Kernel, Kernel] | None":
+    def oracle(self) -> "tuple[KernelWork, KernelWork] | None":
         if self.derivative == "decode":
             return None
         small = dataclasses.replace(
@@ -206,7 +206,7 @@ def _pairs(mask, length, keys, first, documents):
     return total
 
 
-def ours(work: Kernel) -> JaxWork:
+def ours(work: KernelWork) -> JaxWork:
     """By `attention.attend`, or `attention.decoding` where a cache is appended to."""
     mechanism = work.mechanism()
     with jax.enable_x64(False):  # the same numbers for the oracle
@@ -313,11 +313,11 @@ def _decode(static, params, cache, query, key, value):
 # Others, on the same work.
 
 
-def is_causal(work: Kernel) -> bool:
+def is_causal(work: KernelWork) -> bool:
     """For peers that compute softmax(QKᵀ/√D) V, causal or not; `Unavailable` for anything else."""
     plain = {"score": "scaled_dot", "position": "none", "normalizer": "softmax"}
-    for name, known in plain.items():
-        if getattr(work, name) != known:
+    for name, value in plain.items():
+        if getattr(work, name) != value:
             raise Unavailable(f"{work.library} has no {name} {getattr(work, name)!r}")
     if work.mask not in ("none", "causal") or work.documents:
         raise Unavailable(f"{work.library} has no mask {work.mask!r}")
@@ -328,7 +328,7 @@ def is_causal(work: Kernel) -> bool:
     return work.mask == "causal"
 
 
-def _jax_nn(implementation: str | None) -> Callable[[Kernel], JaxWork]:
+def _jax_nn(implementation: str | None) -> Callable[[KernelWork], JaxWork]:
     def build(work):
         causal = is_causal(work)
         if implementation == "cudnn" and jax.default_backend() != "gpu":
@@ -347,7 +347,7 @@ def _jax_nn_attend(static, params, query, key, value):
     )
 
 
-def _linen(work: Kernel) -> JaxWork:
+def _linen(work: KernelWork) -> JaxWork:
     try:
         from flax import linen
     except ImportError:
@@ -355,7 +355,7 @@ def _linen(work: Kernel) -> JaxWork:
     return _program(work, (is_causal(work), linen.dot_product_attention), _flax_attend)
 
 
-def _nnx(work: Kernel) -> JaxWork:
+def _nnx(work: KernelWork) -> JaxWork:
     try:
         from flax import nnx
     except ImportError:
@@ -371,7 +371,7 @@ def _flax_attend(static, params, query, key, value):
     return function(query, key, value, mask=mask)
 
 
-def _tokamax(work: Kernel) -> JaxWork:
+def _tokamax(work: KernelWork) -> JaxWork:
     try:
         import tokamax
     except ImportError:
@@ -426,7 +426,7 @@ def _torch_run(work, attend):
     return Foreign(run, read)
 
 
-def _torch_sdpa(work: Kernel) -> Foreign:
+def _torch_sdpa(work: KernelWork) -> Foreign:
     causal, lib = is_causal(work), torch()
     attend = functools.partial(
         lib.nn.functional.scaled_dot_product_attention,
@@ -436,7 +436,7 @@ def _torch_sdpa(work: Kernel) -> Foreign:
     return _torch_run(work, attend)
 
 
-def _torch_flex(work: Kernel) -> Foreign:
+def _torch_flex(work: KernelWork) -> Foreign:
     lib = torch()
     try:
         from torch.nn.attention import flex_attention as flex
@@ -457,7 +457,7 @@ def _torch_flex(work: Kernel) -> Foreign:
     return _torch_run(work, attend)
 
 
-PEERS: dict[str, Callable[[Kernel], Any]] = {
+PEERS: dict[str, Callable[[KernelWork], Any]] = {
     "jax.nn": _jax_nn(None),
     "jax.nn.cudnn": _jax_nn("cudnn"),
     "flax.linen": _linen,

@@ -110,8 +110,8 @@ def test_module_with_unsigned_positions():
     variables = module.init(jax.random.key(0), x)
     expected = module.apply(variables, x)
     for dtype in "uint8", "uint16", "uint32":
-        found = module.apply(variables, x, query_positions=np.arange(3, dtype=dtype))
-        np.testing.assert_allclose(found, expected, atol=1e-6)
+        out = module.apply(variables, x, query_positions=np.arange(3, dtype=dtype))
+        np.testing.assert_allclose(out, expected, atol=1e-6)
 
 
 HASHES = [6, -2000000000, 6, 5, 6, 1000000000]

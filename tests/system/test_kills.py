@@ -30,10 +30,10 @@ def kill(config, work, instant, seconds, sweep=None):
     Returns whether that came before its end.
     """
     process = launch(config, work, sweep)
-    seen = set(work.glob(INSTANTS[instant])) if instant else set()
+    before = set(work.glob(INSTANTS[instant])) if instant else set()
     until = time.monotonic() + seconds
     while process.poll() is None:
-        if instant and set(work.glob(INSTANTS[instant])) - seen:
+        if instant and set(work.glob(INSTANTS[instant])) - before:
             break
         if not instant and time.monotonic() > until:
             break

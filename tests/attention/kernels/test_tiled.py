@@ -43,18 +43,18 @@ def agree(mechanism, data=None, tolerance=1e-10, *, dtype="float64", like=None, 
     """Tiled and dense agree in float64, for output, aux and the gradient of every leaf."""
     data = data or {}
     sizes = {name: options.pop(name) for name in ("size",) if name in options}
-    given = arrays(mechanism, dtype=dtype, **(like or {}))
-    got = pulled("tiled", mechanism, **sizes, **options)(*given, data)
-    assert_close(got, pulled("dense", mechanism, **options)(*given, data), tolerance)
+    inputs = arrays(mechanism, dtype=dtype, **(like or {}))
+    got = pulled("tiled", mechanism, **sizes, **options)(*inputs, data)
+    assert_close(got, pulled("dense", mechanism, **options)(*inputs, data), tolerance)
 
 
 # The oracle. One program holds all parts of a kind and is told which to use, so that
 # thousands of mechanisms are compiled once.
 
 
-def stacked(which, found):
+def stacked(which, tiles):
     """The one of several arrays, of shapes that broadcast, which is asked for."""
-    return jnp.stack(jnp.broadcast_arrays(*found))[which]
+    return jnp.stack(jnp.broadcast_arrays(*tiles))[which]
 
 
 def number(params):
@@ -77,14 +77,14 @@ class AnyScore(attention.Score):
         return tuple(jnp.concatenate(side, axis=1) for side in zip(*features, strict=True))
 
     def tile(self, params, query, key, tile):
-        found, start = [], 0
+        tiles, start = [], 0
         like = jax.ShapeDtypeStruct((1, D), query.dtype)
         for part, own in zip(self.parts, params["parts"], strict=True):
             shapes = jax.eval_shape(part.prepare, own, like, like)
             columns = slice(start, start + shapes[0].shape[1])
-            found.append(part.tile(own, query[:, columns], key[columns], tile))
+            tiles.append(part.tile(own, query[:, columns], key[columns], tile))
             start = columns.stop
-        return stacked(number(params), found)
+        return stacked(number(params), tiles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +103,8 @@ class AnyPosition(attention.Position):
 
     def each(self, params, method, otherwise, *args):
         pairs = zip(self.parts, params["parts"], strict=True)
-        found = [getattr(part, method)(own, *args) for part, own in pairs]
-        return stacked(number(params), [otherwise if x is None else x for x in found])
+        values = [getattr(part, method)(own, *args) for part, own in pairs]
+        return stacked(number(params), [otherwise if x is None else x for x in values])
 
     def rotate(self, params, x, positions, side):
         return self.each(params, "rotate", x, x, positions, side)
@@ -147,8 +147,8 @@ class AnyOnline(AnyNormalizer, attention.OnlineNormalizer):
         return tuple(self.each(params, "start", like))
 
     def update(self, params, state, logits):
-        found = self.each(params, "update", state, logits)
-        state, weights, factor = zip(*found, strict=True)
+        updates = self.each(params, "update", state, logits)
+        state, weights, factor = zip(*updates, strict=True)
         return state, stacked(number(params), weights), self.factor(params, factor)
 
     def finish(self, params, state):
@@ -156,12 +156,14 @@ class AnyOnline(AnyNormalizer, attention.OnlineNormalizer):
         return statistic, self.factor(params, factor)
 
     def statistic_jvp(self, params, tangent, statistic, change):
-        found = self.each(params, "statistic_jvp", tuple(tangent["parts"]), statistic, change)
-        answer, factor = zip(*found, strict=True)
+        tangents = self.each(params, "statistic_jvp", tuple(tangent["parts"]), statistic, change)
+        answer, factor = zip(*tangents, strict=True)
         return answer, self.factor(params, factor, 0)
 
-    def factor(self, params, found, otherwise=1.0):
-        return stacked(number(params), [jnp.float32(otherwise) if x is None else x for x in found])
+    def factor(self, params, factors, otherwise=1.0):
+        return stacked(
+            number(params), [jnp.float32(otherwise) if x is None else x for x in factors]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +241,7 @@ def pairwise(*sizes):
     """
     kinds = list(itertools.combinations(range(len(sizes)), 2))
     missing = {(a, b, i, j) for a, b in kinds for i in range(sizes[a]) for j in range(sizes[b])}
-    found = []
+    cases = []
     while missing:
         a, b, i, j = min(missing)
         case = {a: i, b: j}
@@ -247,8 +249,8 @@ def pairwise(*sizes):
             new = functools.partial(_new, missing, case, kind)
             case[kind] = max(range(sizes[kind]), key=new)
         missing -= {(x, y, case[x], case[y]) for x, y in kinds}
-        found.append(tuple(case[n] for n in range(len(sizes))))
-    return found
+        cases.append(tuple(case[n] for n in range(len(sizes))))
+    return cases
 
 
 def check_any(parts, cases, aux, dtype="float64"):
@@ -352,10 +354,10 @@ def test_rounding(mechanism, dtype):
     mechanism = dataclasses.replace(mechanism, mask=masks.Causal())
     if isinstance(mechanism.score, scores.Location):
         mechanism = dataclasses.replace(mechanism, score=scores.Location(max_length=S))
-    given = arrays(mechanism, dtype=dtype)
-    tiled_result, dense_result = (pulled(x, mechanism)(*given, {}) for x in ("tiled", "dense"))
+    inputs = arrays(mechanism, dtype=dtype)
+    tiled_result, dense_result = (pulled(x, mechanism)(*inputs, {}) for x in ("tiled", "dense"))
     with jax.enable_x64(True):
-        exact = pulled("dense", mechanism)(*jax.tree.map(wide, given), {})
+        exact = pulled("dense", mechanism)(*jax.tree.map(wide, inputs), {})
 
     def check(got, other, want):
         want = wide(want)
@@ -417,7 +419,7 @@ def test_every_order(mechanism, thorough, x64):
         def along(*x):
             return jax.jvp(function, x, tangent)[1]
 
-        def found(*x):
+        def by_order(*x):
             yield "jvp", along(*x)
             yield "forward over reverse", jax.jvp(grad, x, tangent)[1]
             yield "reverse over reverse", jax.grad(lambda *x: dot(grad(*x), tangent), every)(*x)
@@ -426,7 +428,7 @@ def test_every_order(mechanism, thorough, x64):
                 yield "linearize", jax.linearize(grad, *x)[1](*tangent)
                 yield "jacfwd", jax.jacfwd(lambda q: function(x[0], q, *x[2:]))(x[1])
 
-        return jax.jit(lambda *x: dict(found(*x)))
+        return jax.jit(lambda *x: dict(by_order(*x)))
 
     got, want = derivatives("tiled")(*point), derivatives("dense")(*point)
     assert_close(got, want, 1e-10)
@@ -497,9 +499,9 @@ def test_weights():
     _, want = attend(mechanism, params, *qkv, aux=("weights",), implementation="dense", **options)
     for name in "tiled", "dense":
         run = by_kernel(name, mechanism, aux=names, **options)
-        found = jax.jit(lambda rows, run=run: run(params, *qkv, weight_rows=rows)[1])(rows)
-        assert set(found) == set(names)
-        assert_close(found["row_weights"], want["weights"][:, :, rows])
+        aux = jax.jit(lambda rows, run=run: run(params, *qkv, weight_rows=rows)[1])(rows)
+        assert set(aux) == set(names)
+        assert_close(aux["row_weights"], want["weights"][:, :, rows])
     with pytest.raises(ValueError, match="implementation='tiled' .*row_weights"):
         by_kernel("tiled", mechanism, aux=("weights",), **options)(params, *qkv)
 
@@ -510,7 +512,7 @@ def test_weights():
 def test_masks_of_data_do_not_retrace():
     """Other documents and lengths run the same program, and agree with the dense kernel."""
     mechanism = Mechanism(Counted(), mask=masks.Segments() & masks.Padding() & masks.Causal())
-    given = arrays(mechanism, batch=(2,), H=2, K=1)
+    inputs = arrays(mechanism, batch=(2,), H=2, K=1)
     kernels = [jax.jit(by_kernel(x, mechanism, aux=("lse",))) for x in ("tiled", "dense")]
     counts = []
     for n in 2, 3, 5, 20:
@@ -520,7 +522,7 @@ def test_masks_of_data_do_not_retrace():
             "query_lengths": np.array([n, 13]),
             "key_lengths": np.array([17, n + 4]),
         }
-        assert_close(*(run(*given[:4], **data) for run in kernels))
+        assert_close(*(run(*inputs[:4], **data) for run in kernels))
         counts.append(len(Counted.traced))
     assert len(set(counts)) == 1
 
@@ -679,11 +681,11 @@ def test_any_shape(batch, lengths, heads, size, mask, normalizer, shifted, dtype
         order = np.random.default_rng(0).permutation(columns)
         data = {"query_positions": np.arange(rows) + 2, "key_positions": order}
     with jax.enable_x64(dtype == "float64"):
-        given = arrays(mechanism, batch=batch, T=rows, S=columns, H=H, K=K, dtype=dtype)[:5]
+        inputs = arrays(mechanism, batch=batch, T=rows, S=columns, H=H, K=K, dtype=dtype)[:5]
 
         def run(implementation):
             kernel = by_kernel(implementation, mechanism, size=size, aux=("lse",))
-            return jax.jit(lambda *x: kernel(*x[:4], bias=x[4], **data))(*given)
+            return jax.jit(lambda *x: kernel(*x[:4], bias=x[4], **data))(*inputs)
 
         got, want = run("tiled"), run("dense")
     assert got[0].dtype == want[0].dtype == dtype
