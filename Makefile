@@ -43,8 +43,8 @@ test: lint  ## Run the tests (minutes).
 test-fast: setup  ## Run the tests for work in between (about a minute): the contracts, statistics, reports, imports.
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' $(FAST)
 
-test-slow: setup  ## Run the thorough tests (up to an hour).
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
+test-slow: setup  ## Run the thorough tests (an hour), but the kills.
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m slow --ignore=tests/system/test_kills.py
 
 test-kills: setup  ## Kill a launcher a hundred times at any instant; its results are those of a quiet one.
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -s -m slow tests/system/test_kills.py
