@@ -88,7 +88,7 @@ def run_cell(
             result = _train(directory, job, progress, stop)
             if result["status"] == "done":
                 result["compile_seconds"] = round(waited + result["compile_seconds"], 2)
-            write(directory, result)
+            write_result(directory, result)
     except Exception as error:
         if disk_full(error):
             disk = workdir if isinstance(workdir, Path) else tempfile.gettempdir()
@@ -127,7 +127,7 @@ def _train(directory, job, progress, stop):
         return {"status": "failed", "error": f"{type(error).__name__}: {text}"}
 
 
-def write(directory: Any, result: dict[str, Any]) -> None:
+def write_result(directory: Any, result: dict[str, Any]) -> None:
     """Writes a result, or adds what a paused cell has to its rungs.json."""
     if result["status"] != "paused":
         paths.replace(directory / "result.json", json.dumps(result, indent=2))
@@ -153,7 +153,7 @@ def score(directory: Any, step: int) -> float:
 def drop(directory: Any, reason: str) -> None:
     """Ends a cell that was not among the better ones; what has a result keeps it."""
     if not outcome(directory):
-        write(directory, {"status": "dropped", "error": reason})
+        write_result(directory, {"status": "dropped", "error": reason})
 
 
 def give_up(directory: Any, job: Job, reason: str) -> dict[str, Any] | None:
@@ -166,7 +166,7 @@ def give_up(directory: Any, job: Job, reason: str) -> dict[str, Any] | None:
             if result := outcome(directory, job.until):
                 return result
             paths.replace(directory / "traceback.txt", f"{reason}\n")
-            write(directory, {"status": "failed", "error": reason})
+            write_result(directory, {"status": "failed", "error": reason})
     except leases.LeaseHeldError:
         return None
     return outcome(directory)

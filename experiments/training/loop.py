@@ -180,7 +180,9 @@ def train(
                 began = time.perf_counter()
         manager.wait_until_finished()
         _check_signal(stop, devices.agree(stop.signal or 0, False, now=True)[0])
-        stop.unsaved = jax.process_count() > 1  # who left alone would let the others wait
+        stop.unsaved = (
+            jax.process_count() > 1
+        )  # a process that ends alone leaves the others waiting
         if until is not None and step < c.steps and not record.ended:
             metrics, _ = _judge(run, program, state)
             return {"status": "paused", "score": evaluation.score(run.task, metrics), "step": step}

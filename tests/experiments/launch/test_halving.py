@@ -36,7 +36,7 @@ class Recorder:
             paused = {"status": "paused", "score": score, "step": job.until}
             folder = cells.folder(self.workdir, job.id)
             folder.mkdir(parents=True, exist_ok=True)
-            cells.write(folder, paused)
+            cells.write_result(folder, paused)
 
 
 def test_each_base_has_rungs_of_its_own_steps(tmp_path):
