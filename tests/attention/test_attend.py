@@ -680,7 +680,7 @@ def test_dropout():
 
     Without a rate a key changes nothing.
     """
-    assert 0 < kept((2, 5, 6)).mean() < 1
+    assert 0 < surviving((2, 5, 6)).mean() < 1
     mechanism, arrays = Mechanism(mask=masks.Causal()), qkv()
     run = functools.partial(attend, mechanism, NO_PARAMS, *arrays, aux=("weights", "lse"))
     key = jax.random.key(0)
