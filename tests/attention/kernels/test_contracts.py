@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import attention
 from attention import Mechanism, masks, normalizers, positions, scores
 from attention.kernels.registry import KERNELS
 from support.kernels import BLOCKS, S, T, arrays, by_kernel, pulled
@@ -38,10 +39,18 @@ def of_every_kernel(*case, quick=False):
 # What is masked is absent, even a NaN; what is seen is not.
 
 
+@dataclasses.dataclass(frozen=True)
+class Squared(attention.Score):
+    """s(q, k) = −‖q − k‖², of which the derivative overflows where a vector is huge."""
+
+    def tile(self, params, query, key, tile):
+        return -jnp.square(query[:, :, None] - key[None]).sum(1)
+
+
 ABSENT = [
     # (mechanism, what else attend gets, places [n, j] of keys and values that nobody sees, quick);
     # two examples, T = 5 and S = 6
-    (Mechanism(scores.Gaussian()), {"mask": np.arange(6) != 3}, [(0, 3), (1, 3)], True),
+    (Mechanism(Squared()), {"mask": np.arange(6) != 3}, [(0, 3), (1, 3)], True),
     (Mechanism(), {"mask": np.tri(7, 6, -1)[4:6, None, None] > 0}, [(0, 4), (1, 5)], False),
     (Mechanism(scores.Gaussian(), mask=masks.Padding()), {"key_lengths": np.array([2, 5])},
      [(0, 2), (0, 5), (1, 5)], True),
@@ -101,19 +110,21 @@ def early_rows(kernel):
 def test_a_nan_reaches_exactly_the_rows_that_see_it(kernel):
     """And no gradient of the others: of a key and a value later rows, of a query its own.
 
+    A huge value sends none either.
+
     Not that either where the row sees nothing.
     """
     function = early_rows(kernel)
     query, key, value = qkv((), T, S)
     mask = np.ones((T, 1), bool)
     (_, (want, want_aux)), gradients = function(query, key, value, mask)
-    for side in "key", "value":
+    for side, bad in ("key", np.nan), ("value", np.nan), ("value", 3e38):
         key_value = {"key": key, "value": value}
-        key_value[side] = put(key_value[side], np.s_[6, :, 1], np.nan)
+        key_value[side] = put(key_value[side], np.s_[6, :, 1], bad)
         (_, (out, aux)), gradients_with_nan = function(query, *key_value.values(), mask)
         assert_same(gradients_with_nan, gradients)
         assert_same(out[:6], want[:6])
-        assert np.isnan(out[6:]).all()
+        assert np.isnan(out[6:]).all() == np.isnan(bad)
         for name, x in aux.items():
             rows = np.s_[:, :6] if name == "weights" else np.s_[:6]
             if side == "value":  # of which they know nothing
