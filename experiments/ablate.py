@@ -35,11 +35,13 @@ def list_cells(swept):
 def main(argv):
     del argv
     with cli.user_errors():
-        config, given = cli.config(_CONFIG)
+        config, flag_overrides = cli.config(_CONFIG)
         workdir = paths.as_path(_WORKDIR.value)
         path, _, _ = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
         bases, axes, expected = sweep.load(path, _SWEEP.value, config)
-        swept = sweep.expand(config, bases, axes, product=_PRODUCT.value, given=given)
+        swept = sweep.expand(
+            config, bases, axes, product=_PRODUCT.value, flag_overrides=flag_overrides
+        )
         size = max(math.prod(mesh_sizes(cell.config.mesh).values()) for cell in swept)
         # The devices are for those who train; checking needs as many, of whatever kind.
         jax.config.update("jax_platforms", "cpu")

@@ -28,21 +28,21 @@ def main():
     parser.add_argument("--limit", type=float, default=480.0, help="Seconds in all.")
     parser.add_argument("--folder", type=Path, default=Path("results"), help="Where files go.")
     parser.add_argument("--tiny", action="store_true", help="Small sizes, on any device.")
-    given = parser.parse_args()
+    flags = parser.parse_args()
     # Leaves memory for torch.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if jax.default_backend() == "cpu" and not given.tiny:
+    if jax.default_backend() == "cpu" and not flags.tiny:
         sys.exit(_NO_DEVICE)
     command = shlex.join(["python", "-m", "experiments.accelerator", *sys.argv[1:]])
 
     def save(results):
-        accelerator.write({**results, "command": command}, given.folder)
+        accelerator.write({**results, "command": command}, flags.folder)
 
-    sizes = accelerator.TINY if given.tiny else accelerator.FULL
-    results = accelerator.run(sizes, given.limit, save, lambda line: print(line, flush=True))
+    sizes = accelerator.TINY if flags.tiny else accelerator.FULL
+    results = accelerator.run(sizes, flags.limit, save, lambda line: print(line, flush=True))
     failed = [row for row in results["contracts"] if row["result"].startswith("failed")]
     left = len(results["left_out"])
-    print(f"\n{accelerator.path(given.folder)}: {len(failed)} contracts failed, {left} left out")
+    print(f"\n{accelerator.path(flags.folder)}: {len(failed)} contracts failed, {left} left out")
     sys.exit(1 if failed else 0)
 
 

@@ -36,18 +36,18 @@ def main(_):
         old = tables.read(Path(_COMPARE.value)) if _COMPARE.value else None
         workdir.mkdir(parents=True, exist_ok=True)
 
-    def save(found):
-        paths.replace(workdir / "results.json", json.dumps(found, indent=1))
-        tables.show(found, found["comparisons"][-1:], header=len(found["comparisons"]) == 1)
+    def save(results):
+        paths.replace(workdir / "results.json", json.dumps(results, indent=1))
+        tables.show(results, results["comparisons"][-1:], header=len(results["comparisons"]) == 1)
 
-    found = run.run(config, save)
+    results = run.run(config, save)
 
-    print(f"\n{page.write(found, workdir)}")
-    rows = [row for comparison in found["comparisons"] for row in comparison["rows"]]
+    print(f"\n{page.write(results, workdir)}")
+    rows = [row for comparison in results["comparisons"] for row in comparison["rows"]]
     if all("unavailable" in row for row in rows):
         sys.exit("error: no contender could run")
     if old is not None:
-        sys.exit(1 if tables.show_changes(old, found, _THRESHOLD.value) else 0)
+        sys.exit(1 if tables.show_changes(old, results, _THRESHOLD.value) else 0)
 
 
 if __name__ == "__main__":

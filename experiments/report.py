@@ -28,6 +28,10 @@ def main(argv: Sequence[str]) -> None:
     del argv
     with cli.user_errors():
         workdirs = [paths.as_path(workdir) for workdir in _WORKDIR.value]
+        if _WATCH.value and _OUTPUT.value is not None:
+            raise ValueError("--watch writes nothing: leave out --output, or --watch")
+        if _PORT.value and not _WATCH.value:
+            raise ValueError("--port says where to serve the live page: give --watch")
         if _WATCH.value:
             page.watch(workdirs, _PORT.value)
         else:

@@ -21,9 +21,9 @@ __all__ = ["Trained", "load", "save_safetensors"]
 def main(_):
     """Writes what the flags say."""
     with cli.user_errors():
-        found = load(_WORKDIR.value, _SEED.value)
-        save_safetensors(found, _OUTPUT.value)
-    count = sum(x.size for x in jax.tree.leaves(found.params))
+        model = load(_WORKDIR.value, _SEED.value)
+        save_safetensors(model, _OUTPUT.value)
+    count = sum(x.size for x in jax.tree.leaves(model.params))
     print(f"{_OUTPUT.value}: {count:,} parameters of seed {_SEED.value}")
 
 

@@ -15,6 +15,7 @@ from absl import flags
 
 from experiments.launch import cli
 from experiments.reporting import translations
+from experiments.storage import paths
 from experiments.tasks import textfiles
 from experiments.tasks.ranges import at_least
 
@@ -26,6 +27,9 @@ def main(_):
             raise ValueError("--text and --input both say what to translate: give one of them")
         if _HEATMAP.value is None and (_LAYER.value or _HEAD.value or _MEAN.value):
             raise ValueError("--layer, --head and --mean say what to draw: give --heatmap")
+        picture = _HEATMAP.value and paths.as_path(_HEATMAP.value)
+        if isinstance(picture, Path) and not picture.parent.is_dir():
+            raise ValueError(f"--heatmap={picture}: there is no folder {picture.parent}")
         if _TEXT.value is not None:
             text = textfiles.decode(os.fsencode(_TEXT.value), "--text")
         elif _INPUT.value is not None and _INPUT.value != "-":
@@ -38,16 +42,20 @@ def main(_):
                 "nothing to translate: give --text, --input or lines on standard input"
             )
         translate = translations.load(_WORKDIR.value, _SEED.value)
+        translate.encode(texts)  # so that a wrong line is said before any is translated
+        if _LAYER.value or _HEAD.value:
+            heads = translate.alignment_heads()
+            translations.check_choice(*heads, _LAYER.value, _HEAD.value)
         search = {} if _BEAM.value is None else {"beam_size": _BEAM.value}
         for start in range(0, len(texts), 64):
             some = texts[start : start + 64]
             rows = translate.tokens(some, **search)
             for row in rows:
                 print(translate.task.detokenize(row), flush=True)
-            if _HEATMAP.value and not start:
+            if picture and not start:
                 alignment = translate.alignment(some[0], rows[0])
                 choice = (_LAYER.value, _HEAD.value, _MEAN.value)
-                translations.draw(_HEATMAP.value, alignment, some[0], *choice)
+                translations.draw(picture, alignment, some[0], *choice)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def with_fast_pair(
     Raises, where it is transposed:
       ValueError: `backward` returned None, or another shape or dtype, for a floating leaf.
     """
-    pair = _Pair(reference, forward, backward)
+    pair = _FastPair(reference, forward, backward)
 
     @functools.wraps(reference)
     def function(plan, *args):
@@ -54,7 +54,7 @@ def with_fast_pair(
     return function
 
 
-class _Pair(NamedTuple):
+class _FastPair(NamedTuple):
     reference: Callable[..., Any]
     forward: Callable[..., Any]
     backward: Callable[..., Any]
@@ -109,7 +109,7 @@ class _Rule:
       structure, out_structure, saved_structure: of args, outputs and residuals.
     """
 
-    pair: _Pair
+    pair: _FastPair
     plan: Any
     moved: tuple[bool, ...]
     structure: Any

@@ -37,7 +37,7 @@ from attention.mechanism import Mechanism
 from attention.parts import Array, Mask
 
 
-class _Band(NamedTuple):
+class _Limits(NamedTuple):
     """Keys i − left ≤ j ≤ i + right, of those that lengths and segments leave; None: no limit."""
 
     left: int | None = None
@@ -45,49 +45,49 @@ class _Band(NamedTuple):
 
     @property
     def limited(self):
-        return self != _Band()
+        return self != _Limits()
 
 
-def _band(mask: Mask) -> _Band | None:
+def _limits(mask: Mask) -> _Limits | None:
     """A mask of causal masks, windows, padding and segments, combined by `&`; None: another."""
     if type(mask) is masks.And:
-        one, other = _band(mask.left), _band(mask.right)
+        one, other = _limits(mask.left), _limits(mask.right)
         if one is None or other is None:
             return None
         sides = zip(one, other, strict=True)
-        return _Band(*(min((x for x in side if x is not None), default=None) for side in sides))
+        return _Limits(*(min((x for x in side if x is not None), default=None) for side in sides))
     if isinstance(mask, masks.SlidingWindow) and type(mask).tile is masks.SlidingWindow.tile:
-        return _Band(mask.left, mask.left if mask.right is None else mask.right)
+        return _Limits(mask.left, mask.left if mask.right is None else mask.right)
     bands = {
-        masks.Full: _Band(),
-        masks.Causal: _Band(right=0),
-        masks.Padding: _Band(),
-        masks.Segments: _Band(),
+        masks.Full: _Limits(),
+        masks.Causal: _Limits(right=0),
+        masks.Padding: _Limits(),
+        masks.Segments: _Limits(),
     }
     return bands.get(type(mask))
 
 
-def _served(call: Call) -> tuple[Product, _Band] | str:
+def _served(call: Call) -> tuple[Product, _Limits] | str:
     """What a vendor is to compute, or why neither can."""
     if any(is_symbolic_dim(n) for x in (call.query, call.key) for n in x.shape):
         return f"its sizes cannot be symbolic; got query {call.query.shape}, key {call.key.shape}"
     product = product_of(call.mechanism, call.query.shape[-1], call.value.shape[-1])
     if isinstance(product, str):
         return product
-    band = _band(call.mechanism.mask)
-    if band is None:
+    limits = _limits(call.mechanism.mask)
+    if limits is None:
         return (
             "it computes masks of causal, sliding_window, padding and segments combined by &, not "
             f"{call.mechanism.mask}"
         )
     positions = {"query_positions", "key_positions"} & call.data.keys()
-    if band.limited and positions:
+    if limits.limited and positions:
         return f"it takes places from 0 for causal masks and windows, not {min(positions)}"
     if call.dropout_rate > 0:
         return "it would drop weights by a generator of its own, not by dropout_key"
     if beyond := set(call.aux) - {"lse", "row_weights"}:
         return f"it returns the aux 'lse' alone, not {min(beyond)!r}"
-    return product, band
+    return product, limits
 
 
 # cuDNN's limits and where each is from: `cudnn_unsupported` is a line for each, and so is its test.
@@ -106,7 +106,7 @@ def cudnn_unsupported(call: Call) -> str | None:
     served = _served(call)
     if isinstance(served, str):
         return served
-    product, band = served
+    product, limits = served
     query, T, S, D = call.query, call.query.shape[-3], call.key.shape[-3], call.query.shape[-1]
     if query.dtype not in (jnp.float16, jnp.bfloat16):
         return f"it takes float16 and bfloat16, got {query.dtype}: cast query, key and value"
@@ -124,7 +124,7 @@ def cudnn_unsupported(call: Call) -> str | None:
         return f"it would round the bias, {call.bias.dtype}, to {query.dtype}: cast it"
     if "query_segments" in call.data or "key_segments" in call.data:
         return "jax.nn passes no segments to it"
-    if _holds_pairs(call, band) and (T % 2 or S % 2):
+    if _holds_pairs(call, limits) and (T % 2 or S % 2):
         return (
             "with a bias, a mask or a window to the right it differentiates even T and S only, "
             f"got {T} and {S}: pad them"
@@ -132,20 +132,20 @@ def cudnn_unsupported(call: Call) -> str | None:
     return None
 
 
-def _holds_pairs(call, band):
+def _holds_pairs(call, limits):
     """Whether cuDNN needs an array [B, H, T, S]: all but its own masks are added to the scores."""
-    return not (call.bias is None and call.mask is None and _native(band))
+    return not (call.bias is None and call.mask is None and _native(limits))
 
 
-def _native(band):
+def _native(limits):
     """Whether cuDNN has such a window: its right side can only be that of a causal mask."""
-    return not band.limited or (band.right == 0 and (band.left is None or band.left >= 0))
+    return not limits.limited or (limits.right == 0 and (limits.left is None or limits.left >= 0))
 
 
 def cudnn_cost(call: Call) -> tuple[float, str]:
     """0, or with an array of all pairs less than the dense kernel's; and the reason."""
-    band = _band(call.mechanism.mask)
-    if band is not None and not _holds_pairs(call, band):
+    limits = _limits(call.mechanism.mask)
+    if limits is not None and not _holds_pairs(call, limits):
         return 0, f"the vendor's own kernel; {_BITS}"
     numbers = dense.cost(call)[0]
     return numbers / 2, (
@@ -224,7 +224,7 @@ class _Visible(NamedTuple):
             return (self.first < self.end)[:, :, None]
         return jnp.swapaxes(self.pairs().any(-1), 1, 2)
 
-    def seen(self):
+    def columns_read(self):
         """Which columns somebody sees: [B or 1, S] bool."""
         return self.columns if self.pairs is None else self.pairs().any((1, 2))
 
@@ -250,7 +250,7 @@ class _Visible(NamedTuple):
 
 
 def _visible(plan, T, S, mask, data):
-    left, right = plan.band
+    left, right = plan.limits
     i, j = jnp.arange(T), jnp.arange(S)
     first = jnp.zeros((1, T), int) if left is None else jnp.clip(i - min(left, S), 0)[None]
     end = jnp.full((1, T), S) if right is None else jnp.minimum(i + min(right, S) + 1, S)[None]
@@ -273,17 +273,17 @@ def _visible(plan, T, S, mask, data):
         return _Visible(first, end, columns, None, S, held=False)
 
     def pairs():
-        seen = ((first[:, :, None] <= j) & (j < end[:, :, None]))[:, None]
+        visible = ((first[:, :, None] <= j) & (j < end[:, :, None]))[:, None]
         if segments:
             query, key = data["query_segments"], data["key_segments"]
-            seen &= (query[:, :, None] == key[:, None, :])[:, None]
-        return seen if mask is None else seen & mask
+            visible &= (query[:, :, None] == key[:, None, :])[:, None]
+        return visible if mask is None else visible & mask
 
     return _Visible(first, end, columns, pairs, S, held=mask is not None)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _VendorPlan:
     """What is known of a call while tracing.
 
     Attributes:
@@ -295,7 +295,7 @@ class _Plan:
     vendor: str
     mechanism: Mechanism
     product: Product
-    band: _Band
+    limits: _Limits
     lse: bool
     interpret: bool = False
 
@@ -321,7 +321,7 @@ def _fused(plan, params, query, key, value, bias, mask, data):
         bad_rows = jnp.swapaxes((pairs & ~(bias < jnp.inf)).any(-1), 1, 2)
         mask &= jnp.isfinite(bias)
     visible = _visible(plan, T, S, mask, data)
-    rows, columns = visible.rows(), visible.seen()
+    rows, columns = visible.rows(), visible.columns_read()
     by_key, by_value = (visible.sees(x, H) for x in (bad_key, bad_value))
     by_key |= bad_rows | (bad_query & rows)
     hidden = columns[:, :, None]
@@ -343,8 +343,8 @@ def _fused(plan, params, query, key, value, bias, mask, data):
 def _cudnn(plan, query, key, value, bias, mask, data):
     B, T, H, _ = query.shape
     S = key.shape[1]
-    left, right = plan.band
-    if not _native(plan.band):
+    left, right = plan.limits
+    if not _native(plan.limits):
         i, j = jnp.arange(T)[:, None], jnp.arange(S)
         band = jnp.ones((T, S), bool)
         band &= True if left is None else i - j <= left
@@ -383,7 +383,7 @@ def _splash(plan, query, key, value, data):
     value = jnp.repeat(value, key.shape[2] // value.shape[2], axis=2)
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     (B, H, T, _), S = query.shape, key.shape[2]
-    kernel = _splash_kernel(plan.band, plan.product.cap, H, T, S, plan.interpret)
+    kernel = _splash_kernel(plan.limits, plan.product.cap, H, T, S, plan.interpret)
     ids = _segments(data, B, T, S)
     arrays = query, key, value, ids
     out = jax.vmap(kernel)(*arrays)
@@ -400,7 +400,7 @@ _BLOCKS = (512, 256, 128)  # not measured: splash's own default is the last
 
 
 @functools.cache
-def _splash_kernel(band, cap, H, T, S, interpret):
+def _splash_kernel(limits, cap, H, T, S, interpret):
     """Cached, since splash looks at all T·S pairs of its mask: ten seconds for 32k."""
     splash, shape = _modules()[0], (T, S)
     rows, columns = (next(n for n in _BLOCKS if length % n == 0) for length in shape)
@@ -414,7 +414,7 @@ def _splash_kernel(band, cap, H, T, S, interpret):
     )
     with jax.ensure_compile_time_eval():
         return splash.make_splash_mha(
-            _splash_mask(band, shape, H),
+            _splash_mask(limits, shape, H),
             block_sizes=sizes,
             attn_logits_soft_cap=cap,
             head_shards=1,
@@ -423,14 +423,14 @@ def _splash_kernel(band, cap, H, T, S, interpret):
         )
 
 
-def _splash_mask(band, shape, heads):
+def _splash_mask(limits, shape, heads):
     splash_masks = _modules()[1]
-    if not band.limited:
+    if not limits.limited:
         mask = splash_masks.FullMask(shape)
-    elif band == _Band(right=0):
+    elif limits == _Limits(right=0):
         mask = splash_masks.CausalMask(shape)
     else:
-        mask = splash_masks.LocalMask(shape, tuple(band), 0)
+        mask = splash_masks.LocalMask(shape, tuple(limits), 0)
     return splash_masks.MultiHeadMask([mask] * heads)
 
 
@@ -619,7 +619,9 @@ def _by_vendor(vendor):
         del dropout_key, dropout_rate
         product = product_of(mechanism, query.shape[-1], value.shape[-1])
         interpret = vendor == "splash" and device_of(query).platform != "tpu"
-        plan = _Plan(vendor, mechanism, product, _band(mechanism.mask), "lse" in aux, interpret)
+        plan = _VendorPlan(
+            vendor, mechanism, product, _limits(mechanism.mask), "lse" in aux, interpret
+        )
         if {"query_lengths", "key_lengths"} & data.keys():  # cuDNN takes both or none
             most = {"query_lengths": query.shape[1], "key_lengths": key.shape[1]}
             lengths = {name: jnp.full(1, n, jnp.int32) for name, n in most.items()} | data

@@ -141,12 +141,12 @@ def other_metrics(rows: Sequence[Row]) -> list[str]:
     """
     done = [row for row in rows if row.reported]
     names = dict.fromkeys(name for row in done for name in row.metrics)
-    chosen = {row.cell.result["primary"] for row in done}
+    primaries = {row.cell.result["primary"] for row in done}
     splits = {row.metric.partition("/")[0] for row in done} | {"attention"}
     return [
         name
         for name in names
-        if name != done[0].metric and (name in chosen or name.partition("/")[0] in splits)
+        if name != done[0].metric and (name in primaries or name.partition("/")[0] in splits)
     ]
 
 
@@ -164,8 +164,10 @@ def splits(rows: Sequence[Row]) -> list[str]:
     on_splits = [
         name for name in names if name.endswith(f"/{last}") and not name.startswith("train/")
     ]
-    shown = {reported, *other_metrics(rows)}
-    return [reported, *(n for n in on_splits if n != reported)] if set(on_splits) - shown else []
+    in_table = {reported, *other_metrics(rows)}
+    if set(on_splits) <= in_table:
+        return []
+    return [reported, *(n for n in on_splits if n != reported)]
 
 
 def axis_effects(rows: Sequence[Row], axis: str) -> list[statistics.Effect] | None:
@@ -194,7 +196,7 @@ def axis_effects(rows: Sequence[Row], axis: str) -> list[statistics.Effect] | No
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
+class PairwiseComparisons:
     """Every cell of a group against every other one, by the reported metric; see `pairwise`.
 
     Attributes:
@@ -209,7 +211,7 @@ class Pairs:
     p: np.ndarray
 
 
-def pairwise(rows: Sequence[Row]) -> Pairs:
+def pairwise(rows: Sequence[Row]) -> PairwiseComparisons:
     """Compares all cells of the group `rows` with each other."""
     rows = [row for row in rows if row.reported]
     values = [row.reported.values for row in rows if row.reported]
@@ -223,7 +225,7 @@ def pairwise(rows: Sequence[Row]) -> Pairs:
         interval[i, j] = interval[j, i] = comparison.interval
         p[i, j] = comparison.p
     p[above] = p.T[above] = statistics.holm(p[above])
-    return Pairs(rows, difference, interval, p)
+    return PairwiseComparisons(rows, difference, interval, p)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Statistics over seeds: intervals, paired tests, corrected p-values, the effects of a grid.
 
-Pure functions of arrays. SciPy and statsmodels do what they can; they are imported where they are
-used, so that starting a sweep does not wait for them.
+Pure functions of arrays. SciPy and, for the analysis of variance, statsmodels do what they can;
+they are imported where they are used, so that starting a sweep does not wait for them.
 """
 
 import dataclasses
@@ -140,12 +140,11 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     p_values = np.asarray(p_values, float)
     if ((p_values < 0) | (p_values > 1)).any():
         raise ValueError(f"p-values are between 0 and 1: got {p_values.tolist()}")
-    known = ~np.isnan(p_values)
+    order = np.argsort(p_values)  # nan comes last
+    m = np.count_nonzero(~np.isnan(p_values))
+    tests = np.arange(m, 0, -1)
     corrected = np.full(p_values.shape, _NAN)
-    if known.any():
-        from statsmodels.stats.multitest import multipletests
-
-        corrected[known] = multipletests(p_values[known], method="holm")[1]
+    corrected[order[:m]] = np.minimum(1, np.maximum.accumulate(tests * p_values[order[:m]]))
     return corrected
 
 

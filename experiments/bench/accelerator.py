@@ -18,7 +18,7 @@ import jax
 
 from attention.kernels.registry import KERNELS, device_of
 from experiments.bench import compare, contracts, machine, timing, tuning
-from experiments.bench.kernels import Kernel
+from experiments.bench.kernels import KernelWork
 from experiments.reporting.tables import markdown_table
 from experiments.storage import paths
 
@@ -58,7 +58,7 @@ def comparisons(sizes: Sizes, kernels: Sequence[str]) -> list[dict[str, Any]]:
 
     Contenders are what `attend` chooses, each of `kernels`, and the peers.
     """
-    axes = [
+    axes: list[Sequence[Any]] = [
         list(PARTS),
         sizes.lengths,
         sizes.widths,
@@ -144,14 +144,15 @@ def run(
             results["tiles"] = compare.reason_of(error)
     save(results)
     fast = [name for name in others if name != "tiled"]
-    for case in comparisons(sizes, ["tiled", *fast]):
+    for comparison in comparisons(sizes, ["tiled", *fast]):
+        title = comparison["title"]
         if late(1):
-            results["left_out"].append(case["title"])
+            results["left_out"].append(title)
             continue
-        rows = contend(case["contenders"], lambda: late(1))
-        results["comparisons"].append({**case, "rows": rows})
+        rows = contend(comparison["contenders"], lambda: late(1))
+        results["comparisons"].append({**comparison, "rows": rows})
         for row in rows:
-            say(f"{case['title']}: {' | '.join(_cells(row, results['peaks']))}")
+            say(f"{title}: {' | '.join(_cells(row, results['peaks']))}")
         save(results)
     results["seconds"] = time.monotonic() - start
     save(results)
@@ -170,7 +171,7 @@ def contend(contenders: list[dict[str, Any]], late: Callable[[], bool]) -> list[
             continue
         try:
             work = compare.read(contender)
-            assert isinstance(work, Kernel)
+            assert isinstance(work, KernelWork)
             if not library and not kernel:
                 row["name"] += f", {work.chosen()}"
             row["flops"] = work.flops()

@@ -16,12 +16,12 @@ import jax
 import numpy as np
 
 from experiments.bench import compiling, isolate, profiling, timing
-from experiments.bench.functions import Function
-from experiments.bench.kernels import Kernel
-from experiments.bench.models import Model
+from experiments.bench.functions import FunctionWork
+from experiments.bench.kernels import KernelWork
+from experiments.bench.models import ModelWork
 from experiments.bench.work import Foreign, JaxWork, Unavailable, Work
 
-WORKS: dict[str, Any] = {"kernel": Kernel, "model": Model, "function": Function}
+WORKS: dict[str, Any] = {"kernel": KernelWork, "model": ModelWork, "function": FunctionWork}
 MEASURES = ("time", "compile", "memory", "accuracy", "resident", "profile")
 
 
@@ -69,7 +69,7 @@ def names(works: Sequence[Work]) -> list[str]:
         parts = [f"{k}={own[k]}" for k in varied if k in own and own[k] != default[k]]
         if varied == ["library"]:
             parts = [own["library"]]
-        alone = own["name"] if isinstance(work, Function) else "ours"
+        alone = own["name"] if isinstance(work, FunctionWork) else "ours"
         labels.append(", ".join(parts) or alone)
     return labels
 
@@ -201,13 +201,13 @@ def errors(work: Work) -> dict[str, float | None]:
     if pair is None:
         return {}
     small, exact = pair
-    got = results(small)
+    values = results(small)
     with jax.enable_x64(True):
-        want = results(exact)
+        reference = results(exact)
     largest = {}
-    for name, x in got.items():
-        scale = np.max(np.abs(want[name])) or 1.0
-        error = float(np.max(np.abs(x - want[name])) / scale)
+    for name, x in values.items():
+        scale = np.max(np.abs(reference[name])) or 1.0
+        error = float(np.max(np.abs(x - reference[name])) / scale)
         largest[name] = error if math.isfinite(error) else None
     return largest
 

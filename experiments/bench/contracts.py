@@ -59,7 +59,7 @@ class Case:
         wide = "float64" if dtype == "float64" else "float32"
         return [jax.tree.map(lambda x: np.asarray(x, wide), params), *arrays]
 
-    def data(self) -> dict[str, np.ndarray]:
+    def data(self) -> dict[str, Any]:
         """What the mask reads; the second example is two thirds as long."""
         if self.name != "packed":
             return {}

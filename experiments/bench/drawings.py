@@ -83,16 +83,16 @@ def growth(lines: dict[str, tuple[np.ndarray, np.ndarray]], axis: str, measured:
     with plots.paper_style():
         figure = plots.new_figure(plots.WIDTH, 3.0)
         panel = figure.subplots()
-        names, drawn = [], []
+        names, handles = [], []
         for i, (name, (x, y)) in enumerate(sorted(lines.items())):
             names.append(f"{name}: {AXES[axis]}^{exponent(x, y):.2f}")
-            drawn += panel.loglog(x, y, "o-", color=plots.LINES[i % len(plots.LINES)])
+            handles += panel.loglog(x, y, "o-", color=plots.LINES[i % len(plots.LINES)])
         ticks = sorted({v for x, _ in lines.values() for v in x})
         panel.set_xticks(ticks, [f"{v:g}" for v in ticks])
         panel.minorticks_off()
         panel.set(xlabel=AXES[axis], ylabel=_MEASURED[measured])
         panel.grid(color=plots.INK, alpha=0.12, linewidth=0.6)
-        plots.legend_below(figure, drawn, names)
+        plots.legend_below(figure, handles, names)
     return figure
 
 
@@ -111,16 +111,16 @@ def phases(results: dict[str, Any]) -> "Figure":
         panel = figure.subplots()
         places = np.arange(len(bars))[::-1]
         left = np.zeros(len(bars))
-        drawn = {}
+        handles = {}
         for phase, color in zip(("trace", "lower", "compile"), plots.LINES, strict=False):
             width = np.array([row[f"{phase}_seconds"] for _, row in bars])
-            drawn[phase] = panel.barh(places + 0.16, width, 0.42, left=left, color=color)
+            handles[phase] = panel.barh(places + 0.16, width, 0.42, left=left, color=color)
             left += width
         warm = [row.get("warm_seconds", 0) for _, row in bars]  # not every program can be cached
-        drawn["all, warm cache"] = panel.barh(places - 0.22, warm, 0.26, color=plots.LINES[3])
+        handles["all, warm cache"] = panel.barh(places - 0.22, warm, 0.26, color=plots.LINES[3])
         panel.set_yticks(places, names, fontsize=8)
         panel.set_xlabel("seconds")
-        plots.legend_below(figure, list(drawn.values()), list(drawn))
+        plots.legend_below(figure, list(handles.values()), list(handles))
     return figure
 
 
@@ -138,16 +138,16 @@ def roofline(results: dict[str, Any], rows: list[dict]) -> "Figure":
     with plots.paper_style():
         figure = plots.new_figure(plots.WIDTH, 3.0)
         panel = figure.subplots()
-        drawn = []
+        handles = []
         for i, (_, own) in enumerate(sorted(points.items())):
             x, y = np.array(own).T
-            drawn += panel.loglog(x, y, "o", color=plots.LINES[i % len(plots.LINES)])
+            handles += panel.loglog(x, y, "o", color=plots.LINES[i % len(plots.LINES)])
         every = np.array([x for own in points.values() for x, _ in own])
         x = np.geomspace(every.min() / 2, every.max() * 2, 50)
         flops = next(peaks[name] for name in peaks if name.endswith("_flops"))
         roof = np.minimum(flops, x * peaks["copy_bytes"]) / 1e9
-        drawn += panel.loglog(x, roof, color=plots.INK, linewidth=1)
+        handles += panel.loglog(x, roof, color=plots.INK, linewidth=1)
         panel.set(xlabel="FLOPs of the definition a byte of inputs and results", ylabel="GFLOP/s")
         panel.grid(color=plots.INK, alpha=0.12, linewidth=0.6)
-        plots.legend_below(figure, drawn, [*sorted(points), "products, copies"])
+        plots.legend_below(figure, handles, [*sorted(points), "products, copies"])
     return figure

@@ -8,7 +8,7 @@ from experiments.bench.work import JaxWork, Work
 
 
 @dataclasses.dataclass(frozen=True)
-class Function(Work):
+class FunctionWork(Work):
     """A JAX function, by its name.
 
     Attributes:

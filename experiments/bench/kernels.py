@@ -32,7 +32,7 @@ PARTS = ("score", "position", "mask", "normalizer")
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel(Work):
+class KernelWork(Work):
     """One attention to compute, and the library that computes it.
 
     Attributes:
@@ -120,7 +120,7 @@ class Kernel(Work):
         arrays = (rng.normal(size=shape) for shape in self.shapes())
         return [x.astype(rounded).astype(np.float64) for x in arrays]
 
-    def data(self) -> dict[str, np.ndarray]:
+    def data(self) -> dict[str, Any]:
         """Arguments of `attend` that describe the tokens."""
         if not self.documents:
             return {}
@@ -147,13 +147,13 @@ class Kernel(Work):
         times = 3.0 if self.derivative in ("gradient", "jvp") else 1.0
         return 2 * widths * self.pairs() * self.heads * self.batch * times
 
-    def different(self) -> "Kernel | None":
+    def different(self) -> "KernelWork | None":
         if self.library != "attention":
             return None
         other = "softmax" if self.normalizer != "softmax" else "softmax_off_by_one"
         return dataclasses.replace(self, normalizer=other)
 
-    def oracle(self) -> "tuple[Kernel, Kernel] | None":
+    def oracle(self) -> "tuple[KernelWork, KernelWork] | None":
         if self.derivative == "decode":
             return None
         small = dataclasses.replace(
@@ -208,7 +208,7 @@ def _pairs(mask, length, keys, first, documents):
     return total
 
 
-def ours(work: Kernel) -> JaxWork:
+def ours(work: KernelWork) -> JaxWork:
     """By `attention.attend`, or `attention.decoding` where a cache is appended to."""
     mechanism = work.mechanism()
     with jax.enable_x64(False):  # the same numbers for the oracle
@@ -315,7 +315,7 @@ def _decode(static, params, cache, query, key, value):
 # Others, on the same work.
 
 
-def check_plain(work: Kernel, *known: str) -> None:
+def check_plain(work: KernelWork, *known: str) -> None:
     """Raises `Unavailable` for what is not softmax(QKᵀ/√D) V, but for the parts `known`."""
     plain = {"score": "scaled_dot", "position": "none", "normalizer": "softmax"}
     for name, part in plain.items():
@@ -329,13 +329,13 @@ def check_plain(work: Kernel, *known: str) -> None:
         raise Unavailable(f"{work.library} is not compared at decoding {work.length} tokens a step")
 
 
-def is_causal(work: Kernel) -> bool:
+def is_causal(work: KernelWork) -> bool:
     """For peers that compute softmax(QKᵀ/√D) V, causal or not; `Unavailable` for anything else."""
     check_plain(work)
     return work.mask == "causal"
 
 
-def _jax_nn(implementation: str | None) -> Callable[[Kernel], JaxWork]:
+def _jax_nn(implementation: str | None) -> Callable[[KernelWork], JaxWork]:
     def build(work):
         check_plain(work, "mask")
         conjuncts = _conjuncts(work.mechanism().mask)
@@ -373,7 +373,7 @@ def _jax_nn_attend(static, params, query, key, value):
     )
 
 
-def _linen(work: Kernel) -> JaxWork:
+def _linen(work: KernelWork) -> JaxWork:
     try:
         from flax import linen
     except ImportError:
@@ -381,7 +381,7 @@ def _linen(work: Kernel) -> JaxWork:
     return _program(work, (is_causal(work), linen.dot_product_attention), _flax_attend)
 
 
-def _nnx(work: Kernel) -> JaxWork:
+def _nnx(work: KernelWork) -> JaxWork:
     try:
         from flax import nnx
     except ImportError:
@@ -397,7 +397,7 @@ def _flax_attend(static, params, query, key, value):
     return function(query, key, value, mask=mask)
 
 
-def _tokamax(work: Kernel) -> JaxWork:
+def _tokamax(work: KernelWork) -> JaxWork:
     try:
         import tokamax
     except ImportError:
@@ -452,7 +452,7 @@ def _torch_run(work, attend):
     return Foreign(run, read)
 
 
-def _torch_sdpa(work: Kernel) -> Foreign:
+def _torch_sdpa(work: KernelWork) -> Foreign:
     causal, lib = is_causal(work), torch()
     attend = functools.partial(
         lib.nn.functional.scaled_dot_product_attention,
@@ -462,7 +462,7 @@ def _torch_sdpa(work: Kernel) -> Foreign:
     return _torch_run(work, attend)
 
 
-def _torch_flex(work: Kernel) -> Foreign:
+def _torch_flex(work: KernelWork) -> Foreign:
     check_plain(work, "score", "position", "mask")
     lib = torch()
     try:
@@ -485,12 +485,13 @@ def _torch_flex(work: Kernel) -> Foreign:
     return _torch_run(work, attend)
 
 
-def flex_functions(work: Kernel, lib: Any) -> tuple[Callable | None, Callable | None]:
+def flex_functions(work: KernelWork, lib: Any) -> tuple[Callable | None, Callable | None]:
     """The score_mod and the mask_mod of the work's parts, None: none.  Or `Unavailable`."""
     mechanism = work.mechanism()
-    inner, cap = mechanism.score, None
-    if type(inner) is scores.SoftCap:
-        inner, cap = inner.score, inner.cap
+    inner: attention.Score = mechanism.score
+    cap = None
+    if isinstance(inner, scores.SoftCap):
+        cap, inner = inner.cap, inner.score
     if inner != scores.ScaledDot():
         raise Unavailable(f"{work.library} has no score {work.score!r}")
     slopes = None
@@ -526,7 +527,7 @@ def flex_functions(work: Kernel, lib: Any) -> tuple[Callable | None, Callable | 
     return (score if changes else None), (mask if every else None)
 
 
-PEERS: dict[str, Callable[[Kernel], Any]] = {
+PEERS: dict[str, Callable[[KernelWork], Any]] = {
     "jax.nn": _jax_nn(None),
     "jax.nn.cudnn": _jax_nn("cudnn"),
     "flax.linen": _linen,

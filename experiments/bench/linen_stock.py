@@ -69,7 +69,7 @@ class Transformer(nn.Module):
 
 
 def build(work: Any) -> Transformer:
-    """Of the sizes of an `experiments.bench.models.Model`."""
+    """Of the sizes of an `experiments.bench.models.ModelWork`."""
     return Transformer(
         work.vocab_size,
         work.model_dim,

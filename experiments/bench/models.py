@@ -23,7 +23,7 @@ from experiments.tasks.ranges import at_least, check_fields, ranged
 
 
 @dataclasses.dataclass(frozen=True)
-class Model(Work):
+class ModelWork(Work):
     """A Transformer: a language model or an encoder-decoder.
 
     Pre-norm, GELU, biases, learned positions, tied embeddings.
@@ -148,7 +148,7 @@ class Model(Work):
         times = 3 if self.derivative == "train" else 1
         return per_token * T * self.batch * self.seeds * times
 
-    def different(self) -> "Model | None":
+    def different(self) -> "ModelWork | None":
         if self.library != "attention":
             return None
         other = "softmax" if self.normalizer != "softmax" else "softmax_off_by_one"
@@ -274,16 +274,16 @@ def _torch(work):
     def run():
         if work.derivative == "none":
             with lib.no_grad(), lib.autocast(device, **narrow):
-                found = model(tokens)
+                result = model(tokens)
         else:
             optimizer.zero_grad()
             with lib.autocast(device, **narrow):
                 logits = model(tokens).float()
-            found = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-            found.backward()
+            result = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            result.backward()
             optimizer.step()
         if device == "cuda":
             lib.cuda.synchronize()
-        return found.detach()
+        return result.detach()
 
     return Foreign(run)

@@ -4,14 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench import drawings, tables
-from experiments.reporting import plots
-from experiments.reporting.page import TEMPLATES
+from experiments.reporting import html, plots
 from experiments.storage import paths
 
 
 def write(results: dict[str, Any], workdir: Path) -> Path:
     """Writes them into `workdir`; -> the path of report.html, one self-contained file."""
-    import jinja2
     import markupsafe
 
     folder = workdir / "plots"
@@ -22,13 +20,6 @@ def write(results: dict[str, Any], workdir: Path) -> Path:
             paths.replace(folder / f"{name}.{kind}", content)
             if kind == "svg":
                 inline[name] = markupsafe.Markup(content.decode())
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     header, *lines = tables.rows(results, results["comparisons"])
     faults = [
         (comparison["title"], row["name"], row["fault"])
@@ -36,7 +27,8 @@ def write(results: dict[str, Any], workdir: Path) -> Path:
         for row in comparison["rows"]
         if row.get("fault")
     ]
-    page = environment.get_template("benchmark.html").render(
+    page = html.render(
+        "benchmark.html",
         results=results,
         header=header,
         lines=lines,

@@ -78,8 +78,8 @@ def _traced(row):
 
 
 def _profile(row):
-    spent = row.get("profile") or {}
-    return ", ".join(f"{kind} {x:.1f}" for kind, x in spent.items())
+    milliseconds = row.get("profile") or {}
+    return ", ".join(f"{kind} {x:.1f}" for kind, x in milliseconds.items())
 
 
 # Explains the titles of the columns.
@@ -116,16 +116,16 @@ def columns(results: dict[str, Any]) -> list[Column]:
 
 def rows(results: dict[str, Any], comparisons: Sequence[dict]) -> list[list[str]]:
     """A header and a line for each contender; empty columns are left out."""
-    known = columns(results)
+    own_columns = columns(results)
     table = []
     for comparison in comparisons:
         for i, row in enumerate(comparison["rows"]):
             limit = comparison.get("at_most") if i == 1 else None
-            cells = [column.cell(row) for column in known]
+            cells = [column.cell(row) for column in own_columns]
             if limit and cells[1]:
                 cells[1] += f", wanted {limit}"
             table.append([comparison["title"] if i == 0 else "", row["name"], *cells])
-    titles = ["comparison", "contender", *(column.title for column in known)]
+    titles = ["comparison", "contender", *(column.title for column in own_columns)]
     keep = [j for j in range(len(titles)) if j < 2 or any(line[j] for line in table)]
     return [[line[j] for j in keep] for line in (titles, *table)]
 

@@ -15,7 +15,7 @@ from attention.kernels import blocks, tuned
 from attention.parts import Tile
 from experiments.bench import machine, timing
 from experiments.bench.compare import prepare
-from experiments.bench.kernels import Kernel
+from experiments.bench.kernels import KernelWork
 from experiments.storage import paths
 
 TABLE = tuned.PATH
@@ -38,15 +38,15 @@ def tune(
     """
     # The table that is to be written must not be read.
     os.environ.pop("ATTENTION_BLOCK_SIZES", None)
-    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    by_device = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if not os.access(path.parent, os.W_OK):  # fail before minutes of measuring
         raise ValueError(f"cannot write {path}: give another --table")
-    base = Kernel(length=length, mask="causal", derivative="gradient", implementation="tiled")
+    base = KernelWork(length=length, mask="causal", derivative="gradient", implementation="tiled")
     if jax.default_backend() != "cpu":
         base = dataclasses.replace(base, dtype="bfloat16")
     pairs = [(t, s) for t in _SIZES[::-1] for s in _SIZES[::-1] if max(t, s) <= length]
     works = {size: dataclasses.replace(base, block_sizes=size) for size in pairs}
-    runs = {}
+    runs: dict[tuple[int, int], Callable[[], Any]] = {}
     for size, work in works.items():
         if runs and late():
             say(f"{size}: no time left")
@@ -71,11 +71,11 @@ def tune(
         "tiled_above": crossing(base, say, seconds),
         "measured": f"{machine.describe()['machine']}, {kind}, 8 heads of 64, {base.dtype}",
     }
-    paths.replace(path, json.dumps({**known, kind: entry}, indent=1) + "\n")
+    paths.replace(path, json.dumps({**by_device, kind: entry}, indent=1) + "\n")
     return f"{path}: tiles {entry['tiles']}, tiled above {entry['tiled_above']:,} numbers"
 
 
-def visited(work: Kernel, size: tuple[int, int]) -> int:
+def visited(work: KernelWork, size: tuple[int, int]) -> int:
     """How many pairs the tiles of that size hold that the mask does not rule out."""
     index: Any = np.arange(work.length)
     head: Any = np.int32(0)
@@ -83,7 +83,7 @@ def visited(work: Kernel, size: tuple[int, int]) -> int:
     return len(blocks.visible_blocks(work.mechanism().mask, tile, size)[0]) * size[0] * size[1]
 
 
-def crossing(base: Kernel, say: Callable[[str], None], seconds: float) -> int:
+def crossing(base: KernelWork, say: Callable[[str], None], seconds: float) -> int:
     """H·T² from which on tiled is faster than dense: between the lengths where the sign changes."""
     sizes, ratios = [], []
     for length in (2048, 1024, 512, 256, 128):

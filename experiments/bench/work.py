@@ -54,9 +54,9 @@ class Work(Protocol):
         """This work and its float64 reference, both small enough for float64."""
 
 
-def check_choices(work: Work, **known: tuple[str, ...]) -> None:
+def check_choices(work: Work, **choices_of: tuple[str, ...]) -> None:
     """Raises ValueError for a field whose value is not one of its choices."""
-    for name, choices in known.items():
+    for name, choices in choices_of.items():
         if (value := getattr(work, name)) not in choices:
             raise ValueError(f"{name} is one of {choices}, got {value!r}")
 

@@ -27,7 +27,7 @@ from experiments.tasks.ranges import (
     NUMBER,
     SWITCH,
     TEXT,
-    Range,
+    ValueRange,
     above,
     at_least,
     exactly,
@@ -70,7 +70,7 @@ WINDOW = Reader("a model.rnn.window", lambda c: LUONG.reads(c) and c.model.rnn.w
 TRANSLATION = _tasks(lambda task: hasattr(task, "references"))
 LANGUAGE_MODEL = _tasks(lambda task: task.architecture == "decoder")
 
-PART = Range("a text that `attention.parse` reads", TEXT.holds)
+PART = ValueRange("a text that `attention.parse` reads", TEXT.holds)
 
 
 class Setting(NamedTuple):
@@ -84,7 +84,7 @@ class Setting(NamedTuple):
     """
 
     default: Any
-    range: Range
+    range: ValueRange
     says: str = ""
     reader: Reader = EVERYONE
 
@@ -193,15 +193,15 @@ def task_config(name: str, **settings) -> ConfigDict:
     return ConfigDict(fields)
 
 
-def argument(file: str, arg: str, known: Collection[str]) -> str:
+def argument(file: str, arg: str, arguments: Collection[str]) -> str:
     """The checked argument of a config file, 'sort' of configs/transduction.py:sort.
 
-    It is one of `known`, or empty for the first of them. ValueError for any other, naming `file`,
-    which is the `__file__` of the config.
+    It is one of `arguments`, or empty for the first of them. ValueError for any other, naming
+    `file`, which is the `__file__` of the config.
     """
-    first, *_ = known
-    if (arg or first) not in known:
-        raise ValueError(f"{os.path.relpath(file)} takes :{', :'.join(known)}; got {arg!r}")
+    first, *_ = arguments
+    if (arg or first) not in arguments:
+        raise ValueError(f"{os.path.relpath(file)} takes :{', :'.join(arguments)}; got {arg!r}")
     return arg or first
 
 

@@ -41,7 +41,7 @@ def expand(
     axes: Mapping[str, Iterable[Mapping[str, Any]]],
     *,
     product: bool = False,
-    given: Mapping[str, Any] | None = None,
+    flag_overrides: Mapping[str, Any] | None = None,
 ) -> list[CellSpec]:
     """All cells: each base, and around it each axis by itself or, with `product`, the grid.
 
@@ -53,11 +53,12 @@ def expand(
         is the base's own adds no cell, also where it is written in another way: 'rope' and
         'RoPE()' are one part.
       product: one cell for each combination of values instead.
-      given: overrides by the user's own flags, which hold in every base.
+      flag_overrides: overrides by the user's own flags, which hold in every base.
 
     Raises:
       ValueError: for a setting that does not exist, has another type, is out of its range or is
-        read by nothing, a base that does not exist, and two values of an axis that are the same.
+        read by nothing, a base that does not exist, two values of an axis that are the same, and
+        two axes of a grid that set the same setting.
     """
     cells: dict[str, CellSpec] = {}
     if not bases:
@@ -72,7 +73,7 @@ def expand(
     for base, base_overrides in bases.items():
         own = {
             key: value
-            for key, value in (given or {}).items()
+            for key, value in (flag_overrides or {}).items()
             # Flags about the task mean the config's, not one that a base puts in its place.
             if "task" not in base_overrides or not key.startswith("task.")
         }
@@ -85,15 +86,8 @@ def expand(
         swept = {axis: _values(changes, base) for axis, changes in axes.items()}
         swept = {axis: changes for axis, changes in swept.items() if changes}
         if product and swept:
-            axis = "×".join(swept)
-            variants = [
-                (
-                    axis,
-                    ", ".join(name for name, _ in combination),
-                    {key: v for _, change in combination for key, v in change.items()},
-                )
-                for combination in itertools.product(*swept.values())
-            ]
+            grid = itertools.product(*swept.values())
+            variants = [("×".join(swept), *_combine(swept, values)) for values in grid]
         else:
             cells[id] = CellSpec(id, base, None, None, {}, start)
             variants = [(axis, *value) for axis, values in swept.items() for value in values]
@@ -153,12 +147,12 @@ def load(
     value of the wrong type.
     """
     functions = runpy.run_path(path)
-    known = [name.removeprefix("sweep_") for name in functions if name.startswith("sweep_")]
-    chosen = known if names == "all" else [name for name in names.split(",") if name]
-    for name in chosen:
-        if name not in known:
+    axis_names = [name.removeprefix("sweep_") for name in functions if name.startswith("sweep_")]
+    swept = axis_names if names == "all" else [name for name in names.split(",") if name]
+    for name in swept:
+        if name not in axis_names:
             raise ValueError(
-                f"{path} has no sweep_{name}; it has {', '.join(known) or 'no sweeps'}"
+                f"{path} has no sweep_{name}; it has {', '.join(axis_names) or 'no sweeps'}"
             )
     bases = functions.get("bases", lambda: {"base": {}})()
     if not (isinstance(bases, Mapping) and all(isinstance(x, Mapping) for x in bases.values())):
@@ -167,7 +161,7 @@ def load(
             f"returned {bases!r}"
         )
     axes = {}
-    for name in chosen:
+    for name in swept:
         function = functions[f"sweep_{name}"]
         values = _list(path, function, *[config] * len(inspect.signature(function).parameters))
         for value in values:
@@ -194,6 +188,21 @@ def _list(path, function, *arguments):
             f"returned {values!r}"
         )
     return list(values)
+
+
+def _combine(axes, values):
+    """Name and settings of the cell of a grid that has one of the `values` of each axis."""
+    combined: dict[str, Any] = {}
+    axis_of: dict[str, str] = {}
+    for axis, (_, change) in zip(axes, values, strict=True):
+        for key, value in change.items():
+            if combined.setdefault(key, value) != value:
+                raise ValueError(
+                    f"sweep_{axis_of[key]} and sweep_{axis} both set {key}, to {combined[key]!r} "
+                    f"and {value!r}: with --product, name only one of the two in --sweep"
+                )
+            axis_of.setdefault(key, axis)
+    return ", ".join(name for name, _ in values), combined
 
 
 def _values(changes, base):

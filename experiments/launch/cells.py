@@ -64,7 +64,7 @@ def _rungs(directory):
 def run_cell(
     workdir: Any,
     job: Job,
-    shown: CellProgress,
+    progress: CellProgress,
     stop: Stop | None = None,
     compiled: Callable[[], float] = lambda: 0.0,
 ) -> dict[str, Any]:
@@ -81,14 +81,14 @@ def run_cell(
     directory = folder(workdir, job.id)
     try:
         with leases.Lease(directory):
-            if found := outcome(directory, job.until):
-                shown.finish("done by another process")
-                return found
+            if result := outcome(directory, job.until):
+                progress.finish("done by another process")
+                return result
             waited = compiled()
-            found = _train(directory, job, shown, stop)
-            if found["status"] == "done":
-                found["compile_seconds"] = round(waited + found["compile_seconds"], 2)
-            write(directory, found)
+            result = _train(directory, job, progress, stop)
+            if result["status"] == "done":
+                result["compile_seconds"] = round(waited + result["compile_seconds"], 2)
+            write_result(directory, result)
     except Exception as error:
         if disk_full(error):
             disk = workdir if isinstance(workdir, Path) else tempfile.gettempdir()
@@ -97,11 +97,11 @@ def run_cell(
                 "the last checkpoint"
             ) from error
         raise
-    shown.finish(line(found))
-    return found
+    progress.finish(line(result))
+    return result
 
 
-def _train(directory, job, shown, stop):
+def _train(directory, job, progress, stop):
     stop = stop or Stop()
     try:
         config = settings.read(json.loads((directory / "config.json").read_text("utf-8")))
@@ -110,7 +110,7 @@ def _train(directory, job, shown, stop):
             return loop.train(
                 config,
                 here,
-                shown,
+                progress,
                 stop,
                 until=job.until,
                 max_minutes=job.max_minutes,
@@ -127,12 +127,12 @@ def _train(directory, job, shown, stop):
         return {"status": "failed", "error": f"{type(error).__name__}: {text}"}
 
 
-def write(directory: Any, found: dict[str, Any]) -> None:
+def write_result(directory: Any, result: dict[str, Any]) -> None:
     """Writes a result, or adds what a paused cell has to its rungs.json."""
-    if found["status"] != "paused":
-        paths.replace(directory / "result.json", json.dumps(found, indent=2))
+    if result["status"] != "paused":
+        paths.replace(directory / "result.json", json.dumps(result, indent=2))
         return
-    rungs = {**_rungs(directory), str(found["step"]): found}
+    rungs = {**_rungs(directory), str(result["step"]): result}
     paths.replace(directory / "rungs.json", json.dumps(rungs, indent=2))
 
 
@@ -143,17 +143,17 @@ def score(directory: Any, step: int) -> float:
     """
     if paused := _rungs(directory).get(str(step)):
         return paused["score"]
-    found = outcome(directory)
-    if not found or found["status"] != "done":
+    result = outcome(directory)
+    if not result or result["status"] != "done":
         return math.nan
-    mean, _ = statistics.mean_interval(found["metrics"][found["primary"]])
-    return mean if found["lower_is_better"] else -mean
+    mean, _ = statistics.mean_interval(result["metrics"][result["primary"]])
+    return mean if result["lower_is_better"] else -mean
 
 
 def drop(directory: Any, reason: str) -> None:
     """Ends a cell that was not among the better ones; what has a result keeps it."""
     if not outcome(directory):
-        write(directory, {"status": "dropped", "error": reason})
+        write_result(directory, {"status": "dropped", "error": reason})
 
 
 def give_up(directory: Any, job: Job, reason: str) -> dict[str, Any] | None:
@@ -163,10 +163,10 @@ def give_up(directory: Any, job: Job, reason: str) -> dict[str, Any] | None:
     """
     try:
         with leases.Lease(directory):
-            if found := outcome(directory, job.until):
-                return found
+            if result := outcome(directory, job.until):
+                return result
             paths.replace(directory / "traceback.txt", f"{reason}\n")
-            write(directory, {"status": "failed", "error": reason})
+            write_result(directory, {"status": "failed", "error": reason})
     except leases.LeaseHeldError:
         return None
     return outcome(directory)
@@ -179,14 +179,16 @@ def forget(directory: Any, statuses: Sequence[str]) -> None:
             (directory / name).unlink(missing_ok=True)
 
 
-def line(found: dict[str, Any]) -> str:
+def line(result: dict[str, Any]) -> str:
     """A result in a line."""
-    if "error" in found:
-        return f"{found['status']}: {found['error']}"
-    if found["status"] == "paused":
-        return f"at step {found['step']}"
-    value = statistics.mean_interval(found["metrics"][found["primary"]])
-    return f"{found['primary']} {formatting.plus_minus(*value, 3)}, {found['train_seconds']:.0f} s"
+    if "error" in result:
+        return f"{result['status']}: {result['error']}"
+    if result["status"] == "paused":
+        return f"at step {result['step']}"
+    value = statistics.mean_interval(result["metrics"][result["primary"]])
+    return (
+        f"{result['primary']} {formatting.plus_minus(*value, 3)}, {result['train_seconds']:.0f} s"
+    )
 
 
 def disk_full(error: BaseException | None) -> bool:

@@ -6,15 +6,14 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from experiments.launch.interrupts import Stop
-from experiments.storage import leases
-from experiments.tasks.ranges import Range
+from experiments.storage import leases, paths
+from experiments.tasks.ranges import ValueRange
 
 # ml_collections' traceback of a config whose get_config() has no parameter, or one more.
 _CONFIG_ARGUMENT = re.compile(
@@ -57,22 +56,23 @@ def leave(stop: Stop) -> NoReturn:
 def keep_compiled() -> None:
     """Keeps every program that JAX compiles on disk, where the next process finds it.
 
-    In the folder of JAX_COMPILATION_CACHE_DIR or of jax's own setting if there is one, else in
-    $XDG_CACHE_HOME/attention-jax or ~/.cache/attention-jax, which holds 512 MiB: what was used
-    least recently makes room. JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing.
+    In the folder of JAX_COMPILATION_CACHE_DIR or of jax's own setting if there is one, else in the
+    user's caches, $XDG_CACHE_HOME/attention-jax or ~/.cache/attention-jax, which holds 512 MiB:
+    what was used least recently makes room. JAX_ENABLE_COMPILATION_CACHE=0 keeps nothing.
     """
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
-        caches = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(Path(caches, "attention-jax")))
+    # jax tells type checkers of few of its settings.
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        folder = paths.cache_folder("attention-jax")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", 2**29)
-        _drop_halves(Path(caches, "attention-jax"))
+        _drop_halves(folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def limit(flag: flags.FlagHolder, allowed: Range) -> None:
+def limit(flag: flags.FlagHolder, allowed: ValueRange) -> None:
     """Makes the values of a flag that are out of a range an error, None aside."""
     text = f"must be {allowed.text}"
     flags.register_validator(flag.name, lambda x: x is None or allowed.holds(x), text)
@@ -102,9 +102,9 @@ def _drop_halves(folder):
     folder that holds one without.
     """
     for path in folder.glob("*-cache"):
-        used = path.with_name(path.name.removesuffix("-cache") + "-atime")
+        last_use = path.with_name(path.name.removesuffix("-cache") + "-atime")
         with contextlib.suppress(OSError):
-            if not used.exists() and time.time() - path.stat().st_mtime > 60:
+            if not last_use.exists() and time.time() - path.stat().st_mtime > 60:
                 path.unlink()
 
 

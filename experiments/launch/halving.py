@@ -27,7 +27,11 @@ def survivors(scores: Mapping[str, float], bases: Sequence[str], eta: int) -> li
 
     Lower scores are better, one that is not a number is worst; of equal ones the first goes on.
     """
-    others = [id for id in scores if id not in bases]
-    ranked = sorted(others, key=lambda id: (math.isnan(scores[id]), scores[id]))
-    kept = {*bases, *ranked[: math.ceil(len(others) / eta)]}
-    return [id for id in scores if id in kept]
+    others = [id for id in ranked(scores) if id not in bases]
+    ahead = {*bases, *others[: math.ceil(len(others) / eta)]}
+    return [id for id in scores if id in ahead]
+
+
+def ranked(scores: Mapping[str, float]) -> list[str]:
+    """The ids from the lowest score on, those that are not a number last."""
+    return sorted(scores, key=lambda id: (math.isnan(scores[id]), scores[id]))

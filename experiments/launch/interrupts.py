@@ -15,8 +15,8 @@ class Stop(StopRequest):
             train(..., stop=stop)
 
     While `unsaved` is False nothing would be lost, and `leave` is called where the signal finds the
-    program: in a compilation, say. It ends the process; without one `Stopped` is raised, which a
-    callback of a library may swallow, and then the request is met at the first step.
+    program: in a compilation, say. It has to end the process. Where no `leave` is given, `Stopped`
+    is raised; a callback of a library may swallow it, and then training stops at its first step.
     What is in `before_leaving` is called first; errors that it raises are ignored.
     A second Ctrl-C interrupts at once. Under nohup a closed terminal is no signal.
     """

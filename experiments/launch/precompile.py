@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent import futures
+from typing import IO, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -35,7 +36,7 @@ class Ahead:
     """
 
     def __init__(self):
-        self._child: subprocess.Popen | None = None
+        self._child: _Child | None = None
         self._known: set[tuple] = set()  # programs that were compiled, here or there
         self._compiling, self._since = None, 0.0  # what the child compiles, and since when
 
@@ -44,8 +45,8 @@ class Ahead:
 
     def __exit__(self, *_) -> None:
         if self._child:
-            self._child.kill()
-            self._child.communicate()
+            self._child.process.kill()
+            self._child.process.communicate()
 
     def turn(self, config: ConfigDict, following: ConfigDict | None) -> float:
         """Waits for the programs of `config` if they are under way, then begins `following`'s.
@@ -55,11 +56,11 @@ class Ahead:
         began = time.perf_counter()
         with contextlib.suppress(Exception):  # a cell's mistakes are told at its own turn
             program = loop.prepare(config).program
-            if self._compiling:
+            if self._child and self._compiling:
                 # A child that needs more than twice the time it has had finds no free core.
                 patience = min(began - self._since, 60) if self._compiling == program else 0
-                if select.select([self._child.stdout], [], [], patience)[0]:
-                    self._child.stdout.readline()  # nothing if it is dead, which ends it as well
+                if select.select([self._child.replies], [], [], patience)[0]:
+                    self._child.replies.readline()  # nothing if it is dead, which ends it as well
                     self._compiling = None
             if program not in self._known:  # before a child asks for a core as well
                 self._known.add(program)
@@ -69,13 +70,21 @@ class Ahead:
         return time.perf_counter() - began
 
     def _begin(self, config, program):
-        kept = jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache
-        if program in self._known or not kept or jax.default_backend() != "cpu":
+        persistent = (
+            jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache
+        )
+        if program in self._known or not persistent or jax.default_backend() != "cpu":
             return
         self._child = self._child or _start()
-        print(json.dumps(settings.describe(config)), file=self._child.stdin, flush=True)
+        print(json.dumps(settings.describe(config)), file=self._child.orders, flush=True)
         self._known.add(program)
         self._compiling, self._since = program, time.perf_counter()
+
+
+class _Child(NamedTuple):
+    process: subprocess.Popen[str]
+    orders: IO[str]
+    replies: IO[str]
 
 
 def _start():
@@ -84,7 +93,7 @@ def _start():
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_COMPILATION_CACHE_MAX_SIZE": str(jax.config.jax_compilation_cache_max_size),
     }
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "experiments.launch.precompile"],
         env={**os.environ, **settings},
         stdin=subprocess.PIPE,
@@ -93,6 +102,8 @@ def _start():
         text=True,
         process_group=0,  # Ctrl-C is for the sweep alone
     )
+    assert process.stdin and process.stdout  # both are pipes
+    return _Child(process, process.stdin, process.stdout)
 
 
 def main() -> None:

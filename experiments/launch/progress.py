@@ -62,7 +62,7 @@ class CellProgress:
 
     def __init__(self, sweep: Progress, name: str):
         self._sweep, self._name = sweep, name
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
         self._task: Any = None
 
     def start(self, steps: int, at: int = 0) -> None:
@@ -76,10 +76,10 @@ class CellProgress:
         """`step` steps are done; `loss` where it is known."""
         left = self._sweep.left(step / self._steps)
         if bar := self._sweep._bar:
-            shown = {} if loss is None else {"loss": f"loss {loss:.3f}"}
-            bar.update(self._task, completed=step, left=left, **shown)
-        elif loss is not None and time.monotonic() - self._said > _PLAIN_SECONDS:
-            self._said = time.monotonic()
+            fields = {} if loss is None else {"loss": f"loss {loss:.3f}"}
+            bar.update(self._task, completed=step, left=left, **fields)
+        elif loss is not None and time.monotonic() - self._last_line > _PLAIN_SECONDS:
+            self._last_line = time.monotonic()
             print(f"  {self._name} step {step}/{self._steps} loss {loss:.4f}, {left}", flush=True)
 
     def finish(self, line: str) -> None:

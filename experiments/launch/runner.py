@@ -1,16 +1,15 @@
 """Trains a sweep: its work directory, its cells by an executor, successive halving, the report."""
 
-import collections
 import datetime
 import importlib.metadata
+import itertools
 import json
-import math
 import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,7 @@ def run_until_done(workdir: Any, jobs: Sequence[cells.Job], executor: Executor, 
 
     Raises what the executor raises.
     """
-    said = False
+    silent = True
     pause = 0.5 if isinstance(workdir, Path) else 3.0  # each look at an object costs something
     while left := [job for job in jobs if not _outcome(workdir, job)]:
         held = {job.id: leases.holder(cells.folder(workdir, job.id)) for job in left}
@@ -85,37 +84,49 @@ def run_until_done(workdir: Any, jobs: Sequence[cells.Job], executor: Executor, 
             with Progress(len(free)) as progress:
                 executor.run(free, progress, stop)
             continue
-        if not said:
-            said = True
+        if silent:
+            silent = False
             print(f"waiting for {left[0].id}, which {held[left[0].id]} trains", flush=True)
         time.sleep(pause)
         if stop.signal:
             raise Stopped
 
 
-def halve(workdir: Any, swept: Sequence[sweep.CellSpec], executor, stop, eta, options) -> None:
-    """Runs the rungs of successive halving but the last; who drops out has that as its result."""
-    steps = swept[0].config.train.steps
+def halve(
+    workdir: Any,
+    swept: Sequence[sweep.CellSpec],
+    executor: Executor,
+    stop: Stop,
+    eta: int,
+    options: Mapping[str, Any],
+) -> None:
+    """Runs the rungs of successive halving but the last; who drops out has that as its result.
+
+    Each base and its cells have rungs of their own, after the number of cells and the steps of the
+    first, which is the base itself but for `--product`. `options` are fields of `cells.Job`.
+    """
     bases = [cell.id for cell in swept if cell.axis is None]
-    ids = [cell.id for cell in swept]
-    largest = max(collections.Counter(cell.base for cell in swept).values())
-    for rung in halving.rungs(largest, steps, eta):
-        jobs = [cells.Job(id, until=rung, **options) for id in ids]
+    groups: dict[str, list[str]] = {}
+    steps: dict[str, int] = {}
+    for cell in swept:
+        groups.setdefault(cell.base, []).append(cell.id)
+        steps.setdefault(cell.base, cell.config.train.steps)
+    rungs = [halving.rungs(len(ids), steps[base], eta) for base, ids in groups.items()]
+    for step_of_base in itertools.zip_longest(*rungs):
+        current = {base: step for base, step in zip(groups, step_of_base, strict=True) if step}
+        jobs = [
+            cells.Job(id, until=step, **options)
+            for base, step in current.items()
+            for id in groups[base]
+        ]
         run_until_done(workdir, jobs, executor, stop)
-        kept = []
-        for base in dict.fromkeys(cell.base for cell in swept):
-            own = [cell.id for cell in swept if cell.base == base and cell.id in ids]
-            scores = {id: cells.score(cells.folder(workdir, id), rung) for id in own}
-            kept += halving.survivors(scores, bases, eta)
-            for place, id in enumerate(sorted(own, key=lambda id: _rank(scores[id])), 1):
-                if id not in kept:
-                    text = f"number {place} of {len(own)} at step {rung}"
+        for base, step in current.items():
+            scores = {id: cells.score(cells.folder(workdir, id), step) for id in groups[base]}
+            groups[base] = halving.survivors(scores, bases, eta)
+            for place, id in enumerate(halving.ranked(scores), 1):
+                if id not in groups[base]:
+                    text = f"number {place} of {len(scores)} at step {step}"
                     cells.drop(cells.folder(workdir, id), text)
-        ids = [id for id in ids if id in kept]
-
-
-def _rank(score):
-    return math.isnan(score), score
 
 
 def _outcome(workdir, job):
@@ -151,10 +162,10 @@ def train_sweep(
     with cli.user_errors():
         for cell in swept:
             loop.check_directory(cells.folder(workdir, cell.id), cell.config)
-    retried = ()
+    retried: tuple[str, ...] = ()
     if retry_failed:
         retried = ("failed",) if eta else ("failed", "dropped")
-    options = {"max_minutes": max_minutes, "tensorboard": tensorboard}
+    options: dict[str, Any] = {"max_minutes": max_minutes, "tensorboard": tensorboard}
     jobs = [cells.Job(cell.id, **options) for cell in swept]
     status = {job: (_outcome(workdir, job) or {}).get("status") for job in jobs}
     todo = [job for job in jobs if status[job] in (None, *retried)]
@@ -183,5 +194,5 @@ def train_sweep(
 def _end(workdir, jobs):
     """Ends the program with status 1 where cells have failed."""
     outcomes = [_outcome(workdir, job) for job in jobs]
-    if failed := sum(found["status"] == "failed" for found in outcomes if found):
+    if failed := sum(outcome["status"] == "failed" for outcome in outcomes if outcome):
         sys.exit(f"error: {failed} of {len(jobs)} cells failed; --retry_failed tries them again")

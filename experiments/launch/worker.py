@@ -67,8 +67,8 @@ def _work(order, say, stop, ahead):
         return ahead.turn(_config(workdir, job.id), _config(workdir, order["following"]))
 
     try:
-        found = cells.run_cell(workdir, job, Reported(say), stop, compiled)
-        say("end", status=found["status"])
+        result = cells.run_cell(workdir, job, Reported(say), stop, compiled)
+        say("end", status=result["status"])
     except leases.LeaseHeldError as error:
         say("taken", line=str(error))
 

@@ -65,6 +65,6 @@ def write_pairs(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
         for i, j in np.transpose(np.triu_indices(len(pairs.rows), 1)).tolist():
             ids = [pairs.rows[k].cell.id for k in (i, j)]
             numbers = (pairs.difference[i, j], pairs.interval[i, j], pairs.p[i, j])
-            known = ["" if math.isnan(x) else x for x in numbers]
-            writer.writerow([*ids, pairs.rows[i].metric, *known])
+            texts = ["" if math.isnan(x) else x for x in numbers]
+            writer.writerow([*ids, pairs.rows[i].metric, *texts])
     replace(path, text.getvalue())

@@ -48,7 +48,7 @@ def pack(
         entry["kept"] = [max(map(len, examples_by_cell.values()), default=0), len(examples_by_cell)]
     full = [False] * len(read)
     # One example after another over all groups, so that no group takes all.
-    for example in range(attention_maps.KEPT):
+    for example in range(attention_maps.NUM_MAPS):
         for number, (entry, examples_by_cell) in enumerate(zip(packed, read, strict=True)):
             new = {
                 id: examples[example]
@@ -65,8 +65,8 @@ def pack(
                     entry["cells"][id].append(kinds)
     for entry in packed:
         entry["cells"] = {id: examples for id, examples in entry["cells"].items() if examples}
-        shown = entry["cells"].values()
-        entry["shown"] = [max(map(len, shown), default=0), len(shown)]
+        by_cell = entry["cells"].values()
+        entry["shown"] = [max(map(len, by_cell), default=0), len(by_cell)]
     return packed
 
 
@@ -102,7 +102,7 @@ def _entropy(weights):
     return np.sum(entropy, -1) / np.maximum(np.sum(total > 0, -1), 1)
 
 
-def _number(tokens, known):
-    if tokens not in known:
-        known.append(tokens)
-    return known.index(tokens)
+def _number(tokens, vocabulary):
+    if tokens not in vocabulary:
+        vocabulary.append(tokens)
+    return vocabulary.index(tokens)

@@ -14,6 +14,7 @@ from experiments.reporting import (
     explorer,
     findings,
     formatting,
+    html,
     live,
     plots,
     tables,
@@ -21,7 +22,6 @@ from experiments.reporting import (
 )
 from experiments.storage import paths
 
-TEMPLATES = Path(__file__).with_name("templates")
 _LARGEST = 4_700_000  # characters of a page; the maps use what the rest leaves
 
 
@@ -86,24 +86,17 @@ def page(
     With a `version` the page looks for others at /version, and loads itself anew when there is one.
     `output` is where it is written, if not into the only directory.
     """
-    import jinja2
-
     joined, rows = _joined(experiments)
     bases = joined.bases()
     changes = comparisons.between(experiments)
     configs = _json(_configs(joined))
-    shown = [drawing for name, drawing in drawings.items() if not name.endswith("-maps")]
-    room = _LARGEST - len(configs) - sum(map(len, shown)) - 3000 * len(joined.cells)
+    svgs = [drawing for name, drawing in drawings.items() if not name.endswith("-maps")]
+    room = _LARGEST - len(configs) - sum(map(len, svgs)) - 3000 * len(joined.cells)
     groups = [joined.group(base) for base in bases]
     maps = explorer.pack(groups, max(0, min(explorer.BUDGET, room)))
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(
+    return html.render(
+        "report.html",
+        version=version,
         experiment=joined,
         experiments=experiments,
         name=" and ".join(e.path.resolve().name for e in experiments),
@@ -121,7 +114,6 @@ def page(
         number=formatting.number,
         p_value=formatting.p_value,
         cost_text=formatting.cost_text,
-        version=version,
         retrain=_retrain(joined),
         remake=_remake(experiments, output),
     )

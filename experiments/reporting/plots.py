@@ -279,8 +279,12 @@ def score_maps(
 
     None where no cell of the axis has kept its weights.
     """
-    shown = [(cell, run_directory.read_attention(cell)) for cell in experiment.group(base, axis)]
-    examples_by_cell = [(cell, maps.main(examples[0])) for cell, examples in shown if examples]
+    maps_by_cell = [
+        (cell, run_directory.read_attention(cell)) for cell in experiment.group(base, axis)
+    ]
+    examples_by_cell = [
+        (cell, maps.main(examples[0])) for cell, examples in maps_by_cell if examples
+    ]
     if not any(cell.axis == axis for cell, _ in examples_by_cell):
         return None
     names = [
@@ -420,13 +424,13 @@ def _curves(
     metric = done[0]["primary"] if done else "validation/loss"
     if not any(metric in curves for curves in logged.values()):
         metric = re.sub("^[^/]*", "train", metric)
-    shown = {}
+    points_of = {}
     for name, curves in logged.items():
         if metric in curves:
             steps, values = curves[metric]
             few = np.unique(np.linspace(0, len(steps) - 1, points).round().astype(int))
-            shown[name] = steps[few], np.where(np.isfinite(values[few]), values[few], np.nan)
-    return metric, done[0]["lower_is_better"] if done else True, shown
+            points_of[name] = steps[few], np.where(np.isfinite(values[few]), values[few], np.nan)
+    return metric, done[0]["lower_is_better"] if done else True, points_of
 
 
 def _zoom(panel: "Axes", limits: Sequence[np.ndarray]) -> None:

@@ -65,6 +65,14 @@ class Translator(trained.Trained):
         names = self.task.tokens(targets), self.task.tokens(source["source"][0, :count])
         return np.asarray(weights[:, 0, ..., :count]), *names
 
+    def alignment_heads(self) -> tuple[int, int]:
+        """L and H of every `alignment`; compiles nothing."""
+        token = np.zeros((1, 1), np.int32)
+        batch = {"source": token, "source_lengths": np.ones(1, np.int32), "inputs": token}
+        look = functools.partial(attention_stats.weights, self.model)
+        L, _, H, _, _ = jax.eval_shape(look, self.params, batch)["cross"].shape
+        return L, H
+
 
 def load(workdir: str | Path, seed: int = 0) -> Translator:
     """The model of a work directory of `experiments.train`, or of a cell of `experiments.ablate`.
@@ -81,15 +89,20 @@ def _has_table(config):
     return "learned" in config.model.position.lower()
 
 
-def draw(
-    path: str, alignment: tuple, title: str, layer: int | None, head: int | None, mean: bool
-) -> None:
-    """Writes the heat maps of some layers and heads as PNG.  ValueError where there is no such."""
-    weights, query, key = alignment
-    names = [f"layer {i + 1}" for i in range(len(weights))]
-    for what, number, count in (("layer", layer, len(weights)), ("head", head, weights.shape[1])):
+def check_choice(layers: int, heads: int, layer: int | None, head: int | None) -> None:
+    """Raises ValueError for a layer or head, from 1, that none of so many is."""
+    for name, number, count in (("layer", layer, layers), ("head", head, heads)):
         if number is not None and not 1 <= number <= count:
-            raise ValueError(f"--{what}={number}: there are {count}")
+            raise ValueError(f"--{name}={number}: there are {count}")
+
+
+def draw(
+    path: Any, alignment: tuple, title: str, layer: int | None, head: int | None, mean: bool
+) -> None:
+    """Writes the heat maps of some layers and heads as PNG.  ValueError as `check_choice`."""
+    weights, query, key = alignment
+    check_choice(len(weights), weights.shape[1], layer, head)
+    names = [f"layer {i + 1}" for i in range(len(weights))]
     if layer is not None:
         weights, names = weights[layer - 1 : layer], names[layer - 1 : layer]
     if head is not None:

@@ -81,6 +81,9 @@ class Lease:
                 os._exit(1)
 
 
+# filelock's SoftFileLease is no substitute: another machine's lease counts as lapsed only for who
+# has watched it for the whole time, so none could say at once whether a folder is free, nor is
+# there one for object stores.
 class _LocalLease:
     """A lease on a folder of this machine or of a file system that it shares."""
 
@@ -129,10 +132,10 @@ def holder(folder: Any) -> str | None:
         if not path.exists():
             return None
         with _guard(path):
-            found = _living(path)
+            process = _living(path)
     else:
-        found = remote_holder(folder)
-    return found and f"process {found['pid']} on {found['host']}"
+        process = remote_holder(folder)
+    return process and f"process {process['pid']} on {process['host']}"
 
 
 @contextlib.contextmanager
@@ -170,11 +173,11 @@ def _read(path):
 
 def _living(path):
     """The lease at `path` if its holder may still be at work, else None."""
-    found = _read(path)
-    if found is None:
+    holder = _read(path)
+    if holder is None:
         return None
-    if holders.on_this_machine(found):
-        return found if holders.alive(found) else None
+    if holders.on_this_machine(holder):
+        return holder if holders.alive(holder) else None
     clock = path.with_name(f".clock.{uuid.uuid4().hex}")
     try:
         clock.touch()
@@ -183,4 +186,4 @@ def _living(path):
         return None
     finally:
         clock.unlink(missing_ok=True)
-    return found if age < holders.LAPSE else None
+    return holder if age < holders.LAPSE else None

@@ -64,7 +64,7 @@ def shared_folder(folder: Path | None) -> Path:
 
     ValueError where one does not see it.
     """
-    if jax.process_count() == 1:
+    if folder and jax.process_count() == 1:
         return folder
     text = np.zeros(4096, np.uint8)
     if folder:
@@ -230,8 +230,8 @@ def _fetch_newest(there, here, names):
 
 def _remote_steps(names):
     """The checkpoints, whole or not, that have files among `names`, in order."""
-    found = [re.match(r"checkpoints/(\d+)/", name) for name in names]
-    return sorted({int(match[1]) for match in found if match})
+    matches = [re.match(r"checkpoints/(\d+)/", name) for name in names]
+    return sorted({int(match[1]) for match in matches if match})
 
 
 def _content(there, step, names):

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import os
 import re
+import sys
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,15 +49,15 @@ def as_path(place: Any) -> Any:
             f"{place} needs universal_pathlib: pip install 'attention[remote]'"
         ) from None
     # Other processes write there, so what was listed before tells nothing.
-    options = {"use_listings_cache": False} if protocol in _STORES else {}
+    options: dict[str, Any] = {"use_listings_cache": False} if protocol in _STORES else {}
     try:
-        found = upath.UPath(place.rstrip("/"), **options)
-        found.fs  # noqa: B018  (made when it is first asked for)
+        path = upath.UPath(place.rstrip("/"), **options)
+        path.fs  # noqa: B018  (made when it is first asked for)
     except (ImportError, ValueError) as error:
         raise type(error)(f"{place} cannot be used: {error}") from None
-    with reaching(found, "read"):
-        found.exists()
-    return found
+    with reaching(path, "read"):
+        path.exists()
+    return path
 
 
 @contextlib.contextmanager
@@ -133,9 +134,9 @@ def files(folder: Any) -> list[str]:
     """
     start = folder.path.rstrip("/") + "/"
     with reaching(folder, "read"):
-        found = folder.fs.find(folder.path)
+        names = folder.fs.find(folder.path)
     return [
-        name.removeprefix(start) for name in found if name.startswith(start) and name[-1] != "/"
+        name.removeprefix(start) for name in names if name.startswith(start) and name[-1] != "/"
     ]
 
 
@@ -165,6 +166,20 @@ def replace(path: str | os.PathLike[str], content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_folder(name: str) -> Path:
+    """The folder of a program in this user's caches, by the conventions of the platform."""
+    # By hand: platformdirs would be a package more to install, for three paths.
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(xdg):  # the specification says to ignore relative ones
+        return Path(xdg, name)
+    home = Path.home()
+    if sys.platform == "darwin":
+        return home / "Library" / "Caches" / name
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"), name)
+    return home / ".cache" / name
 
 
 def file_name(text: str, longest: int = 255) -> str:

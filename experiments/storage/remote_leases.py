@@ -63,8 +63,8 @@ class RemoteLease:
             self._lock.release()
 
     def _has(self):
-        number, found = _highest(self._folder)
-        return number == self._number and found == json.loads(self._content)
+        number, holder = _highest(self._folder)
+        return number == self._number and holder == json.loads(self._content)
 
 
 def remote_holder(folder: Any) -> dict | None:
@@ -84,8 +84,8 @@ def _numbers(folder):
             names = [name.rpartition("/")[2] for name in folder.fs.ls(folder.path, detail=False)]
         except FileNotFoundError:
             return []
-    found = [re.fullmatch(r"\.lease\.(\d+)\.json", name) for name in names]
-    return sorted(int(match[1]) for match in found if match)
+    matches = [re.fullmatch(r"\.lease\.(\d+)\.json", name) for name in names]
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def _highest(folder):

@@ -153,10 +153,10 @@ def create(config: Mapping[str, Any]) -> Task:
     name = config.get("name")
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; choose from {', '.join(_nearest(name, TASKS))}")
-    known = {field.name for field in dataclasses.fields(TASKS[name])}
+    names = {field.name for field in dataclasses.fields(TASKS[name])}
     for field in fields:
-        if field not in known:
-            nearest, *others = _nearest(field, known)
+        if field not in names:
+            nearest, *others = _nearest(field, names)
             raise ValueError(
                 f"task {name!r} has no field {field!r}; did you mean {nearest!r}? "
                 f"Other fields: {', '.join(others)}"
@@ -166,8 +166,8 @@ def create(config: Mapping[str, Any]) -> Task:
     return TASKS[name](**{key: _typed(name, key, values[key], types[key]) for key in values})
 
 
-def _nearest(word, known):
-    return sorted(known, key=lambda k: (-difflib.SequenceMatcher(a=str(word), b=k).ratio(), k))
+def _nearest(word, names):
+    return sorted(names, key=lambda k: (-difflib.SequenceMatcher(a=str(word), b=k).ratio(), k))
 
 
 def _typed(task, field, value, expected):

@@ -1,6 +1,6 @@
 """The values that a setting may have, written beside its default.
 
-The check, the error and the documentation of a setting all come from its `Range`.
+The check, the error and the documentation of a setting all come from its `ValueRange`.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 _LARGEST = 3.4e38  # what float32 holds
 
 
-class Range(NamedTuple):
+class ValueRange(NamedTuple):
     """The values for which `holds`; `text` completes 'must be ...'.  `a | b` allows those of both.
 
     NaN is in no range of numbers, True and False are none of whole numbers.
@@ -19,8 +19,8 @@ class Range(NamedTuple):
     text: str
     holds: Callable[[Any], bool]
 
-    def __or__(self, other: "Range") -> "Range":
-        return Range(f"{self.text} or {other.text}", lambda x: self.holds(x) or other.holds(x))
+    def __or__(self, other: "ValueRange") -> "ValueRange":
+        return ValueRange(f"{self.text} or {other.text}", lambda x: self.holds(x) or other.holds(x))
 
     def check(self, name: str, value: Any) -> None:
         """Raises ValueError, naming the setting, where the value is out of range."""
@@ -28,35 +28,37 @@ class Range(NamedTuple):
             raise ValueError(f"{name}={value!r} must be {self.text}")
 
 
-def at_least(low: float) -> Range:
+def at_least(low: float) -> ValueRange:
     """Whole numbers from `low` on, or finite numbers where `low` is a float."""
     kind, text = (_whole, "whole") if isinstance(low, int) else (_finite, "finite")
-    return Range(f"a {text} number of at least {low:g}", lambda x: kind(x) and low <= x)
+    return ValueRange(f"a {text} number of at least {low:g}", lambda x: kind(x) and low <= x)
 
 
-def above(low: float) -> Range:
+def above(low: float) -> ValueRange:
     """Finite numbers greater than `low`."""
-    return Range(f"a finite number above {low:g}", lambda x: _finite(x) and low < x)
+    return ValueRange(f"a finite number above {low:g}", lambda x: _finite(x) and low < x)
 
 
-def between(low: int, high: int) -> Range:
+def between(low: int, high: int) -> ValueRange:
     """Whole numbers from `low` to `high`, both included."""
-    return Range(f"a whole number from {low} to {high}", lambda x: _whole(x) and low <= x <= high)
+    return ValueRange(
+        f"a whole number from {low} to {high}", lambda x: _whole(x) and low <= x <= high
+    )
 
 
-def exactly(value: float) -> Range:
+def exactly(value: float) -> ValueRange:
     """One number, which may be infinite."""
-    return Range(f"{value:g}", lambda x: not isinstance(x, bool) and x == value)
+    return ValueRange(f"{value:g}", lambda x: not isinstance(x, bool) and x == value)
 
 
-def one_of(*names: str) -> Range:
+def one_of(*names: str) -> ValueRange:
     """Some texts."""
-    return Range(f"one of {', '.join(names)}", lambda x: x in names)
+    return ValueRange(f"one of {', '.join(names)}", lambda x: x in names)
 
 
-def each(of: Range) -> Range:
+def each(of: ValueRange) -> ValueRange:
     """Sequences of values of a range, also empty ones."""
-    return Range(f"a list, each {of.text}", lambda x: all(map(of.holds, x)))
+    return ValueRange(f"a list, each {of.text}", lambda x: all(map(of.holds, x)))
 
 
 def _whole(x):
@@ -67,13 +69,13 @@ def _finite(x):
     return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) <= _LARGEST
 
 
-NUMBER = Range("a finite number", _finite)
-FRACTION = Range("a number in [0, 1)", lambda x: _finite(x) and 0 <= x < 1)
-TEXT = Range("a text", lambda x: isinstance(x, str))
-SWITCH = Range("true or false", lambda x: isinstance(x, bool))
+NUMBER = ValueRange("a finite number", _finite)
+FRACTION = ValueRange("a number in [0, 1)", lambda x: _finite(x) and 0 <= x < 1)
+TEXT = ValueRange("a text", lambda x: isinstance(x, str))
+SWITCH = ValueRange("true or false", lambda x: isinstance(x, bool))
 
 
-def ranged(default: Any, allowed: Range) -> Any:
+def ranged(default: Any, allowed: ValueRange) -> Any:
     """A field of a dataclass with its range, which `check_fields` checks."""
     return dataclasses.field(default=default, metadata={"range": allowed})
 

@@ -128,8 +128,8 @@ class Text:
     def _consecutive(self, part, tokens, length):
         self._require(tokens, part, length)
         num = (len(tokens) - 1) // length
-        taken = min(num, self.max_eval_examples or num)
-        starts = np.arange(taken) * num // taken * length
+        count = min(num, self.max_eval_examples or num)
+        starts = np.arange(count) * num // count * length
         return _windows(tokens, starts[:, None], length)
 
 
@@ -151,9 +151,9 @@ def _load(path, tfds, tfds_records, data_dir, level):
     codes = {name: _codes(text, level) for name, text in texts.items()}
     characters = None
     if level == "char":
-        used = np.unique(np.concatenate(list(codes.values())))
-        codes = {name: np.searchsorted(used, c).astype(np.int32) for name, c in codes.items()}
-        characters = "".join(map(chr, used.tolist()))
+        alphabet = np.unique(np.concatenate(list(codes.values())))
+        codes = {name: np.searchsorted(alphabet, c).astype(np.int32) for name, c in codes.items()}
+        characters = "".join(map(chr, alphabet.tolist()))
     if "validation" not in codes:
         size = int(0.9 * len(codes["train"]))
         codes["train"], codes["validation"] = codes["train"][:size], codes["train"][size:]
@@ -226,10 +226,10 @@ def _read_tfds(name, records, data_dir):
             f"{tfds_sets.one_line(features)}"
         )
     key = "text" if "text" in of_text else of_text[0]
-    taken = {split: itertools.islice(source, records) for split, source in sources.items()}
+    examples_of = {split: itertools.islice(source, records) for split, source in sources.items()}
     return {
         split: "\n".join(
             tfds_sets.text(e, key, f"{name} {split}[{i}]") for i, e in enumerate(examples)
         )
-        for split, examples in taken.items()
+        for split, examples in examples_of.items()
     }

@@ -24,8 +24,8 @@ def find(name: str, data_dir: str | None) -> Any:
     try:
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except Exception as error:
-        known = re.findall(r"^\s+- (\w+)$", str(error), re.MULTILINE)
-        near = difflib.get_close_matches(name, known)
+        names = re.findall(r"^\s+- (\w+)$", str(error), re.MULTILINE)
+        near = difflib.get_close_matches(name, names)
         raise ValueError(
             f"TFDS has no data set {name!r}{f', did you mean {near[0]!r}?' if near else ''} "
             f"({one_line(error)})"
@@ -51,10 +51,10 @@ def open_splits(
     try:
         with _file_functions_without_tensorflow(builder):
             builder.download_and_prepare(file_format="array_record")
-        known = list(builder.info.splits)  # none where TFDS mocks its data
-        missing = [s for s in splits.values() if s and known and s.split("[")[0] not in known]
-        chosen = {key: s or key for key, s in splits.items() if s or key in known}
-        sources = {} if missing else {k: builder.as_data_source(s) for k, s in chosen.items()}
+        names = list(builder.info.splits)  # none where TFDS mocks its data
+        missing = [s for s in splits.values() if s and names and s.split("[")[0] not in names]
+        split_of = {key: s or key for key, s in splits.items() if s or key in names}
+        sources = {} if missing else {k: builder.as_data_source(s) for k, s in split_of.items()}
     except Exception as error:
         raise OSError(
             f"cannot prepare the TFDS set {name!r} ({one_line(error)}): prepare it on a machine "
@@ -63,7 +63,7 @@ def open_splits(
         ) from error
     if missing:
         raise ValueError(
-            f"the TFDS set {name!r} has no split {missing[0]!r}, it has {', '.join(known)}"
+            f"the TFDS set {name!r} has no split {missing[0]!r}, it has {', '.join(names)}"
         )
     return sources
 

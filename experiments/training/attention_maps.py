@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-KEPT = 4  # examples whose maps a run keeps
+NUM_MAPS = 4  # examples whose maps a run keeps
 MEASURED = 32  # examples that are measured, see `heads.totals`
 LONGEST = 512  # tokens of an example that are looked at
 
@@ -59,10 +59,10 @@ def main(by_kind: Mapping[str, Any]) -> Any:
 
 
 def keep(
-    task: Any, examples: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
+    task: Any, examples: Mapping[str, np.ndarray], weights: Mapping[str, np.ndarray]
 ) -> list[dict[str, Map]]:
-    """For each example the map of each kind, without padding; `found` are [L, B, H, T, S]."""
-    kept = []
+    """For each example the map of each kind, without padding; `weights` are [L, B, H, T, S]."""
+    maps = []
     for b in range(len(examples["inputs"])):
         inputs = task.tokens(examples["inputs"][b])
         if "source" in examples:
@@ -72,30 +72,32 @@ def keep(
             source = inputs
         tokens = {"self": (inputs, inputs), "decoder": (inputs, inputs)}
         tokens |= {"encoder": (source, source), "cross": (inputs, source)}
-        kept.append(
+        maps.append(
             {
                 kind: Map(w[:, b, :, : len(query), : len(key)], query, key)
-                for kind, w in found.items()
+                for kind, w in weights.items()
                 for query, key in [tokens[kind]]
             }
         )
-    return kept
+    return maps
 
 
-def dump(kept: Sequence[Mapping[str, Map]]) -> bytes:
+def dump(maps: Sequence[Mapping[str, Map]]) -> bytes:
     """The content of attention.npz: weights in half precision, and the tokens."""
-    arrays, tokens = {}, []
-    for i, kinds in enumerate(kept):
+    arrays: dict[str, Any] = {}
+    tokens = []
+    for i, kinds in enumerate(maps):
         tokens.append({kind: [one.query, one.key] for kind, one in kinds.items()})
         for kind, one in kinds.items():
             arrays[f"{i}.{kind}"] = np.asarray(one.weights, np.float16)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, tokens=json.dumps(tokens), **arrays)
+    arrays["tokens"] = json.dumps(tokens)
+    np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()
 
 
 def load(path: Path) -> list[dict[str, Map]]:
-    """What `dump` was given, example by example; nothing of a file of an earlier version.
+    """What `dump` wrote, example by example; nothing of a file of an earlier version.
 
     ValueError where the file is damaged.
     """

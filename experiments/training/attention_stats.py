@@ -18,25 +18,25 @@ def weights(model: Any, params: Any, batch: Mapping[str, Any]) -> dict[str, jax.
     sown = sown["intermediates"]
     if "source" not in batch:
         return {"self": _layers(sown["decoder"], "self_attention")}
-    found = {}
+    by_kind = {}
     if "encoder" in sown:
-        found["encoder"] = _layers(sown["encoder"]["stack"], "self_attention")
-        found["decoder"] = _layers(sown["decoder"], "self_attention")
-    return {**found, "cross": _layers(sown["decoder"], "cross_attention")}
+        by_kind["encoder"] = _layers(sown["encoder"]["stack"], "self_attention")
+        by_kind["decoder"] = _layers(sown["decoder"], "self_attention")
+    return {**by_kind, "cross": _layers(sown["decoder"], "cross_attention")}
 
 
 def _layers(stack, name):
     """[L, B, H, T, S] of what layers have sown: in one array, each its own, or a single one."""
     if name in stack:
-        found = stack[name]["weights"][0][None]
+        w = stack[name]["weights"][0][None]
     elif "layers" in stack:
-        found = stack["layers"][name]["weights"][0]
+        w = stack["layers"][name]["weights"][0]
     else:
-        found = jnp.stack([stack[f"layer_{i}"][name]["weights"][0] for i in range(len(stack))])
-    return found.astype(jnp.float32)
+        w = jnp.stack([stack[f"layer_{i}"][name]["weights"][0] for i in range(len(stack))])
+    return w.astype(jnp.float32)
 
 
-def totals(found: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
+def totals(by_kind: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
     """By kind what `means` divides: sums and counts of queries [L, H], of weights on `batch`.
 
     With p_ij = w_ij / Σ_j w_ij, 'entropy' is −Σ_j p_ij log p_ij in nats of all queries that give
@@ -45,7 +45,7 @@ def totals(found: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str
     nothing else to look at.
     """
     measured = {}
-    for kind, w in found.items():
+    for kind, w in by_kind.items():
         _, B, _, T, _ = w.shape
         rows = jnp.ones((B, T))
         if "source" in batch:

@@ -55,8 +55,8 @@ def restore(
                 raise
             lost[step] = error
             continue
-        for later, error in lost.items():
-            reason = " ".join(str(error).split())[:200]
+        for later, failure in lost.items():
+            reason = " ".join(str(failure).split())[:200]
             print(f"checkpoint {later} cannot be read, going on from {step}: {reason}", flush=True)
             manager.delete(later)
         iterator.set_state(items["data"])

@@ -81,7 +81,7 @@ def compile_program(
         with splitting_batches(mesh):
             rate, out = jax.ShapeDtypeStruct((), jnp.float32), (layout.state, everywhere)
             for batch in batches:
-                arguments = state, structs(batch), rate
+                arguments: tuple = state, structs(batch), rate
                 compiler.begin(("step", batch), step, arguments, out, donate_argnums=0)
         compiler.begin("init", init, (seeds,), layout.state, once=True)
         with splitting_batches(mesh):
@@ -171,7 +171,7 @@ class _Compiler:
         if self._sharded:
             options["out_shardings"] = out
         lowered = jax.jit(function, **options).lower(*arguments)
-        quick = {"xla_backend_optimization_level": 0} if once else None
+        quick: dict[str, Any] | None = {"xla_backend_optimization_level": 0} if once else None
         self._futures[key] = self._pool.submit(lowered.compile, compiler_options=quick)
 
     def results(self) -> dict[Hashable, Any]:

@@ -54,7 +54,7 @@ def _translate_batch(model, decoding, params, batch):
     begin = jnp.full(len(source), decoding.begin, jnp.int32)
     if decoding.beam_size == 1:
         return search.greedy(step, state, begin, **limits).tokens
-    found = search.beam_search(
+    beams = search.beam_search(
         step,
         state,
         begin,
@@ -62,7 +62,7 @@ def _translate_batch(model, decoding, params, batch):
         length_penalty=decoding.length_penalty,
         **limits,
     )
-    return found.tokens[:, 0]
+    return beams.tokens[:, 0]
 
 
 @functools.lru_cache(maxsize=32)

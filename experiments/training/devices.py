@@ -34,15 +34,15 @@ def initialize(
 
 def mesh(config: ConfigDict) -> Mesh | None:
     """The mesh of a config, None for one device.  ValueError where there are other devices."""
-    found = partition.make_mesh(config.mesh)
-    if found is None and jax.process_count() > 1:
+    device_mesh = partition.make_mesh(config.mesh)
+    if device_mesh is None and jax.process_count() > 1:
         raise ValueError(
             f"mesh='' is one device, and there are {jax.process_count()} processes: set "
             f"--config.mesh=data:{jax.device_count()}"
         )
-    if found is None and config.fully_sharded:
+    if device_mesh is None and config.fully_sharded:
         raise ValueError("fully_sharded=True needs several devices: set mesh, as in 'data:4'")
-    return found
+    return device_mesh
 
 
 def check(config: ConfigDict, model, inputs: tuple) -> None:
@@ -50,8 +50,8 @@ def check(config: ConfigDict, model, inputs: tuple) -> None:
 
     `inputs` are what the model is called with.
     """
-    found = mesh(config)
-    if found is None:
+    device_mesh = mesh(config)
+    if device_mesh is None:
         return
     m = config.model
     split = {
@@ -66,26 +66,26 @@ def check(config: ConfigDict, model, inputs: tuple) -> None:
     if config.fully_sharded:
         split["model.model_dim"] = m.model_dim, "data"
     for name, (size, axis) in split.items():
-        if size % found.shape[axis]:
+        if size % device_mesh.shape[axis]:
             raise ValueError(
-                f"{name}={size} must be a multiple of {axis}:{found.shape[axis]}, which is what "
-                f"mesh={config.mesh!r} splits it over"
+                f"{name}={size} must be a multiple of {axis}:{device_mesh.shape[axis]}, which is "
+                f"what mesh={config.mesh!r} splits it over"
             )
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs))
     names = partition.logical_axes(model, *inputs)
-    partition.shardings(shapes, names, found, config.fully_sharded)
+    partition.shardings(shapes, names, device_mesh, config.fully_sharded)
 
 
-def agree(asked: int, late: bool, now: bool) -> tuple[int, bool]:
+def agree(signal: int, late: bool, now: bool) -> tuple[int, bool]:
     """The signal and whether time is over, the same in every process, so that all stop at once.
 
     Several processes ask each other only where `now`; elsewhere they go on.
     """
     if jax.process_count() == 1:
-        return asked, late
+        return signal, late
     if not now:
         return 0, False
-    every = multihost_utils.process_allgather(np.array([asked, late], np.int32))
+    every = multihost_utils.process_allgather(np.array([signal, late], np.int32))
     return int(every[:, 0].max()), bool(every[:, 1].max())
 
 

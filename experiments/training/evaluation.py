@@ -45,7 +45,7 @@ def translations(
 
 def translation_metrics(task: Any, texts: Mapping[str, list[list[str]]]) -> dict[str, np.ndarray]:
     """Metrics of translations by split and seed: '<split>/bleu' and others, [R] each."""
-    metrics = {}
+    metrics: dict[str, np.ndarray] = {}
     for split, of_seeds in texts.items():
         scores = [task.score(own, task.references(split)) for own in of_seeds]
         metrics |= {f"{split}/{name}": np.array([x[name] for x in scores]) for name in scores[0]}

@@ -51,7 +51,7 @@ def check(config: ConfigDict, changed: Collection[str] = ()) -> None:
     devices.check(config, model, inputs)
 
 
-class Progress(Protocol):
+class RunProgress(Protocol):
     """What is shown of a run, as `experiments.launch.progress` does."""
 
     def start(self, steps: int, at: int = 0) -> None:
@@ -93,7 +93,7 @@ def prepare(config: ConfigDict) -> Run:
     }
     examples = attention_maps.first(whole["validation"], attention_maps.MEASURED)
     greedy = beam = None
-    searches = ()
+    searches: tuple[tuple[str, Decoding], ...] = ()
     if isinstance(task, tasks.Translates):
         greedy, beam = (decode.from_config(config, task, beam) for beam in (False, True))
         searches = (("validation", greedy), *((name, beam) for name in splits))
@@ -114,7 +114,7 @@ def prepare(config: ConfigDict) -> Run:
 def train(
     config: ConfigDict,
     directory: Path,
-    progress: Progress,
+    progress: RunProgress,
     stop: StopRequest | None = None,
     *,
     until: int | None = None,
@@ -154,10 +154,11 @@ def train(
             progress.step(step)
             last = step == c.steps
             at_log = last or step % c.log_every == 0
+            at_eval = bool(run.greedy) if last else step % c.eval_every == 0
             if at_log:
                 loss = _log(log, record, step, rates[step - 1], c.explosion)
                 progress.step(step, loss)
-            if step % c.eval_every == 0 and not last or last and run.greedy:
+            if at_eval:
                 record.seconds += _lap(state, began)
                 metrics, state = _judge(run, program, state)
                 log.write(step, metrics)
@@ -167,19 +168,21 @@ def train(
                 raise stop.error
             late = 0 < max_minutes * 60 < time.perf_counter() - started
             signal, late = devices.agree(stop.signal or 0, late, now=at_log)
-            ended = step == end or record.ended
-            if step % c.checkpoint_every == 0 or ended or late or signal:
+            at_end = step == end or record.ended
+            if step % c.checkpoint_every == 0 or at_end or late or signal:
                 record.seconds += _lap(state, began)
                 record.log_bytes = log.bytes
                 checkpoints.save(manager, step, state, iterator, record.describe())
-                if not ended and (signal or late):
+                if not at_end and (signal or late):
                     manager.wait_until_finished()
                     _check_signal(stop, signal)
                     raise TimeoutError(f"at step {step} after {max_minutes:g} minutes")
                 began = time.perf_counter()
         manager.wait_until_finished()
         _check_signal(stop, devices.agree(stop.signal or 0, False, now=True)[0])
-        stop.unsaved = jax.process_count() > 1  # who left alone would let the others wait
+        stop.unsaved = (
+            jax.process_count() > 1
+        )  # a process that ends alone leaves the others waiting
         if until is not None and step < c.steps and not record.ended:
             metrics, _ = _judge(run, program, state)
             return {"status": "paused", "score": evaluation.score(run.task, metrics), "step": step}
@@ -252,7 +255,7 @@ def _finish(config, run, program, params, directory):
     Writes translations and attention maps.
     """
     statistics, weights = jax.device_get(program.attention_stats(params, run.examples))
-    few = attention_maps.first(run.examples, attention_maps.KEPT)
+    few = attention_maps.first(run.examples, attention_maps.NUM_MAPS)
     maps = attention_maps.keep(run.task, few, weights)
     write(directory / "attention.npz", attention_maps.dump(maps))
     details = {"attention": jax.tree.map(lambda x: np.round(x, 4).tolist(), statistics)}

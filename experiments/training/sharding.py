@@ -62,9 +62,9 @@ def state_shardings(
     everywhere = NamedSharding(mesh, PartitionSpec())
     of_seeds = jax.tree.map(lambda axes: PartitionSpec(None, *axes), names)
     params = partition.shardings(state["params"], of_seeds, mesh, fully_sharded)
-    found = {name: jax.tree.map(lambda _: everywhere, part) for name, part in state.items()}
-    found["params"] = params
-    found["optimizer"] = optax.tree_map_params(
+    shardings = {name: jax.tree.map(lambda _: everywhere, part) for name, part in state.items()}
+    shardings["params"] = params
+    shardings["optimizer"] = optax.tree_map_params(
         optimizer,
         lambda _, place: place,
         state["optimizer"],
@@ -72,10 +72,10 @@ def state_shardings(
         transform_non_params=lambda _: everywhere,
     )
     if "average" in state:
-        found["average"] = params
+        shardings["average"] = params
     if "best" in state:
-        found["best"]["params"] = params
-    return found
+        shardings["best"]["params"] = params
+    return shardings
 
 
 @contextlib.contextmanager

@@ -104,9 +104,10 @@ def measure_attention(
 ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
     """`attention_stats.means` of the examples by seed, and weights of a few; of all seeds.
 
-    The weights are `attention_stats.weights` of the first seed on the first `attention_maps.KEPT`.
+    The weights are `attention_stats.weights` of the first seed on the first
+    `attention_maps.NUM_MAPS`.
     """
-    few = {name: x[: attention_maps.KEPT] for name, x in examples.items()}
+    few = {name: x[: attention_maps.NUM_MAPS] for name, x in examples.items()}
     first = jax.tree.map(lambda x: x[0], params)
 
     def measure(params):

@@ -38,34 +38,34 @@ def load(workdir: str | Path, seed: int = 0) -> Trained:
 
     Raises ValueError where there is none, or its vocabulary is no longer that of the data.
     """
-    workdir = paths.as_path(workdir)
-    text = paths.read(workdir / "config.json")
+    folder = paths.as_path(workdir)
+    text = paths.read(folder / "config.json")
     if text is None:
-        raise ValueError(f"{workdir} holds no config.json: train a model there first")
+        raise ValueError(f"{folder} holds no config.json: train a model there first")
     described = json.loads(text)
     config = settings.read(described)
     task, model = loop.build(config)
     there, here = described["task"].get("fingerprint"), getattr(task, "fingerprint", None)
     if there != here:
         raise ValueError(
-            f"the vocabulary or text of {workdir} has changed since it was trained (fingerprint "
+            f"the vocabulary or text of {folder} has changed since it was trained (fingerprint "
             f"{there} there, {here} here): give it the data of its training"
         )
     if not 0 <= seed < config.train.seeds:
         raise ValueError(f"seed {seed} of {config.train.seeds}: the first is 0")
-    with mirrors.checkpoint(workdir) as directory:
+    with mirrors.checkpoint(folder) as directory:
         state = checkpoints.read_state(directory)
     params = jax.tree.map(lambda x: jnp.asarray(x[seed]), final_params(state))
     return Trained(config, task, model, params)
 
 
-def save_safetensors(found: Trained, path: str | Path) -> None:
+def save_safetensors(model: Trained, path: str | Path) -> None:
     """Writes the parameters under names such as 'decoder.layer_0.mlp.in.kernel'.
 
     The settings are in the file's metadata, as JSON under 'config'.
     """
     from safetensors.numpy import save_file
 
-    flat = flax.traverse_util.flatten_dict(found.params["params"], sep=".")
+    flat = flax.traverse_util.flatten_dict(model.params["params"], sep=".")
     arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
-    save_file(arrays, path, metadata={"config": json.dumps(settings.describe(found.config))})
+    save_file(arrays, path, metadata={"config": json.dumps(settings.describe(model.config))})

@@ -406,12 +406,12 @@ def test_weights_of_a_step_are_sown_and_segments_are_one_text():
     plain = LanguageModel(config(positions.RoPE(), True))
     ((by_step, _), sown), (full, expected) = run(variables_of(plain, text))
     np.testing.assert_allclose(by_step, full, atol=2e-5)
-    found, expected = (
+    weights, expected = (
         x["intermediates"]["decoder"]["layers"]["self_attention"]["weights"][0]
         for x in (sown, expected)
     )
-    np.testing.assert_allclose(found[..., :3], expected, atol=1e-6)
-    assert found.shape == (2, 2, 4, 3, 5) and not found[..., 3:].any()
+    np.testing.assert_allclose(weights[..., :3], expected, atol=1e-6)
+    assert weights.shape == (2, 2, 4, 3, 5) and not weights[..., 3:].any()
 
 
 def test_a_text_too_long_for_the_state_is_refused_or_nan():
@@ -440,12 +440,12 @@ def test_a_module_keeps_a_context_and_refuses_what_a_cache_cannot_hold():
 
     @jax.jit
     def run():
-        kept = module.apply(variables, context, lengths, method="precompute_kv")
+        key_value = module.apply(variables, context, lengths, method="precompute_kv")
         full = module.apply(variables, x, context, key_lengths=lengths)
-        return kept, module.apply(variables, x, kept), full
+        return key_value, module.apply(variables, x, key_value), full
 
-    kept, out, full = run()
-    assert kept.value.shape == (2, 4, 2, 3)
+    key_value, out, full = run()
+    assert key_value.value.shape == (2, 4, 2, 3)
     np.testing.assert_allclose(out, full, atol=1e-6)
     cache = decoding.empty((2,), 4, 2, 4, 3)
     with pytest.raises(ValueError, match="goes without a context"):
@@ -493,9 +493,9 @@ def log_softmax(x):
     return x - top - np.log(np.exp(x - top).sum(-1, keepdims=True))
 
 
-def extend(table, found):
+def extend(table, sequences):
     """[(tokens, log-probability)] -> the same, each with every next token."""
-    for sequence, log_prob in found:
+    for sequence, log_prob in sequences:
         node = functools.reduce(lambda node, token: VOCAB * node + token + 1, sequence, 0)
         each = log_softmax(table[node])
         for token in range(VOCAB):
@@ -513,8 +513,8 @@ def beam_by_hand(table, beam, alpha):
         best = sorted(extend(table, live), key=lambda item: -item[1])[:beam]
         finished += [item for item in best if item[0][-1] == END]
         live = [item for item in best if item[0][-1] != END]
-    found = sorted(finished + live, key=lambda item: -score_of(item, alpha))[:beam]
-    return [(sequence, score_of((sequence, p), alpha)) for sequence, p in found]
+    best = sorted(finished + live, key=lambda item: -score_of(item, alpha))[:beam]
+    return [(sequence, score_of((sequence, p), alpha)) for sequence, p in best]
 
 
 def assert_beams(got, expected):
@@ -574,17 +574,17 @@ def test_stopping_early_changes_no_result(alpha, beam):
 
 def test_a_beam_of_one_is_greedy():
     table = 2 * random((40, NODES, VOCAB), 7)
-    found = jax.jit(
+    greedy = jax.jit(
         lambda: search.greedy(tree_step(table), tree_state(40), jnp.ones(40, int), HORIZON, END)
     )()
     for alpha in (0.0, 2.0):
         beams = run_beam(table, alpha, 1)
-        np.testing.assert_array_equal(beams.tokens[:, 0], found.tokens)
-        np.testing.assert_array_equal(beams.lengths[:, 0], found.lengths)
-        score = found.log_probs / ((5 + found.lengths) / 6) ** alpha
+        np.testing.assert_array_equal(beams.tokens[:, 0], greedy.tokens)
+        np.testing.assert_array_equal(beams.lengths[:, 0], greedy.lengths)
+        score = greedy.log_probs / ((5 + greedy.lengths) / 6) ** alpha
         np.testing.assert_allclose(beams.scores[:, 0], score, rtol=1e-5)
-    assert len(set(np.asarray(found.lengths).tolist())) == HORIZON
-    assert (found.tokens[found.lengths == 1] == jnp.array([END, PAD, PAD, PAD])).all()
+    assert len(set(np.asarray(greedy.lengths).tolist())) == HORIZON
+    assert (greedy.tokens[greedy.lengths == 1] == jnp.array([END, PAD, PAD, PAD])).all()
 
 
 def test_ties_go_to_the_earlier_and_the_lower():
@@ -592,8 +592,8 @@ def test_ties_go_to_the_earlier_and_the_lower():
     np.testing.assert_array_equal(got.tokens[0], [[2, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0]])
     np.testing.assert_allclose(got.scores[0], -np.log(3) * np.arange(1, 4), rtol=1e-6)
     zeros = jnp.zeros((1, NODES, VOCAB))
-    found = search.greedy(tree_step(zeros), tree_state(1), jnp.ones(1, int), 3, END, pad=7)
-    np.testing.assert_array_equal(found.tokens, [[0, 0, 0]])
+    greedy = search.greedy(tree_step(zeros), tree_state(1), jnp.ones(1, int), 3, END, pad=7)
+    np.testing.assert_array_equal(greedy.tokens, [[0, 0, 0]])
 
 
 def test_impossible_tokens_are_never_found():
@@ -610,9 +610,9 @@ def test_impossible_tokens_are_never_found():
         args = (step, state, begin, HORIZON, END)
         return search.greedy(*args), search.sample(*args, KEY, top_k=2, top_p=0.9)
 
-    for found in run():
-        np.testing.assert_array_equal(found.tokens[0], [1, 2, 0, 0])
-        np.testing.assert_array_equal(found.log_probs, [0, -np.inf])
+    for result in run():
+        np.testing.assert_array_equal(result.tokens[0], [1, 2, 0, 0])
+        np.testing.assert_array_equal(result.log_probs, [0, -np.inf])
 
 
 def test_nan_is_seen():
@@ -658,9 +658,9 @@ def draw(table, horizon=1, **options):
     return search.sample(step, start, begin, horizon, -1, jax.random.key(3), **options)
 
 
-def assert_distribution(found, expected):
+def assert_distribution(samples, expected):
     """Each share is within 4.5 standard deviations of the probability; nothing impossible."""
-    sequences, counts = np.unique(np.asarray(found.tokens), axis=0, return_counts=True)
+    sequences, counts = np.unique(np.asarray(samples.tokens), axis=0, return_counts=True)
     got = {tuple(map(int, s)): n / COUNT for s, n in zip(sequences, counts, strict=True)}
     for sequence, p in expected.items():
         assert abs(got.get(sequence, 0) - p) <= 4.5 * np.sqrt(p * (1 - p) / COUNT), sequence
@@ -670,7 +670,7 @@ def assert_distribution(found, expected):
 LOGITS = np.array([[1.0, -1.0, 0.5, 2.0, -np.inf, 0.5]])
 
 
-@pytest.mark.parametrize("temperature, top_k, top_p, kept", [
+@pytest.mark.parametrize("temperature, top_k, top_p, support", [
     (1.0, None, 1.0, [3, 0, 2, 5, 1]),
     (2.5, None, 1.0, [3, 0, 2, 5, 1]),
     (1.0, None, 0.73, [3, 0]),  # 0.5365 + 0.1974 = 0.7339
@@ -679,32 +679,32 @@ LOGITS = np.array([[1.0, -1.0, 0.5, 2.0, -np.inf, 0.5]])
     (1.0, 3, 1.0, [3, 0, 2]),  # of the tied 2 and 5 the lower
     (0.5, 3, 0.93, [3, 0]),
 ])  # fmt: skip
-def test_samples_follow_the_distribution(temperature, top_k, top_p, kept):
+def test_samples_follow_the_distribution(temperature, top_k, top_p, support):
     logits = LOGITS[0] / temperature
     probs = np.exp(logits) / np.exp(logits).sum()
     left = probs[np.argsort(-probs, kind="stable")[:top_k]]
-    share = probs[kept] / left.sum()
+    share = probs[support] / left.sum()
     assert share.sum() > top_p - 1e-9 and share[:-1].sum() < top_p  # what is kept reaches p
-    expected = {(token,): probs[token] / probs[kept].sum() for token in kept}
-    found = draw(jnp.array(LOGITS), temperature=temperature, top_k=top_k, top_p=top_p)
-    assert_distribution(found, expected)
+    expected = {(token,): probs[token] / probs[support].sum() for token in support}
+    samples = draw(jnp.array(LOGITS), temperature=temperature, top_k=top_k, top_p=top_p)
+    assert_distribution(samples, expected)
     np.testing.assert_allclose(
-        found.log_probs, log_softmax(LOGITS[0])[found.tokens[:, 0]], rtol=1e-5
+        samples.log_probs, log_softmax(LOGITS[0])[samples.tokens[:, 0]], rtol=1e-5
     )
 
 
 def test_samples_of_several_tokens_follow_the_joint_distribution():
     table = 1.5 * random((4, 3), 8)
     log_probs = log_softmax(table)
-    found = draw(table, horizon=2)
+    samples = draw(table, horizon=2)
     expected = {
         (a, b): np.exp(log_probs[0, a] + log_probs[a + 1, b])
         for a, b in itertools.product(range(3), repeat=2)
     }
-    assert_distribution(found, expected)
-    assert (found.lengths == 2).all()
-    rescored = np.log([expected[tuple(map(int, s))] for s in found.tokens])
-    np.testing.assert_allclose(found.log_probs, rescored, rtol=1e-5)
+    assert_distribution(samples, expected)
+    assert (samples.lengths == 2).all()
+    rescored = np.log([expected[tuple(map(int, s))] for s in samples.tokens])
+    np.testing.assert_allclose(samples.log_probs, rescored, rtol=1e-5)
 
 
 def test_what_a_row_samples_does_not_depend_on_the_others():

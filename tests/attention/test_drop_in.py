@@ -60,17 +60,17 @@ PAIRS = {  # what broadcasts to [B, H, T, S], as 4 axes
 def visible(options, mask, H):
     """[B, H, T, S] bool, from the text of jax.nn's documentation."""
     i, j = np.arange(T)[:, None], np.arange(S)
-    seen = np.ones((B, H, T, S), bool) if mask is None else np.broadcast_to(mask, (B, H, T, S))
+    allowed = np.ones((B, H, T, S), bool) if mask is None else np.broadcast_to(mask, (B, H, T, S))
     if options["is_causal"]:
-        seen = seen & (j <= i)
+        allowed = allowed & (j <= i)
     if options["local_window_size"] is not None:
         window = options["local_window_size"]
         left, right = (window, window) if isinstance(window, int) else window
-        seen = seen & (i - left <= j) & (j <= i + right)
+        allowed = allowed & (i - left <= j) & (j <= i + right)
     for name, index in ("query_seq_lengths", i), ("key_value_seq_lengths", j):
         if options[name] is not None:
-            seen = seen & (index < np.array(options[name])[:, None, None, None])
-    return seen
+            allowed = allowed & (index < np.array(options[name])[:, None, None, None])
+    return allowed
 
 
 @settings(max_examples=10)
@@ -97,8 +97,8 @@ def test_jax_nn(options, heads, bias, mask, dtype, seed):
         arrays.append(normal(seed + 3, *PAIRS[bias](H), dtype=dtype))
     if mask is not None:
         mask = normal(seed + 4, *PAIRS[mask](H)) > -1
-    seen = visible(options, mask, H).any(-1).swapaxes(1, 2)
-    cotangent = (normal(seed + 5, B, T, H, D) * seen[..., None]).astype(jnp.dtype(dtype))
+    nonempty = visible(options, mask, H).any(-1).swapaxes(1, 2)
+    cotangent = (normal(seed + 5, B, T, H, D) * nonempty[..., None]).astype(jnp.dtype(dtype))
     options = {
         name: np.array(x, np.int32) if name.endswith("lengths") and x is not None else x
         for name, x in options.items()
@@ -119,14 +119,14 @@ def test_jax_nn(options, heads, bias, mask, dtype, seed):
     (got, lse, gradients), (want, their_lse, their_gradients) = both(*arrays)
     tolerance = 3e-6 if dtype == "float32" else 0.05
     assert got.dtype == want.dtype and got.shape == want.shape
-    close(np.where(seen[..., None], got, 0), np.where(seen[..., None], want, 0), tolerance)
+    close(np.where(nonempty[..., None], got, 0), np.where(nonempty[..., None], want, 0), tolerance)
     for ours, theirs in zip(gradients, their_gradients, strict=True):
         assert ours.dtype == theirs.dtype
         close(ours, theirs, tolerance)
     if residual:
-        close(lse[seen], their_lse[seen], tolerance)
-        assert np.isneginf(lse[~seen]).all()
-    assert (got[~seen] == 0).all()
+        close(lse[nonempty], their_lse[nonempty], tolerance)
+        assert np.isneginf(lse[~nonempty]).all()
+    assert (got[~nonempty] == 0).all()
 
 
 def test_empty_rows():
@@ -447,8 +447,8 @@ def test_linen(inputs, mask):
 
     (_, (got, weights)), gradients = run(ours)
     (_, (want, their_weights)), their_gradients = run(own)
-    seen = np.ones(weights.shape, bool) if mask is None else np.broadcast_to(mask, weights.shape)
-    some = seen.any(-1)
+    allowed = np.ones(weights.shape, bool) if mask is None else np.broadcast_to(mask, weights.shape)
+    some = allowed.any(-1)
     close(weights, np.where(some[..., None], their_weights, 0))
     if some.all():
         close(got, want)

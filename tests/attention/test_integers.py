@@ -82,7 +82,14 @@ RELATIVE = [
 ]
 
 
-@pytest.mark.parametrize("position", RELATIVE, ids=lambda position: type(position).__name__)
+QUICK = (positions.ALiBi, positions.T5, positions.RoPE)
+
+
+@pytest.mark.parametrize(
+    "position",
+    [x if isinstance(x, QUICK) else pytest.param(x, marks=pytest.mark.slow) for x in RELATIVE],
+    ids=lambda position: type(position).__name__,
+)
 def test_positional_schemes_of_any_dtype(position):
     """What NumPy computes of a table of distances is in test_positions.py, of int32."""
     x = np.random.default_rng(0).normal(size=(3, 1, 4)).astype("f")
@@ -103,8 +110,8 @@ def test_module_with_unsigned_positions():
     variables = module.init(jax.random.key(0), x)
     expected = module.apply(variables, x)
     for dtype in "uint8", "uint16", "uint32":
-        found = module.apply(variables, x, query_positions=np.arange(3, dtype=dtype))
-        np.testing.assert_allclose(found, expected, atol=1e-6)
+        out = module.apply(variables, x, query_positions=np.arange(3, dtype=dtype))
+        np.testing.assert_allclose(out, expected, atol=1e-6)
 
 
 HASHES = [6, -2000000000, 6, 5, 6, 1000000000]
@@ -277,7 +284,6 @@ def translators():
     sizes = {"vocab_size": 7, "model_dim": 4, "num_layers": 1}
     attending = rnn.RNNConfig(**sizes, attention=rnn.Bahdanau())
     yield "rnn", RNNEncoderDecoder(attending)
-    yield "last", RNNEncoderDecoder(rnn.RNNConfig(**sizes, attention=rnn.LastState()))
     yield "transformer", EncoderDecoder(TransformerConfig(**sizes, num_heads=1))
 
 

@@ -101,14 +101,14 @@ MASKS = {  # name: (mask, what it is given besides positions, rule)
 }
 
 
-def seen(name, data, rows, columns):
+def allowed_pairs(name, data, rows, columns):
     """[B, rows, columns] bool: the rule, pair by pair."""
     rule = MASKS[name][2]
     pairs = np.ndindex(B, rows, columns)
     return np.array([rule(Pair(data, *at)) for at in pairs], bool).reshape(B, rows, columns)
 
 
-def given(name, data):
+def mask_data(name, data):
     positions = ("query_positions", "key_positions")
     return {argument: data[argument] for argument in (*positions, *MASKS[name][1])}
 
@@ -120,18 +120,20 @@ def test_every_mask_is_here():
 @pytest.mark.parametrize("name", MASKS)
 def test_truth_table(name):
     """Equal scores, so that the rule's keys share each row; one without any has lse −inf."""
-    expected = seen(name, GRID, ROWS, COLUMNS)
+    expected = allowed_pairs(name, GRID, ROWS, COLUMNS)
     assert name == "full" or 0 < expected.mean() < 1
     query, key = np.zeros((B, ROWS, 2, D)), np.zeros((B, COLUMNS, 1, D))
     mechanism = Mechanism(mask=MASKS[name][0])
-    aux = attend(mechanism, EMPTY, query, key, key, aux=("weights", "lse"), **given(name, GRID))[1]
+    aux = attend(
+        mechanism, EMPTY, query, key, key, aux=("weights", "lse"), **mask_data(name, GRID)
+    )[1]
     count = expected.sum(-1, keepdims=True)
     with np.errstate(divide="ignore"):
         lse = np.log(count)
-    kept, found_lse = np.asarray(aux["weights"]), np.asarray(aux["lse"])
+    weights, found_lse = np.asarray(aux["weights"]), np.asarray(aux["lse"])
     for h in range(2):
-        np.testing.assert_array_equal(kept[:, h] > 0, expected)
-        np.testing.assert_allclose(kept[:, h], expected / np.maximum(count, 1), rtol=1e-5)
+        np.testing.assert_array_equal(weights[:, h] > 0, expected)
+        np.testing.assert_allclose(weights[:, h], expected / np.maximum(count, 1), rtol=1e-5)
         np.testing.assert_allclose(found_lse[:, :, h], lse[..., 0], rtol=1e-5)
 
 
@@ -141,12 +143,12 @@ def test_truth_table(name):
 )
 def test_attention_and_gradients(name):
     """The softmax runs over the keys that are seen; nothing reaches the others."""
-    visible = seen(name, SMALL, T, S)
+    visible = allowed_pairs(name, SMALL, T, S)
 
     def row(p, q, keys, b, t, h):
         return np.where(visible[b, t], keys @ q / np.sqrt(D), -np.inf)
 
-    data = given(name, SMALL)
+    data = mask_data(name, SMALL)
     places = {argument: data.pop(argument) for argument in ("query_positions", "key_positions")}
     with jax.enable_x64(True):
         check(Mechanism(mask=MASKS[name][0]), lambda x: by_hand(x, row), places=places, **data)
@@ -156,9 +158,9 @@ def test_keys_share_the_segments_of_the_queries_unless_given():
     x = np.random.default_rng(0).normal(size=(B, T, H, D))
     segments = SMALL["query_segments"]
     mechanism = Mechanism(mask=masks.Segments())
-    found = attend(mechanism, EMPTY, x, x, x, query_segments=segments)
+    out = attend(mechanism, EMPTY, x, x, x, query_segments=segments)
     expected = attend(mechanism, EMPTY, x, x, x, query_segments=segments, key_segments=segments)
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, data, _) in MASKS.items() if data])
@@ -245,9 +247,9 @@ def test_blocks(name):
         state = int(mask.block(bounds))
         states.add(state)
         for xp in np, jax.numpy:
-            found = mask.block(known_to(xp, bounds))
-            assert np.broadcast_to(found, (1, 1)).item() == state
-            assert xp is not np or not isinstance(found, jax.Array)  # it is known while tracing
+            block = mask.block(known_to(xp, bounds))
+            assert np.broadcast_to(block, (1, 1)).item() == state
+            assert xp is not np or not isinstance(block, jax.Array)  # it is known while tracing
         assert state != parts.EMPTY or not allowed.any()
         assert state != parts.FULL or allowed.all()
         if name in PRECISE and n % 2:

@@ -25,7 +25,7 @@ def test_defaults_are_plain_attention():
 
 
 @pytest.mark.parametrize(
-    "kind, given, message",
+    "kind, part, message",
     [
         ("score", scores.Dot, r"score must be an attention.Score, got .*Dot.*forget the \(\)"),
         ("position", scores.Dot(), r"position must be an attention.Position, got Dot\(\)"),
@@ -34,9 +34,9 @@ def test_defaults_are_plain_attention():
         ("position", positions.YaRN(2.0, original_length=8), r"position must be .*got YaRN"),
     ],
 )
-def test_validation(kind, given, message):
+def test_validation(kind, part, message):
     with pytest.raises(ValueError, match=message):
-        Mechanism(**{kind: given})
+        Mechanism(**{kind: part})
 
 
 @pytest.mark.parametrize(

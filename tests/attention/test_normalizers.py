@@ -132,11 +132,11 @@ def of_scores(normalizer, s, params=None):
 def test_long_rows_sum_to_one(name):
     normalizer, formula = NORMALIZERS[name]
     s = np.random.default_rng(0).normal(size=200) * 3
-    found = of_scores(normalizer, s)
-    same(found, formula({}, s))
-    same(found.sum(), 1)
+    weights = of_scores(normalizer, s)
+    same(weights, formula({}, s))
+    same(weights.sum(), 1)
     if name in ("sparsemax", "entmax"):
-        assert 1 < np.sum(found > 0) < 20 and np.sum(found == 0) > 180
+        assert 1 < np.sum(weights > 0) < 20 and np.sum(weights == 0) > 180
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "sparsemax", "entmax", "hardmax"])
@@ -157,9 +157,9 @@ def test_equal_scores_have_equal_weights(name):
         return jax.grad(top_weight, has_aux=True)(bias)
 
     p = jax.tree.map(lambda x: x[0], params["normalizer"])
-    gradient, found = slope(np.full(S, 0.5))
-    same(found, formula(p, np.full(S, 0.5)))
-    assert np.ptp(found) == 0
+    gradient, weights = slope(np.full(S, 0.5))
+    same(weights, formula(p, np.full(S, 0.5)))
+    assert np.ptp(weights) == 0
     np.testing.assert_allclose(gradient[1:], gradient[1], rtol=0, atol=1e-12)
 
 
@@ -195,8 +195,8 @@ def test_sinks_at_both_ends(sink, same_as):
 
 
 def test_a_sink_of_infinity_takes_everything():
-    found = of_scores(normalizers.LearnedSink(), [1.0, 2.0], {"sink": np.array([np.inf])})
-    np.testing.assert_array_equal(found, 0)
+    weights = of_scores(normalizers.LearnedSink(), [1.0, 2.0], {"sink": np.array([np.inf])})
+    np.testing.assert_array_equal(weights, 0)
 
 
 def test_hardmax_is_softmax_at_temperature_zero():
@@ -212,13 +212,13 @@ def test_hardmax_looks_up():
     values = np.random.default_rng(0).normal(size=(D, 1, V))
     params = {"score": {}, "position": {}, "normalizer": {}}
     mechanism = Mechanism(normalizer=normalizers.Hardmax())
-    found = attend(mechanism, params, keys[[4, 0, 4]], keys, values)
-    np.testing.assert_array_equal(found, values[[4, 0, 4]])
+    out = attend(mechanism, params, keys[[4, 0, 4]], keys, values)
+    np.testing.assert_array_equal(out, values[[4, 0, 4]])
 
 
 def test_hardmax_shares_between_ties():
-    found = of_scores(normalizers.Hardmax(), [1.0, 3.0, -2.0, 3.0, 3.0, 0.0])
-    np.testing.assert_allclose(found, [0, 1 / 3, 0, 1 / 3, 1 / 3, 0], rtol=0, atol=1e-15)
+    weights = of_scores(normalizers.Hardmax(), [1.0, 3.0, -2.0, 3.0, 3.0, 0.0])
+    np.testing.assert_allclose(weights, [0, 1 / 3, 0, 1 / 3, 1 / 3, 0], rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", ["sparsemax", "entmax"])
@@ -235,8 +235,8 @@ def test_a_constant_changes_nothing(name):
     """Weights that sum to one depend on the differences of the scores alone."""
     s = np.array([0.3, -1.0, 0.9, 0.2])
     normalizer = NORMALIZERS[name][0]
-    found, expected = of_scores(normalizer, s + 2), of_scores(normalizer, s)
-    same(found, expected)
+    weights, expected = of_scores(normalizer, s + 2), of_scores(normalizer, s)
+    same(weights, expected)
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "squared relu"])
@@ -252,5 +252,5 @@ def test_starting_values():
     for normalizer, name in ((normalizers.LearnedSink(), "sink"), (normalizers.Sigmoid(), "bias")):
         assert normalizer.init(jax.random.key(0)) == {name: 0}
     # So that n keys of score 0 share a weight of about 1.
-    found = of_scores(normalizers.Sigmoid(), np.zeros(99), {"bias": np.zeros(1)})
-    same(found, 1 / 100)
+    weights = of_scores(normalizers.Sigmoid(), np.zeros(99), {"bias": np.zeros(1)})
+    same(weights, 1 / 100)

@@ -297,10 +297,10 @@ def test_sinusoidal(width):
     for options in ({}, {"base": 50.0, "scale": 0.3}):
         position = positions.Sinusoidal(**options)
         assert jax.tree.leaves(position.init_embed(jax.random.key(0), width)) == []
-        found = jax.jit(lambda x, p=position: p.embed({}, x, QUERY_POSITIONS))(x)
-        same(found, sinusoidal(x, QUERY_POSITIONS, **options))
+        embedded = jax.jit(lambda x, p=position: p.embed({}, x, QUERY_POSITIONS))(x)
+        same(embedded, sinusoidal(x, QUERY_POSITIONS, **options))
         slope = jax.grad(lambda x, p=position: jnp.sum(p.embed({}, x, QUERY_POSITIONS) * x))(x)
-        same(slope, found + x)
+        same(slope, embedded + x)
 
 
 def test_learned_and_its_gradients():
@@ -356,9 +356,9 @@ def test_a_sum_embeds_with_each_of_its_parts():
 
 def test_shaw_with_clip_zero_is_a_constant_per_query():
     x = inputs(Mechanism(position=positions.Shaw(clip=0)))
-    found = weights(Mechanism(position=positions.Shaw(clip=0)), x, **PLACES)
+    w = weights(Mechanism(position=positions.Shaw(clip=0)), x, **PLACES)
     expected = weights(Mechanism(), {**x, "params": {**x["params"], "position": {}}})
-    same(found, expected)
+    same(w, expected)
 
 
 @pytest.mark.parametrize(
@@ -379,10 +379,10 @@ def test_what_turns_like_rope(scheme):
     x = np.random.default_rng(0).normal(size=(S, D))
     params = scheme.init(jax.random.key(0), D, V)
     for side in ("query", "key"):
-        found = scheme.rotate(params, x, KEY_POSITIONS[0], side)
+        rotated = scheme.rotate(params, x, KEY_POSITIONS[0], side)
         expected = positions.RoPE().rotate({}, x, KEY_POSITIONS[0], side)
-        same(found, expected)
-        np.testing.assert_allclose(*(np.linalg.norm(y, axis=-1) for y in (found, x)))
+        same(rotated, expected)
+        np.testing.assert_allclose(*(np.linalg.norm(y, axis=-1) for y in (rotated, x)))
 
 
 def test_linear_scaling_is_rope_at_smaller_positions():
@@ -446,9 +446,9 @@ def test_alibi_gives_each_head_its_slope(heads, key_heads):
     x = inputs(mechanism, heads=heads, key_heads=key_heads)
     x["query"] *= 0
     w = weights(mechanism, x)[:, :, -1]  # the last query, at position T − 1
-    found = np.log(w[..., T - 1] / w[..., T - 2])
+    slopes = np.log(w[..., T - 1] / w[..., T - 2])
     expected = 2.0 ** -np.array(ALIBI_EXPONENTS[heads], float)
-    same(found, np.broadcast_to(expected, (B, heads)))
+    same(slopes, np.broadcast_to(expected, (B, heads)))
 
 
 @pytest.mark.parametrize("bits", [32, 64])
@@ -462,11 +462,11 @@ def test_t5_buckets(table, bits):
     """At every distance the exact one; all are used, and they grow with the distance."""
     reach = 2050
     with jax.enable_x64(bits == 64):
-        found = np.asarray(positions.T5(*table).bucket(jnp.arange(-reach, reach + 1)))
+        buckets = np.asarray(positions.T5(*table).bucket(jnp.arange(-reach, reach + 1)))
     expected = [t5_bucket(-distance, *table) for distance in range(-reach, reach + 1)]
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(buckets, expected)
     num_buckets, _, bidirectional = table
-    ahead, behind = found[:reach][::-1], found[reach:]
+    ahead, behind = buckets[:reach][::-1], buckets[reach:]
     assert (np.diff(ahead) >= 0).all() and (np.diff(behind) >= 0).all()
     if bidirectional:
         np.testing.assert_array_equal(ahead, behind[1:] + num_buckets // 2)
@@ -490,10 +490,10 @@ def test_rope_frequencies(width, base):
 def test_yarn_frequencies():
     """LLaMA 2: 4096 positions made 16 times as many, of heads 128 wide."""
     scaling = positions.YaRN(16.0, original_length=4096)
-    found = positions.RoPE(scaling=scaling).frequencies(128)
-    np.testing.assert_allclose(found, yarn(128, 16, 4096, 32, 1), rtol=1e-12)
+    frequencies = positions.RoPE(scaling=scaling).frequencies(128)
+    np.testing.assert_allclose(frequencies, yarn(128, 16, 4096, 32, 1), rtol=1e-12)
     plain = np.array(theta(128))
-    assert found[0] == plain[0] and found[-1] == plain[-1] / 16
+    assert frequencies[0] == plain[0] and frequencies[-1] == plain[-1] / 16
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 """Results of the benchmark, made up."""
 
 from experiments.bench import compare, machine
-from experiments.bench.kernels import Kernel
+from experiments.bench.kernels import KernelWork
 
 
 def results_of(*milliseconds):
     # One of them is the default's, which `describe` leaves out.
-    works = [compare.describe(Kernel(length=256 * 2**i)) for i in range(4)]
+    works = [compare.describe(KernelWork(length=256 * 2**i)) for i in range(4)]
     rows = [{"name": f"{i}", "work": works[i], "milliseconds": x, "trace_seconds": 0.1,
              "lower_seconds": 0.1, "compile_seconds": 1.0 + i, "warm_seconds": 0.2, "flops": 1e9,
              "gflops": 1.0, "io_bytes": 1e6, "temporary_bytes": 2**20 * 4**i,

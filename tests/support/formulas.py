@@ -21,8 +21,8 @@ PLACES = {"query_positions": QUERY_POSITIONS, "key_positions": KEY_POSITIONS}
 SEES_NOTHING = (0, 1)  # this query of this example, in every test made of `check`
 
 
-def same(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
+def same(value, expected):
+    np.testing.assert_allclose(value, expected, rtol=0, atol=1e-10)
 
 
 def inputs(mechanism, heads=H, key_heads=K, size=1.0, bias=False):
@@ -64,7 +64,7 @@ def by_hand(x, scores_of_row, normalize=lambda p, row: softmax(row), mix=lambda 
     batch, rows, heads, _ = x["query"].shape
     columns, key_heads = x["key"].shape[1:3]
     out = np.zeros((batch, rows, heads, x["value"].shape[-1]))
-    kept = np.zeros((batch, heads, rows, columns))
+    weights = np.zeros((batch, heads, rows, columns))
     for h in range(heads):
         params = jax.tree.map(lambda leaf, h=h: leaf[h], x["params"])
         shared = h // (heads // key_heads)
@@ -72,11 +72,11 @@ def by_hand(x, scores_of_row, normalize=lambda p, row: softmax(row), mix=lambda 
             if (b, t) == SEES_NOTHING:
                 continue
             row = scores_of_row(params, x["query"][b, t, h], x["key"][b, :, shared], b=b, t=t, h=h)
-            seen = np.asarray(row, float) > -np.inf
-            w = kept[b, h, t]
-            w[seen] = normalize(params, np.asarray(row, float)[seen]) if seen.any() else 0
+            visible = np.asarray(row, float) > -np.inf
+            w = weights[b, h, t]
+            w[visible] = normalize(params, np.asarray(row, float)[visible]) if visible.any() else 0
             out[b, t, h] = w @ x["value"][b, :, shared] + mix(params, w, b, t)
-    return out, kept
+    return out, weights
 
 
 def central_differences(function, x, step=1e-5):
@@ -95,10 +95,10 @@ def central_differences(function, x, step=1e-5):
     return jax.tree.unflatten(tree, slopes)
 
 
-def check_gradients(found, expected, flat=()):
+def check_gradients(gradients, expected, flat=()):
     """Leaf by leaf; those whose name ends in one of `flat` must be 0, all others must not be."""
     expected = jax.tree.leaves(expected)
-    for (path, leaf), want in zip(jax.tree.leaves_with_path(found), expected, strict=True):
+    for (path, leaf), want in zip(jax.tree.leaves_with_path(gradients), expected, strict=True):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name.endswith(tuple(flat)):
             np.testing.assert_array_equal(leaf, 0, err_msg=name)
@@ -128,9 +128,9 @@ def check(mechanism, formula, flat=(), places=PLACES, relative=False, bias=False
 
         return jax.grad(functional, has_aux=True)(x)
 
-    gradients, (out, kept) = result = attended(x, direction, places)
+    gradients, (out, weights) = result = attended(x, direction, places)
     expected_out, expected_weights = formula(jax.tree.map(np.asarray, x))
-    same(kept, expected_weights)
+    same(weights, expected_weights)
     same(out, expected_out)
     slopes = central_differences(lambda x: np.sum(formula(x)[0] * direction), x)
     check_gradients(gradients, slopes, flat)

@@ -66,7 +66,7 @@ def pulled(implementation, mechanism, **options):
 def arrays(mechanism, *, batch=(), T=T, S=S, H=H, K=K, dtype="float32", seed=0):
     """params, query, key, value, bias, cotangent; the learned arrays a little off their start."""
     params = jax.tree.map(lambda x: wide(x) + 0.1 * normal(5, *x.shape), init(mechanism, H=H))
-    given = *qkv(batch, T, S, H, K, dtype=dtype, seed=seed), normal(4, H, T, S, dtype=dtype)
+    inputs = *qkv(batch, T, S, H, K, dtype=dtype, seed=seed), normal(4, H, T, S, dtype=dtype)
     kind = "float64" if dtype == "float64" else "float32"
     params = jax.tree.map(lambda x: x.astype(kind), params)
-    return params, *given, normal(9, *batch, T, H, V)
+    return params, *inputs, normal(9, *batch, T, H, V)

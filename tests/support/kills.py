@@ -39,7 +39,7 @@ def finish(process):
 
 def left(work):
     """All that a sweep leaves but its times: by file, what must be equal."""
-    found = {}
+    cells = {}
     for cell in sorted((work / "cells").iterdir()):
         result = json.loads((cell / "result.json").read_text())
         for name in ("compile_seconds", "steps_per_second", "train_seconds"):
@@ -50,12 +50,12 @@ def left(work):
         state["dropout"] = jax.random.key_data(state["dropout"])
         leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]
         log = (cell / "metrics.jsonl").read_text()
-        found[cell.name] = (result, maps, leaves, log, (cell / "config.json").read_text())
+        cells[cell.name] = (result, maps, leaves, log, (cell / "config.json").read_text())
     rows = list(csv.DictReader((work / "results.csv").read_text().splitlines()))
     for row in rows:
         del row["compile_seconds"], row["steps_per_second"]
     assert (work / "report.html").read_text().rstrip().endswith("</html>")
-    return found, rows
+    return cells, rows
 
 
 def quiet(tmp_path, sweep=None):

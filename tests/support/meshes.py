@@ -12,8 +12,11 @@ from support import ROOT
 DEVICES = {
     "JAX_PLATFORMS": "cpu",
     "PJRT_NPROC": "16",  # else 8 devices wait for each other on a machine of few cores
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
+    + os.environ.get(
+        "XLA_FLAGS",
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    ),
 }
 RECALL = {"model.dropout_rate": 0.1, "model.position": "t5 + learned"}
 PATH = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
@@ -143,9 +146,9 @@ def on_eight_devices(jobs):
 
 
 def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as connection:
+        connection.bind(("127.0.0.1", 0))
+        return connection.getsockname()[1]
 
 
 def two_processes(folder, workdir, *more, changes=RECALL):
@@ -174,13 +177,13 @@ def two_processes(folder, workdir, *more, changes=RECALL):
 
 def finish(processes, status=0):
     try:
-        said = [process.communicate(timeout=200) for process in processes]
+        outputs = [process.communicate(timeout=200) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == 2 * [status], said
+    assert [process.returncode for process in processes] == 2 * [status], outputs
     # Gloo writes of its ranks in pieces, between which others write.
-    return [[line for line in out.splitlines() if "peer ranks" not in line] for out, _ in said]
+    return [[line for line in out.splitlines() if "peer ranks" not in line] for out, _ in outputs]
 
 
 def main():
@@ -189,8 +192,8 @@ def main():
     os.dup2(2, 1)
     functions = {"train": train, "check": check, "flops": flops, "gathers": gathers}
     jobs = json.load(sys.stdin)
-    found = {name: functions[kind](*arguments) for name, (kind, *arguments) in jobs.items()}
-    json.dump(found, answers)
+    results = {name: functions[kind](*arguments) for name, (kind, *arguments) in jobs.items()}
+    json.dump(results, answers)
 
 
 if __name__ == "__main__":

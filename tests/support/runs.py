@@ -75,8 +75,8 @@ def write_run(
         count = len(tokens)
         weights = np.tril(np.ones((layers, heads, count, count), np.float32))
         weights /= weights.sum(-1, keepdims=True)
-        kept = [{"self": attention_maps.Map(weights, list(tokens), list(tokens))}]
-        (path / "attention.npz").write_bytes(attention_maps.dump(kept))
+        maps = [{"self": attention_maps.Map(weights, list(tokens), list(tokens))}]
+        (path / "attention.npz").write_bytes(attention_maps.dump(maps))
     sweep = {
         "command": "python -m experiments.ablate --config=configs/a.py --workdir='runs/a b'",
         "seeds": list(range(seeds)),
@@ -133,6 +133,6 @@ def keep(cell, examples, **sizes):
         labels = [f"t{i}" for i in range(tokens)]
         return attention_maps.Map(weights, labels, labels)
 
-    kept = [{kind: one(**sizes) for kind in ("decoder", "cross")} for _ in range(examples)]
-    (cell.path / "attention.npz").write_bytes(attention_maps.dump(kept))
-    return kept
+    maps = [{kind: one(**sizes) for kind in ("decoder", "cross")} for _ in range(examples)]
+    (cell.path / "attention.npz").write_bytes(attention_maps.dump(maps))
+    return maps

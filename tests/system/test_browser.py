@@ -33,9 +33,9 @@ def browser():
     quiet = ["disable-background-networking", "disable-component-update", "disable-sync"]
     flags = [f"--{name}" for name in ("no-sandbox", "disable-gpu", "no-first-run", *quiet)]
     with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=PATH, args=flags)
-        yield found
-        found.close()
+        chromium = playwright.chromium.launch(executable_path=PATH, args=flags)
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="module")
@@ -43,25 +43,25 @@ def run(tmp_path_factory):
     """A run directory, and what its base keeps of each example."""
     path = write_run(tmp_path_factory.mktemp("browser") / "run")
     cells = [cell for cell in run_directory.load(path).cells if cell.status == "done"]
-    kept = {cell.id: keep(cell, 3, tokens=9 + (cell.base == "recall")) for cell in cells}
+    maps = {cell.id: keep(cell, 3, tokens=9 + (cell.base == "recall")) for cell in cells}
     report.write_report(path)
-    return path, kept
+    return path, maps
 
 
 @pytest.fixture
 def page(browser, run):
     """The report from its file; nothing may be asked of a network or said in the console."""
-    found = browser.new_page(viewport={"width": 1200, "height": 900})
-    said, asked = [], []
-    found.on("console", lambda message: said.append(message.text))
-    found.on("pageerror", lambda error: said.append(str(error)))
-    found.on("request", lambda request: asked.append(request.url))
+    tab = browser.new_page(viewport={"width": 1200, "height": 900})
+    messages, urls = [], []
+    tab.on("console", lambda message: messages.append(message.text))
+    tab.on("pageerror", lambda error: messages.append(str(error)))
+    tab.on("request", lambda request: urls.append(request.url))
     url = f"file://{run[0]}/report.html"
-    found.goto(url)
-    found.wait_for_selector(".readout")
-    yield found
-    assert said == [] and set(asked) == {url}
-    found.close()
+    tab.goto(url)
+    tab.wait_for_selector(".readout")
+    yield tab
+    assert messages == [] and set(urls) == {url}
+    tab.close()
 
 
 def column(page, number):
@@ -115,10 +115,10 @@ def test_pointing_at_a_query_tells_its_weights(page, run):
     place = explorer(page)
     weights = run[1]["text"][0]["cross"].weights[0, 0, 3]
     place.locator(".queries li").nth(3).hover()
-    told = place.locator(".readout").text_content()
+    readout = place.locator(".readout").text_content()
     best = int(weights.argmax())
-    assert told.startswith(f"t3 (4) attends to t{best} ({best + 1}) ")
-    assert float(told.split(") ")[2].split(",")[0].rstrip(".")) == pytest.approx(
+    assert readout.startswith(f"t3 (4) attends to t{best} ({best + 1}) ")
+    assert float(readout.split(") ")[2].split(",")[0].rstrip(".")) == pytest.approx(
         weights.max(), abs=0.01
     )
     shares = place.locator(".keys li").evaluate_all(
@@ -177,8 +177,8 @@ def test_examples_kinds_and_cells_are_chosen(page, run):
     place.locator(".panel").nth(1).locator(".queries li").nth(8).hover()
     for panel, id in ((0, "text"), (1, "text.score=additive")):
         weights = run[1][id][2]["decoder"].weights[0, 0, 8]
-        told = place.locator(".readout").nth(panel).text_content()
-        assert told.startswith(f"t8 (9) attends to t{weights.argmax()} ")
+        readout = place.locator(".readout").nth(panel).text_content()
+        assert readout.startswith(f"t8 (9) attends to t{weights.argmax()} ")
     names = place.locator(".strip button span:nth-of-type(1)").all_text_contents()
     assert len(names) == 4 and "score=additive" in names
     page.reload()  # as a live page does
@@ -217,10 +217,10 @@ def test_the_page_fits_a_telephone(page):
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory):
     """The page of a benchmark with all its figures, and with long names."""
-    found = results_of(*([4.0**i, 3.9**i, 4.1**i] for i in range(4)))
-    for row in found["comparisons"][0]["rows"]:
+    results = results_of(*([4.0**i, 3.9**i, 4.1**i] for i in range(4)))
+    for row in results["comparisons"][0]["rows"]:
         row["name"] = f"{row['name']} of the contenders that have rather long names, with options"
-    return bench_page.write(found, tmp_path_factory.mktemp("benchmark"))
+    return bench_page.write(results, tmp_path_factory.mktemp("benchmark"))
 
 
 @pytest.fixture(params=[360, 768, 1300, 2560])
@@ -232,10 +232,10 @@ def width(request):
 @pytest.fixture(params=["report", "benchmark"])
 def sized(request, width, browser, run, benchmark):
     """A page in a window of some width."""
-    found = browser.new_page(viewport={"width": width, "height": 900})
-    found.goto(f"file://{run[0] / 'report.html' if request.param == 'report' else benchmark}")
-    yield found
-    found.close()
+    tab = browser.new_page(viewport={"width": width, "height": 900})
+    tab.goto(f"file://{run[0] / 'report.html' if request.param == 'report' else benchmark}")
+    yield tab
+    tab.close()
 
 
 def test_figures_fit_their_boxes(sized, width):
@@ -298,17 +298,17 @@ def test_settings_of_two_cells_are_compared(page):
 
 
 def test_every_control_can_be_reached_by_tab(page):
-    seen = set()
+    focused = set()
     page.locator("body").focus()
     for _ in range(250):
         page.keyboard.press("Tab")
-        seen.add(
+        focused.add(
             page.evaluate(
                 "(e => [e.tagName, e.getAttribute('role'), e.className].join(' '))"
                 "(document.activeElement)"
             )
         )
-    kinds = " | ".join(map(str, seen))
+    kinds = " | ".join(map(str, focused))
     for control in ("INPUT", "SELECT", "BUTTON", "switch", "listbox", "SUMMARY"):
         assert control in kinds
 
@@ -321,8 +321,8 @@ def test_a_live_page_follows_the_sweep(browser, tmp_path, monkeypatch):
     with live_pages.server(live) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         page = browser.new_page()
-        said = []
-        page.on("console", lambda message: said.append(message.text))
+        messages = []
+        page.on("console", lambda message: messages.append(message.text))
         page.goto(f"http://127.0.0.1:{server.server_port}/")
         assert "2 of 3 cells done" in page.text_content("header")
         page.locator("#group1-cells th button").first.click()
@@ -343,4 +343,4 @@ def test_a_live_page_follows_the_sweep(browser, tmp_path, monkeypatch):
         sync_api.expect(page.locator("header")).to_contain_text("3 of 3 cells", timeout=30_000)
         page.close()
         server.shutdown()
-    assert [text for text in said if not re.search("favicon|404|503", text)] == []
+    assert [text for text in messages if not re.search("favicon|404|503", text)] == []

@@ -156,8 +156,8 @@ def test_a_cell_that_always_dies_elsewhere_is_a_failure_in_the_end(tmp_path, mon
     monkeypatch.setattr(holders, "LAPSE", 1.0)
     executor = Dying(tmp_path, 0, {})
     runner.run_until_done(tmp_path, [cells.Job("base")], executor, interrupts.Stop())
-    found = cells.outcome(cells.folder(tmp_path, "base"))
-    assert found["status"] == "failed" and "its node is gone, 3 times" in found["error"]
+    result = cells.outcome(cells.folder(tmp_path, "base"))
+    assert result["status"] == "failed" and "its node is gone, 3 times" in result["error"]
     assert executor.submitted == 3
     assert "its node is gone" in (tmp_path / "cells/base/traceback.txt").read_text()
 

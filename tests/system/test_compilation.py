@@ -34,7 +34,7 @@ def tiny(task="recall", **changes):
 
 
 @pytest.fixture
-def kept(tmp_path):
+def empty_cache(tmp_path):
     """This process keeps its programs in an empty folder, and has compiled none."""
     compile_program.cache_clear()
     before = (
@@ -90,7 +90,7 @@ def test_where_programs_are_kept(variables, expected):
     assert done.stdout.decode().splitlines() == [expected, "0.0 -1"], done.stderr
 
 
-def test_a_program_that_was_kept_gives_the_bits_of_one_just_compiled(kept, events, tmp_path):
+def test_a_program_that_was_kept_gives_the_bits_of_one_just_compiled(empty_cache, events, tmp_path):
     config = tiny(**{"model.dropout_rate": 0.1})
     metrics, states, hits = [], [], []
     for name in ("cold", "warm"):
@@ -135,7 +135,9 @@ def test_a_sweep_compiles_each_program_once_and_nothing_else(events, tmp_path, m
 
 
 @pytest.mark.slow
-def test_the_next_program_is_compiled_ahead_once_and_a_killed_child_does_no_harm(kept, events):
+def test_the_next_program_is_compiled_ahead_once_and_a_killed_child_does_no_harm(
+    empty_cache, events
+):
     base, rate = tiny(), tiny(**{"optimizer.learning_rate": 0.1})
     other, third = tiny(**{"model.score": "dot"}), tiny(**{"model.score": "cosine"})
     with Ahead() as next_cell:
@@ -143,7 +145,7 @@ def test_the_next_program_is_compiled_ahead_once_and_a_killed_child_does_no_harm
         assert next_cell._child is None, "a learning rate needs no program of its own"
         assert events["cache_misses"] == 4, "step, init, evaluate, weights of the first cell"
         next_cell.turn(rate, other)
-        child = next_cell._child
+        child = next_cell._child.process
         next_cell._since -= 600  # however slow the machine is
         next_cell.turn(other, base)
         compile_program(*loop.prepare(other).program)
@@ -158,17 +160,17 @@ def test_the_next_program_is_compiled_ahead_once_and_a_killed_child_does_no_harm
 
 @pytest.mark.parametrize("backend, folder", [("gpu", "kept"), ("cpu", None)])
 def test_there_is_no_child_beside_a_gpu_or_where_nothing_is_kept(
-    backend, folder, kept, monkeypatch
+    backend, folder, empty_cache, monkeypatch
 ):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(precompile, "_start", lambda: pytest.fail("started"))
     monkeypatch.setattr(precompile, "compile_program", lambda *_: None)
-    jax.config.update("jax_compilation_cache_dir", folder and str(kept))
+    jax.config.update("jax_compilation_cache_dir", folder and str(empty_cache))
     with Ahead() as next_cell:
         next_cell.turn(tiny(), tiny(**{"model.score": "dot"}))
 
 
-def test_mistakes_are_left_to_the_turn_of_their_cell(monkeypatch, kept):
+def test_mistakes_are_left_to_the_turn_of_their_cell(monkeypatch, empty_cache):
     monkeypatch.setattr(precompile, "compile_program", lambda *_: None)
     wrong = tiny(**{"model.num_heads": 3})
     with Ahead() as next_cell:

@@ -58,13 +58,13 @@ def test_two_launchers_share_a_sweep_and_do_no_cell_twice(config, tmp_path):
     outputs = [run.communicate(timeout=200) for run in runs]
     assert [run.returncode for run in runs] == [1, 1], outputs
     assert all(errors.endswith("tries them again\n") for _, errors in outputs)
-    said = "".join(output for output, _ in outputs)
+    printed = "".join(output for output, _ in outputs)
     for cell, line in (
         ("base", "base: validation/accuracy"),
         ("base.position=none", "base.position=none: validation/accuracy"),
         ("base.rate=1e+30,0", "base.rate=1e+30,0: failed"),
     ):
-        assert said.count(f"] {line}") == 1, said
+        assert printed.count(f"] {line}") == 1, printed
         log = (work / "cells" / cell / "metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["step"] for line in log if "train/loss" in line]
         assert steps == sorted(set(steps))
@@ -124,11 +124,11 @@ def sweep_rate():
     ]
     done = ablate(*flags, f"--workdir={work}")
     assert done.returncode == 1 and "error: 1 of 4 cells failed" in done.stderr
-    found = {p.parent.name: read(p) for p in work.glob("cells/*/result.json")}
-    status = {id: x["status"] for id, x in found.items()}
+    results = {p.parent.name: read(p) for p in work.glob("cells/*/result.json")}
+    status = {id: x["status"] for id, x in results.items()}
     assert status["base"] == "done" and status["base.rate=1e+30"] == "failed"
     assert sorted(status.values()) == ["done", "done", "dropped", "failed"]
-    assert status["base.rate=1e-05"] == "dropped", found
+    assert status["base.rate=1e-05"] == "dropped", results
     rungs = {p.parent.name: list(read(p)) for p in work.glob("cells/*/rungs.json")}
     assert rungs["base"] == ["50", "100"]
     assert "dropped: number" in done.stdout

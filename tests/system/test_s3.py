@@ -152,8 +152,8 @@ def test_a_sweep_on_s3_from_start_to_report(bucket, tmp_path):
     assert done.returncode == 0 and done.stdout.rstrip().endswith(f"{run}/report.html")
     assert paths.read(page).rstrip().endswith("</html>")
     places = (f"{run}/cells/base", tmp_path / "quiet/cells/base")
-    found = [trained.load(place).params for place in places]
-    jax.tree.map(np.testing.assert_array_equal, *found)
+    params = [trained.load(place).params for place in places]
+    jax.tree.map(np.testing.assert_array_equal, *params)
 
 
 def kill(config, run, instant, seconds, rng):
@@ -162,12 +162,12 @@ def kill(config, run, instant, seconds, rng):
     Returns whether that came before its end.
     """
     place = paths.as_path(run)
-    seen = set(paths.files(place))
+    before = set(paths.files(place))
     process = launch(config, run)
     until = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
-        new = set(paths.files(place)) - seen if instant else ()
+        new = set(paths.files(place)) - before if instant else ()
         if any(instant in name for name in new):
             break
     early = process.poll() is None
@@ -212,9 +212,9 @@ def test_two_launchers_on_s3_share_a_sweep_and_do_no_cell_twice(bucket, tmp_path
     both = [launch(config, run) for _ in range(2)]
     outputs = [process.communicate(timeout=300) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    said = "".join(output for output, _ in outputs)
+    printed = "".join(output for output, _ in outputs)
     for cell in expected[0]:
-        assert said.count(f"] {cell}: validation/accuracy") == 1, said
+        assert printed.count(f"] {cell}: validation/accuracy") == 1, printed
     assert left(fetched(run, tmp_path / "copy")) == expected
     assert clean(run, tmp_path)
 
@@ -243,8 +243,8 @@ def test_two_processes_of_one_run_train_on_s3(bucket, tmp_path):
         meshes.finish(meshes.two_processes(tmp_path, workdir))
     logs = [paths.read(paths.as_path(place) / "metrics.jsonl") for place in (run, local)]
     assert logs[0] == logs[1] and clean(run, tmp_path)
-    found = [trained.load(place).params for place in (run, local)]
-    jax.tree.map(np.testing.assert_array_equal, *found)
+    params = [trained.load(place).params for place in (run, local)]
+    jax.tree.map(np.testing.assert_array_equal, *params)
 
 
 @pytest.mark.slow

@@ -18,16 +18,14 @@ from support.helpers import Silent, one_line
 
 
 def config(architecture="transformer", **changes):
-    found = settings.config("translation", synthetic_pairs=60, synthetic_eval=8, length=32)
-    found.task.buckets = (32,)
-    found.model.update(architecture=architecture, model_dim=16, num_layers=1, num_heads=1)
-    found.model.position = "sinusoidal" if architecture == "transformer" else "none"
-    found.optimizer.update(ema_decay=0.9, label_smoothing=0.1)
-    found.decoding.beam_size = 2
-    found.train.update(
-        steps=4, batch_size=8, seeds=2, log_every=2, eval_every=2, checkpoint_every=2
-    )
-    return settings.override(found, changes)
+    own = settings.config("translation", synthetic_pairs=60, synthetic_eval=8, length=32)
+    own.task.buckets = (32,)
+    own.model.update(architecture=architecture, model_dim=16, num_layers=1, num_heads=1)
+    own.model.position = "sinusoidal" if architecture == "transformer" else "none"
+    own.optimizer.update(ema_decay=0.9, label_smoothing=0.1)
+    own.decoding.beam_size = 2
+    own.train.update(steps=4, batch_size=8, seeds=2, log_every=2, eval_every=2, checkpoint_every=2)
+    return settings.override(own, changes)
 
 
 def run(config, directory, stop_at=None):
@@ -68,9 +66,9 @@ def test_the_best_parameters_of_each_seed_are_kept(trained):
 
 def test_only_the_seeds_that_are_better_replace_their_best():
     best = {"params": {"x": np.zeros((2, 3))}, "score": np.array([1.0, 1.0], np.float32)}
-    found = keep_best(best, {"x": np.ones((2, 3))}, np.array([2.0, 0.5]))
-    np.testing.assert_array_equal(found["params"]["x"], [[1, 1, 1], [0, 0, 0]])
-    np.testing.assert_array_equal(found["score"], [2, 1])
+    result = keep_best(best, {"x": np.ones((2, 3))}, np.array([2.0, 0.5]))
+    np.testing.assert_array_equal(result["params"]["x"], [[1, 1, 1], [0, 0, 0]])
+    np.testing.assert_array_equal(result["score"], [2, 1])
 
 
 def _leaves(state):
@@ -111,6 +109,7 @@ def test_weights_of_an_alignment(trained, tmp_path):
         assert path.read_bytes()[1:4] == b"PNG"
     with pytest.raises(ValueError, match="--head=2: there are 1"):
         translations.draw(path, (weights, query, key), "", None, 2, False)
+    assert translator.alignment_heads() == weights.shape[:2]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +125,7 @@ def test_rnns_train_and_translate(attention, tmp_path):
     translator = translations.load(tmp_path)
     tokens = translator.tokens(["21.11.26", "1999/01/02"])
     weights, _, key = translator.alignment("21.11.26", tokens[0])
+    assert translator.alignment_heads() == weights.shape[:2]
     assert attention != "none" or (weights.argmax(-1) == len(key) - 1).all()
 
 
@@ -200,3 +200,7 @@ def test_the_command(trained, tmp_path):
     assert done.returncode == 0 and done.stdout.count("\n") == 2 and png.exists()
     done = subprocess.run([*command, "--text="], text=True, capture_output=True)
     assert done.returncode == 1 and done.stderr.startswith("error: nothing to translate")
+    flags = [f"--heatmap={png}", "--text=21.11.26", "--layer=2"]
+    done = subprocess.run([*command, *flags], text=True, capture_output=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: --layer=2: there are 1")
+    assert not done.stdout, "it is said before anything is translated"

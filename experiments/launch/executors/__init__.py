@@ -28,19 +28,19 @@ def create(name: str, workdir: Any, workers: int, devices: int, resources: str) 
         if resources:
             raise ValueError(f"--resources={resources} is for --executor=ray and slurm")
         return Local(workdir, workers, devices)
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for part in filter(None, resources.split(",")):
         key, _, value = part.partition("=")
         if not value:
             raise ValueError(f"--resources is name=value,name=value: got {part!r}")
         try:
-            found[key] = float(value) if "." in value else int(value)
+            options[key] = float(value) if "." in value else int(value)
         except ValueError:
-            found[key] = value
-        if not isinstance(found[key], str):
-            at_least(0.0).check(f"--resources={key}", found[key])
+            options[key] = value
+        if not isinstance(options[key], str):
+            at_least(0.0).check(f"--resources={key}", options[key])
     package = {"ray": "ray", "slurm": "submitit"}[name]
     if not importlib.util.find_spec(package):
         raise ImportError(f"--executor={name} needs {package}: pip install 'attention[cluster]'")
     kinds = {"ray": Ray, "slurm": Slurm}
-    return kinds[name](workdir, workers, found)
+    return kinds[name](workdir, workers, options)

@@ -76,11 +76,11 @@ class ClusterExecutor(Executor):
                 if not self._ended(handle):
                     continue
                 del running[id]
-                if found := cells.outcome(cells.folder(self._workdir, id), job.until):
-                    progress.cell(id).finish(cells.line(found))
+                if outcome := cells.outcome(cells.folder(self._workdir, id), job.until):
+                    progress.cell(id).finish(cells.line(outcome))
                     continue
-                said, reason = self._result(handle)
-                if said == "taken":
+                reply, reason = self._result(handle)
+                if reply == "taken":
                     continue  # by another launcher; whoever runs this waits for it
                 if "DiskFull" in reason:
                     raise SweepError(reason.rpartition("DiskFull: ")[2])
@@ -94,16 +94,16 @@ class ClusterExecutor(Executor):
     def _give_up(self, job, progress):
         # None while the lease of a dead task on another machine has not lapsed: at the next run.
         reason = self._hopeless[job.id]
-        if found := cells.give_up(cells.folder(self._workdir, job.id), job, reason):
-            progress.cell(job.id).finish(cells.line(found))
+        if outcome := cells.give_up(cells.folder(self._workdir, job.id), job, reason):
+            progress.cell(job.id).finish(cells.line(outcome))
 
     def _result(self, handle):
         """What a task that has ended returned, None if it died, and how it ended."""
         try:
-            said = self._get(handle)
+            reply = self._get(handle)
         except Exception as error:
             return None, " ".join(f"its task died: {type(error).__name__}: {error}".split())
-        return said, f"its task ended with {said}"
+        return reply, f"its task ended with {reply}"
 
     def _leave(self, handles):
         for handle in handles:
@@ -133,18 +133,18 @@ def train_cell(workdir: str, job: dict, signals: tuple = (signal.SIGINT, signal.
     """Trains a cell here; -> 'done', 'taken' by another process, or the signal that ended it."""
     cli.keep_compiled()
     place = paths.as_path(workdir)
-    shown = Reported(lambda *_, **__: None)
+    progress = Reported(lambda *_, **__: None)
     until = time.monotonic() + _PATIENCE
     stop = Stop(signals)
     try:
         with stop:
             while True:
                 try:
-                    cells.run_cell(place, cells.Job(**job), shown, stop)
+                    cells.run_cell(place, cells.Job(**job), progress, stop)
                     return "done"
                 except leases.LeaseHeldError:  # perhaps by a machine that is no more
                     if time.monotonic() > until:
                         return "taken"
                     time.sleep(1)
     except Stopped:
-        return signal.Signals(stop.signal).name
+        return signal.Signals(stop.signal or signal.SIGINT).name

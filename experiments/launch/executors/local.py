@@ -58,11 +58,11 @@ class Local(base.Executor):
         ]
         for thread in threads:
             thread.start()
-        asked = False
+        stopping = False
         while any(thread.is_alive() for thread in threads):
             time.sleep(0.05)
-            if (stop.signal or self._problem) and not asked:
-                asked = True
+            if (stop.signal or self._problem) and not stopping:
+                stopping = True
                 todo.clear()
                 for worker in self._workers:
                     worker.stop()
@@ -86,7 +86,7 @@ class Local(base.Executor):
 
     def _train(self, worker, job, following, progress, stop):
         for tried in range(1, _TRIES + 1):
-            shown = progress.cell(job.id)
+            cell = progress.cell(job.id)
             order = {
                 "workdir": str(self._workdir),
                 "job": dataclasses.asdict(job),
@@ -98,11 +98,11 @@ class Local(base.Executor):
             for event in worker.work(order, limit):
                 match event:
                     case {"kind": "start", "steps": steps, "at": step}:
-                        shown.start(steps, step)
+                        cell.start(steps, step)
                     case {"kind": "step", "step": step, "loss": loss}:
-                        shown.step(step, loss)
+                        cell.step(step, loss)
                     case {"kind": "finish", "line": line}:
-                        shown.finish(line)
+                        cell.finish(line)
                     case {"kind": "error", "line": line}:
                         raise base.SweepError(line)
                     case {"kind": "stopped", "signal": kind}:
@@ -124,12 +124,12 @@ class Local(base.Executor):
                 reason = f"TimeoutError: nothing after step {step}, a minute past --max_minutes"
                 break
             if tried < _TRIES:
-                shown.note(f"{reason}; once more, from the last checkpoint")
+                cell.note(f"{reason}; once more, from the last checkpoint")
         else:
             reason += f", {_TRIES} times"
         directory = cells.folder(self._workdir, job.id)
-        if found := cells.give_up(directory, job, reason):
-            shown.finish(cells.line(found))
+        if outcome := cells.give_up(directory, job, reason):
+            cell.finish(cells.line(outcome))
 
 
 class _Worker:
@@ -141,7 +141,7 @@ class _Worker:
 
     def start(self) -> None:
         """Starts it, also again after its end."""
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "experiments.launch.worker"],
             env={**os.environ, **self._place["environment"]},
             stdin=subprocess.PIPE,
@@ -149,8 +149,10 @@ class _Worker:
             text=True,
             process_group=0,  # Ctrl-C is for the launcher, which asks its workers
         )
+        assert process.stdin and process.stdout  # both are pipes
+        self._process, self._orders, self._events = process, process.stdin, process.stdout
         if cores := self._place["cores"]:
-            os.sched_setaffinity(self._process.pid, cores)
+            os.sched_setaffinity(process.pid, cores)
 
     def work(self, order: dict, limit: float | None):
         """Gives it an order and yields its events, until the one that ends it or its death.
@@ -161,10 +163,10 @@ class _Worker:
         timer = threading.Timer(limit or 0, self._kill)
         timer.daemon = True
         try:
-            print(json.dumps(order), file=self._process.stdin, flush=True)
+            print(json.dumps(order), file=self._orders, flush=True)
             if limit:
                 timer.start()
-            for line in self._process.stdout:
+            for line in self._events:
                 yield json.loads(line)
         except BrokenPipeError:
             return
@@ -184,7 +186,7 @@ class _Worker:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(patience)
         self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in (self._orders, self._events):
             with contextlib.suppress(BrokenPipeError):  # what it was not there to read
                 pipe.close()
         return self._process.wait()
@@ -202,19 +204,23 @@ def places(workers: int, devices: int) -> list[dict]:
 
     ValueError where there are fewer GPUs than one worker needs.
     """
-    found = gpus()
-    if not found:
+    gpu_ids = gpus()
+    if not gpu_ids:
         count = max(workers, 1)
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         shares = [set(cores[i::count]) if count > 1 else set() for i in range(count)]
         return [{"environment": {}, "cores": share} for share in shares]
-    if devices > len(found):
-        raise ValueError(f"a cell needs {devices} GPUs, there are {len(found)}: {', '.join(found)}")
-    count = workers or len(found) // devices
+    if devices > len(gpu_ids):
+        raise ValueError(
+            f"a cell needs {devices} GPUs, there are {len(gpu_ids)}: {', '.join(gpu_ids)}"
+        )
+    count = workers or len(gpu_ids) // devices
     # Another launcher may use the same GPUs: nobody takes all memory at once.
     name = "XLA_PYTHON_CLIENT_PREALLOCATE"
     memory = {name: os.environ.get(name, "false")}
-    groups = [[found[(i * devices + k) % len(found)] for k in range(devices)] for i in range(count)]
+    groups = [
+        [gpu_ids[(i * devices + k) % len(gpu_ids)] for k in range(devices)] for i in range(count)
+    ]
     return [
         {"environment": {"CUDA_VISIBLE_DEVICES": ",".join(group), **memory}, "cores": set()}
         for group in groups

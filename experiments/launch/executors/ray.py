@@ -16,9 +16,9 @@ class Ray(base.ClusterExecutor):
         import ray
 
         ray.init(ignore_reinit_error=True, log_to_driver=False)
-        known = ("num_cpus", "num_gpus", "memory")
-        options = {name: x for name, x in self._resources.items() if name in known}
-        custom = {name: x for name, x in self._resources.items() if name not in known}
+        own_names = ("num_cpus", "num_gpus", "memory")
+        options = {name: x for name, x in self._resources.items() if name in own_names}
+        custom = {name: x for name, x in self._resources.items() if name not in own_names}
         self._task = ray.remote(base.train_cell).options(
             max_retries=base.TRIES, resources=custom or None, **options
         )

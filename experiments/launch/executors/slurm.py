@@ -44,9 +44,9 @@ class Slurm(base.ClusterExecutor):
         logs = self._workdir / "slurm"
         if not isinstance(logs, Path):
             logs = Path("slurm", self._workdir.name).absolute()
-        found = submitit.AutoExecutor(logs, own.pop("cluster"), **first)
-        found.update_parameters(name=self._workdir.name, **own)
-        return found
+        executor = submitit.AutoExecutor(logs, own.pop("cluster"), **first)
+        executor.update_parameters(name=self._workdir.name, **own)
+        return executor
 
     def _ended(self, handle):
         return handle.done()
@@ -67,12 +67,12 @@ class _SlurmCell:
     def __call__(self) -> str:
         # Before it takes the machine away SLURM sends what submitit has a handler for, which queues
         # the job again: not until everything is saved.
-        asked = signal.SIGUSR2
-        queue_again = signal.getsignal(asked)
-        said = base.train_cell(*self._arguments, (signal.SIGINT, signal.SIGTERM, asked))
-        if said == asked.name:
-            queue_again(asked, None)
-        return said
+        preemption = signal.SIGUSR2
+        queue_again = signal.getsignal(preemption)
+        reply = base.train_cell(*self._arguments, (signal.SIGINT, signal.SIGTERM, preemption))
+        if reply == preemption.name and callable(queue_again):
+            queue_again(preemption, None)
+        return reply
 
     def checkpoint(self) -> Any:
         """What to queue instead: the same."""

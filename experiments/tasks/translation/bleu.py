@@ -68,8 +68,8 @@ def by_length(
     bleu = _bleu(tokenize, effective_order=True)
     for number in np.unique(ranges).tolist():
         rows = np.flatnonzero(ranges == number).tolist()
-        chosen = [hypotheses[i] for i in rows], [[references[i] for i in rows]]
-        scores[f"{number * width + 1}-{(number + 1) * width}"] = bleu.corpus_score(*chosen).score
+        texts = [hypotheses[i] for i in rows], [[references[i] for i in rows]]
+        scores[f"{number * width + 1}-{(number + 1) * width}"] = bleu.corpus_score(*texts).score
     return scores
 
 

@@ -35,11 +35,11 @@ def choose(lengths: np.ndarray, most: int) -> tuple[int, ...]:
         )
         starts.append(total.argmin(axis=0))
         cost = np.insert(total.min(axis=0), 0, np.inf)
-    chosen, end = [], num
+    widths, end = [], num
     for start in reversed(starts):
-        chosen.append(int(values[end - 1]))
+        widths.append(int(values[end - 1]))
         end = int(start[end - 1])
-    return tuple(reversed(chosen))
+    return tuple(reversed(widths))
 
 
 class Turn(NamedTuple):

@@ -84,17 +84,17 @@ def read_files(
     if languages and source == target:
         raise ValueError(f"source and target are both {source!r}: give two languages")
     pair = (source or "de", target or "en")
-    chosen = {split: _choose(split, folder, files, candidates[split], pair) for split in stems}
+    stem_of = {split: _choose(split, folder, files, candidates[split], pair) for split in stems}
     return Corpus(
         languages=pair,
         splits={
             split: _read_pair(*(files[stem][code] for code in pair))
-            for split, stem in chosen.items()
+            for split, stem in stem_of.items()
             if stem is not None
         },
         empty={},
         folder=folder,
-        tokenised="tok" in re.split(r"[._-]", str(chosen["train"])),
+        tokenised="tok" in re.split(r"[._-]", str(stem_of["train"])),
     )
 
 

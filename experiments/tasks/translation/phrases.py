@@ -59,9 +59,9 @@ def generate(kind: str, stream: int, seed: int, indices: np.ndarray) -> tuple[li
             break
         bits = hashing.bits(stream, seed, indices[open_], draw, 2)
         high = _NUM_DAYS if kind == "dates" else 10 ** (3 + hashing.integers(bits[:, 1], 4))
-        drawn = hashing.integers(bits[:, 0], high)
-        ours = _stream_of(drawn) == stream
-        values[open_[ours]] = drawn[ours]
+        candidates = hashing.integers(bits[:, 0], high)
+        ours = _stream_of(candidates) == stream
+        values[open_[ours]] = candidates[ours]
     forms = hashing.bits(stream, seed, indices, _FORM_DRAW, 1)[:, 0]
     write = _date if kind == "dates" else _number
     pairs = [write(int(v), int(form)) for v, form in zip(values, forms, strict=True)]

@@ -152,8 +152,8 @@ class Translation:
     def batch(self, seed: int, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Training pairs padded to `length`; each once per pass, in an order by seed."""
         rows = self._data.rows
-        chosen = rows[buckets.shuffled(seed, 0, len(rows), indices)]
-        return self._data.train.arrays(chosen, self.length, self.length)
+        examples = rows[buckets.shuffled(seed, 0, len(rows), indices)]
+        return self._data.train.arrays(examples, self.length, self.length)
 
     def step_batch(self, seed: int, step: int, batch_size: int) -> dict[str, np.ndarray]:
         """The batch of a step: a pure function of its arguments, its shape one of step alone.
@@ -168,8 +168,8 @@ class Translation:
         number, batch = buckets.turn([len(b) for b in data.buckets], rows, step)
         places = np.arange(batch * rows[number], (batch + 1) * rows[number])
         members = data.buckets[number]
-        chosen = members[buckets.shuffled(seed, number + 1, len(members), places)]
-        return data.train.arrays(chosen, *data.widths[number])
+        examples = members[buckets.shuffled(seed, number + 1, len(members), places)]
+        return data.train.arrays(examples, *data.widths[number])
 
     def bucket_shapes(self, batch_size: int) -> list[dict[str, tuple[tuple[int, ...], str]]]:
         """(shape, dtype) by name of each kind of batch that `step_batch` returns."""
@@ -263,13 +263,13 @@ class Translation:
         return vocabulary.join_subwords(text) if self._tokenizer == "none" else text
 
     def _split(self, split):
-        known = [name for name in self._data.corpus.splits if name != "train"]
-        if split not in known:
-            raise ValueError(f"there is no split {split!r}; choose from {', '.join(known)}")
+        names = [name for name in self._data.corpus.splits if name != "train"]
+        if split not in names:
+            raise ValueError(f"there is no split {split!r}; choose from {', '.join(names)}")
         return self._data.corpus.splits[split]
 
 
-class _Data(NamedTuple):
+class _TaskData(NamedTuple):
     """What `Translation` computes once from the text.
 
     `rows` are the training pairs that are short enough, `buckets` those of each bucket, `widths`
@@ -318,7 +318,7 @@ def _load(task):
     members = [rows[which == bucket] for bucket in np.unique(which)]
     widths = [tuple(counts[:, m].max(axis=1).tolist()) for m in members]
     padded = sum(len(m) * sum(width) for m, width in zip(members, widths, strict=True))
-    return _Data(
+    return _TaskData(
         corpus=corpus,
         target=target,
         encode_source=encode_source,

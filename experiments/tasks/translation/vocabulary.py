@@ -9,10 +9,8 @@ import functools
 import hashlib
 import io
 import itertools
-import os
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -128,7 +126,7 @@ def learn(
 
     A SentencePiece model takes seconds to minutes to learn; it is kept in a file whose name has a
     hash of all it depends on, in `folder`, or where that is None or cannot be written in
-    `cache_folder()`, and read from there the next time.
+    `paths.cache_folder`, and read from there the next time.
 
     Args:
       tokenizer: one of TOKENIZERS.
@@ -175,7 +173,7 @@ def learn(
     digest = hashlib.sha256(repr((sentencepiece.__version__, options)).encode())
     digest.update("\n".join(lines).encode())
     name = f"vocabulary.{tokenizer}.{size}.{digest.hexdigest()[:16]}.model"
-    folders = [place for place in (folder, cache_folder()) if place is not None]
+    folders = [place for place in (folder, paths.cache_folder("attention")) if place is not None]
     return _cached_pieces(name, folders, lambda: Pieces(_learn_subwords(escaped, options)))
 
 
@@ -222,21 +220,6 @@ def _cached_pieces(
         except OSError:  # a folder without write permission
             continue
     return pieces
-
-
-def cache_folder() -> pathlib.Path:
-    """This user's cache folder, by the conventions of the platform."""
-    home = pathlib.Path.home()
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    if xdg and os.path.isabs(xdg):  # the specification says to ignore relative ones
-        base = pathlib.Path(xdg)
-    elif sys.platform == "darwin":
-        base = home / "Library" / "Caches"
-    elif sys.platform == "win32":
-        base = pathlib.Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
-    else:
-        base = home / ".cache"
-    return base / "attention"
 
 
 def _split(line, tokenizer):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import attention
 from attention import Mechanism, masks, normalizers, positions, scores
 from attention.kernels.registry import KERNELS, describe, unsupported
 from support.kernels import BLOCKS, HERE, S, T, arrays, by_kernel, pulled
@@ -38,10 +39,18 @@ def of_every_kernel(*case, quick=False):
 # What is masked is absent, even a NaN; what is seen is not.
 
 
+@dataclasses.dataclass(frozen=True)
+class Quartic(attention.Score):
+    """s(q, k) = −Σ_d (q_d − k_d)⁴, of which the derivative overflows where a vector is huge."""
+
+    def tile(self, params, query, key, tile):
+        return -((query[:, :, None] - key[None]) ** 4).sum(1)
+
+
 ABSENT = [
     # (mechanism, what else attend gets, places [n, j] of keys and values that nobody sees, quick);
     # two examples, T = 5 and S = 6
-    (Mechanism(scores.Gaussian()), {"mask": np.arange(6) != 3}, [(0, 3), (1, 3)], True),
+    (Mechanism(Quartic()), {"mask": np.arange(6) != 3}, [(0, 3), (1, 3)], True),
     (Mechanism(), {"mask": np.tri(7, 6, -1)[4:6, None, None] > 0}, [(0, 4), (1, 5)], False),
     (Mechanism(scores.Gaussian(), mask=masks.Padding()), {"key_lengths": np.array([2, 5])},
      [(0, 2), (0, 5), (1, 5)], True),
@@ -102,19 +111,21 @@ def early_rows(kernel):
 def test_a_nan_reaches_exactly_the_rows_that_see_it(kernel):
     """And no gradient of the others: of a key and a value later rows, of a query its own.
 
+    A huge value sends none either.
+
     Not that either where the row sees nothing.
     """
     function = early_rows(kernel)
     query, key, value = qkv((), T, S)
-    seen = np.ones((T, 1), bool)
-    (_, (want, want_aux)), gradients = function(query, key, value, seen)
-    for side in "key", "value":
-        given = {"key": key, "value": value}
-        given[side] = put(given[side], np.s_[6, :, 1], np.nan)
-        (_, (out, aux)), found = function(query, *given.values(), seen)
-        assert_same(found, gradients)
+    mask = np.ones((T, 1), bool)
+    (_, (want, want_aux)), gradients = function(query, key, value, mask)
+    for side, channel, bad in ("key", 1, np.nan), ("value", 1, np.nan), ("value", np.s_[:], 3e38):
+        key_value = {"key": key, "value": value}
+        key_value[side] = put(key_value[side], np.s_[6, :, channel], bad)
+        (_, (out, aux)), gradients_with_nan = function(query, *key_value.values(), mask)
+        assert_same(gradients_with_nan, gradients)
         assert_same(out[:6], want[:6])
-        assert np.isnan(out[6:]).all()
+        assert np.isnan(out[6:]).all() == np.isnan(bad)
         for name, x in aux.items():
             rows = np.s_[:, :6] if name == "weights" else np.s_[:6]
             if side == "value":  # of which they know nothing
@@ -126,7 +137,7 @@ def test_a_nan_reaches_exactly_the_rows_that_see_it(kernel):
             else:
                 assert np.isnan(x[6:]).all()
 
-    hidden = put(seen, 2, False)
+    hidden = put(mask, 2, False)
     (_, (want, _)), _ = function(query, key, value, hidden)
     (_, (out, _)), _ = function(put(query, (np.array([2, 7]), 0, 1), np.nan), key, value, hidden)
     assert_same(out, put(want, np.s_[7, 0], np.nan))
@@ -219,11 +230,11 @@ def test_large_scores(kernel, normalizer):
     kernels = [pulled(name, mechanism, aux=("lse",)) for name in (kernel, "dense")]
     sides = np.where(np.arange(S) % 7 < 4, 1e4, -1e4)
     for size in -1e4, 1e4, sides, -sides:
-        given = params, query, key, value, (bias + size).astype(np.float32), cotangent
-        got, other = (run(*given, {}) for run in kernels)
+        inputs = params, query, key, value, (bias + size).astype(np.float32), cotangent
+        got, other = (run(*inputs, {}) for run in kernels)
         assert_close(got, other, 1e-5)
         with jax.enable_x64(True):
-            want = kernels[1](*jax.tree.map(wide, given), {})
+            want = kernels[1](*jax.tree.map(wide, inputs), {})
         assert_close(got[0][1], want[0][1], EPS["float32"])
         assert_close(got, want, 1e-2)  # the bias alone is rounded to 10⁻³
 
@@ -237,12 +248,12 @@ def test_large_scores(kernel, normalizer):
 def test_same_bits(kernel, dtype):
     """Run again and compiled again, forward and backward, with dropout."""
     mechanism = Mechanism(scores.Additive(hidden=3), mask=masks.Causal() & masks.Padding())
-    given = arrays(mechanism, T=33, S=33, dtype=dtype)
+    inputs = arrays(mechanism, T=33, S=33, dtype=dtype)
     data = {"key_lengths": np.array(30), "dropout_key": jax.random.key(3)}
 
     def run():
         function = pulled.__wrapped__(kernel, mechanism, dropout_rate=0.3, aux=("lse",))
-        return function(*given, data), function(*given, data)
+        return function(*inputs, data), function(*inputs, data)
 
     first, again = run()
     assert_same(again, first)
@@ -292,18 +303,18 @@ def test_dropout_of_all(kernel, size):
 def test_dropout(kernel, x64):
     """The same bits are dropped as by the dense kernel, whatever the blocks."""
     mechanism = Mechanism(mask=masks.Causal())
-    given = arrays(mechanism, H=2, K=1, batch=(2,), dtype="float64")
+    inputs = arrays(mechanism, H=2, K=1, batch=(2,), dtype="float64")
     data = {"dropout_key": jax.random.key(5)}
-    want = pulled("dense", mechanism, dropout_rate=0.4)(*given, data)
-    got = pulled(kernel, mechanism, dropout_rate=0.4)(*given, data)
+    want = pulled("dense", mechanism, dropout_rate=0.4)(*inputs, data)
+    got = pulled(kernel, mechanism, dropout_rate=0.4)(*inputs, data)
     assert_close(got, want, 1e-12)
     # Forward: other blocks, and a normaliser of whole rows.
     sparse = dataclasses.replace(mechanism, normalizer=normalizers.Sparsemax())
     for other, size in (mechanism, (5, 3)), (sparse, BLOCKS):
         options = {"dropout_rate": 0.4, **data}
         runs = by_kernel(kernel, other, size=size, **options), by_kernel("dense", other, **options)
-        assert_close(*(jax.jit(run)(*given[:4]) for run in runs), 1e-12)
-    plain = jax.jit(by_kernel("dense", mechanism))(*given[:4])
+        assert_close(*(jax.jit(run)(*inputs[:4]) for run in runs), 1e-12)
+    plain = jax.jit(by_kernel("dense", mechanism))(*inputs[:4])
     assert (abs(plain - want[0][0]) > 1e-3).any()
 
 
@@ -328,8 +339,8 @@ def test_bias_and_mask(kernel, shape, normalizer, x64):
         mechanism, H=2, K=1, batch=(2,), dtype="float64"
     )
     bias, mask = normal(4, *shape, dtype="float64"), normal(6, *shape) > -0.5
-    given = params, query, key, value, bias, cotangent, {"mask": mask}
-    got, want = (pulled(name, mechanism, aux=("lse",))(*given) for name in (kernel, "dense"))
+    inputs = params, query, key, value, bias, cotangent, {"mask": mask}
+    got, want = (pulled(name, mechanism, aux=("lse",))(*inputs) for name in (kernel, "dense"))
     assert got[1][-1].shape == shape
     assert_close(got, want, 1e-12)
 

@@ -28,9 +28,11 @@ from support.mechanisms import (
     Counted,
     Manhattan,
     assert_close,
+    assert_same,
     dot,
     init,
     normal,
+    put,
     wide,
 )
 
@@ -41,18 +43,18 @@ def agree(mechanism, data=None, tolerance=1e-10, *, dtype="float64", like=None, 
     """Tiled and dense agree in float64, for output, aux and the gradient of every leaf."""
     data = data or {}
     sizes = {name: options.pop(name) for name in ("size",) if name in options}
-    given = arrays(mechanism, dtype=dtype, **(like or {}))
-    got = pulled("tiled", mechanism, **sizes, **options)(*given, data)
-    assert_close(got, pulled("dense", mechanism, **options)(*given, data), tolerance)
+    inputs = arrays(mechanism, dtype=dtype, **(like or {}))
+    got = pulled("tiled", mechanism, **sizes, **options)(*inputs, data)
+    assert_close(got, pulled("dense", mechanism, **options)(*inputs, data), tolerance)
 
 
 # The oracle. One program holds all parts of a kind and is told which to use, so that
 # thousands of mechanisms are compiled once.
 
 
-def stacked(which, found):
+def stacked(which, tiles):
     """The one of several arrays, of shapes that broadcast, which is asked for."""
-    return jnp.stack(jnp.broadcast_arrays(*found))[which]
+    return jnp.stack(jnp.broadcast_arrays(*tiles))[which]
 
 
 def number(params):
@@ -75,14 +77,14 @@ class AnyScore(attention.Score):
         return tuple(jnp.concatenate(side, axis=1) for side in zip(*features, strict=True))
 
     def tile(self, params, query, key, tile):
-        found, start = [], 0
+        tiles, start = [], 0
         like = jax.ShapeDtypeStruct((1, D), query.dtype)
         for part, own in zip(self.parts, params["parts"], strict=True):
             shapes = jax.eval_shape(part.prepare, own, like, like)
             columns = slice(start, start + shapes[0].shape[1])
-            found.append(part.tile(own, query[:, columns], key[columns], tile))
+            tiles.append(part.tile(own, query[:, columns], key[columns], tile))
             start = columns.stop
-        return stacked(number(params), found)
+        return stacked(number(params), tiles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +103,8 @@ class AnyPosition(attention.Position):
 
     def each(self, params, method, otherwise, *args):
         pairs = zip(self.parts, params["parts"], strict=True)
-        found = [getattr(part, method)(own, *args) for part, own in pairs]
-        return stacked(number(params), [otherwise if x is None else x for x in found])
+        values = [getattr(part, method)(own, *args) for part, own in pairs]
+        return stacked(number(params), [otherwise if x is None else x for x in values])
 
     def rotate(self, params, x, positions, side):
         return self.each(params, "rotate", x, x, positions, side)
@@ -145,8 +147,8 @@ class AnyOnline(AnyNormalizer, attention.OnlineNormalizer):
         return tuple(self.each(params, "start", like))
 
     def update(self, params, state, logits):
-        found = self.each(params, "update", state, logits)
-        state, weights, factor = zip(*found, strict=True)
+        updates = self.each(params, "update", state, logits)
+        state, weights, factor = zip(*updates, strict=True)
         return state, stacked(number(params), weights), self.factor(params, factor)
 
     def finish(self, params, state):
@@ -154,12 +156,14 @@ class AnyOnline(AnyNormalizer, attention.OnlineNormalizer):
         return statistic, self.factor(params, factor)
 
     def statistic_jvp(self, params, tangent, statistic, change):
-        found = self.each(params, "statistic_jvp", tuple(tangent["parts"]), statistic, change)
-        answer, factor = zip(*found, strict=True)
+        tangents = self.each(params, "statistic_jvp", tuple(tangent["parts"]), statistic, change)
+        answer, factor = zip(*tangents, strict=True)
         return answer, self.factor(params, factor, 0)
 
-    def factor(self, params, found, otherwise=1.0):
-        return stacked(number(params), [jnp.float32(otherwise) if x is None else x for x in found])
+    def factor(self, params, factors, otherwise=1.0):
+        return stacked(
+            number(params), [jnp.float32(otherwise) if x is None else x for x in factors]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,11 +215,15 @@ EVERY_MASK = (
     ~(masks.Causal() & masks.SlidingWindow(2)) | masks.Segments() & masks.Padding(),
     ~masks.Full(),
 )
-DATA = {
-    "query_lengths": np.array(11),
-    "key_lengths": np.array(9),
+TILE_DATA = {
+    "query_length": np.array(11),
+    "key_length": np.array(9),
     "query_segments": np.arange(T) // 5,
     "key_segments": np.arange(S) // 6,
+}
+DATA = {
+    {"query_length": "query_lengths", "key_length": "key_lengths"}.get(name, name): x
+    for name, x in TILE_DATA.items()
 }
 
 
@@ -233,7 +241,7 @@ def pairwise(*sizes):
     """
     kinds = list(itertools.combinations(range(len(sizes)), 2))
     missing = {(a, b, i, j) for a, b in kinds for i in range(sizes[a]) for j in range(sizes[b])}
-    found = []
+    cases = []
     while missing:
         a, b, i, j = min(missing)
         case = {a: i, b: j}
@@ -241,12 +249,15 @@ def pairwise(*sizes):
             new = functools.partial(_new, missing, case, kind)
             case[kind] = max(range(sizes[kind]), key=new)
         missing -= {(x, y, case[x], case[y]) for x, y in kinds}
-        found.append(tuple(case[n] for n in range(len(sizes))))
-    return found
+        cases.append(tuple(case[n] for n in range(len(sizes))))
+    return cases
 
 
 def check_any(parts, cases, aux, dtype="float64"):
-    """Every case, a tuple of indices into the parts of each kind."""
+    """Every case, a tuple of indices into the parts of each kind.
+
+    What a mask hides changes no bit and has gradients of 0, be it NaN or inf.
+    """
     kinds = (AnyScore, AnyPosition, AnyMask, AnyOnline if parts[3] is ONLINE else AnyNormalizer)
     mechanism = Mechanism(*(kind(own) for kind, own in zip(kinds, parts, strict=True)))
     params, *rest = arrays(mechanism, dtype=dtype)
@@ -259,10 +270,31 @@ def check_any(parts, cases, aux, dtype="float64"):
         }
         results = [run(own, *rest, {**DATA, "prefix_lengths": np.array(mask)}) for run in kernels]
         case = [str(x[n]) for x, n in zip(parts, (score, position, mask, normalizer), strict=True)]
+        spoilt, hidden = poisoned(parts[2][mask], rest)
         try:
             assert_close(*results, 1e-10)
+            for run, clean in zip(kernels, results, strict=True) if mask in POISONED else ():
+                data = {**DATA, "prefix_lengths": np.array(mask)}
+                assert_same(run(own, *spoilt, data), clean)
+                for to_input, places in zip(clean[1][1:], hidden, strict=True):
+                    assert (np.asarray(to_input)[places] == 0).all()
         except AssertionError as error:
             raise AssertionError(f"{' × '.join(case)}: {error}") from None
+
+
+POISONED = [EVERY_MASK.index(x) for x in (masks.Causal(), masks.Padding())]
+
+
+def poisoned(mask, inputs):
+    """query, key, value, bias and cotangent, not finite where the mask hides them; those places."""
+    rows, columns = np.arange(T), np.arange(S)
+    visible = np.asarray(mask.tile(Tile(rows, columns, rows, columns, 0, H, **TILE_DATA)))
+    visible = np.broadcast_to(visible, (T, S))
+    absent = ~visible.any(1), ~visible.any(0)
+    places = absent[0], absent[1], absent[1], np.s_[:, ~visible]
+    numbers = np.nan, np.inf, np.nan, -np.inf
+    pairs = zip(inputs[:4], places, numbers, strict=True)
+    return [*(put(x, place, bad) for x, place, bad in pairs), inputs[4]], places
 
 
 ANY = {
@@ -322,10 +354,10 @@ def test_rounding(mechanism, dtype):
     mechanism = dataclasses.replace(mechanism, mask=masks.Causal())
     if isinstance(mechanism.score, scores.Location):
         mechanism = dataclasses.replace(mechanism, score=scores.Location(max_length=S))
-    given = arrays(mechanism, dtype=dtype)
-    tiled_result, dense_result = (pulled(x, mechanism)(*given, {}) for x in ("tiled", "dense"))
+    inputs = arrays(mechanism, dtype=dtype)
+    tiled_result, dense_result = (pulled(x, mechanism)(*inputs, {}) for x in ("tiled", "dense"))
     with jax.enable_x64(True):
-        exact = pulled("dense", mechanism)(*jax.tree.map(wide, given), {})
+        exact = pulled("dense", mechanism)(*jax.tree.map(wide, inputs), {})
 
     def check(got, other, want):
         want = wide(want)
@@ -387,7 +419,7 @@ def test_every_order(mechanism, thorough, x64):
         def along(*x):
             return jax.jvp(function, x, tangent)[1]
 
-        def found(*x):
+        def by_order(*x):
             yield "jvp", along(*x)
             yield "forward over reverse", jax.jvp(grad, x, tangent)[1]
             yield "reverse over reverse", jax.grad(lambda *x: dot(grad(*x), tangent), every)(*x)
@@ -396,7 +428,7 @@ def test_every_order(mechanism, thorough, x64):
                 yield "linearize", jax.linearize(grad, *x)[1](*tangent)
                 yield "jacfwd", jax.jacfwd(lambda q: function(x[0], q, *x[2:]))(x[1])
 
-        return jax.jit(lambda *x: dict(found(*x)))
+        return jax.jit(lambda *x: dict(by_order(*x)))
 
     got, want = derivatives("tiled")(*point), derivatives("dense")(*point)
     assert_close(got, want, 1e-10)
@@ -467,9 +499,9 @@ def test_weights():
     _, want = attend(mechanism, params, *qkv, aux=("weights",), implementation="dense", **options)
     for name in "tiled", "dense":
         run = by_kernel(name, mechanism, aux=names, **options)
-        found = jax.jit(lambda rows, run=run: run(params, *qkv, weight_rows=rows)[1])(rows)
-        assert set(found) == set(names)
-        assert_close(found["row_weights"], want["weights"][:, :, rows])
+        aux = jax.jit(lambda rows, run=run: run(params, *qkv, weight_rows=rows)[1])(rows)
+        assert set(aux) == set(names)
+        assert_close(aux["row_weights"], want["weights"][:, :, rows])
     with pytest.raises(ValueError, match="implementation='tiled' .*row_weights"):
         by_kernel("tiled", mechanism, aux=("weights",), **options)(params, *qkv)
 
@@ -480,7 +512,7 @@ def test_weights():
 def test_masks_of_data_do_not_retrace():
     """Other documents and lengths run the same program, and agree with the dense kernel."""
     mechanism = Mechanism(Counted(), mask=masks.Segments() & masks.Padding() & masks.Causal())
-    given = arrays(mechanism, batch=(2,), H=2, K=1)
+    inputs = arrays(mechanism, batch=(2,), H=2, K=1)
     kernels = [jax.jit(by_kernel(x, mechanism, aux=("lse",))) for x in ("tiled", "dense")]
     counts = []
     for n in 2, 3, 5, 20:
@@ -490,7 +522,7 @@ def test_masks_of_data_do_not_retrace():
             "query_lengths": np.array([n, 13]),
             "key_lengths": np.array([17, n + 4]),
         }
-        assert_close(*(run(*given[:4], **data) for run in kernels))
+        assert_close(*(run(*inputs[:4], **data) for run in kernels))
         counts.append(len(Counted.traced))
     assert len(set(counts)) == 1
 
@@ -649,11 +681,11 @@ def test_any_shape(batch, lengths, heads, size, mask, normalizer, shifted, dtype
         order = np.random.default_rng(0).permutation(columns)
         data = {"query_positions": np.arange(rows) + 2, "key_positions": order}
     with jax.enable_x64(dtype == "float64"):
-        given = arrays(mechanism, batch=batch, T=rows, S=columns, H=H, K=K, dtype=dtype)[:5]
+        inputs = arrays(mechanism, batch=batch, T=rows, S=columns, H=H, K=K, dtype=dtype)[:5]
 
         def run(implementation):
             kernel = by_kernel(implementation, mechanism, size=size, aux=("lse",))
-            return jax.jit(lambda *x: kernel(*x[:4], bias=x[4], **data))(*given)
+            return jax.jit(lambda *x: kernel(*x[:4], bias=x[4], **data))(*inputs)
 
         got, want = run("tiled"), run("dense")
     assert got[0].dtype == want[0].dtype == dtype

@@ -107,8 +107,8 @@ def check_passes(part, module):
         run(variables, other, TOKENS, LENGTHS), (logits, stepped, weights), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
-    seen = run(variables, np.where(padding, SOURCE, (SOURCE + 1) % VOCAB), TOKENS, LENGTHS)[0]
-    assert np.all(np.abs(seen - logits).max(axis=(1, 2)) > 1e-4)
+    changed = run(variables, np.where(padding, SOURCE, (SOURCE + 1) % VOCAB), TOKENS, LENGTHS)[0]
+    assert np.all(np.abs(changed - logits).max(axis=(1, 2)) > 1e-4)
     later = run(variables, SOURCE, (TOKENS + [0, 0, 1, 0]) % VOCAB, LENGTHS)[0]
     np.testing.assert_array_equal(later[:, :2], logits[:, :2])
     assert np.all(np.abs(later - logits)[:, 2:].max(axis=(1, 2)) > 1e-4)
@@ -319,13 +319,13 @@ def test_what_is_made_of_the_memory_once_changes_nothing(score, position):
     @jax.jit
     def run(query):
         variables = {"params": {"mechanism": params}}
-        kept = module.apply(variables, memory, LENGTHS, method="precompute_kv")
+        key_value = module.apply(variables, memory, LENGTHS, method="precompute_kv")
         expected = attend(
             mechanism, params, *(x[:, :, None] for x in (query, memory, memory)),
             key_lengths=LENGTHS, query_positions=np.arange(S) + 1,
         )  # fmt: skip
         steps = np.arange(S) + 1
-        return module.apply(variables, query, kept, query_positions=steps), expected[:, :, 0]
+        return module.apply(variables, query, key_value, query_positions=steps), expected[:, :, 0]
 
     np.testing.assert_allclose(*run(query), atol=1e-5)
 

@@ -236,7 +236,7 @@ def test_compiled_size_of_a_scanned_model_does_not_grow_with_depth():
 
 @pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_remat_keeps_less_and_computes_the_same(scan):
-    text, kept, found = tokens(2, 32), [], []
+    text, memory, results = tokens(2, 32), [], []
     for remat in (False, True):
         config = dataclasses.replace(SMALL, num_layers=4, scan_layers=scan, remat_layers=remat)
         model = LanguageModel(dataclasses.replace(config, dropout_rate=0.1))
@@ -247,11 +247,11 @@ def test_remat_keeps_less_and_computes_the_same(scan):
             return jnp.sum(jnp.sin(logits))
 
         compiled = jax.jit(jax.grad(loss)).lower(variables).compile()
-        kept.append(compiled.memory_analysis().temp_size_in_bytes)
-        found.append(compiled(variables))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *found)
+        memory.append(compiled.memory_analysis().temp_size_in_bytes)
+        results.append(compiled(variables))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *results)
     if scan:  # what is not scanned XLA's CPU compiler merges again
-        assert kept[1] < 0.75 * kept[0]
+        assert memory[1] < 0.75 * memory[0]
     else:
         assert "remat" in str(jax.make_jaxpr(jax.grad(loss))(variables))
 
@@ -286,9 +286,9 @@ def test_an_encoder_decoder_ignores_padding_and_sees_the_source():
     assert logits.shape == (2, 5, 11)
     padded = apply(model, variables, source.at[1, 4].add(1), target, lengths)
     np.testing.assert_array_equal(logits, padded)
-    seen = apply(model, variables, source.at[1, 2].add(1), target, lengths)
-    np.testing.assert_array_equal(logits[0], seen[0])
-    assert not np.allclose(logits[1], seen[1])
+    changed = apply(model, variables, source.at[1, 2].add(1), target, lengths)
+    np.testing.assert_array_equal(logits[0], changed[0])
+    assert not np.allclose(logits[1], changed[1])
     memory = apply(model, variables, source, lengths, method="encode")
     again = apply(model, variables, memory, target, lengths, method="decode")
     np.testing.assert_allclose(logits, again, atol=1e-5)

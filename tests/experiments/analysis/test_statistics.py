@@ -1,6 +1,5 @@
 """Statistics over seeds, against formulas by hand, SciPy's tests and simulated sweeps."""
 
-import gc
 import math
 import subprocess
 import sys
@@ -72,17 +71,17 @@ def test_bootstrap_interval_of_odd_values():
 
 
 def test_paired_by_hand():
-    found = statistics.paired([2.1, 2.3, 2.2, 2.6], [2.0, 2.0, 2.0, 2.0])
+    paired = statistics.paired([2.1, 2.3, 2.2, 2.6], [2.0, 2.0, 2.0, 2.0])
     d = np.array([0.1, 0.3, 0.2, 0.6])
     s = math.sqrt(np.sum((d - 0.3) ** 2) / 3)
-    assert found.differences == pytest.approx(tuple(d))
-    assert found.difference == pytest.approx(0.3)
-    assert found.interval == pytest.approx(3.182446305284263 * s / 2)  # t of 3, 97.5%
-    assert found.effect_size == pytest.approx(0.3 / s)
+    assert paired.differences == pytest.approx(tuple(d))
+    assert paired.difference == pytest.approx(0.3)
+    assert paired.interval == pytest.approx(3.182446305284263 * s / 2)  # t of 3, 97.5%
+    assert paired.effect_size == pytest.approx(0.3 / s)
     # Of 3 degrees of freedom P(T ≤ t) = ½ + (x / (1 + x²) + arctan x) / π, x = t / √3
     x = 0.3 / (s / 2) / math.sqrt(3)
-    assert found.p == pytest.approx(1 - 2 / math.pi * (x / (1 + x**2) + math.atan(x)))
-    assert found.bootstrap == statistics.bootstrap_interval(found.differences)
+    assert paired.p == pytest.approx(1 - 2 / math.pi * (x / (1 + x**2) + math.atan(x)))
+    assert paired.bootstrap == statistics.bootstrap_interval(paired.differences)
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
@@ -90,13 +89,13 @@ def test_paired_is_the_paired_t_test(count):
     rng = np.random.default_rng(count)
     base = rng.normal(size=count)
     values = base + 0.1 + rng.normal(size=count)
-    found, expected = statistics.paired(values, base), stats.ttest_rel(values, base)
-    ends = found.difference - found.interval, found.difference + found.interval
+    paired, expected = statistics.paired(values, base), stats.ttest_rel(values, base)
+    ends = paired.difference - paired.interval, paired.difference + paired.interval
     assert ends == pytest.approx(tuple(expected.confidence_interval(0.95)), rel=1e-10)
-    assert found.p == pytest.approx(expected.pvalue)
-    assert found.effect_size == pytest.approx(expected.statistic / math.sqrt(count))
+    assert paired.p == pytest.approx(expected.pvalue)
+    assert paired.effect_size == pytest.approx(expected.statistic / math.sqrt(count))
     back = statistics.paired(base, values)
-    assert (back.p, back.effect_size) == pytest.approx((found.p, -found.effect_size))
+    assert (back.p, back.effect_size) == pytest.approx((paired.p, -paired.effect_size))
 
 
 def test_a_difference_common_to_all_seeds_is_seen_through_their_spread():
@@ -126,9 +125,11 @@ def test_paired_of_odd_values():
     assert one.difference == 0.5
     assert all(map(math.isnan, (one.interval, one.p, one.effect_size, *one.bootstrap)))
     for bad in (math.nan, math.inf):
-        found = statistics.paired([1.0, bad, 1.0], [1.0, 1.0, 2.0])
-        assert not math.isfinite(found.difference)
-        assert all(map(math.isnan, (found.interval, found.p, found.effect_size, *found.bootstrap)))
+        paired = statistics.paired([1.0, bad, 1.0], [1.0, 1.0, 2.0])
+        assert not math.isfinite(paired.difference)
+        assert all(
+            map(math.isnan, (paired.interval, paired.p, paired.effect_size, *paired.bootstrap))
+        )
     with pytest.raises(ValueError, match="got 2 values and 3 of the base"):
         statistics.paired([1.0, 2.0], [1.0, 2.0, 3.0])
 
@@ -143,9 +144,9 @@ def test_holm_by_hand():
 
 
 def test_holm_leaves_out_what_is_no_comparison():
-    found = statistics.holm([math.nan, 0.02, math.nan, 0.01])
-    assert found[[1, 3]].tolist() == pytest.approx([0.02, 0.02])
-    assert np.isnan(found[[0, 2]]).all()
+    corrected = statistics.holm([math.nan, 0.02, math.nan, 0.01])
+    assert corrected[[1, 3]].tolist() == pytest.approx([0.02, 0.02])
+    assert np.isnan(corrected[[0, 2]]).all()
     assert np.isnan(statistics.holm([math.nan, math.nan])).all()
     assert statistics.holm([]).size == 0
     with pytest.raises(ValueError, match=r"between 0 and 1: got \[0.5, 1.2\]"):
@@ -157,10 +158,10 @@ def test_the_smallest_effect_is_where_holm_finds_it(seeds, comparisons):
     smallest = statistics.smallest_effect(seeds, comparisons)
     pattern = np.arange(seeds) - (seeds - 1) / 2  # mean 0
     pattern /= np.std(pattern, ddof=1)
-    for factor, found in ((0.999, False), (1.001, True)):
+    for factor, significant in ((0.999, False), (1.001, True)):
         p = statistics.paired(pattern + factor * smallest, np.zeros(seeds)).p
         corrected = statistics.holm([p, *[1.0] * (comparisons - 1)])
-        assert (corrected[0] < 0.05) == found
+        assert (corrected[0] < 0.05) == significant
 
 
 def test_the_smallest_effect_of_too_little():
@@ -168,39 +169,29 @@ def test_the_smallest_effect_of_too_little():
     assert math.isnan(statistics.smallest_effect(3, 0))
 
 
-@pytest.fixture
-def frozen():
-    """statsmodels collects garbage at every correction; what pytest has loaded is none."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def simulate(groups, shifts, seeds=6):
     """Corrected p-values [groups, comparisons] of cells that share a base and its seeds' noise."""
     rng = np.random.default_rng(7)
-    found = []
+    p_values = []
     for _ in range(groups):
         of_seeds = rng.normal(scale=3.0, size=seeds)
         base = of_seeds + rng.normal(size=seeds)
         cells = [of_seeds + rng.normal(size=seeds) + shift for shift in shifts]
-        found.append(statistics.holm([statistics.paired(cell, base).p for cell in cells]))
-    return np.array(found)
+        p_values.append(statistics.holm([statistics.paired(cell, base).p for cell in cells]))
+    return np.array(p_values)
 
 
-@pytest.mark.usefixtures("frozen")
 def test_a_group_without_differences_has_a_star_in_one_of_twenty_at_most():
     """Five comparisons at 5% each would have one in more than a tenth of the groups."""
-    found = simulate(400, np.zeros(5))
-    assert 0.005 <= np.mean((found < 0.05).any(axis=1)) <= 0.08
+    p_values = simulate(400, np.zeros(5))
+    assert 0.005 <= np.mean((p_values < 0.05).any(axis=1)) <= 0.08
 
 
-@pytest.mark.usefixtures("frozen")
 def test_big_differences_are_found():
     # The differences have a standard deviation of √2: d_z is 3.5, and −3.5.
-    found = simulate(100, [5.0, 0.0, 0.0, 0.0, -5.0])
-    assert np.mean(found[:, [0, 4]] < 0.05) > 0.9
-    assert np.mean((found[:, 1:4] < 0.05).any(axis=1)) <= 0.08
+    p_values = simulate(100, [5.0, 0.0, 0.0, 0.0, -5.0])
+    assert np.mean(p_values[:, [0, 4]] < 0.05) > 0.9
+    assert np.mean((p_values[:, 1:4] < 0.05).any(axis=1)) <= 0.08
 
 
 def runs(cube):
@@ -252,8 +243,8 @@ def test_axis_effects_of_an_unbalanced_grid_are_of_type_two():
 
     full = residual(seed, heads, heads * score[:, None])
     ss = residual(seed, heads) - residual(seed, heads, score)
-    kept = {name: [column[i] for i in keep] for name, column in factors.items()}
-    effect = statistics.axis_effects(kept, [seeds[i] for i in keep], values[keep])[0]
+    columns = {name: [column[i] for i in keep] for name, column in factors.items()}
+    effect = statistics.axis_effects(columns, [seeds[i] for i in keep], values[keep])[0]
     assert effect.residual_df == len(keep) - 1 - 3 - 5
     assert effect.f == pytest.approx(ss / (full / effect.residual_df), rel=1e-9)
     assert effect.partial_eta_squared == pytest.approx(ss / (ss + full), rel=1e-9)

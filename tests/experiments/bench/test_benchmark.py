@@ -29,16 +29,16 @@ from experiments.bench import (
 from experiments.bench import (
     run as suites,
 )
-from experiments.bench.functions import Function
-from experiments.bench.kernels import Kernel
-from experiments.bench.models import Model
+from experiments.bench.functions import FunctionWork
+from experiments.bench.kernels import KernelWork
+from experiments.bench.models import ModelWork
 from experiments.bench.work import Foreign, JaxWork, Unavailable
 from support import ROOT, isolated
 from support.benchmarks import results_of
 
-SMALL = Kernel(length=16, heads=2, width=4, mask="causal")
+SMALL = KernelWork(length=16, heads=2, width=4, mask="causal")
 GRADIENT = dataclasses.replace(SMALL, derivative="gradient")
-TINY = Model(num_layers=2, model_dim=8, num_heads=2, context=8, batch=2, vocab_size=11)
+TINY = ModelWork(num_layers=2, model_dim=8, num_heads=2, context=8, batch=2, vocab_size=11)
 FAST = compare.Budget(seconds=0.0, precision=1.0, rounds=5)
 SUITES = (
     *("quick", "kernels", "compile", "decode", "models", "peers", "accelerator"),
@@ -47,9 +47,9 @@ SUITES = (
 
 
 def config(suite, **changes):
-    found = runpy.run_path(str(ROOT / "configs" / "benchmark.py"))["get_config"](suite)
-    found.update(changes)
-    return found
+    benchmark = runpy.run_path(str(ROOT / "configs" / "benchmark.py"))["get_config"](suite)
+    benchmark.update(changes)
+    return benchmark
 
 
 # Contenders.
@@ -88,23 +88,23 @@ def test_peers_say_what_they_cannot(change, message):
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: Kernel(library="numpy"), "library is one of .* got 'numpy'"),
-    (lambda: Kernel(derivative="third"), "derivative is one of .* got 'third'"),
-    (lambda: Kernel(length=4, source_length=4, derivative="decode").build(), "T=4, S=4"),
-    (lambda: Model(architecture="encoder"), "architecture is one of .* got 'encoder'"),
-    (lambda: Function("numpy").build(), "package.module:name, got 'numpy'"),
-    (lambda: Function("numpy:nothing"), "package.module:name, got 'numpy:nothing'"),
-    (lambda: Function("os:getcwd").build(), r"must return \(function, arguments\).* str"),
+    (lambda: KernelWork(library="numpy"), "library is one of .* got 'numpy'"),
+    (lambda: KernelWork(derivative="third"), "derivative is one of .* got 'third'"),
+    (lambda: KernelWork(length=4, source_length=4, derivative="decode").build(), "T=4, S=4"),
+    (lambda: ModelWork(architecture="encoder"), "architecture is one of .* got 'encoder'"),
+    (lambda: FunctionWork("numpy").build(), "package.module:name, got 'numpy'"),
+    (lambda: FunctionWork("numpy:nothing"), "package.module:name, got 'numpy:nothing'"),
+    (lambda: FunctionWork("os:getcwd").build(), r"must return \(function, arguments\).* str"),
     (lambda: compare.read({"kind": "sort"}), "kind is one of .* got 'sort'"),
     (lambda: compare.measure([SMALL], ("speed",)), "measures are of .* got speed"),
     (lambda: compare.read({"lenght": 3}), "a kernel cannot be made of .*'lenght'"),
-    (lambda: Kernel(score="nope"), "nope"),
-    (lambda: Kernel(heads=0), "heads=0 must be a whole number of at least 1"),
-    (lambda: Model(seeds=0), "seeds=0 must be a whole number of at least 1"),
+    (lambda: KernelWork(score="nope"), "nope"),
+    (lambda: KernelWork(heads=0), "heads=0 must be a whole number of at least 1"),
+    (lambda: ModelWork(seeds=0), "seeds=0 must be a whole number of at least 1"),
     (lambda: suites.cases(config("quick", seconds=-1.0)), "seconds=-1.0 must be a finite"),
     (lambda: suites.cases(config("quick", time_limit=0.0)), "time_limit=0.0 must be .* above 0"),
     (lambda: config("slow"), r"configs.benchmark\.py takes :quick, :kernels, .* got 'slow'"),
-    (lambda: Kernel(dtype="float64").build(), "JAX_ENABLE_X64"),
+    (lambda: KernelWork(dtype="float64").build(), "JAX_ENABLE_X64"),
 ])  # fmt: skip
 def test_bad_works_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
@@ -112,7 +112,7 @@ def test_bad_works_are_refused(make, message):
 
 
 def test_a_decode_step_is_the_last_row_of_all():
-    work = Kernel(length=1, source_length=8, heads=2, width=4, derivative="decode")
+    work = KernelWork(length=1, source_length=8, heads=2, width=4, derivative="decode")
     whole = dataclasses.replace(work, derivative="none", source_length=8)
     for library in ("attention", "jax.nn"):
         program = dataclasses.replace(work, library=library).build()
@@ -151,17 +151,17 @@ def test_flops_are_those_of_the_products():
     assert SMALL.pairs() == T * (T + 1) / 2
     assert dataclasses.replace(SMALL, mask="none").flops() == 2 * (D + D) * T * T * H
     assert GRADIENT.flops() == 3 * SMALL.flops()
-    decoded = Kernel(length=2, source_length=8, heads=1, mask="causal", derivative="decode")
+    decoded = KernelWork(length=2, source_length=8, heads=1, mask="causal", derivative="decode")
     assert decoded.pairs() == 7 + 8
-    assert Kernel(score="additive(hidden=64)").flops() is None
+    assert KernelWork(score="additive(hidden=64)").flops() is None
     window = dataclasses.replace(SMALL, length=3000, mask="causal & sliding_window(9)")
     assert window.pairs() == 3000 * 10 - 9 * 10 / 2
     packed = dataclasses.replace(SMALL, mask="segments", documents=4)
     assert packed.pairs() == 4 * (T / 4) ** 2
     forward = dataclasses.replace(TINY, derivative="none", context=64, model_dim=32)
-    _, told = compiling.compile_work(forward.build())
+    _, costs = compiling.compile_work(forward.build())
     # XLA counts masked pairs as well, norms and activations; it may not count fewer.
-    assert 0.7 < forward.flops() / told["xla_flops"] < 1
+    assert 0.7 < forward.flops() / costs["xla_flops"] < 1
 
 
 # Times.
@@ -216,8 +216,8 @@ def test_the_interval_holds_the_median_as_often_as_it_says():
     rng = np.random.default_rng(0)
     assert timing.interval([3.0, 1.0, 2.0]) == (2, 1, 3)
     for n in (6, 20, 51):
-        found = [timing.interval(x) for x in rng.exponential(size=(2000, n))]
-        hit = np.mean([low <= np.log(2) <= high for _, low, high in found])
+        intervals = [timing.interval(x) for x in rng.exponential(size=(2000, n))]
+        hit = np.mean([low <= np.log(2) <= high for _, low, high in intervals])
         assert 0.94 < hit < 0.995
 
 
@@ -263,19 +263,19 @@ def test_turns_end_when_the_median_is_known(monkeypatch):
 
 
 def test_phases_of_compiling():
-    found = compiling.phases(SMALL, repeats=1)
+    phases = compiling.phases(SMALL, repeats=1)
     for name in ("trace", "lower", "compile", "warm"):
-        assert 0 < found[f"{name}_seconds"] < 60
-    assert found["instructions"] > found["fusions"] >= 0
-    assert found["stablehlo_bytes"] > 1000 and found["executable_bytes"] > 1000
-    assert found["compiled"] == {"first": 1, "equal": 0, "new": 0, "different": 1}
-    assert found["fault"] == ""
+        assert 0 < phases[f"{name}_seconds"] < 60
+    assert phases["instructions"] > phases["fusions"] >= 0
+    assert phases["stablehlo_bytes"] > 1000 and phases["executable_bytes"] > 1000
+    assert phases["compiled"] == {"first": 1, "equal": 0, "new": 0, "different": 1}
+    assert phases["fault"] == ""
 
 
 @pytest.mark.slow  # a comparison of times
 def test_a_program_that_was_kept_is_faster_there():
-    found = compiling.phases(SMALL, repeats=5)
-    assert found["warm_seconds"] < found["trace_seconds"] + found["compile_seconds"]
+    phases = compiling.phases(SMALL, repeats=5)
+    assert phases["warm_seconds"] < phases["trace_seconds"] + phases["compile_seconds"]
 
 
 class Unequal:
@@ -283,7 +283,7 @@ class Unequal:
 
 
 @dataclasses.dataclass(frozen=True)
-class Retraced(Function):
+class Retraced(FunctionWork):
     name: str = "numpy:sin"
 
     def build(self):
@@ -291,9 +291,9 @@ class Retraced(Function):
 
 
 def test_a_retrace_is_a_fault():
-    found = compiling.retraces(Retraced())
-    assert found["compiled"] == {"first": 1, "equal": 0, "new": 1}
-    assert found["fault"] == "a new but equal spec was traced 1 and compiled 1 times"
+    retraces = compiling.retraces(Retraced())
+    assert retraces["compiled"] == {"first": 1, "equal": 0, "new": 1}
+    assert retraces["fault"] == "a new but equal spec was traced 1 and compiled 1 times"
 
 
 def test_the_cache_of_the_user_is_left_alone(tmp_path):
@@ -313,8 +313,8 @@ def test_the_cache_of_the_user_is_left_alone(tmp_path):
     dataclasses.replace(GRADIENT, normalizer="entmax15", score="general", kv_heads=1),
 ])  # fmt: skip
 def test_errors_are_those_of_the_dtype(work):
-    found = compare.errors(work)
-    assert set(found) >= {"out"} and 0 < max(found.values()) < 1e-5
+    errors = compare.errors(work)
+    assert set(errors) >= {"out"} and 0 < max(errors.values()) < 1e-5
     narrow = compare.errors(dataclasses.replace(work, dtype="bfloat16"))
     assert 1e-3 < max(narrow.values()) < 0.1
 
@@ -333,9 +333,9 @@ def test_a_wrong_gradient_is_seen(monkeypatch):
         return kernels._program(work, None, lambda static, params, *arrays: attend(*arrays))
 
     monkeypatch.setitem(kernels.PEERS, "wrong", build)
-    found = compare.errors(dataclasses.replace(GRADIENT, library="wrong"))
-    assert found["out"] < 1e-5
-    assert all(found[name] == pytest.approx(0.01, rel=0.1) for name in ("query", "key", "value"))
+    errors = compare.errors(dataclasses.replace(GRADIENT, library="wrong"))
+    assert errors["out"] < 1e-5
+    assert all(errors[name] == pytest.approx(0.01, rel=0.1) for name in ("query", "key", "value"))
 
 
 # Processes with limits.
@@ -384,41 +384,43 @@ def test_changes_beyond_noise_are_told(capsys):
     old = results_of([1, 0.9, 1.1], [2, 1.9, 2.1], [3, 2.9, 3.1], [1, 0.9, 1.1])
     new = results_of([1.5, 1.4, 1.6], [2.2, 2, 2.4], [1.5, 1.4, 1.6], [1.15, 1.12, 1.2])
     assert tables.show_changes(old, new, threshold=1.2) == ["t: 0"]
-    told = capsys.readouterr().out
-    assert "slower, 1.50 of before (!): t: 0" in told and "faster, 0.50 of before: t: 2" in told
-    assert "slower, 1.15 of before: t: 3" in told and "t: 1" not in told
+    printed = capsys.readouterr().out
+    assert (
+        "slower, 1.50 of before (!): t: 0" in printed and "faster, 0.50 of before: t: 2" in printed
+    )
+    assert "slower, 1.15 of before: t: 3" in printed and "t: 1" not in printed
     rows = new["comparisons"][0]["rows"]
     rows[1]["temporary_bytes"] *= 2
     rows[2]["errors"] = {"out": None}
     rows[3]["fault"] = "a retrace"
     rows[0] = {"name": "0", "work": rows[0]["work"], "unavailable": "full"}
     assert tables.show_changes(old, new, threshold=1.2) == ["t: 0", "t: 2", "t: 3", "t: 1"]
-    told = capsys.readouterr().out
-    assert "(!) t: 0: full" in told and "(!) t: 3: a retrace" in told
-    assert "larger, 2.00 of before (!): t: 1" in told and "error of out is None" in told
+    printed = capsys.readouterr().out
+    assert "(!) t: 0: full" in printed and "(!) t: 3: a retrace" in printed
+    assert "larger, 2.00 of before (!): t: 1" in printed and "error of out is None" in printed
     for row in rows:  # another work under the same name
         row["work"] = {"length": 7}
     assert tables.show_changes(old, new, threshold=1.2) == ["nothing to compare"]
 
 
 def test_growth_has_its_exponent():
-    found = results_of(*([4.0**i, 3.9**i, 4.1**i] for i in range(4)))
-    rows = found["comparisons"][0]["rows"]
+    results = results_of(*([4.0**i, 3.9**i, 4.1**i] for i in range(4)))
+    rows = results["comparisons"][0]["rows"]
     ((name, (x, y)),) = drawings.series(rows, "length", "milliseconds").items()
     assert name == "attention" and drawings.exponent(x, y) == pytest.approx(2)
     assert list(x) == [256, 512, 1024, 2048]
     rows[0]["work"]["library"] = "torch"  # a series of its own, too short
     ((_, (x, _)),) = drawings.series(rows, "length", "milliseconds").items()
     assert len(x) == 3
-    names = {name for name, _ in drawings.figures(found)}
+    names = {name for name, _ in drawings.figures(results)}
     assert names == {"milliseconds-length", "temporary_bytes-length", "compile_seconds-length",
                      "compiling", "roofline"}  # fmt: skip
 
 
 def test_a_page_holds_it_all(tmp_path):
-    found = results_of(*([4.0**i, 3.9**i, 4.1**i] for i in range(4)))
-    found["comparisons"][0]["rows"][1]["fault"] = "an <equal> spec"
-    text = page.write(found, tmp_path).read_text()
+    results = results_of(*([4.0**i, 3.9**i, 4.1**i] for i in range(4)))
+    results["comparisons"][0]["rows"][1]["fault"] = "an <equal> spec"
+    text = page.write(results, tmp_path).read_text()
     assert text.count("<svg") == 5 and "an &lt;equal&gt; spec" in text and "http://" not in (
         text.replace("http://www.w3.org", ""))  # fmt: skip
     lines = (tmp_path / "report.md").read_text().splitlines()[2:]
@@ -428,12 +430,12 @@ def test_a_page_holds_it_all(tmp_path):
 
 
 def test_errors_are_judged_by_the_kernel_that_is_timed():
-    work = Kernel(length=2048, mask="causal", kv_heads=2, derivative="gradient", batch=3)
+    work = KernelWork(length=2048, mask="causal", kv_heads=2, derivative="gradient", batch=3)
     small, exact = work.oracle()
     assert (small.implementation, exact.implementation) == ("tiled", "dense")
     assert (small.length, small.heads, small.kv_heads, small.batch) == (1024, 4, 1, 1)
     assert (exact.dtype, exact.inputs) == ("float64", "float32")
-    assert Kernel(length=32, heads=1).oracle()[0].implementation == "dense"
+    assert KernelWork(length=32, heads=1).oracle()[0].implementation == "dense"
     assert dataclasses.replace(work, library="torch").oracle()[0].implementation is None
 
 
@@ -442,9 +444,9 @@ def test_what_is_not_finite_is_no_small_error(monkeypatch):
     spoilt = {"out": np.float64(np.nan)}
     monkeypatch.setattr(compare, "results", lambda work: results(work) | (
         spoilt if work.dtype == "float32" else {}))  # fmt: skip
-    found = compare.errors(GRADIENT)
-    assert found["out"] is None and found["query"] < 1e-5
-    assert tables._errors({"errors": found}) == "not finite (out)"
+    errors = compare.errors(GRADIENT)
+    assert errors["out"] is None and errors["query"] < 1e-5
+    assert tables._errors({"errors": errors}) == "not finite (out)"
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -464,15 +466,15 @@ def run(*flags):
 def test_quick_as_a_user_runs_it(tmp_path):
     done = run(f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "results.json").read_text())
-    rows = [row for comparison in found["comparisons"] for row in comparison["rows"]]
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = [row for comparison in results["comparisons"] for row in comparison["rows"]]
     assert len(rows) == 8 and not any(row.get("unavailable") for row in rows)
     assert all(row["fault"] == "" for row in rows if "fault" in row)
     assert (tmp_path / "report.html").exists() and "report.html" in done.stdout
     # Had it been a thousand times as fast before, it would be slower now, beyond noise.
     for row in rows:
         row["milliseconds"] = [x / 1000 for x in row["milliseconds"]]
-    (tmp_path / "old.json").write_text(json.dumps(found))
+    (tmp_path / "old.json").write_text(json.dumps(results))
     again = run(f"--compare={tmp_path}/old.json", "--config.only=additive",
                 "--config.isolate=False", f"--workdir={tmp_path}/again")  # fmt: skip
     assert again.returncode == 1 and "1 worse than 1.1" in again.stdout, again.stderr
@@ -487,8 +489,8 @@ def test_a_function_of_the_users_own():
     suite = config("quick")
     suite.update(function=f"{__name__}:scaled", isolate=False, seconds=0.0)
     saved = []
-    found = suites.run(suite, lambda x: saved.append(len(x["comparisons"])))
-    ((row,),) = [comparison["rows"] for comparison in found["comparisons"]]
+    results = suites.run(suite, lambda x: saved.append(len(x["comparisons"])))
+    ((row,),) = [comparison["rows"] for comparison in results["comparisons"]]
     assert row["milliseconds"][0] > 0 and row["fault"] == "" and saved == [1]
     suite.update(function="", only="nothing")
     with pytest.raises(ValueError, match="no comparison of the suite quick has 'nothing' in it"):
@@ -506,8 +508,8 @@ def test_resident_memory_is_measured():
 
 @pytest.mark.slow
 def test_tuning_writes_what_attend_uses(tmp_path, monkeypatch):
-    table, said = tmp_path / "table.json", []
-    line = tuning.tune(table, said.append, length=128, seconds=0.0)
+    table, lines = tmp_path / "table.json", []
+    line = tuning.tune(table, lines.append, length=128, seconds=0.0)
     kind = jax.devices()[0].device_kind
     entry = json.loads(table.read_text())[kind]
     assert str(table) in line and entry["tiles"][0][2] == 1.0 and entry["tiled_above"] > 0
@@ -541,9 +543,9 @@ def test_operations_are_told_apart():
 
     x = jnp.ones((64, 64))
     compiled = jax.jit(work).lower(x).compile()
-    found = profiling.milliseconds_by_kind(compiled, lambda: compiled(x))
-    assert tuple(found) == profiling.KINDS
-    assert found["products"] > 0 and found["exponentials"] > 0
+    milliseconds = profiling.milliseconds_by_kind(compiled, lambda: compiled(x))
+    assert tuple(milliseconds) == profiling.KINDS
+    assert milliseconds["products"] > 0 and milliseconds["exponentials"] > 0
     by_name = profiling.kinds_of_operations(compiled.as_text())
     assert set(by_name.values()) >= {"products", "exponentials", "moves", "rest"}
 

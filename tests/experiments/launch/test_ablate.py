@@ -90,7 +90,10 @@ def test_a_mistake_is_one_line_and_writes_nothing(config, tmp_path, flags, messa
     ("translate", ["--text=a", "--beam_size=0"], "--beam_size=0: must be a whole number of at"),
     ("translate", ["--text=a", "--input=b"], "--text and --input both say what to translate"),
     ("translate", ["--text=a", "--layer=1"], "say what to draw: give --heatmap"),
+    ("translate", ["--text=a", "--heatmap=no/a.png"], "--heatmap=no/a.png: there is no folder no"),
     ("report", ["--watch", "--port=70000"], "--port=70000: must be a whole number from 0 to 65535"),
+    ("report", ["--watch", "--output=out"], "--watch writes nothing: leave out --output, or"),
+    ("report", ["--port=8000"], "--port says where to serve the live page: give --watch"),
     ("benchmark", ["--threshold=nan"], "--threshold=nan: must be a finite number above 0"),
     ("benchmark", ["--config.rounds=0"], "rounds=0 must be a whole number of at least 1"),
 ])  # fmt: skip
@@ -166,9 +169,21 @@ def test_the_product_of_axes_has_every_combination():
     assert {cell.axis for cell in cells} == {"score×heads"}
 
 
+def test_two_axes_of_a_grid_do_not_set_the_same():
+    heads = [{"model.num_heads": h, "model.init_stddev": 0.1} for h in (1, 2)]
+    sizes = [{"model.model_dim": 32, "model.num_heads": h} for h in (1, 2)]
+    axes = {"heads": heads, "size": sizes}
+    assert len(sweep.expand(base(), {"base": {}}, axes)) == 5, "one at a time they may"
+    with one_line(ValueError, "sweep_heads and sweep_size both set model.num_heads, to 1 and 2"):
+        sweep.expand(base(), {"base": {}}, axes, product=True)
+    same = [{"model.init_stddev": 0.1, "model.num_layers": n} for n in (1, 3)]
+    cells = sweep.expand(base(), {"base": {}}, {"heads": heads, "depth": same}, product=True)
+    assert len(cells) == 4, "what agrees is no conflict"
+
+
 def test_the_users_flags_hold_in_every_base():
     bases = {"a": {}, "b": {"train.steps": 7}}
-    cells = sweep.expand(base(), bases, {}, given={"train.steps": 3})
+    cells = sweep.expand(base(), bases, {}, flag_overrides={"train.steps": 3})
     assert [cell.config.train.steps for cell in cells] == [3, 3]
 
 
@@ -216,8 +231,8 @@ def test_two_spellings_of_a_part_are_one_value():
     with one_line(ValueError, "the values rope and RoPE() of position are the same"):
         cells("rope", "alibi", "RoPE()", start="none")
     heads = [{"model.num_kv_heads": 4}, {"model.mlp_dim": 256}, {"model.num_kv_heads": 2}]
-    found = sweep.expand(base(), {"base": {}}, {"sizes": heads})
-    assert [cell.id for cell in found] == ["base", "base.sizes=2"], "4 and 256 are the defaults"
+    sizes = sweep.expand(base(), {"base": {}}, {"sizes": heads})
+    assert [cell.id for cell in sizes] == ["base", "base.sizes=2"], "4 and 256 are the defaults"
 
 
 def test_a_long_value_names_a_folder_that_can_be_made(tmp_path):
@@ -237,10 +252,13 @@ def test_a_variant_that_nothing_reads_is_no_cell_but_an_error():
     })  # fmt: skip
     none = {"model.rnn.attention": "none"}
     assert len(sweep.expand(rnn, {"base": {}}, {"attention": [none]})) == 2, "score is inherited"
-    for bases, given in (({"base": none}, {"model.score": "cosine"}), ({"base": {}}, None)):
-        axes = {} if given else {"score": [none | {"model.score": "cosine"}]}
+    for bases, flag_overrides in (
+        ({"base": none}, {"model.score": "cosine"}),
+        ({"base": {}}, None),
+    ):
+        axes = {} if flag_overrides else {"score": [none | {"model.score": "cosine"}]}
         with one_line(ValueError, "model.score='cosine' is read only with attention, not"):
-            sweep.expand(rnn, bases, axes, given=given)
+            sweep.expand(rnn, bases, axes, flag_overrides=flag_overrides)
 
 
 @pytest.mark.parametrize("code, message", [
@@ -317,9 +335,9 @@ def test_a_value_may_have_a_name_of_its_own():
     assert (cells[1].config.model.model_dim, cells[1].config.model.init_stddev) == (16, 0.25)
 
 
-@pytest.mark.parametrize("given", EXPERIMENTS, ids=lambda x: ":".join([x[0].stem, *x[1:]]))
-def test_every_config_in_the_repository_is_sound(given):
-    path, *arguments = given
+@pytest.mark.parametrize("place", EXPERIMENTS, ids=lambda x: ":".join([x[0].stem, *x[1:]]))
+def test_every_config_in_the_repository_is_sound(place):
+    path, *arguments = place
     module = runpy.run_path(str(path))
     config = module["get_config"](*arguments)
     bases, axes, expected = sweep.load(str(path), "all", config)

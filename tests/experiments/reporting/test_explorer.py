@@ -22,12 +22,12 @@ def unpack(one):
 
 def test_maps_are_packed_within_their_error(tmp_path):
     (cell, *_) = run_directory.load(write_run(tmp_path, CELLS[:1])).cells
-    kept = keep(cell, 2, tokens=7)
+    maps = keep(cell, 2, tokens=7)
     (packed,) = explorer.pack([[cell]])
     assert packed["kept"] == packed["shown"] == [2, 1] and packed["cut"] == 0
-    for kinds, found in zip(kept, packed["cells"]["text"], strict=True):
-        assert list(found) == ["decoder", "cross"]
-        for kind, one in found.items():
+    for kinds, example in zip(maps, packed["cells"]["text"], strict=True):
+        assert list(example) == ["decoder", "cross"]
+        for kind, one in example.items():
             weights = kinds[kind].weights
             error = np.abs(unpack(one) - weights) / weights.max()
             assert (error <= 0.004 * np.sqrt(weights / weights.max()) + 5e-4).all()
@@ -39,14 +39,14 @@ def test_maps_are_packed_within_their_error(tmp_path):
 
 def test_long_examples_are_cut(tmp_path):
     (cell, *_) = run_directory.load(write_run(tmp_path, CELLS[:1])).cells
-    kept = keep(cell, 1, tokens=130, L=1, H=1)
+    maps = keep(cell, 1, tokens=130, L=1, H=1)
     (packed,) = explorer.pack([[cell]])
     assert packed["cut"] == 130
     one = packed["cells"]["text"][0]["cross"]
     assert one["shape"] == [1, 1, explorer.LONGEST, explorer.LONGEST]
-    shown = kept[0]["cross"].weights[..., : explorer.LONGEST, : explorer.LONGEST]
+    shown = maps[0]["cross"].weights[..., : explorer.LONGEST, : explorer.LONGEST]
     np.testing.assert_allclose(unpack(one), shown, atol=0.01)
-    every = kept[0]["cross"].weights
+    every = maps[0]["cross"].weights
     entropy = -np.sum(every * np.log(np.where(every > 0, every, 1)), -1).mean(-1)
     np.testing.assert_allclose(one["entropy"], entropy, atol=3e-3)  # of all, not of what is shown
 
@@ -55,8 +55,8 @@ def test_a_weight_that_is_no_number_is_none(tmp_path):
     (cell, *_) = run_directory.load(write_run(tmp_path, CELLS[:1])).cells
     weights = np.full((1, 1, 2, 2), 0.5, np.float32)
     weights[0, 0, 1] = np.nan, np.inf
-    kept = [{"self": attention_maps.Map(weights, ["a", "b"], ["a", "b"])}]
-    (cell.path / "attention.npz").write_bytes(attention_maps.dump(kept))
+    maps = [{"self": attention_maps.Map(weights, ["a", "b"], ["a", "b"])}]
+    (cell.path / "attention.npz").write_bytes(attention_maps.dump(maps))
     (packed,) = explorer.pack([[cell]])
     one = packed["cells"]["text"][0]["self"]
     np.testing.assert_allclose(unpack(one), [[[[0.5, 0.5], [0, 0]]]])
@@ -69,10 +69,10 @@ def test_a_small_budget_keeps_first_examples_of_all(tmp_path):
         keep(cell, 4, tokens=8)
     (whole,) = explorer.pack([cells])
     assert whole["shown"] == [4, 3]
-    sizes = [len(str(found)) for found in whole["cells"]["text"]]
+    sizes = [len(str(examples)) for examples in whole["cells"]["text"]]
     (few,) = explorer.pack([cells], budget=int(3.6 * 2 * sizes[0]))
     assert few["kept"] == [4, 3] and few["shown"] == [2, 3]
-    assert {len(found) for found in few["cells"].values()} == {2}
+    assert {len(examples) for examples in few["cells"].values()} == {2}
     (tiny,) = explorer.pack([cells], budget=int(1.5 * sizes[0]))
     assert tiny["shown"] == [1, 1]
     assert explorer.pack([cells], budget=0)[0]["cells"] == {}

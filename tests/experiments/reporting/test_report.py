@@ -12,6 +12,7 @@ import pytest
 from experiments.analysis import comparisons, run_directory
 from experiments.reporting import page as report
 from experiments.reporting import plots, terminal
+from experiments.reporting.html import TEMPLATES, render
 from experiments.training import attention_maps
 from support import ROOT
 from support.runs import CELLS, DISAGREE, LONGER, SCRIPT, grid, write_run
@@ -78,6 +79,15 @@ def test_page_is_well_formed_and_small(page, workdir):
     assert page.open == []
     assert page.tags.count("table") == 4  # of the cells and of their pairs, for each group
     assert (workdir / "report.html").stat().st_size < 300_000
+
+
+def test_one_template_holds_the_head_of_all_pages():
+    heads = [path.name for path in TEMPLATES.glob("*.html") if "<head>" in path.read_text("utf-8")]
+    assert heads == ["page.html"]
+    assert "connect-src" not in render("page.html") and "data-version" not in render("page.html")
+    live = render("page.html", version="a<b")
+    assert "connect-src 'self'" in live and 'data-version="a&lt;b"' in live
+    assert not Page(live).open
 
 
 def test_page_needs_no_other_file(page, workdir):

@@ -106,20 +106,20 @@ def test_cells_of_other_seed_counts_are_compared_by_the_seeds_both_have(tmp_path
 
 def test_validation_chooses_and_test_is_reported(tmp_path):
     experiment = run_directory.load(write_run(tmp_path, DISAGREE))
-    found = comparisons.summarize(experiment)
-    rows = {row.cell.id: row for row in found}
-    assert {row.metric for row in found} == {"test/loss"}
+    summary = comparisons.summarize(experiment)
+    rows = {row.cell.id: row for row in summary}
+    assert {row.metric for row in summary} == {"test/loss"}
     a = rows["text.score=a"]
     assert a.primary is a.metrics["validation/loss"] and a.reported is a.metrics["test/loss"]
     assert (a.verdict, rows["text.score=b"].verdict) == ("worse", "better")
-    sentence = findings.finding(experiment, found, "score")
+    sentence = findings.finding(experiment, summary, "score")
     assert sentence == (
         "a did best on validation; on test it is worse than the base (scaled_dot) by "
         "0.203 ± 0.014 nats (significantly different: p < 0.001, Holm)."
     )
-    assert formatting.metric_title(found).startswith("test/loss (lower is better), mean ± 95%")
-    assert "+0.203 ± 0.014 *" in text_of(found, 100)
-    csv_files.write_csv(found, tmp_path / "results.csv")
+    assert formatting.metric_title(summary).startswith("test/loss (lower is better), mean ± 95%")
+    assert "+0.203 ± 0.014 *" in text_of(summary, 100)
+    csv_files.write_csv(summary, tmp_path / "results.csv")
     with open(tmp_path / "results.csv", newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert [line["metric"] for line in lines if line["reported"] == "1"] == ["test/loss"] * 3
@@ -348,16 +348,16 @@ def axis_findings(workdir, cells, **kwargs):
 
 def test_findings(tmp_path):
     text = [cell for cell in CELLS if cell[0] == "text"]
-    found = axis_findings(tmp_path, text)
-    assert found["score"] == (
+    sentences = axis_findings(tmp_path, text)
+    assert sentences["score"] == (
         "additive beats the base (scaled_dot) by 0.100 ± 0.025 nats (significantly different: "
         "p = 0.007, Holm): validation/loss 2.000 ± 0.237 nats."
     )
-    assert found["heads"] == (
+    assert sentences["heads"] == (
         "no value beats the base (4), validation/loss 2.100 ± 0.248 nats; 2 comes closest, worse "
         "by 0.200 ± 0.000 nats (significantly different: p < 0.001, Holm) (8 not run)."
     )
-    assert found["position"] == "no value has a result yet (none failed)."
+    assert sentences["position"] == "no value has a result yet (none failed)."
 
 
 def test_findings_name_what_is_worse_and_what_is_uncertain(tmp_path):
@@ -405,8 +405,8 @@ def test_findings_of_claims_are_about_the_reported_metric(tmp_path):
     ]
     experiment = run_directory.load(write_run(tmp_path, DISAGREE, claims=claims))
     assert list(experiment.claims) == claims
-    found = comparisons.findings(experiment)
-    assert [one.verdict for one in found] == ["holds", "holds", "missing"]
+    findings = comparisons.findings(experiment)
+    assert [one.verdict for one in findings] == ["holds", "holds", "missing"]
 
 
 def test_pairs_are_compared_by_seed_and_corrected_together(experiment):
@@ -417,10 +417,10 @@ def test_pairs_are_compared_by_seed_and_corrected_together(experiment):
     values = {row.cell.id: np.array(row.reported.values) for row in pairs.rows}
     p = np.full((4, 4), math.nan)
     for i, j in itertools.permutations(range(4), 2):
-        found = statistics.paired(values[ids[i]], values[ids[j]])
-        assert pairs.difference[i, j] == pytest.approx(found.difference)
-        assert pairs.interval[i, j] == pytest.approx(found.interval)
-        p[i, j] = found.p
+        paired = statistics.paired(values[ids[i]], values[ids[j]])
+        assert pairs.difference[i, j] == pytest.approx(paired.difference)
+        assert pairs.interval[i, j] == pytest.approx(paired.interval)
+        p[i, j] = paired.p
     above = np.triu_indices(4, 1)
     np.testing.assert_allclose(pairs.p[above], statistics.holm(p[above]))
     np.testing.assert_array_equal(pairs.p, pairs.p.T)
@@ -446,13 +446,13 @@ def test_directories_are_compared_cell_by_cell(tmp_path):
         )
     )
     other = run_directory.load(tmp_path / "b")
-    found = comparisons.between([first, other])
-    assert [change.id for change in found] == ["text", "text.score=additive"]
-    for change in found:
+    changes = comparisons.between([first, other])
+    assert [change.id for change in changes] == ["text", "text.score=additive"]
+    for change in changes:
         assert change.metric == "validation/loss" and change.directory == str(tmp_path / "b")
         assert change.comparison.difference == pytest.approx(0.1)
         assert change.p_holm == pytest.approx(2 * change.comparison.p)
-    assert found[0].changed == ["model.num_layers: None → 3"] and found[1].changed == []
+    assert changes[0].changed == ["model.num_layers: None → 3"] and changes[1].changed == []
     assert comparisons.between([first]) == []
 
 

@@ -133,5 +133,5 @@ except leases.LeaseHeldError:
     for process in several:
         process.stdin.write("\n")
         process.stdin.flush()
-    said = sorted(process.communicate(timeout=60)[0].strip() for process in several)
-    assert said == ["held"] + 5 * ["taken"]
+    replies = sorted(process.communicate(timeout=60)[0].strip() for process in several)
+    assert replies == ["held"] + 5 * ["taken"]

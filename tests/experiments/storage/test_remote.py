@@ -368,12 +368,12 @@ def test_a_checkpoint_is_uploaded_between_its_lines_and_its_mark_before_older_on
             save(here, step)
     done = []
     for method in ("pipe_file", "put_file", "rm_file"):
-        kept = getattr(MemoryFileSystem, method)
+        original = getattr(MemoryFileSystem, method)
 
-        def noted(self, *args, method=method, kept=kept, **kwargs):
+        def noted(self, *args, method=method, original=original, **kwargs):
             place = args[1] if method == "put_file" else args[0]
             done.append((method[:2], place.removeprefix("/run/")))
-            return kept(self, *args, **kwargs)
+            return original(self, *args, **kwargs)
 
         monkeypatch.setattr(MemoryFileSystem, method, noted)
     with mirrors.mirror(run, interrupts.Stop()) as here:
@@ -531,11 +531,11 @@ def test_a_signal_that_ends_the_process_at_once_uploads_first(run, slow):
 def test_a_signal_while_the_last_upload_goes_on_waits_for_its_end(run, slow, monkeypatch):
     put = MemoryFileSystem.put
 
-    def asked(*args, **kwargs):
+    def put_after_signal(*args, **kwargs):
         signal.raise_signal(signal.SIGTERM)
         return put(*args, **kwargs)
 
-    monkeypatch.setattr(MemoryFileSystem, "put", asked)
+    monkeypatch.setattr(MemoryFileSystem, "put", put_after_signal)
     with interrupts.Stop() as stop, mirrors.mirror(run, stop) as here:
         save(here, 1)
     assert fetched(run) == [1] and stop.signal == signal.SIGTERM and not stop.unsaved
@@ -574,11 +574,13 @@ def test_processes_that_do_not_see_the_folder_of_the_first_are_told_what_to_do(
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(mirrors.multihost_utils, "broadcast_one_to_all", lambda x: x)
     for there in ([True, True], [True, False]):
-        seen = np.array(there)
+        is_there = np.array(there)
         monkeypatch.setattr(
-            mirrors.multihost_utils, "process_allgather", lambda own, seen=seen: seen & own
+            mirrors.multihost_utils,
+            "process_allgather",
+            lambda own, is_there=is_there: is_there & own,
         )
-        if seen.all():
+        if is_there.all():
             assert mirrors.shared_folder(tmp_path) == tmp_path
         else:
             with one_line(ValueError, f"{tmp_path}", "set TMPDIR to a folder"):
@@ -593,16 +595,16 @@ def quiet(tmp_path_factory):
     """What an undisturbed run leaves: its result, log and state."""
     directory = tmp_path_factory.mktemp("quiet") / "cells" / "base"
     loop.claim(directory, tiny())
-    found = cells.run_cell(directory.parents[1], cells.Job("base"), Silent())
-    return left(directory, found)
+    result = cells.run_cell(directory.parents[1], cells.Job("base"), Silent())
+    return left(directory, result)
 
 
-def left(directory, found):
+def left(directory, result):
     with mirrors.checkpoint(directory) as here:
         state = checkpoints.read_state(here)
     state["dropout"] = jax.random.key_data(state["dropout"])
     bits = [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]
-    return found["metrics"], paths.read(directory / "metrics.jsonl"), bits
+    return result["metrics"], paths.read(directory / "metrics.jsonl"), bits
 
 
 @pytest.mark.parametrize("stop_at, saved", [(2, 0), (5, 4)])
@@ -614,12 +616,12 @@ def test_a_remote_cell_that_was_stopped_ends_in_the_bits_of_a_local_one(run, qui
     started = []
     shown = Silent()
     shown.start = lambda steps, at: started.append(at)
-    found = cells.run_cell(run, cells.Job("base"), shown)
+    result = cells.run_cell(run, cells.Job("base"), shown)
     assert started == [saved]
-    assert left(directory, found) == quiet
-    assert cells.outcome(directory) == found and "attention.npz" in paths.files(directory)
+    assert left(directory, result) == quiet
+    assert cells.outcome(directory) == result and "attention.npz" in paths.files(directory)
     assert uploaded(directory)[-1] == 6 and len(uploaded(directory)) <= 2
-    assert cells.run_cell(run, cells.Job("base"), Silent()) == found
+    assert cells.run_cell(run, cells.Job("base"), Silent()) == result
 
 
 def test_a_remote_cell_in_parts_and_asked_to_stop_ends_in_the_same_bits(run, quiet):
@@ -639,10 +641,10 @@ def test_a_cell_whose_checkpoints_cannot_be_uploaded_has_failed(run, quick, monk
     loop.claim(directory, tiny(**{"train.steps": 100_000, "train.checkpoint_every": 10}))
     with monkeypatch.context() as patch:
         fail(patch, "put", RuntimeError("no route"))
-        found = cells.run_cell(run, cells.Job("base"), Silent())
+        result = cells.run_cell(run, cells.Job("base"), Silent())
     assert (
-        found["status"] == "failed"
-        and "cannot be written: RuntimeError: no route" in (found["error"])
+        result["status"] == "failed"
+        and "cannot be written: RuntimeError: no route" in (result["error"])
     )
     assert "no route" in paths.read(directory / "traceback.txt")
     cells.forget(directory, ("failed",))
@@ -674,8 +676,8 @@ def test_the_parameters_of_a_remote_run_load_in_one_line(run, tmp_path):
     run.fs.get([(run / n).path for n in paths.files(run)], [
         str(tmp_path / n) for n in paths.files(run)
     ])  # fmt: skip
-    found = [trained.load(place, seed=1).params for place in ("memory://run", tmp_path)]
-    jax.tree.map(np.testing.assert_array_equal, *found)
+    params = [trained.load(place, seed=1).params for place in ("memory://run", tmp_path)]
+    jax.tree.map(np.testing.assert_array_equal, *params)
 
 
 @pytest.mark.slow

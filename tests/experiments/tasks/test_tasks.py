@@ -64,10 +64,10 @@ def scalar_bits(stream, seed, index, draw, position):
     num=st.integers(1, 4),
 )
 def test_bits_are_the_documented_hash(stream, seed, indices, draw, num):
-    found = hashing.bits(stream, seed, np.array(indices, np.int64), draw, num)
+    bits = hashing.bits(stream, seed, np.array(indices, np.int64), draw, num)
     expected = [[scalar_bits(stream, seed, i, draw, j) for j in range(num)] for i in indices]
-    assert found.dtype == np.uint64
-    assert found.tolist() == expected
+    assert bits.dtype == np.uint64
+    assert bits.tolist() == expected
 
 
 def test_hash_is_splitmix64():
@@ -247,7 +247,7 @@ def test_recall_answers(pairs, spare_length, spare_vocab, power, seed):
     for inputs, targets, weights in zip(
         *(batch[key].tolist() for key in ("inputs", "targets", "weights")), strict=True
     ):
-        value_of, asked = {}, []
+        value_of, queries = {}, []
         for t in range(0, 2 * pairs, 2):
             key, value = inputs[t], inputs[t + 1]
             assert key < half <= value
@@ -258,11 +258,11 @@ def test_recall_answers(pairs, spare_length, spare_vocab, power, seed):
             if inputs[t] in value_of:  # a query: it has a target, so there are no phantom queries
                 assert weights[t] == 1
                 assert targets[t] == value_of[inputs[t]]
-                asked.append(inputs[t])
+                queries.append(inputs[t])
             else:
                 assert weights[t] == 0
                 assert inputs[t] not in value_of.values()  # no answer stands in the input
-        assert sorted(asked) == sorted(value_of)
+        assert sorted(queries) == sorted(value_of)
         assert sum(weights) == pairs
         assert sum(weights[: 2 * pairs]) == 0
 
@@ -271,10 +271,10 @@ def test_recall_answers(pairs, spare_length, spare_vocab, power, seed):
 def test_recall_queries_follow_the_power_law(power):
     task = tasks.Recall(num_pairs=1, length=12, power=power)
     n = 20_000
-    found = task.batch(0, np.arange(n))["weights"].sum(axis=0)[2:]
+    counts = task.batch(0, np.arange(n))["weights"].sum(axis=0)[2:]
     expected = np.arange(1.0, 11.0) ** (power - 1)
     expected *= n / expected.sum()
-    assert np.all(abs(found - expected) < 4.5 * expected**0.5)
+    assert np.all(abs(counts - expected) < 4.5 * expected**0.5)
 
 
 def test_recall_order_of_queries_tells_nothing():
@@ -374,9 +374,9 @@ def test_text_split_and_windows(level, tmp_path):
     batch = task.batch(0, np.arange(20_000))
     windows = {tuple(train[i : i + 16]): i for i in range(size - 15)}
     rows = np.concatenate([batch["inputs"], batch["targets"][:, -1:]], axis=1).tolist()
-    seen = {windows[tuple(row)] for row in rows}
+    starts = {windows[tuple(row)] for row in rows}
     assert len(windows) == size - 15
-    assert seen == set(windows.values())
+    assert starts == set(windows.values())
     np.testing.assert_array_equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])
 
 

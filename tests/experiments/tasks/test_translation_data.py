@@ -133,15 +133,15 @@ def test_arrays_hold_the_sentences(tmp_path):
     german, english = sentences(40)
     assert task.vocab_size == 4 + 40 + 40 + 2
     for batch in (task.batch(0, np.arange(40)), task.batch(7, np.arange(40, 80))):
-        seen = set()
+        numbers = set()
         for i in range(40):
             source = decoded(task, batch["source"][i])
             number = int(source[0][1:])
-            seen.add(number)
+            numbers.add(number)
             assert source == [*german[number].split(), "<end>"]
             assert decoded(task, batch["targets"][i]) == [*english[number].split(), "<end>"]
             assert batch["source_lengths"][i] == len(source)
-        assert seen == set(range(40))
+        assert numbers == set(range(40))
     assert task.sources("validation") == sentences(6, 1000)[0]
     assert task.references("test") == sentences(5, 2000)[1]
     with one_line(ValueError, "'train'", "validation, test"):
@@ -238,7 +238,7 @@ def test_dates_are_right():
         r"[A-Z]\w+day, [A-Z]\w+ \d+ \d{4}": "%A, %B %d %Y",
         r"\d+\. \d+\. \d{4}": "%d. %m. %Y",
     }
-    found = collections.Counter()
+    counts = collections.Counter()
     for phrase, iso in zip(
         *phrases.generate("dates", hashing.TRAIN, 0, np.arange(3000)), strict=True
     ):
@@ -246,7 +246,7 @@ def test_dates_are_right():
         assert 1950 <= day.year < 2050
         plain = re.sub(r"(?<=\d)(st|nd|rd|th)\b", "", phrase)
         (form,) = [f for pattern, f in forms.items() if re.fullmatch(pattern, plain)]
-        found[form] += 1
+        counts[form] += 1
         parsed = datetime.datetime.strptime(plain, form).date()
         if "%y" in form:
             assert (parsed.month, parsed.day, parsed.year % 100) == (
@@ -258,7 +258,7 @@ def test_dates_are_right():
             assert parsed == day
         if "%A" in form:
             assert phrase.startswith(day.strftime("%A"))
-    assert len(found) == 11
+    assert len(counts) == 11
     ordinals = {
         phrases._date(i, 8)[0].split()[1]
         for i in range(31)  # January 1950
@@ -598,17 +598,6 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, no_learning, cac
     assert subwords(folder, max_vocab_size=42).vocab_size == 42
 
 
-def test_cache_folder_follows_the_platform(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert vocabulary.cache_folder() == tmp_path / "cache" / "attention"
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    expected = {"linux": ".cache", "darwin": "Library/Caches", "win32": "Local"}
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "Local"))
-    for platform, place in expected.items():
-        monkeypatch.setattr(sys, "platform", platform)
-        assert vocabulary.cache_folder() == tmp_path / place / "attention"
-
-
 @pytest.mark.parametrize("tokenizer", vocabulary.SUBWORDS)
 def test_impossible_numbers_of_subwords(tokenizer):
     with one_line(ValueError, "max_vocab_size=900", "at most"):
@@ -633,15 +622,19 @@ def test_learning_is_quiet(capfd):
 def test_fingerprint(tmp_path):
     folder = tmp_path / "c"
     base = make(corpus(folder))
-    found = [base.fingerprint, dataclasses.replace(base, min_count=2).fingerprint]
-    found += [dataclasses.replace(base, source="en", target="de").fingerprint]
-    found += [dataclasses.replace(base, joint=False).fingerprint]
+    fingerprints = [base.fingerprint, dataclasses.replace(base, min_count=2).fingerprint]
+    fingerprints += [dataclasses.replace(base, source="en", target="de").fingerprint]
+    fingerprints += [dataclasses.replace(base, joint=False).fingerprint]
     for i, name in enumerate(("valid__de", "valid__en", "test__de", "test__en")):
         lines = (folder / name.replace("__", ".")).read_text().splitlines()
         write(folder, **{name: ["wort wort", *lines[1:]]})
-        found.append(make(str(folder), length=20 + i).fingerprint)
-    assert len(set(found)) == len(found) and all(re.fullmatch("[0-9a-f]{16}", f) for f in found)
-    assert dataclasses.replace(base, length=30).fingerprint == found[-1]  # the length is no text
+        fingerprints.append(make(str(folder), length=20 + i).fingerprint)
+    assert len(set(fingerprints)) == len(fingerprints) and all(
+        re.fullmatch("[0-9a-f]{16}", f) for f in fingerprints
+    )
+    assert (
+        dataclasses.replace(base, length=30).fingerprint == fingerprints[-1]
+    )  # the length is no text
 
 
 # Buckets
@@ -656,12 +649,12 @@ def test_buckets_pad_the_least(lengths, most):
     def padded(edges):
         return sum(min(e for e in edges if e >= n) for n in lengths)
 
-    found = buckets.choose(np.array(lengths), most)
+    widths = buckets.choose(np.array(lengths), most)
     values = sorted(set(lengths))
-    assert list(found) == sorted(set(found)) and found[-1] == values[-1]
-    assert len(found) == min(most, len(values))
-    every = itertools.combinations(values[:-1], len(found) - 1)
-    assert padded(found) == min(padded((*edges, values[-1])) for edges in every)
+    assert list(widths) == sorted(set(widths)) and widths[-1] == values[-1]
+    assert len(widths) == min(most, len(values))
+    every = itertools.combinations(values[:-1], len(widths) - 1)
+    assert padded(widths) == min(padded((*edges, values[-1])) for edges in every)
 
 
 @hypothesis_settings(deadline=None, max_examples=40)
@@ -672,14 +665,14 @@ def test_buckets_pad_the_least(lengths, most):
 def test_turns_are_in_proportion(sizes, data):
     counts, rows = zip(*sizes, strict=True)
     steps = 300
-    taken = [0] * len(sizes)
+    turns = [0] * len(sizes)
     total = sum(n / b for n, b in sizes)
     for step in range(steps):
         bucket, batch = buckets.turn(counts, rows, step)
-        assert batch == taken[bucket]  # each of a bucket's batches once, in order
-        taken[bucket] += 1
-        rounds = max(t * b / n for t, (n, b) in zip(taken, sizes, strict=True))
-        least = min((t + 1) * b / n for t, (n, b) in zip(taken, sizes, strict=True))
+        assert batch == turns[bucket]  # each of a bucket's batches once, in order
+        turns[bucket] += 1
+        rounds = max(t * b / n for t, (n, b) in zip(turns, sizes, strict=True))
+        least = min((t + 1) * b / n for t, (n, b) in zip(turns, sizes, strict=True))
         # No bucket is more than a round and a batch ahead of another.
         assert rounds - least <= 1 + max(b / n for n, b in sizes)
     step = data.draw(st.integers(0, 10**12))
@@ -706,21 +699,21 @@ def test_every_example_once_per_pass_whatever_the_bucket(tmp_path):
     edges = np.searchsorted([4, 6, 12], longest)
     orders = {}
     for seed in (0, 5):
-        seen = collections.defaultdict(list)
+        numbers = collections.defaultdict(list)
         for step in range(140):
             batch = task.step_batch(seed, step, 3)
             rows = [int(decoded(task, row)[0][1:]) for row in batch["source"]]
             (bucket,) = set(edges[rows].tolist())
             assert len(rows) == 3 * 12 // max(batch["source"].shape[1], batch["inputs"].shape[1])
-            seen[bucket] += rows
-        for bucket, rows in seen.items():
+            numbers[bucket] += rows
+        for bucket, rows in numbers.items():
             members = sorted(np.flatnonzero(edges == bucket).tolist())
             passes = [rows[i : i + len(members)] for i in range(0, len(rows), len(members))]
             assert len(passes) > 2 and passes[0] != passes[1] != members
             assert all(sorted(one) == members for one in passes[:-1])
             assert len(set(passes[-1])) == len(passes[-1])
-        assert len(seen) == 3
-        orders[seed] = seen
+        assert len(numbers) == 3
+        orders[seed] = numbers
     assert orders[0] != orders[5]
     assert {k: len(v) for k, v in orders[0].items()} == {k: len(v) for k, v in orders[5].items()}
 
@@ -800,9 +793,9 @@ def test_bleu_by_its_definition():
         logs.append(math.log(sum((h & r).values()) / sum(h.values())))
     expected = 100 * math.exp(sum(logs) / 4 + 1 - len(reference) / len(hypothesis))
     texts = [" ".join(hypothesis)], [" ".join(reference)]
-    found = bleu.score(*texts, "none")
-    assert found["bleu"] == pytest.approx(expected)
-    assert found["exact_match"] == 0 and 50 < found["chrf"] < 100
+    scores = bleu.score(*texts, "none")
+    assert scores["bleu"] == pytest.approx(expected)
+    assert scores["exact_match"] == 0 and 50 < scores["chrf"] < 100
     both = bleu.score([texts[0][0], "so  it is"], [texts[1][0], "so it is"], "none")
     assert both["exact_match"] == 0.5
 
@@ -827,10 +820,12 @@ def test_bleu_by_length(tmp_path):
     sources = [" ".join(["a"] * n) for n in (1, 10, 11, 25)]
     references = ["p q", "b c d e f", "g h i j k", "l m n o p"]
     hypotheses = [*references[:2], "g h i j x", "x x x x x"]
-    found = task.bleu_by_length(hypotheses, references, sources)
-    assert list(found) == ["1-10", "11-20", "21-30"]
-    assert found["1-10"] == pytest.approx(100) and found["21-30"] < 20
-    assert found["11-20"] == pytest.approx(bleu.score(["g h i j x"], ["g h i j k"], "none")["bleu"])
+    by_length = task.bleu_by_length(hypotheses, references, sources)
+    assert list(by_length) == ["1-10", "11-20", "21-30"]
+    assert by_length["1-10"] == pytest.approx(100) and by_length["21-30"] < 20
+    assert by_length["11-20"] == pytest.approx(
+        bleu.score(["g h i j x"], ["g h i j k"], "none")["bleu"]
+    )
     # Two words have no 4-grams: that is no fault of theirs.
     short = task.bleu_by_length(["p q"], ["p q"], ["a"])
     assert short == pytest.approx({"1-10": 100})

@@ -35,10 +35,10 @@ def test_long_examples_are_looked_at_from_their_start(monkeypatch):
     np.testing.assert_array_equal(few["source_lengths"], np.minimum(whole["source_lengths"][:5], 4))
 
 
-def measure(found, batch):
+def measure(by_kind, batch):
     """As a program does it, all examples at once."""
     return attention_stats.means(
-        jax.tree.map(lambda x: x[None], attention_stats.totals(found, batch))
+        jax.tree.map(lambda x: x[None], attention_stats.totals(by_kind, batch))
     )
 
 
@@ -59,9 +59,9 @@ def test_entropy_and_first_token_are_those_of_the_definition():
                         values.append(-np.sum(p * np.log(p)))
             entropy[layer, head], first[layer, head] = np.mean(values), np.mean(shares)
     batch = {"inputs": np.zeros((3, 5), np.int32)}
-    found = measure({"self": w}, batch)["self"]
-    np.testing.assert_allclose(found["entropy"], entropy, rtol=1e-5)
-    np.testing.assert_allclose(found["first_token"], first, rtol=1e-5)
+    means = measure({"self": w}, batch)["self"]
+    np.testing.assert_allclose(means["entropy"], entropy, rtol=1e-5)
+    np.testing.assert_allclose(means["first_token"], first, rtol=1e-5)
     one = [
         attention_stats.totals({"self": w[:, b : b + 1]}, {"inputs": np.zeros((1, 5))})
         for b in range(3)
@@ -83,17 +83,17 @@ def test_padded_queries_do_not_count(kind):
     assert not real.all()
     w = np.zeros((1, B, 1, queries, keys), np.float32)
     w[..., 0] = np.where(real, 0.25, 1.0)[None, :, None]
-    found = measure({kind: w}, few)[kind]
-    assert found["first_token"] == pytest.approx(0.25)
-    assert found["entropy"] == pytest.approx(0)
+    means = measure({kind: w}, few)[kind]
+    assert means["first_token"] == pytest.approx(0.25)
+    assert means["entropy"] == pytest.approx(0)
 
 
 def test_maps_come_back_as_they_were_kept():
     task, few = pairs()
     T, S = few["inputs"].shape[1], few["source"].shape[1]
     w = np.random.default_rng(0).random((2, 5, 3, T, S)).astype(np.float32)
-    kept = attention_maps.keep(task, few, {"cross": w})
-    for b, kinds in enumerate(kept):
+    maps = attention_maps.keep(task, few, {"cross": w})
+    for b, kinds in enumerate(maps):
         weights, query, key = kinds["cross"]
         assert len(key) == few["source_lengths"][b] and len(query) == few["weights"][b].sum()
         np.testing.assert_array_equal(weights, w[:, b, :, : len(query), : len(key)])

@@ -28,9 +28,9 @@ FULL = {"mesh": "data:4,model:2", "fully_sharded": True}
 def folder(tmp_path_factory):
     """One for all of pytest's processes."""
     base = tmp_path_factory.getbasetemp()
-    found = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "mesh"
-    found.mkdir(exist_ok=True)
-    return found
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "mesh"
+    shared.mkdir(exist_ok=True)
+    return shared
 
 
 REVERSE = {
@@ -52,7 +52,7 @@ def answers(folder):
 
 
 def _answers(folder):
-    found = {"one": meshes.train(meshes.RECALL, folder / "one")}
+    answers = {"one": meshes.train(meshes.RECALL, folder / "one")}
     assert meshes.train(meshes.RECALL, folder / "one, then eight", stop_at=3) is None
     jobs = {
         name: ["train", changes, str(folder / name), *stop_at]
@@ -66,7 +66,7 @@ def _answers(folder):
     for mesh, full in (("data:1", False), ("data:8", True)):
         jobs[f"flops {mesh} {full}"] = ["flops", mesh, full]
     jobs["gathers"] = ["gathers", FULL["mesh"]]
-    return found | meshes.on_eight_devices(jobs)
+    return answers | meshes.on_eight_devices(jobs)
 
 
 def assert_same(run, reference):
@@ -96,8 +96,8 @@ RNN = {"model.architecture": "rnn", "model.mlp_dim": None}
 def test_other_runs_on_a_mesh(tmp_path, task, changes):
     alone = {k: x for k, x in changes.items() if k not in FULL}
     jobs = {
-        str(i): ["train", {"task": task, **given}, str(tmp_path / str(i))]
-        for i, given in enumerate((alone, changes))
+        str(i): ["train", {"task": task, **overrides}, str(tmp_path / str(i))]
+        for i, overrides in enumerate((alone, changes))
     }
     one, several = meshes.on_eight_devices(jobs).values()
     assert_same(several, one)
@@ -300,8 +300,8 @@ def test_batches_are_filled_up_by_rows_that_do_not_count():
 def test_two_processes_train_one_model_and_one_goes_on(answers, folder):
     """Both write the checkpoint, the first everything else; one process restores it."""
     workdir = folder / "two processes"
-    said = meshes.finish(meshes.two_processes(folder, workdir))
-    assert any("validation/accuracy" in line for line in said[0]) and not said[1]
+    outputs = meshes.finish(meshes.two_processes(folder, workdir))
+    assert any("validation/accuracy" in line for line in outputs[0]) and not outputs[1]
     log = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((workdir / "result.json").read_text())
     assert_same({"log": log, "metrics": result["metrics"]}, answers["one"])

@@ -14,7 +14,7 @@ from support.training import run, tiny
 
 
 @pytest.fixture
-def seen(monkeypatch, tmp_path):
+def train_and_record(monkeypatch, tmp_path):
     """Trains a config; the state it started from and the batches that its steps were given."""
 
     def train_and_watch(config, name):
@@ -53,17 +53,19 @@ def assert_equal(ours, theirs):
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
-def test_cells_of_a_sweep_start_alike_and_see_the_same(seen):
+def test_cells_of_a_sweep_start_alike_and_see_the_same(train_and_record):
     config = functools.partial(tiny, **{"model.num_layers": 1, "train.steps": 3})
-    ours, our_batches, our_result = seen(config(), "base")
-    theirs, their_batches, their_result = seen(config(**{"optimizer.learning_rate": 0.1}), "rate")
+    ours, our_batches, our_result = train_and_record(config(), "base")
+    theirs, their_batches, their_result = train_and_record(
+        config(**{"optimizer.learning_rate": 0.1}), "rate"
+    )
     assert_equal(ours, theirs)
     assert len(our_batches) == len(their_batches) == 3
     for batch, other in zip(our_batches, their_batches, strict=True):
         assert_equal(batch, other)
     assert our_result["metrics"] != their_result["metrics"]
 
-    theirs, their_batches, _ = seen(config(**{"model.score": "general"}), "score")
+    theirs, their_batches, _ = train_and_record(config(**{"model.score": "general"}), "score")
     np.testing.assert_array_equal(ours["dropout"], theirs["dropout"])
     assert_shared_are_equal(ours["params"], theirs["params"])
     for batch, other in zip(our_batches, their_batches, strict=True):

@@ -105,9 +105,9 @@ def test_patience_ends_a_run_that_gets_no_better(tmp_path):
     changes = {"train.steps": 40, "train.eval_every": 2, "optimizer.learning_rate": 0.0}
     changes |= {"optimizer.final_learning_rate": 0.0, "train.patience": 3}
     config = tiny(**changes)
-    found = run(config, tmp_path)
-    assert found["status"] == "done" and found["steps"] == 8  # the first, and three no better
-    assert run(config, tmp_path)["metrics"] == found["metrics"], "ended is ended"
+    result = run(config, tmp_path)
+    assert result["status"] == "done" and result["steps"] == 8  # the first, and three no better
+    assert run(config, tmp_path)["metrics"] == result["metrics"], "ended is ended"
 
 
 def test_a_loss_that_explodes_ends_the_run(tmp_path):
@@ -161,10 +161,10 @@ def test_a_checkpoint_of_another_jax_goes_on(tmp_path, version):
     shown = Silent()
     shown.start = lambda steps, at: started.append(at)
     started = []
-    found = loop.train(config, tmp_path / "there", shown)
+    result = loop.train(config, tmp_path / "there", shown)
     assert started == [4]
     for name, values in run(config, tmp_path / "here")["metrics"].items():
-        np.testing.assert_allclose(found["metrics"][name], values, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(result["metrics"][name], values, rtol=1e-4, err_msg=name)
 
 
 def test_a_record_is_read_as_it_was_described_in_a_checkpoint():
@@ -172,13 +172,13 @@ def test_a_record_is_read_as_it_was_described_in_a_checkpoint():
     described = json.loads(json.dumps(record.describe()))
     names = "seconds log_bytes pending first_loss best since ended"  # also in older checkpoints
     assert set(described) == set(names.split())
-    found = RunRecord.read(described)
-    np.testing.assert_array_equal(found.pending[0]["loss"], record.pending[0]["loss"])
-    found.judge(2.0, patience=2)
-    found.judge(2.0, patience=2)
-    assert not found.ended
-    found.judge(3.0, patience=2)
-    assert found.ended and found.best == 2.0
+    restored = RunRecord.read(described)
+    np.testing.assert_array_equal(restored.pending[0]["loss"], record.pending[0]["loss"])
+    restored.judge(2.0, patience=2)
+    restored.judge(2.0, patience=2)
+    assert not restored.ended
+    restored.judge(3.0, patience=2)
+    assert restored.ended and restored.best == 2.0
 
 
 def restored_params(config, directory):
@@ -197,18 +197,18 @@ def test_parameters_load_in_one_line_and_go_to_other_code(tmp_path):
     params = trained.load(tmp_path, seed=1).params
     expected = jax.tree.map(lambda x: x[1], restored_params(config, tmp_path))
     jax.tree.map(np.testing.assert_array_equal, params, expected)
-    found = trained.load(tmp_path)
-    inputs = found.task.eval_splits()["validation"]["inputs"]
-    assert np.isfinite(jax.jit(found.model.apply)(found.params, inputs)).all()
+    model = trained.load(tmp_path)
+    inputs = model.task.eval_splits()["validation"]["inputs"]
+    assert np.isfinite(jax.jit(model.model.apply)(model.params, inputs)).all()
 
     path = tmp_path / "model.safetensors"
-    trained.save_safetensors(found, path)
+    trained.save_safetensors(model, path)
     arrays = safetensors.numpy.load_file(path)
     np.testing.assert_array_equal(
         arrays["decoder.layer_1.mlp.in.kernel"],
-        found.params["params"]["decoder"]["layer_1"]["mlp"]["in"]["kernel"],
+        model.params["params"]["decoder"]["layer_1"]["mlp"]["in"]["kernel"],
     )
-    assert sum(x.size for x in arrays.values()) == sum(x.size for x in leaves(found.params))
+    assert sum(x.size for x in arrays.values()) == sum(x.size for x in leaves(model.params))
     with safetensors.safe_open(path, "numpy") as file:
         described = json.loads(file.metadata()["config"])
     assert settings.read(described) == config
@@ -228,8 +228,8 @@ def test_what_a_run_writes(tmp_path):
     params = jax.tree.map(lambda x: x[0], restored_params(config, tmp_path))
     assert result["num_params"] == sum(leaf.size for leaf in jax.tree.leaves(params))
     examples = attention_maps.load(tmp_path / "attention.npz")
-    assert len(examples) == attention_maps.KEPT
-    assert len({tuple(kinds["self"].query) for kinds in examples}) == attention_maps.KEPT
+    assert len(examples) == attention_maps.NUM_MAPS
+    assert len({tuple(kinds["self"].query) for kinds in examples}) == attention_maps.NUM_MAPS
     for kinds in examples:
         assert kinds["self"].weights.shape == (2, 2, 8, 8)
         np.testing.assert_allclose(kinds["self"].weights.sum(-1), 1, atol=2e-3)
@@ -378,11 +378,11 @@ def test_bad_settings_are_found_before_anything_is_compiled(change, message):
 
 def with_value(name, value):
     """The default settings with one that need not be of its type."""
-    found = settings.config("recall")
+    config = settings.config("recall")
     *path, last = name.split(".")
-    with found.ignore_type():
-        settings.get(found, ".".join(path))[last] = value
-    return found
+    with config.ignore_type():
+        settings.get(config, ".".join(path))[last] = value
+    return config
 
 
 NUMBERS = [
@@ -448,11 +448,11 @@ def test_all_settings_are_listed_with_range_and_default():
 def test_a_directory_from_before_settings_were_checked_still_loads():
     config = settings.config("copy")
     config.model.update(architecture="rnn", position="learned", mask="full", norm="post")
-    found = settings.read(settings.complete(settings.describe(config)))
-    assert found.model.norm == "post"
-    loop.build(found)
+    old = settings.read(settings.complete(settings.describe(config)))
+    assert old.model.norm == "post"
+    loop.build(old)
     with pytest.raises(ValueError, match="model.mask='full' is read only with"):
-        loop.check(found)
+        loop.check(old)
 
 
 def test_a_directory_of_another_experiment_is_left_alone(tmp_path):
@@ -501,27 +501,27 @@ def test_tensorboard_shows_a_step_once_after_a_kill(tmp_path):
 
 def logged(directory):
     """(step, name, mean over seeds) of all lines."""
-    found = []
+    points = []
     for line in (directory / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         step = record.pop("step")
-        found += [(step, name, pytest.approx(np.mean(x))) for name, x in record.items()]
-    return found
+        points += [(step, name, pytest.approx(np.mean(x))) for name, x in record.items()]
+    return points
 
 
 def scalars(directory):
     """(step, name, value) of all that TensorBoard would show."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found = []
+    points = []
     for path in directory.glob("events.*"):
         content = path.read_bytes()
         while content:  # length, its checksum, the record, its checksum
             (length,) = struct.unpack("<Q", content[:8])
             event = Event.FromString(content[12 : 12 + length])
-            found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            points += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
             content = content[16 + length :]
-    return found
+    return points
 
 
 @pytest.mark.slow
