@@ -32,7 +32,8 @@ class Elementwise(NamedTuple):
     Attributes:
       numbers: (params of a head, head) -> [n] float32, c.
       score: (d, i, j, [n scalars]) -> s; d = q' · k' float32, i and j int32.
-      pullback: (d, i, j, [n scalars], ds) -> dd, [the gradient of each number, at each pair].
+      pullback: (d, i, j, [n scalars], ds, add) -> dd; add(n, x) gets the gradient of number n at each
+        pair, as soon as it is computed, and None leaves them out.
       visible: (i, j, counts) -> bool, counts int32 scalars; None: all pairs are.
       sink: params of a head -> the score of a key without a value, −inf for none.
       per_query_head: whether query heads of a group see other features of their key.
@@ -40,7 +41,7 @@ class Elementwise(NamedTuple):
 
     numbers: Callable[[Params, Array], Array]
     score: Callable[..., Array]
-    pullback: Callable[..., tuple[Array, list[Array]]]
+    pullback: Callable[..., Array]
     visible: Callable[..., Array] | None
     sink: Callable[[Params], Array]
     per_query_head: bool
@@ -147,9 +148,7 @@ def _elementwise(mechanism, num_heads, lengths, widths, counts):
     return Elementwise(
         numbers=lambda params, head: body.numbers([*jax.tree.leaves(params), head]),
         score=lambda d, i, j, numbers: body.in_kernel([i, j], d, numbers)[0],
-        pullback=lambda d, i, j, numbers, ds: _halves(
-            pullback.in_kernel([i, j, d, *numbers, ds], None, [])
-        ),
+        pullback=functools.partial(_pull, pullback),
         visible=None
         if visible is None
         else lambda i, j, counts: visible.in_kernel([i, j, *counts], None, [])[0],
@@ -165,8 +164,12 @@ _LENGTHS = {
 }
 
 
-def _halves(results):
-    return results[0], results[1:]
+def _pull(pullback, d, i, j, numbers, ds, add=None):
+    def finished(n, x):
+        if add is not None and n > 0:
+            add(n - 1, jnp.broadcast_to(x, ds.shape))
+
+    return pullback.in_kernel([i, j, d, *numbers, ds], None, [], finished)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,24 +318,37 @@ class _Cut:
         values = [held[atom].astype(jnp.float32) for atom in self.of_head]
         return jnp.stack(values) if values else jnp.zeros(0, jnp.float32)
 
-    def on_tile(self, inputs, d, numbers, apply=None):
-        """The output, of tiles; plain JAX unless `apply` computes the operations."""
+    def on_tile(self, inputs, d, numbers):
+        """The output of tiles, in plain JAX."""
         return self._outputs(inputs, d, numbers, _apply)[0]
 
-    def in_kernel(self, inputs, d, numbers):
-        """The outputs, of tiles and scalars, by operations of a kernel."""
-        return self._outputs(inputs, d, numbers, _lowered)
+    def in_kernel(self, inputs, d, numbers, finished=None):
+        """The outputs, of tiles and scalars, by operations of a kernel.
 
-    def _outputs(self, inputs, d, numbers, apply):
+        finished(n, x): is called once output n is known, before what comes after it.
+        """
+        return self._outputs(inputs, d, numbers, _lowered, finished)
+
+    def _outputs(self, inputs, d, numbers, apply, finished=None):
         held = dict(zip(self.inputs, inputs, strict=True))
         for atom, x in zip(self.of_head, numbers, strict=True):
             held[atom] = x.astype(atom.aval.dtype)
+        waiting = dict(enumerate(self.trace.jaxpr.outvars)) if finished else {}
+
+        def report():
+            for n, atom in [*waiting.items()]:
+                if isinstance(atom, core.Literal) or atom in held:
+                    del waiting[n]
+                    finished(n, _value(held, atom))
+
         for equation in self.equations:
             if self.is_product(equation):
                 held[equation.outvars[0]] = d
                 continue
             operands = [_value(held, atom) for atom in equation.invars]
             held |= zip(equation.outvars, apply(equation, operands), strict=True)
+            report()
+        report()
         return [_value(held, atom) for atom in self.trace.jaxpr.outvars]
 
 
