@@ -36,6 +36,7 @@ class Elementwise(NamedTuple):
         pair, as soon as it is computed, and None leaves them out.
       visible: (i, j, counts) -> bool, counts int32 scalars; None: all pairs are.
       sink: params of a head -> the score of a key without a value, −inf for none.
+      has_sink: whether there is a sink.
       per_query_head: whether query heads of a group see other features of their key.
     """
 
@@ -44,6 +45,7 @@ class Elementwise(NamedTuple):
     pullback: Callable[..., Array]
     visible: Callable[..., Array] | None
     sink: Callable[[Params], Array]
+    has_sink: bool
     per_query_head: bool
 
 
@@ -51,22 +53,36 @@ class _Refused(Exception):
     """Why a mechanism is no such function."""
 
 
-@functools.cache
-def elementwise(
-    mechanism: Mechanism,
-    num_heads: int,
-    lengths: tuple[int, int],
-    widths: tuple[int, int],
-    counts: tuple[str, ...] = (),
-) -> Elementwise | str:
-    """`Elementwise` of a mechanism, or why it is none.
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is known of a call while tracing.
 
-    `lengths` are T and S, `widths` D and V; `counts` the names of the lengths that are passed to
-    `attend`, in the order in which `visible` takes them.
+    Attributes:
+      heads: H query heads.
+      lengths, widths: T and S, D and V.
+      counts: the names of the lengths that are passed to `attend`.
     """
+
+    mechanism: Mechanism
+    heads: int
+    lengths: tuple[int, int]
+    widths: tuple[int, int]
+    counts: tuple[str, ...] = ()
+
+
+def elementwise(setting: Setting) -> Elementwise:
+    """`Elementwise` of a mechanism. Raises ValueError where it is none, saying why."""
+    result = _elementwise_or_reason(setting)
+    if isinstance(result, str):
+        raise ValueError(result)
+    return result
+
+
+@functools.cache
+def _elementwise_or_reason(setting):
     try:
         with jax.enable_x64(False):
-            return _elementwise(mechanism, num_heads, lengths, widths, counts)
+            return _elementwise(setting)
     except _Refused as reason:
         return str(reason)
 
@@ -75,7 +91,8 @@ _SIZE = (8, 12)  # of the tile that is traced: a vector of one axis is none of t
 _ONLINE = ("weight", "start", "update", "finish", "statistic_jvp")
 
 
-def _elementwise(mechanism, num_heads, lengths, widths, counts):
+def _elementwise(setting):
+    mechanism, counts = setting.mechanism, setting.counts
     normalizer, position, mask = mechanism.normalizer, mechanism.position, mechanism.mask
     if not isinstance(normalizer, Softmax) or any(
         getattr(type(normalizer), name) is not getattr(Softmax, name) for name in _ONLINE
@@ -87,17 +104,18 @@ def _elementwise(mechanism, num_heads, lengths, widths, counts):
         if not set(names) & set(counts):
             raise _Refused(f"it computes masks of positions and lengths alone, not {mask}")
 
-    shapes = params_shape(mechanism, num_heads, *widths)
+    shapes = params_shape(mechanism, setting.heads, *setting.widths)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], jnp.float32), shapes)
-    query, key = (jax.ShapeDtypeStruct((n, widths[0]), jnp.float32) for n in _SIZE)
+    query, key = (jax.ShapeDtypeStruct((n, setting.widths[0]), jnp.float32) for n in _SIZE)
     index = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in _SIZE]
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     weights = jax.ShapeDtypeStruct(_SIZE, jnp.float32)
 
     def tile_of(i, j, head=np.int32(0), **lengths_of_example):
         return _Tile(
-            i, j, i, j, head, num_heads, consecutive=True, sizes=lengths, **lengths_of_example
-        )
+            i, j, i, j, head, setting.heads, consecutive=True, sizes=setting.lengths,
+            **lengths_of_example,
+        )  # fmt: skip
 
     def features(params, query, key, i, j):
         rotate, own = position.rotate, params["position"]
@@ -136,7 +154,7 @@ def _elementwise(mechanism, num_heads, lengths, widths, counts):
     if type(mask) is not masks.Full:
 
         def limits(i, j, *numbers):
-            own = {_LENGTHS[name]: n for name, n in zip(counts, numbers, strict=True)}
+            own = {LENGTHS[name]: n for name, n in zip(counts, numbers, strict=True)}
             return mask.tile(tile_of(i, j, **own))
 
         args = (*index, *[scalar] * len(counts))
@@ -153,11 +171,12 @@ def _elementwise(mechanism, num_heads, lengths, widths, counts):
         if visible is None
         else lambda i, j, counts: visible.in_kernel([i, j, *counts], None, [])[0],
         sink=lambda params: jnp.asarray(normalizer.sink(params["normalizer"]), jnp.float32),
+        has_sink=type(normalizer).sink is not Softmax.sink,
         per_query_head=_depends(_trace(of_key_alone, params).jaxpr),
     )
 
 
-_LENGTHS = {
+LENGTHS = {
     "query_lengths": "query_length",
     "key_lengths": "key_length",
     "prefix_lengths": "prefix_length",
@@ -197,7 +216,8 @@ class _Tile(Tile):
             )
         picked = jnp.broadcast_to(values[int(columns[0])], distance.shape)
         for start in starts.tolist():
-            picked = jnp.where(distance >= start + 1 - S, values[int(columns[start])], picked)
+            step = values[int(columns[start])] - values[int(columns[start - 1])]
+            picked = picked + jnp.where(distance >= start + 1 - S, step, 0)
         return picked
 
 
