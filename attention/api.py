@@ -176,6 +176,8 @@ def explain(
     for name, kernel in KERNELS.items():
         reason = unsupported(kernel, call)
         rest = f"cannot: {reason}" if reason else "could, was not chosen"
+        if not reason and math.isinf((price := kernel.cost(call))[0]):
+            rest = f"could: {price[1]}"
         lines.append(f"  {name}: {f'runs: {why}' if kernel is chosen else rest}")
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ from jax.export import is_symbolic_dim
 
 from attention.kernels import blocks, dense
 from attention.kernels.derivatives import with_fast_pair
+from attention.kernels.heads import data_parts, on_each_part
 from attention.kernels.mosaic_gpu.elementwise import LENGTHS, Setting, elementwise
 from attention.kernels.registry import KERNELS, Call, Kernel, device_of, register
 from attention.parts import EMPTY, Array, Params, Tile
@@ -36,8 +37,8 @@ def unsupported(call: Call) -> str | None:
     query, key, value = call.query, call.key, call.value
     if any(is_symbolic_dim(n) for x in (query, key) for n in x.shape):
         return f"its sizes cannot be symbolic; got query {query.shape}, key {key.shape}"
-    if jax.__version_info__ < (0, 12):
-        return f"it needs JAX 0.12, this is {jax.__version__}"
+    if jax.__version_info__ < (0, 11):
+        return f"it needs JAX 0.11 or later, this is {jax.__version__}"
     capability = call.device.capability  # 0: not known
     if capability and int(capability) != 9:
         return f"it is for Hopper, compute capability 9.0; this GPU has {capability}"
@@ -50,6 +51,10 @@ def unsupported(call: Call) -> str | None:
         )
     if max(query.shape[-1], value.shape[-1]) > _WIDEST:
         return f"it takes widths up to {_WIDEST}, got {query.shape[-1]} and {value.shape[-1]}"
+    mesh = jax.sharding.get_abstract_mesh()
+    size = {name: mesh.shape[name] for name in mesh.axis_names if mesh.shape[name] > 1}
+    if size and (size.keys() != {"data"} or data_parts(math.prod(query.shape[:-3])) == 1):
+        return f"it can be split over whole examples by an axis 'data' alone, not {size}"
     if call.bias is not None or call.mask is not None:
         return "it takes no bias and no mask array"
     if others := set(call.data) - set(LENGTHS):
@@ -69,6 +74,8 @@ def unsupported(call: Call) -> str | None:
 
 def cost(call: Call) -> tuple[float, str]:
     """Infinite where no run is recorded, so that it has to be asked for; and the reason."""
+    if call.device.platform == "cpu":
+        return math.inf, "here Pallas's interpreter runs it, slowly: ask for it by name"
     if call.device.kind in MEASURED:
         return 0, "a fused kernel"
     return math.inf, "not measured on this device: ask for it by name"
@@ -328,8 +335,18 @@ def attend(
     del bias, mask, dropout_key, dropout_rate
     setting = _setting(mechanism, query, key, value, data)
     plan = _Plan(setting, "lse" in aux, interpret=device_of(query).platform == "cpu")
-    outputs = _attend(plan, params, query, key, value, data)
-    return outputs.pop("out"), outputs
+    arrays = {
+        "params": jax.tree.map(lambda x: x[None], params),
+        "vectors": (query, key, value),
+        "data": data,
+    }
+
+    def run(arrays):
+        params = jax.tree.map(lambda x: x[0], arrays["params"])
+        outputs = _attend(plan, params, *arrays["vectors"], arrays["data"])
+        return outputs.pop("out"), outputs
+
+    return on_each_part(run, arrays) if data_parts(len(query)) > 1 else run(arrays)
 
 
 register(Kernel("mosaic_gpu", attend, unsupported, cost, platforms=("cuda", "cpu")))

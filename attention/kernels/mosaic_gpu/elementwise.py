@@ -9,8 +9,8 @@ one's own is recognised as well.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +32,8 @@ class Elementwise(NamedTuple):
     Attributes:
       numbers: (params of a head, head) -> [n] float32, c.
       score: (d, i, j, [n scalars]) -> s; d = q' · k' float32, i and j int32.
-      pullback: (d, i, j, [n scalars], ds, add) -> dd; add(n, x) gets the gradient of number n at each
-        pair, as soon as it is computed, and None leaves them out.
+      pullback: (d, i, j, [n scalars], ds, add) -> dd; add(n, x) takes the gradient of number n at
+        each pair as soon as it is computed, and without it there is none.
       visible: (i, j, counts) -> bool, counts int32 scalars; None: all pairs are.
       sink: params of a head -> the score of a key without a value, −inf for none.
       has_sink: whether there is a sink.
@@ -87,7 +87,9 @@ def _elementwise_or_reason(setting):
         return str(reason)
 
 
-_SIZE = (8, 12)  # of the tile that is traced: a vector of one axis is none of the other
+_FIRST = np.int32(0)
+_SIZE = (11, 13)  # of the tile that is traced: a vector of one axis is none of the other
+_SHAPES = ((), _SIZE[:1], _SIZE[1:], _SIZE)
 _ONLINE = ("weight", "start", "update", "finish", "statistic_jvp")
 
 
@@ -111,7 +113,7 @@ def _elementwise(setting):
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     weights = jax.ShapeDtypeStruct(_SIZE, jnp.float32)
 
-    def tile_of(i, j, head=np.int32(0), **lengths_of_example):
+    def tile_of(i, j, head=_FIRST, **lengths_of_example):
         return _Tile(
             i, j, i, j, head, setting.heads, consecutive=True, sizes=setting.lengths,
             **lengths_of_example,
@@ -140,12 +142,12 @@ def _elementwise(setting):
     body = _Cut(_trace(scores, *args), f"{mechanism.score} × {position}", of_head, of_tile=2)
     if len(body.of_head) > MOST_NUMBERS:
         raise _Refused(
-            f"it takes at most {MOST_NUMBERS} numbers of a head, {body.name} has "
+            f"it takes at most {MOST_NUMBERS} numbers of a head, and {body.name} has "
             f"{len(body.of_head)}"
         )
 
     def pulled(i, j, d, numbers, ds):
-        return jax.vjp(lambda *args: body.on_tile([i, j], *args), d, numbers)[1](ds)
+        return jax.vjp(functools.partial(body.on_tile, [i, j]), d, numbers)[1](ds)
 
     i_and_j = [jax.ShapeDtypeStruct(_SIZE, jnp.int32)] * 2
     args = (*i_and_j, weights, [weights] * len(body.of_head), weights)
@@ -158,18 +160,20 @@ def _elementwise(setting):
             return mask.tile(tile_of(i, j, **own))
 
         args = (*index, *[scalar] * len(counts))
-        visible = _Cut(_trace(limits, *args), str(mask), of_tile=len(args))
+        cut = _Cut(_trace(limits, *args), str(mask), of_tile=len(args))
+
+        def visible(i, j, counts):
+            return cut.in_kernel([i, j, *counts], None, [])[0]
 
     def of_key_alone(params):
-        return features(params, jnp.ones(query.shape), jnp.ones(key.shape), *map(np.arange, _SIZE))[1]
+        places = map(np.arange, _SIZE)
+        return features(params, jnp.ones(query.shape), jnp.ones(key.shape), *places)[1]
 
     return Elementwise(
         numbers=lambda params, head: body.numbers([*jax.tree.leaves(params), head]),
         score=lambda d, i, j, numbers: body.in_kernel([i, j], d, numbers)[0],
         pullback=functools.partial(_pull, pullback),
-        visible=None
-        if visible is None
-        else lambda i, j, counts: visible.in_kernel([i, j, *counts], None, [])[0],
+        visible=visible,
         sink=lambda params: jnp.asarray(normalizer.sink(params["normalizer"]), jnp.float32),
         has_sink=type(normalizer).sink is not Softmax.sink,
         per_query_head=_depends(_trace(of_key_alone, params).jaxpr),
@@ -193,7 +197,7 @@ def _pull(pullback, d, i, j, numbers, ds, add=None):
 
 @dataclasses.dataclass(frozen=True)
 class _Tile(Tile):
-    """A tile whose tables of distances are steps: a number from one distance on.
+    """A tile whose tables of distances are sums of steps, each from one distance on.
 
     Attributes:
       sizes: T and S.
@@ -204,15 +208,14 @@ class _Tile(Tile):
     def pick(self, values, column):
         T, S = self.sizes
         if values.ndim != 1:
-            raise _Refused("it has no table of distances for each query")
+            raise _Refused("it knows no table of distances that each query has its own of")
         with jax.ensure_compile_time_eval():
             columns = np.asarray(column(jnp.arange(1 - S, T)))
         distance = self.distance
         starts = np.flatnonzero(np.diff(columns)) + 1
         if len(starts) >= MOST_NUMBERS:
             raise _Refused(
-                f"it takes tables of at most {MOST_NUMBERS} steps, and this one has "
-                f"{len(starts) + 1}"
+                f"it takes tables of at most {MOST_NUMBERS} steps, got one of {len(starts) + 1}"
             )
         picked = jnp.broadcast_to(values[int(columns[0])], distance.shape)
         for start in starts.tolist():
@@ -227,22 +230,27 @@ def _trace(function, *args):
     return jax.make_jaxpr(functools.partial(_run, closed))(*jax.tree.leaves(args))
 
 
-_PLAIN = {"pjit": "jaxpr", "jit": "jaxpr", "closed_call": "call_jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr"}
+_PLAIN = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "checkpoint": "jaxpr"}
 
 
 def _run(closed, *args):
+    def apply(equation, operands):
+        name = _PLAIN.get(equation.primitive.name)
+        return (
+            _run(_closed(equation.params[name]), *operands) if name else _bind(equation, operands)
+        )
+
+    return _evaluate(closed, args, apply)
+
+
+def _evaluate(closed, args, apply):
+    """The outputs of a jaxpr, apply(equation, operands) computing those of an equation."""
     jaxpr = closed.jaxpr
-    held = dict(zip(jaxpr.constvars, closed.consts, strict=True)) | dict(
-        zip(jaxpr.invars, args, strict=True)
-    )
+    held = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    held |= zip(jaxpr.invars, args, strict=True)
     for equation in jaxpr.eqns:
         operands = [_value(held, atom) for atom in equation.invars]
-        name = equation.primitive.name
-        if name in _PLAIN:
-            results = _run(_closed(equation.params[_PLAIN[name]]), *operands)
-        else:
-            results = _bind(equation, operands)
-        held |= zip(equation.outvars, results, strict=True)
+        held |= zip(equation.outvars, apply(equation, operands), strict=True)
     return [_value(held, atom) for atom in jaxpr.outvars]
 
 
@@ -312,6 +320,8 @@ class _Cut:
             if self.is_product(equation):
                 return
             _check(equation, name)
+            if tuple(n for n in atom.aval.shape if n != 1) not in _SHAPES:
+                raise _Refused(f"{name} makes arrays {atom.aval.shape} beside the tile {_SIZE}")
             for operand in equation.invars:
                 need(operand)
 
@@ -374,7 +384,9 @@ class _Cut:
 
 # Operations on a tile [t, s] and on vectors of it are the same here: a vector is held as a tile.
 
-_RESHAPES = frozenset("broadcast_in_dim reshape squeeze expand_dims copy copy_p stop_gradient".split())
+_RESHAPES = frozenset(
+    "broadcast_in_dim reshape squeeze expand_dims copy copy_p stop_gradient".split()
+)
 _SAME = frozenset(
     "abs add add_any and clamp convert_element_type cos div eq erf exp exp2 ge gt integer_pow le "
     "log logistic lt max min mul ne neg not or rem round rsqrt select_n sign sin sqrt square sub "
@@ -395,7 +407,7 @@ _DERIVED = ("custom_jvp_call",)
 def _check(equation, name):
     primitive = equation.primitive.name
     if primitive in _DERIVED:
-        for inner in equation.params["call_jaxpr"].eqns:
+        for inner in _closed(equation.params["call_jaxpr"]).jaxpr.eqns:
             _check(inner, name)
     elif primitive not in _RESHAPES | _SAME | _OTHERS.keys():
         raise _Refused(f"{name} is not elementwise in the product: it computes {primitive}")
@@ -406,23 +418,13 @@ def _spread(operands):
     return [x if x.shape == shape else jnp.broadcast_to(x, shape) for x in operands]
 
 
-def _inner(equation, operands, apply):
-    closed = _closed(equation.params["call_jaxpr"])
-    held = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-    held |= zip(closed.jaxpr.invars, operands, strict=True)
-    for inner in closed.jaxpr.eqns:
-        own = [_value(held, atom) for atom in inner.invars]
-        held |= zip(inner.outvars, apply(inner, own), strict=True)
-    return [_value(held, atom) for atom in closed.jaxpr.outvars]
-
-
 def _apply(equation, operands):
     if equation.primitive.name in _RESHAPES:
         return operands
     if equation.primitive.name in _DERIVED:
         shapes = [atom.aval.shape for atom in equation.invars]
         if [x.shape for x in operands] != shapes:  # its own derivative is lost
-            raise _Refused(f"{equation} is given a derivative on vectors")
+            raise _Refused("it knows derivatives of one's own of tiles alone, not of vectors")
     else:
         operands = _spread(operands)
     return _bind(equation, operands)
@@ -433,6 +435,6 @@ def _lowered(equation, operands):
     if name in _RESHAPES:
         return operands
     if name in _DERIVED:
-        return _inner(equation, operands, _lowered)
+        return _evaluate(_closed(equation.params["call_jaxpr"]), operands, _lowered)
     operands = _spread(operands)
     return [_OTHERS[name](*operands)] if name in _OTHERS else _bind(equation, operands)

@@ -1,17 +1,17 @@
 """The kernels: flash attention around g, one warpgroup for a block of 64 rows.
 
-    forward   o_i = Σ_j p_ij v_j and lse_i           over blocks of keys, by the online softmax
-    dq, dc    dq'_i = Σ_j g'_ij ds_ij k'_j           over blocks of keys; ds_ij = p_ij (do_i · v_j − δ_i)
-    dk, dv    dk'_j = Σ_i g'_ij ds_ij q'_i           over blocks of queries; tiles are transposed
+    forward   o_i = Σ_j p_ij v_j, lse_i         over blocks of keys, by the online softmax
+    dq, dc    dq'_i = Σ_j g'_ij ds_ij k'_j      over blocks of keys, ds_ij = p_ij (do_i · v_j − δ_i)
+    dk, dv    dk'_j = Σ_i g'_ij ds_ij q'_i      over blocks of queries, tiles transposed
 
-p is recomputed from the lse, g' and the gradient of c are `jax.vjp` of g, and δ_i = do_i · o_i −
-dlse_i (Dao et al. 2022; Shah et al. 2024 for Hopper). Products round their operands to the dtype of the
-query and add in float32; all else is float32. Blocks are fetched one step ahead.
+p is recomputed from the lse; g' and the gradient of c are `jax.vjp` of g; and δ_i = do_i · o_i −
+dlse_i (Dao et al. 2022). Products round their operands to the dtype of the query and add in
+float32, all else is float32. Blocks are fetched one step ahead. Sums have one order, so the same
+bits every time.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,8 @@ def _where(visible, x, otherwise):
 def _over_blocks(first, end, loads, step, init):
     """A loop from `first` to `end` whose step x reads blocks that were fetched during step x − 1.
 
-    loads: (source at x, reference [2, ...], barriers [2]) each; step: (x, references, carry) -> carry.
+    loads: of each, (x -> source, reference [2, ...], two barriers); step: (x, references, carry) ->
+    carry.
     """
 
     def fetch(x):
@@ -122,9 +123,7 @@ def _launch(body, interpret, blocks, outputs, scratch, *operands):
         scratch_types=scratch,
         grid=(*query.shape[:2], blocks),
         grid_names=("example", "head", "block"),
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )(*operands)
 
@@ -132,7 +131,9 @@ def _launch(body, interpret, blocks, outputs, scratch, *operands):
 def _place(setting, operands, numbers_ref, counts_ref, range_ref):
     """-> example, head, its key head, its value head, block, numbers, counts, first and end."""
     b, h, x = (lax.axis_index(name) for name in ("example", "head", "block"))
-    shared = [lax.div(h, jnp.int32(setting.heads // n.shape[1])) for n in (operands.key, operands.value)]
+    shared = [
+        lax.div(h, jnp.int32(setting.heads // n.shape[1])) for n in (operands.key, operands.value)
+    ]
     numbers = [numbers_ref[h, n] for n in range(operands.numbers.shape[1])]
     counts = [counts_ref[b, n] for n in range(len(setting.counts))]
     return b, h, *shared, x, numbers, counts, range_ref[b, x, 0], range_ref[b, x, 1]
@@ -141,7 +142,8 @@ def _place(setting, operands, numbers_ref, counts_ref, range_ref):
 def forward(setting: Setting, interpret: bool, operands: Operands, by_row: Array) -> list[Array]:
     """-> out [B, H, T', V'], and lse [B, H, T'] float32 with the sink in it.
 
-    `by_row` are the first block of keys of each block of queries and the end, [B, T' / 64, 2] int32.
+    `by_row` [B, T' / 64, 2] int32: the blocks of keys that each block of queries visits, first and
+    end.
     """
     B, H, T, F = operands.query.shape
     V, dtype = operands.value.shape[-1], operands.query.dtype
