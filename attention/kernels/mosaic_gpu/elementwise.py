@@ -131,7 +131,8 @@ def _elementwise(setting):
         return score if term is None else score + term
 
     def mixed(params, weights, i, j):
-        return position.mix(params["position"], weights, tile_of(i, j))
+        tile = Tile(i, j, i, j, _FIRST, setting.heads, consecutive=True)
+        return position.mix(params["position"], weights, tile)
 
     if jax.tree.leaves(jax.eval_shape(mixed, params, weights, *index)):
         raise _Refused(f"{position} adds to the output")
