@@ -70,10 +70,10 @@ def test_kernels_compile_without_spills(kind, width, device, monkeypatch, capfd)
         args = jax.tree.map(place, (params, *vectors, data))
         gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
         gradient.trace(*args).lower(lowering_platforms=("cuda",)).compile()
-    told = "".join(capfd.readouterr())
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", told)]
+    ptxas = "".join(capfd.readouterr())
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", ptxas)]
     spilled = [
-        int(n) for n in re.findall(r"(\d+) bytes spill stores, \d+ bytes spill loads\n", told)
+        int(n) for n in re.findall(r"(\d+) bytes spill stores, \d+ bytes spill loads\n", ptxas)
     ]
     assert len(registers) >= 3 and max(registers) <= 255
-    assert max(spilled) <= SPILLED.get((kind, width), 0), told
+    assert max(spilled) <= SPILLED.get((kind, width), 0), ptxas

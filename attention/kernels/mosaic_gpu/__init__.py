@@ -28,8 +28,9 @@ from attention.kernels.registry import KERNELS, Call, Kernel, device_of, registe
 from attention.parts import EMPTY, Array, Params, Tile
 
 MEASURED: frozenset[str] = frozenset()  # kinds of devices of which results/ records a run
-_WIDEST = 128  # vectors; a score may add a few features
-_BLOCK = 64  # as in `hopper`
+BLOCK = 64  # rows of a product of a warpgroup, and of a block of queries or keys
+_WIDEST = 128  # of vectors: two sums as wide have to fit the registers
+_MOST_FEATURES = 192  # with those that a score adds, three for each
 
 
 def unsupported(call: Call) -> str | None:
@@ -67,6 +68,9 @@ def unsupported(call: Call) -> str | None:
         parts = elementwise(_setting(call.mechanism, query, key, value, call.data))
     except ValueError as reason:
         return str(reason)
+    D = query.shape[-1]
+    if (width := D + 3 * max(parts.features - D, 0)) > _MOST_FEATURES:
+        return f"it takes at most {_MOST_FEATURES} features, {call.mechanism.score} has {width}"
     if "lse" in call.aux and parts.has_sink:
         return f"its lse has the sink of {call.mechanism.normalizer} in it"
     return None
@@ -102,8 +106,13 @@ class _Plan:
 
 
 class _Features(NamedTuple):
-    """What derivatives are taken of, float32: query [B, H, T, F], key [B, K or H, S, F],
-    value [B, K, S, V], numbers [H, n] and sinks [H] of the heads."""
+    """What derivatives are taken of, in float32.
+
+    Attributes:
+      query, key: features [B, H, T, F], [B, K or H, S, F].
+      value: [B, K, S, V].
+      numbers, sink: [H, n], [H].
+    """
 
     query: Array
     key: Array
@@ -132,11 +141,11 @@ def _prepare(setting, params, query, key, value):
 
     sides = H, (H if parts.per_query_head else K), K
     results = [of_heads(n) for n in sides]
-    arrays = [vectors[side] for side, (vectors, _) in enumerate(results)]
+    arrays = [vectors[side] for side, (vectors, _) in enumerate(results)]  # one of each
     # What is finite in float32 need not be so in float16.
-    bad = [flags[side] | ~jnp.isfinite(x.astype(dtype)).all(-1)
-           for side, ((_, flags), x) in enumerate(zip(results, arrays, strict=True))]  # fmt: skip
-    arrays = [jnp.where(flags[..., None], 0, x) for x, flags in zip(arrays, bad, strict=True)]
+    bad = [flags[side] for side, (_, flags) in enumerate(results)]
+    bad = [y | ~jnp.isfinite(x.astype(dtype)).all(-1) for x, y in zip(arrays, bad, strict=True)]
+    arrays = [jnp.where(y[..., None], 0, x) for x, y in zip(arrays, bad, strict=True)]
     numbers = jax.vmap(parts.numbers)(params, jnp.arange(H, dtype=jnp.int32))
     sink = jnp.broadcast_to(jax.vmap(lambda head, own: parts.sink(own))(jnp.arange(H), params), H)
     return _Features(*arrays, numbers, sink), dense.NonFinite(*bad)
@@ -161,17 +170,19 @@ def _operands(plan, features, counts, dtype):
     return Operands(*vectors, numbers, counts)
 
 
-def _of_features(gradient, width, D, high):
-    """The gradient [..., width] of features from that of what holds them; `high`: which part of
-    x̂, x̌, x̂ of a query or x̂, x̂, x̌ of a key is multiplied by the other's x̂ and x̌."""
-    added = width - D
-    parts = [gradient[..., D + n * added : D + (n + 1) * added] for n in high]
-    return jnp.concatenate([gradient[..., :D], sum(parts)], -1)
+def _of_features(gradient, width, D, by):
+    """The gradient [..., width] of features, from that of what `_operands` makes of them.
+
+    `by`: which of the three parts of a feature the other side's x̂ and x̌ multiply.
+    """
+    own, added = min(D, width), max(width - D, 0)
+    parts = [gradient[..., own + n * added : own + (n + 1) * added] for n in by]
+    return jnp.concatenate([gradient[..., :own], sum(parts)], -1)
 
 
 def _padded(x):
     """[..., n, m], both padded by zeros to multiples of 64."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -n % _BLOCK) for n in x.shape[-2:]])
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -n % BLOCK) for n in x.shape[-2:]])
 
 
 def _counts(setting, data, B):
@@ -186,12 +197,12 @@ def _ranges(setting, counts):
     And the blocks of queries that each block of keys does, [B, S' / 64, 2].
     """
     rows, columns = (np.arange(n) for n in setting.lengths)
-    row, start = np.arange(-(-len(rows) // _BLOCK))[:, None], np.arange(0, len(columns), _BLOCK)
+    row, start = np.arange(-(-len(rows) // BLOCK))[:, None], np.arange(0, len(columns), BLOCK)
 
     def of_example(counts):
         own = {LENGTHS[name]: n for name, n in zip(setting.counts, counts, strict=True)}
         tile = Tile(rows, columns, rows, columns, np.int32(0), 1, consecutive=True, **own)
-        bounds = blocks.block_bounds(tile, (_BLOCK, _BLOCK), row, start[None], look=True)
+        bounds = blocks.block_bounds(tile, (BLOCK, BLOCK), row, start[None], look=True)
         state = setting.mechanism.mask.block(bounds)
         visited = jnp.broadcast_to(state, (len(row), len(start))) != EMPTY
         return first_and_end(visited), first_and_end(visited.T)
@@ -214,10 +225,10 @@ def _worst_seen(setting, bad, counts):
 
     def look():
         columns = [jnp.repeat(x, H // x.shape[1], axis=1) for x in (bad.key, bad.value)]
-        rows = jnp.pad(bad.query, ((0, 0), (0, 0), (0, -T % _BLOCK)))
+        rows = jnp.pad(bad.query, ((0, 0), (0, 0), (0, -T % BLOCK)))
 
         def of_block(block):
-            i = (block * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32))[:, None]
+            i = (block * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32))[:, None]
             i, j = jnp.broadcast_arrays(i, jnp.arange(S, dtype=jnp.int32)[None])
 
             def of_example(counts, query, key, value):
@@ -225,10 +236,10 @@ def _worst_seen(setting, bad, counts):
                 of_head = jax.vmap(lambda *own: dense.sees(dense.NonFinite(*own), pairs))
                 return of_head(query, key, value)
 
-            query = lax.dynamic_slice_in_dim(rows, block * _BLOCK, _BLOCK, axis=2)
+            query = lax.dynamic_slice_in_dim(rows, block * BLOCK, BLOCK, axis=2)
             return jax.vmap(of_example)(counts, query, *columns)
 
-        of_blocks = lax.map(of_block, jnp.arange(rows.shape[2] // _BLOCK))
+        of_blocks = lax.map(of_block, jnp.arange(rows.shape[2] // BLOCK))
         return jnp.moveaxis(of_blocks, 0, 2).reshape(B, H, -1)[:, :, :T]
 
     anything = jnp.stack([x.any() for x in bad]).any()
@@ -279,9 +290,9 @@ def _backward(plan, args, outputs, residuals, cotangents):
     features, pull = jax.vjp(lambda *arrays: _prepare(setting, *arrays)[0], *arrays)
     operands = _operands(plan, features, counts, arrays[1].dtype)
 
-    def by_head(x, seen):
-        """A cotangent of rows [B, H, T, ...], 0 where a row that sees such a thing is NaN."""
-        return jnp.where(seen, 0, jnp.swapaxes(x, 1, 2).astype(jnp.float32))
+    def by_head(x, nan):
+        """Of rows, [B, H, T, ...], 0 where they are NaN."""
+        return jnp.where(nan, 0, jnp.swapaxes(x, 1, 2).astype(jnp.float32))
 
     nan = (worst > 0)[..., None]
     out = by_head(outputs["out"], nan)
@@ -292,7 +303,7 @@ def _backward(plan, args, outputs, residuals, cotangents):
     rows = (
         _padded(to_out.astype(arrays[1].dtype)),
         lse,
-        jnp.pad(delta, ((0, 0), (0, 0), (0, -T % _BLOCK))),
+        jnp.pad(delta, ((0, 0), (0, 0), (0, -T % BLOCK))),
     )
     by_row, by_column = _ranges(setting, counts)
     dq, *dc = hopper.query_gradient(setting, plan.interpret, operands, by_row, *rows)
@@ -303,13 +314,14 @@ def _backward(plan, args, outputs, residuals, cotangents):
         return x[:, :, :S].reshape(len(x), heads, -1, S, x.shape[-1]).sum(2)
 
     F = features.query.shape[-1]
-    lost = jnp.exp(features.sink[:, None] - jnp.where(lse == -jnp.inf, jnp.inf, lse)[:, :, :T])
+    total = jnp.where(lse == -jnp.inf, jnp.inf, lse)[:, :, :T]
+    sink_weights = jnp.exp(features.sink[:, None] - total)
     gradient = _Features(
         query=_of_features(dq[:, :, :T], F, D, (0, 2)),
         key=_of_features(of_group(dk, features.key.shape[1]), F, D, (0, 1)),
         value=of_group(dv, features.value.shape[1])[..., :V],
         numbers=dc[0].sum((0, 3)) if dc else jnp.zeros_like(features.numbers),
-        sink=-(lost * delta).sum((0, 2)),
+        sink=-(sink_weights * delta).sum((0, 2)),
     )
     return *pull(gradient), None
 

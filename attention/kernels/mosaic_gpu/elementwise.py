@@ -35,6 +35,7 @@ class Elementwise(NamedTuple):
       pullback: (d, i, j, [n scalars], ds, add) -> dd; add(n, x) takes the gradient of number n at
         each pair as soon as it is computed, and without it there is none.
       visible: (i, j, counts) -> bool, counts int32 scalars; None: all pairs are.
+      features: the width of q' and k'.
       sink: params of a head -> the score of a key without a value, −inf for none.
       has_sink: whether there is a sink.
       per_query_head: whether query heads of a group see other features of their key.
@@ -44,6 +45,7 @@ class Elementwise(NamedTuple):
     score: Callable[..., Array]
     pullback: Callable[..., Array]
     visible: Callable[..., Array] | None
+    features: int
     sink: Callable[[Params], Array]
     has_sink: bool
     per_query_head: bool
@@ -175,6 +177,7 @@ def _elementwise(setting):
         score=lambda d, i, j, numbers: body.in_kernel([i, j], d, numbers)[0],
         pullback=functools.partial(_pull, pullback),
         visible=visible,
+        features=of_query.shape[1],
         sink=lambda params: jnp.asarray(normalizer.sink(params["normalizer"]), jnp.float32),
         has_sink=type(normalizer).sink is not Softmax.sink,
         per_query_head=_depends(_trace(of_key_alone, params).jaxpr),
@@ -247,22 +250,22 @@ def _run(closed, *args):
 def _evaluate(closed, args, apply):
     """The outputs of a jaxpr, apply(equation, operands) computing those of an equation."""
     jaxpr = closed.jaxpr
-    held = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-    held |= zip(jaxpr.invars, args, strict=True)
+    values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    values |= zip(jaxpr.invars, args, strict=True)
     for equation in jaxpr.eqns:
-        operands = [_value(held, atom) for atom in equation.invars]
-        held |= zip(equation.outvars, apply(equation, operands), strict=True)
-    return [_value(held, atom) for atom in jaxpr.outvars]
+        operands = [_value(values, atom) for atom in equation.invars]
+        values |= zip(equation.outvars, apply(equation, operands), strict=True)
+    return [_value(values, atom) for atom in jaxpr.outvars]
 
 
 def _closed(jaxpr):
     return core.ClosedJaxpr(jaxpr, ()) if isinstance(jaxpr, core.Jaxpr) else jaxpr
 
 
-def _value(held, atom):
+def _value(values, atom):
     if isinstance(atom, core.Literal):
         return jnp.asarray(atom.val, atom.aval.dtype)
-    return held[atom]
+    return values[atom]
 
 
 def _bind(equation, operands):
@@ -341,13 +344,13 @@ class _Cut:
     def numbers(self, leaves):
         """Those of `of_head`, [n] float32."""
         jaxpr = self.trace.jaxpr
-        held = dict(zip(jaxpr.constvars, self.trace.consts, strict=True))
-        held |= zip(self.leaves, leaves, strict=True)
+        values = dict(zip(jaxpr.constvars, self.trace.consts, strict=True))
+        values |= zip(self.leaves, leaves, strict=True)
         for equation in self.head_equations:
-            operands = [_value(held, atom) for atom in equation.invars]
-            held |= zip(equation.outvars, _bind(equation, operands), strict=True)
-        values = [held[atom].astype(jnp.float32) for atom in self.of_head]
-        return jnp.stack(values) if values else jnp.zeros(0, jnp.float32)
+            operands = [_value(values, atom) for atom in equation.invars]
+            values |= zip(equation.outvars, _bind(equation, operands), strict=True)
+        numbers = [values[atom].astype(jnp.float32) for atom in self.of_head]
+        return jnp.stack(numbers) if numbers else jnp.zeros(0, jnp.float32)
 
     def on_tile(self, inputs, d, numbers):
         """The output of tiles, in plain JAX."""
@@ -361,29 +364,29 @@ class _Cut:
         return self._outputs(inputs, d, numbers, _lowered, finished)
 
     def _outputs(self, inputs, d, numbers, apply, finished=None):
-        held = dict(zip(self.inputs, inputs, strict=True))
+        values = dict(zip(self.inputs, inputs, strict=True))
         for atom, x in zip(self.of_head, numbers, strict=True):
-            held[atom] = x.astype(atom.aval.dtype)
+            values[atom] = x.astype(atom.aval.dtype)
         waiting = dict(enumerate(self.trace.jaxpr.outvars)) if finished else {}
 
         def report():
             for n, atom in [*waiting.items()]:
-                if isinstance(atom, core.Literal) or atom in held:
+                if isinstance(atom, core.Literal) or atom in values:
                     del waiting[n]
-                    finished(n, _value(held, atom))
+                    finished(n, _value(values, atom))
 
         for equation in self.equations:
             if self.is_product(equation):
-                held[equation.outvars[0]] = d
+                values[equation.outvars[0]] = d
                 continue
-            operands = [_value(held, atom) for atom in equation.invars]
-            held |= zip(equation.outvars, apply(equation, operands), strict=True)
+            operands = [_value(values, atom) for atom in equation.invars]
+            values |= zip(equation.outvars, apply(equation, operands), strict=True)
             report()
         report()
-        return [_value(held, atom) for atom in self.trace.jaxpr.outvars]
+        return [_value(values, atom) for atom in self.trace.jaxpr.outvars]
 
 
-# Operations on a tile [t, s] and on vectors of it are the same here: a vector is held as a tile.
+# Operations on a tile [t, s] and on vectors of it are the same here: a vector is a tile.
 
 _RESHAPES = frozenset(
     "broadcast_in_dim reshape squeeze expand_dims copy copy_p stop_gradient".split()

@@ -19,10 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attention.kernels.mosaic_gpu import BLOCK
 from attention.kernels.mosaic_gpu.elementwise import Setting, elementwise
 from attention.parts import Array
-
-BLOCK = 64  # rows of a product of a warpgroup, and of a block of queries or keys
 
 
 class Operands(NamedTuple):

@@ -100,6 +100,20 @@ def test_masks(mask, lengths):
     np.testing.assert_array_equal(parts.visible(i, j, counts), np.broadcast_to(want, (5, 7)))
 
 
+class Halved(scores.Dot):
+    """A score of half of the features."""
+
+    def prepare(self, params, query, key):
+        return tuple(x[:, : x.shape[1] // 2] for x in (query, key))
+
+
+class Padded(scores.Dot):
+    """A score that adds many features."""
+
+    def prepare(self, params, query, key):
+        return tuple(jnp.pad(x, ((0, 0), (0, 99))) for x in (query, key))
+
+
 class Summed(scores.Dot):
     def tile(self, params, query, key, tile):
         return super().tile(params, query, key, tile) + query.sum(1)[:, None]
@@ -159,6 +173,7 @@ def call(device=HOPPER, shape=(2, 128, 4, 64), dtype="bfloat16", value=None, **o
         ("the sink of LearnedSink", {"aux": ("lse",),
                                      "mechanism": Mechanism(normalizer=normalizers.LearnedSink())}),
         ("not elementwise", {"mechanism": Mechanism(scores.Additive())}),
+        ("at most 192 features, Padded.* has 361", {"mechanism": Mechanism(Padded())}),
         ("symbolic", {"shape": (*export.symbolic_shape("b"), 6, 4, 64)}),
     ],
 )  # fmt: skip
@@ -175,8 +190,8 @@ def test_they_must_be_asked_for(monkeypatch):
     monkeypatch.setattr(registry, "device_of", lambda _: HOPPER)
     lines = explain(Mechanism(), *call()[1:4])
     assert "mosaic_gpu: could: not measured on this device: ask for it by name" in lines
-    asked = explain(Mechanism(), *call()[1:4], implementation="mosaic_gpu")
-    assert "mosaic_gpu: runs: asked for" in asked
+    by_name = explain(Mechanism(), *call()[1:4], implementation="mosaic_gpu")
+    assert "mosaic_gpu: runs: asked for" in by_name
 
 
 def test_older_jax_is_told(monkeypatch):
@@ -215,6 +230,7 @@ LEARNED = Mechanism(
         pytest.param(Mechanism(scores.General(), positions.ALiBi() + positions.RoPE(),
                                masks.SlidingWindow(30, 3), normalizers.SoftmaxOffByOne()),
                      {}, {}, marks=pytest.mark.slow),
+        pytest.param(Mechanism(Halved()), {}, {}, marks=pytest.mark.slow),
         pytest.param(Mechanism(position=positions.KerplePower() + positions.KerpleLog(),
                                mask=masks.Causal()), {}, {"width": 72}, marks=pytest.mark.slow),
     ],
@@ -242,8 +258,8 @@ def test_interpreted(mechanism, lengths, options):
     cotangent = normal(9, batch, 65, 2, 24)
 
     def run(implementation):
-        def attended(*given):
-            result = attend(mechanism, *given, implementation=implementation, aux=aux, **lengths)
+        def attended(*arrays):
+            result = attend(mechanism, *arrays, implementation=implementation, aux=aux, **lengths)
             out, extra = result if aux else (result, {})
             finite = [jnp.where(jnp.isfinite(x), x, 0).sum() for x in extra.values()]
             return jnp.nansum(cotangent * out) + sum(finite), (out, extra)
