@@ -239,8 +239,9 @@ def _worst_seen(setting, bad, counts):
             query = lax.dynamic_slice_in_dim(rows, block * BLOCK, BLOCK, axis=2)
             return jax.vmap(of_example)(counts, query, *columns)
 
-        of_blocks = lax.map(of_block, jnp.arange(rows.shape[2] // BLOCK))
-        return jnp.moveaxis(of_blocks, 0, 2).reshape(B, H, -1)[:, :, :T]
+        count = rows.shape[2] // BLOCK
+        of_blocks = lax.map(of_block, jnp.arange(count, dtype=jnp.int32))
+        return jnp.moveaxis(of_blocks, 0, 2).reshape(B, H, -1)[:, :, :T].astype(jnp.int32)
 
     anything = jnp.stack([x.any() for x in bad]).any()
     return lax.cond(anything, look, lambda: jnp.zeros((B, H, T), jnp.int32))

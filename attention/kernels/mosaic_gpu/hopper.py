@@ -115,16 +115,17 @@ def _block(x):
 
 def _launch(body, interpret, blocks, outputs, scratch, *operands):
     """The kernel, for each example, head and block."""
-    query = operands[0]
-    return plgpu.kernel(
+    launch = plgpu.kernel(
         body,
         out_type=outputs,
         scratch_types=scratch,
-        grid=(*query.shape[:2], blocks),
+        grid=(*operands[0].shape[:2], blocks),
         grid_names=("example", "head", "block"),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
-    )(*operands)
+    )
+    with jax.enable_x64(False):  # indices are int32
+        return launch(*operands)
 
 
 def _place(setting, operands, numbers_ref, counts_ref, range_ref):

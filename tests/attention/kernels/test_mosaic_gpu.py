@@ -232,7 +232,7 @@ LEARNED = Mechanism(
                      {}, {}, marks=pytest.mark.slow),
         pytest.param(Mechanism(Halved()), {}, {}, marks=pytest.mark.slow),
         pytest.param(Mechanism(position=positions.KerplePower() + positions.KerpleLog(),
-                               mask=masks.Causal()), {}, {"width": 72}, marks=pytest.mark.slow),
+                               mask=masks.Causal()), {}, {"width": 72, "x64": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )  # fmt: skip
@@ -267,7 +267,8 @@ def test_interpreted(mechanism, lengths, options):
         every = jax.jit(jax.value_and_grad(attended, (0, 1, 2, 3), has_aux=True))
         return every(params, *vectors)
 
-    (_, got), gradients = run("mosaic_gpu")
+    with jax.enable_x64(options.get("x64", False)):
+        (_, got), gradients = run("mosaic_gpu")
     (_, want), expected = run("dense")
     tolerance = 0.02 if dtype == "bfloat16" else 0.003
     for ours, theirs in zip(*(map(wide, jax.tree.leaves(x)) for x in (got, want)), strict=True):
