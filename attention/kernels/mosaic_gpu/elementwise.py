@@ -132,15 +132,15 @@ def _elementwise(setting):
         term = position.tile(params["position"], query, key, tile)
         return score if term is None else score + term
 
-    def mixed(params, weights, i, j):
+    def mix(params, weights, i, j):
         tile = Tile(i, j, i, j, _FIRST, setting.heads, consecutive=True)
         return position.mix(params["position"], weights, tile)
 
-    if jax.tree.leaves(jax.eval_shape(mixed, params, weights, *index)):
+    if jax.tree.leaves(jax.eval_shape(mix, params, weights, *index)):
         raise _Refused(f"{position} adds to the output")
     of_query, of_key = jax.eval_shape(features, params, query, key, *index)
-    turned = [jax.ShapeDtypeStruct(x.shape[::-1], x.dtype) for x in (of_key, key)]
-    args = (params, scalar, *index, of_query, turned[0], query, turned[1])
+    transposed = [jax.ShapeDtypeStruct(x.shape[::-1], x.dtype) for x in (of_key, key)]
+    args = (params, scalar, *index, of_query, transposed[0], query, transposed[1])
     of_head = len(jax.tree.leaves(params)) + 1
     body = _Cut(_trace(scores, *args), f"{mechanism.score} × {position}", of_head, of_tile=2)
     if len(body.of_head) > MOST_NUMBERS:
@@ -149,12 +149,12 @@ def _elementwise(setting):
             f"{len(body.of_head)}"
         )
 
-    def pulled(i, j, d, numbers, ds):
+    def pull_tile(i, j, d, numbers, ds):
         return jax.vjp(functools.partial(body.on_tile, [i, j]), d, numbers)[1](ds)
 
     i_and_j = [jax.ShapeDtypeStruct(_SIZE, jnp.int32)] * 2
     args = (*i_and_j, weights, [weights] * len(body.of_head), weights)
-    pullback = _Cut(_trace(pulled, *args), body.name, of_tile=len(body.of_head) + 4)
+    pullback = _Cut(_trace(pull_tile, *args), body.name, of_tile=len(body.of_head) + 4)
     visible = None
     if type(mask) is not masks.Full:
 
@@ -192,11 +192,11 @@ LENGTHS = {
 
 
 def _pull(pullback, d, i, j, numbers, ds, add=None):
-    def finished(n, x):
+    def on_output(n, x):
         if add is not None and n > 0:
             add(n - 1, jnp.broadcast_to(x, ds.shape))
 
-    return pullback.in_kernel([i, j, d, *numbers, ds], None, [], finished)[0]
+    return pullback.in_kernel([i, j, d, *numbers, ds], None, [], on_output)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,18 +231,18 @@ class _Tile(Tile):
 def _trace(function, *args):
     """Its jaxpr, plain calls written out."""
     closed = jax.make_jaxpr(function)(*args)
-    return jax.make_jaxpr(functools.partial(_run, closed))(*jax.tree.leaves(args))
+    return jax.make_jaxpr(functools.partial(_inlined, closed))(*jax.tree.leaves(args))
 
 
 _PLAIN = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "checkpoint": "jaxpr"}
 
 
-def _run(closed, *args):
+def _inlined(closed, *args):
     def apply(equation, operands):
         name = _PLAIN.get(equation.primitive.name)
-        return (
-            _run(_closed(equation.params[name]), *operands) if name else _bind(equation, operands)
-        )
+        if name is None:
+            return _bind(equation, operands)
+        return _inlined(_closed(equation.params[name]), *operands)
 
     return _evaluate(closed, args, apply)
 
@@ -277,11 +277,11 @@ def _bind(equation, operands):
 
 def _depends(jaxpr):
     """Whether the outputs depend on the inputs."""
-    moved = set(jaxpr.invars)
+    dependent = set(jaxpr.invars)
     for equation in jaxpr.eqns:
-        if any(not isinstance(x, core.Literal) and x in moved for x in equation.invars):
-            moved |= set(equation.outvars)
-    return any(not isinstance(x, core.Literal) and x in moved for x in jaxpr.outvars)
+        if any(not isinstance(x, core.Literal) and x in dependent for x in equation.invars):
+            dependent |= set(equation.outvars)
+    return any(not isinstance(x, core.Literal) and x in dependent for x in jaxpr.outvars)
 
 
 class _Cut:
@@ -354,26 +354,26 @@ class _Cut:
 
     def on_tile(self, inputs, d, numbers):
         """The output of tiles, in plain JAX."""
-        return self._outputs(inputs, d, numbers, _apply)[0]
+        return self._outputs(inputs, d, numbers, _apply_plain)[0]
 
-    def in_kernel(self, inputs, d, numbers, finished=None):
+    def in_kernel(self, inputs, d, numbers, on_output=None):
         """The outputs, of tiles and scalars, by operations of a kernel.
 
-        finished(n, x): is called once output n is known, before what comes after it.
+        on_output(n, x) is called once output n is known, before what comes after it.
         """
-        return self._outputs(inputs, d, numbers, _lowered, finished)
+        return self._outputs(inputs, d, numbers, _apply_in_kernel, on_output)
 
-    def _outputs(self, inputs, d, numbers, apply, finished=None):
+    def _outputs(self, inputs, d, numbers, apply, on_output=None):
         values = dict(zip(self.inputs, inputs, strict=True))
         for atom, x in zip(self.of_head, numbers, strict=True):
             values[atom] = x.astype(atom.aval.dtype)
-        waiting = dict(enumerate(self.trace.jaxpr.outvars)) if finished else {}
+        pending = dict(enumerate(self.trace.jaxpr.outvars)) if on_output else {}
 
         def report():
-            for n, atom in [*waiting.items()]:
+            for n, atom in [*pending.items()]:
                 if isinstance(atom, core.Literal) or atom in values:
-                    del waiting[n]
-                    finished(n, _value(values, atom))
+                    del pending[n]
+                    on_output(n, _value(values, atom))
 
         for equation in self.equations:
             if self.is_product(equation):
@@ -422,7 +422,7 @@ def _spread(operands):
     return [x if x.shape == shape else jnp.broadcast_to(x, shape) for x in operands]
 
 
-def _apply(equation, operands):
+def _apply_plain(equation, operands):
     if equation.primitive.name in _RESHAPES:
         return operands
     if equation.primitive.name in _DERIVED:
@@ -434,11 +434,11 @@ def _apply(equation, operands):
     return _bind(equation, operands)
 
 
-def _lowered(equation, operands):
+def _apply_in_kernel(equation, operands):
     name = equation.primitive.name
     if name in _RESHAPES:
         return operands
     if name in _DERIVED:
-        return _evaluate(_closed(equation.params["call_jaxpr"]), operands, _lowered)
+        return _evaluate(_closed(equation.params["call_jaxpr"]), operands, _apply_in_kernel)
     operands = _spread(operands)
     return [_OTHERS[name](*operands)] if name in _OTHERS else _bind(equation, operands)

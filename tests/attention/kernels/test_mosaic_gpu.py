@@ -232,7 +232,8 @@ LEARNED = Mechanism(
                      {}, {}, marks=pytest.mark.slow),
         pytest.param(Mechanism(Halved()), {}, {}, marks=pytest.mark.slow),
         pytest.param(Mechanism(position=positions.KerplePower() + positions.KerpleLog(),
-                               mask=masks.Causal()), {}, {"width": 72, "x64": True}, marks=pytest.mark.slow),
+                               mask=masks.Causal()),
+                     {}, {"width": 72, "x64": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )  # fmt: skip
