@@ -189,7 +189,10 @@ def test_what_they_serve(reason, options):
 def test_they_must_be_asked_for(monkeypatch):
     monkeypatch.setattr(registry, "device_of", lambda _: HOPPER)
     lines = explain(Mechanism(), *call()[1:4])
-    assert "mosaic_gpu: could: not measured on this device: ask for it by name" in lines
+    assert (
+        "mosaic_gpu: could, was not chosen: not measured on this device: ask for it by name"
+        in lines
+    )
     by_name = explain(Mechanism(), *call()[1:4], implementation="mosaic_gpu")
     assert "mosaic_gpu: runs: asked for" in by_name
 
