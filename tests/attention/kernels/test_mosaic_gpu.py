@@ -200,7 +200,7 @@ def test_they_must_be_asked_for(monkeypatch):
 def test_older_jax_is_told(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     with pytest.raises(
-        ValueError, match=r"'mosaic_gpu' cannot serve .*JAX 0.11 or later.*tiled can"
+        ValueError, match=r"'mosaic_gpu' cannot serve .*JAX 0.11 or later.*tiled.* can"
     ):
         attend(Mechanism(), NONE, *SMALL, implementation="mosaic_gpu")
 
