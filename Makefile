@@ -57,6 +57,12 @@ test-browser: setup  ## Use the report in the machine's Chromium.
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test,browser]'
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow tests/system/test_browser.py
 
+.PHONY: test-cuda
+test-cuda: setup  ## Compile the Hopper kernels for an H100, without one (JAX 0.11, so Python 3.12).
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps $(foreach part,plugin pjrt,jax-cuda13-$(part)==$(shell $(BIN)/python -c 'import jax; print(jax.__version__)'))
+	$(BIN)/uv pip install --quiet --python $(BIN)/python nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-runtime
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow tests/system/test_cuda.py
+
 test-tpu: setup  ## Compile the kernels for a TPU, without one (downloads libtpu, 0.7 GB).
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test,tpu]'
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -m slow tests/system/test_tpu.py

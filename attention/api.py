@@ -174,9 +174,14 @@ def explain(
     chosen, why = choose(call, implementation)
     lines = [str(mechanism)]
     for name, kernel in KERNELS.items():
-        reason = unsupported(kernel, call)
-        rest = f"cannot: {reason}" if reason else "could, was not chosen"
-        lines.append(f"  {name}: {f'runs: {why}' if kernel is chosen else rest}")
+        if kernel is chosen:
+            text = f"runs: {why}"
+        elif reason := unsupported(kernel, call):
+            text = f"cannot: {reason}"
+        else:
+            cost, why_not = kernel.cost(call)
+            text = "could, was not chosen" + (f": {why_not}" if cost == math.inf else "")
+        lines.append(f"  {name}: {text}")
     return "\n".join(lines)
 
 

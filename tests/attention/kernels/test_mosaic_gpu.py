@@ -1,0 +1,322 @@
+"""The Hopper kernels without a GPU: what they recognise, refuse, and compute in the interpreter."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from attention import Mechanism, attend, explain, masks, normalizers, positions, scores
+from attention.kernels import dense, registry
+from attention.kernels.mosaic_gpu.elementwise import Setting, elementwise
+from attention.kernels.registry import KERNELS, Device, describe
+from attention.parts import Tile
+from support.mechanisms import Manhattan, assert_close, init, normal, put, wide
+
+HOPPER = Device("cuda", "NVIDIA H100 80GB HBM3", 9.0)
+needs_jax = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="Pallas's GPU interpreter came with JAX 0.11"
+)
+SOFT = scores.SoftCap(scores.Temperature(scores.Scale(scores.Dot(), 0.5)), cap=2.0)
+
+
+def setting(mechanism, counts=()):
+    return Setting(mechanism, heads=4, lengths=(5, 7), widths=(4, 3), counts=counts)
+
+
+# Which mechanisms are elementwise in the product.
+
+
+class Signed(scores.Dot):
+    """s = sign(q · k) · log(1 + (q · k)²) where i ≥ j, and its square root beyond."""
+
+    def tile(self, params, query, key, tile):
+        product = super().tile(params, query, key, tile)
+        near = jnp.sign(product) * jnp.log1p(product**2)
+        return jnp.where(tile.distance >= 0, near, jnp.sqrt(1 + abs(product)))
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        Mechanism(SOFT),
+        Mechanism(scores.Gaussian(), positions.KerpleLog() + positions.RoPE()),
+        Mechanism(scores.Cosine(), positions.KerplePower()),
+        Mechanism(scores.General(), positions.ALiBi()),
+        Mechanism(position=positions.T5(num_buckets=6, max_distance=4)),
+        Mechanism(Signed()),
+    ],
+    ids=str,
+)
+def test_recognised(mechanism):
+    """The dense kernel's scores and their gradient, by the product and by what is learned."""
+    parts, head = elementwise(setting(mechanism)), np.int32(2)
+    params = jax.tree.map(lambda x: x[2] + 0.1, init(mechanism, H=4))
+    rows, columns = np.arange(5), np.arange(7)
+    tile = Tile(rows, columns, rows, columns, head, 4, consecutive=True)
+    query, key, value = normal(1, 5, 4), normal(2, 7, 4), normal(3, 7, 3)
+    i, j = (np.int32(x) for x in np.broadcast_arrays(rows[:, None], columns))
+
+    ds = normal(4, 5, 7)
+
+    @jax.jit
+    def compute(params):
+        inputs, _ = dense.prepare(mechanism, params, query, key, value, tile)
+        product, numbers = inputs.features @ inputs.key_features, parts.numbers(params, head)
+        sums = {}
+        add = lambda n, x: sums.update({n: x.sum()})  # noqa: E731
+        dd = parts.pullback(product, i, j, [*numbers], ds, add)
+
+        def score(product, numbers):
+            return parts.score(product, i, j, [*numbers])
+
+        scores, pull = jax.vjp(score, product, numbers)
+        by_number = jnp.array([sums[n] for n in range(len(numbers))])
+        return (scores, (dd, by_number)), (dense.score(mechanism, inputs, tile), pull(ds))
+
+    assert_close(*compute(params))
+
+
+@pytest.mark.parametrize(
+    "mask, lengths",
+    [
+        (masks.Causal() & masks.SlidingWindow(2), {}),
+        (masks.BlockLocal(3) | ~masks.Dilated(2) | masks.Prefix(1), {}),
+        (masks.Padding() & masks.Causal(), {"key_lengths": 3, "query_lengths": 4}),
+    ],
+    ids=str,
+)
+def test_masks(mask, lengths):
+    i, j = np.arange(5, dtype=np.int32)[:, None], np.arange(7, dtype=np.int32)[None]
+    own = {"query_length": lengths.get("query_lengths"), "key_length": lengths.get("key_lengths")}
+    want = mask.tile(Tile(i[:, 0], j[0], i[:, 0], j[0], np.int32(0), 1, consecutive=True, **own))
+    parts = elementwise(
+        setting(Mechanism(mask=mask), ("query_lengths", "key_lengths")[: len(lengths)])
+    )
+    i, j = np.broadcast_arrays(i, j)
+    counts = [np.int32(lengths[name]) for name in ("query_lengths", "key_lengths") if lengths]
+    np.testing.assert_array_equal(parts.visible(i, j, counts), np.broadcast_to(want, (5, 7)))
+
+
+class Halved(scores.Dot):
+    """A score of half of the features."""
+
+    def prepare(self, params, query, key):
+        return tuple(x[:, : x.shape[1] // 2] for x in (query, key))
+
+
+class Padded(scores.Dot):
+    """A score that adds many features."""
+
+    def prepare(self, params, query, key):
+        return tuple(jnp.pad(x, ((0, 0), (0, 99))) for x in (query, key))
+
+
+class Summed(scores.Dot):
+    def tile(self, params, query, key, tile):
+        return super().tile(params, query, key, tile) + query.sum(1)[:, None]
+
+
+@pytest.mark.parametrize(
+    "mechanism, reason",
+    [
+        (Mechanism(scores.Additive()), "Additive.* not elementwise in the product"),
+        (Mechanism(Manhattan()), "Manhattan.* not elementwise in the product"),
+        (Mechanism(Summed()), "Summed.*reduce_sum"),
+        (Mechanism(scores.Location()), "not elementwise"),
+        (Mechanism(position=positions.FIRE()), "FIRE.* not elementwise"),
+        (Mechanism(position=positions.Shaw()), "no table of distances"),
+        (Mechanism(position=positions.Shaw(value_side=True)), "adds to the output"),
+        (Mechanism(position=positions.CoPE()), "all keys of a row"),
+        (Mechanism(normalizer=normalizers.Sigmoid()), "a softmax, .* not Sigmoid"),
+        (Mechanism(normalizer=normalizers.Entmax15()), "a softmax, .* not Entmax15"),
+        (Mechanism(mask=masks.Segments()), "masks of positions and lengths alone, not Segments"),
+    ],
+    ids=str,
+)
+def test_refused(mechanism, reason):
+    with pytest.raises(ValueError, match=reason):
+        elementwise(setting(mechanism))
+
+
+# What they serve.
+
+
+def call(device=HOPPER, shape=(2, 128, 4, 64), dtype="bfloat16", value=None, **options):
+    mechanism = options.pop("mechanism", Mechanism())
+    vectors = [jax.ShapeDtypeStruct(shape, x) for x in (dtype, dtype, value or dtype)]
+    for name in set(options) - {"dropout_rate", "aux"}:
+        options[name] = jax.ShapeDtypeStruct(*options[name])
+    return describe(mechanism, *vectors, **options, device=device)
+
+
+@needs_jax
+@pytest.mark.parametrize(
+    "reason, options",
+    [
+        (None, {}),
+        (None, {"dtype": "float16", "shape": (2, 5, 4, 12)}),
+        (None, {"mechanism": Mechanism(mask=masks.Padding()), "key_lengths": ((2,), "int32")}),
+        (None, {"device": Device("cpu", "cpu"), "aux": ("lse",)}),
+        ("runs on cuda and cpu, and this program on tpu", {"device": Device("tpu", "TPU v5e")}),
+        ("Hopper, .* this GPU has 8.0", {"device": Device("cuda", "A100", 8.0)}),
+        ("Hopper, .* this GPU has 10.0", {"device": Device("cuda", "B200", 10.0)}),
+        ("float16 and bfloat16, got float32: cast", {"dtype": "float32"}),
+        ("of one dtype, got bfloat16, bfloat16 and float16", {"value": "float16"}),
+        ("widths up to 128, got 192", {"shape": (2, 128, 4, 192)}),
+        ("no bias and no mask", {"bias": ((128, 128), "bfloat16")}),
+        ("not query_positions", {"query_positions": ((2, 128), "int32")}),
+        ("drops no weights", {"dropout_rate": 0.1}),
+        ("'lse' alone, not 'entropy'", {"aux": ("lse", "entropy")}),
+        ("the sink of LearnedSink", {"aux": ("lse",),
+                                     "mechanism": Mechanism(normalizer=normalizers.LearnedSink())}),
+        ("not elementwise", {"mechanism": Mechanism(scores.Additive())}),
+        ("at most 192 features, Padded.* has 361", {"mechanism": Mechanism(Padded())}),
+        ("symbolic", {"shape": (*export.symbolic_shape("b"), 6, 4, 64)}),
+    ],
+)  # fmt: skip
+def test_what_they_serve(reason, options):
+    got = registry.unsupported(KERNELS["mosaic_gpu"], call(**options))
+    if reason is None:
+        assert got is None
+    else:
+        assert got and "\n" not in got and re.search(reason, got)
+
+
+@needs_jax
+def test_they_must_be_asked_for(monkeypatch):
+    monkeypatch.setattr(registry, "device_of", lambda _: HOPPER)
+    lines = explain(Mechanism(), *call()[1:4])
+    assert (
+        "mosaic_gpu: could, was not chosen: not measured on this device: ask for it by name"
+        in lines
+    )
+    by_name = explain(Mechanism(), *call()[1:4], implementation="mosaic_gpu")
+    assert "mosaic_gpu: runs: asked for" in by_name
+
+
+def test_older_jax_is_told(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    with pytest.raises(
+        ValueError, match=r"'mosaic_gpu' cannot serve .*JAX 0.11 or later.*tiled.* can"
+    ):
+        attend(Mechanism(), NONE, *SMALL, implementation="mosaic_gpu")
+
+
+NONE = {"score": {}, "position": {}, "normalizer": {}}
+SMALL = [
+    normal(n, 1, t, h, 8, dtype="bfloat16") for n, t, h in ((0, 65, 2), (1, 70, 1), (2, 70, 1))
+]
+
+
+# In the interpreter.
+
+LEARNED = Mechanism(
+    scores.SoftCap(scores.Temperature(scores.Gaussian()), cap=5.0),
+    positions.T5(num_buckets=6, max_distance=20),
+    masks.Causal() & masks.Padding(),
+    normalizers.LearnedSink(),
+)
+
+
+@needs_jax
+@pytest.mark.parametrize(
+    "mechanism, lengths, options",
+    [
+        (LEARNED, {"key_lengths": [40], "query_lengths": [64]}, {}),
+        pytest.param(Mechanism(), {}, {"aux": ("lse",), "dtype": "float16"},
+                     marks=pytest.mark.slow),
+        pytest.param(Mechanism(mask=masks.Padding()), {"key_lengths": [0, 66]},
+                     {"aux": ("lse",), "batch": 2}, marks=pytest.mark.slow),
+        pytest.param(Mechanism(scores.General(), positions.ALiBi() + positions.RoPE(),
+                               masks.SlidingWindow(30, 3), normalizers.SoftmaxOffByOne()),
+                     {}, {}, marks=pytest.mark.slow),
+        pytest.param(Mechanism(Halved()), {}, {}, marks=pytest.mark.slow),
+        pytest.param(Mechanism(position=positions.KerplePower() + positions.KerpleLog(),
+                               mask=masks.Causal()),
+                     {}, {"width": 72, "x64": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_interpreted(mechanism, lengths, options):
+    """Output, lse and gradients of every leaf are the dense kernel's; NaN and inf where masked."""
+    batch, width, aux = (options.get(x, y) for x, y in (("batch", 1), ("width", 8), ("aux", ())))
+    dtype = options.get("dtype", "bfloat16")
+    params = jax.tree.map(
+        lambda x: x + 0.1 * normal(5, *x.shape),
+        mechanism.init(jax.random.key(0), num_heads=2, head_dim=width, value_dim=24),
+    )
+    vectors = [
+        normal(n, batch, t, h, d, dtype="float32").astype(jnp.dtype(dtype))
+        for n, t, h, d in ((1, 65, 2, width), (2, 70, 1, width), (3, 70, 1, 24))
+    ]
+    if "key_lengths" in lengths:
+        n = lengths["key_lengths"][0]
+        vectors[1] = put(put(vectors[1], np.s_[0, n:], np.nan), np.s_[0, n + 1 :], 3e38)
+        vectors[2] = put(vectors[2], np.s_[0, n:], np.inf)
+        if n > 30:
+            vectors[2] = put(vectors[2], np.s_[0, 30], np.nan)  # which rows from 30 on see
+    lengths = {name: np.array(x) for name, x in lengths.items()}
+    cotangent = normal(9, batch, 65, 2, 24)
+
+    def run(implementation):
+        def attended(*arrays):
+            result = attend(mechanism, *arrays, implementation=implementation, aux=aux, **lengths)
+            out, extra = result if aux else (result, {})
+            finite = [jnp.where(jnp.isfinite(x), x, 0).sum() for x in extra.values()]
+            return jnp.nansum(cotangent * out) + sum(finite), (out, extra)
+
+        every = jax.jit(jax.value_and_grad(attended, (0, 1, 2, 3), has_aux=True))
+        return every(params, *vectors)
+
+    with jax.enable_x64(options.get("x64", False)):
+        (_, got), gradients = run("mosaic_gpu")
+    (_, want), expected = run("dense")
+    tolerance = 0.02 if dtype == "bfloat16" else 0.003
+    for ours, theirs in zip(*(map(wide, jax.tree.leaves(x)) for x in (got, want)), strict=True):
+        np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs))
+        np.testing.assert_array_equal(np.isinf(ours), np.isinf(theirs))
+        finite = np.isfinite(theirs)
+        assert_close(np.where(finite, ours, 0), np.where(finite, theirs, 0), tolerance)
+    assert_close(gradients, expected, tolerance)
+    assert all((wide(x) != 0).any() for x in jax.tree.leaves(gradients))
+
+
+@needs_jax
+@pytest.mark.slow
+def test_every_order():
+    """A Hessian-vector product by the tiled kernel; the gradient alone never traces it."""
+    inputs = [x.astype("float32") for x in SMALL]
+
+    def loss(implementation):
+        def total(*vectors):
+            vectors = (x.astype("bfloat16") for x in vectors)
+            out = attend(CAUSAL, NONE, *vectors, implementation=implementation)
+            return jnp.sin(out.astype("float32")).sum()
+
+        return total
+
+    def product(implementation):
+        gradient = jax.grad(loss(implementation), (0, 1, 2))
+        return jax.jit(lambda *x: jax.jvp(gradient, x, x))(*inputs)
+
+    assert_close(product("mosaic_gpu"), product("dense"), 0.05)
+    traced = str(jax.make_jaxpr(jax.grad(loss("mosaic_gpu")))(*inputs))
+    assert "remat" not in traced and "checkpoint" not in traced
+
+
+CAUSAL = Mechanism(mask=masks.Causal())
+
+
+@needs_jax
+def test_the_same_bits(monkeypatch):
+    """And under vmap, as the loop."""
+    vectors = [np.concatenate([x, -x])[:, :20] for x in SMALL]
+
+    def run(*vectors):
+        return attend(CAUSAL, NONE, *vectors, implementation="mosaic_gpu")
+
+    loop = [wide(jax.jit(run)(*(x[n] for x in vectors))) for n in range(2)]
+    np.testing.assert_array_equal(wide(jax.jit(jax.vmap(run))(*vectors)), loop)

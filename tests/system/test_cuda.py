@@ -1,0 +1,81 @@
+"""The Hopper kernels compile for an H100, without one, into registers alone: `make test-cuda`."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from attention import Mechanism, attend, explain, parse
+from support import ROOT
+
+pytest.importorskip(
+    "jax_cuda13_plugin",
+    reason="the CUDA plugin is missing: run `make test-cuda`, which installs it",
+)
+topologies = pytest.importorskip("jax.experimental.topologies")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need JAX 0.11 or later"),
+]
+
+KINDS = {
+    "plain": {"mask": "causal"},
+    "window": {"mask": "causal & sliding_window(200)", "position": "rope"},
+    "cap and sink": {"score": "soft_cap(temperature(dot))", "normalizer": "learned_sink"},
+    "features": {"score": "gaussian", "mask": "causal & padding"},
+    "slopes": {"position": "alibi", "mask": "causal"},
+    "logarithm": {"position": "kerple_log", "mask": "causal"},
+    "power": {"position": "kerple_power", "mask": "causal"},
+    "table": {"position": "t5", "mask": "causal"},
+}
+# A gradient of a table of 32 steps has no register to spare.
+SPILLED = {("table", 128): 8}
+
+
+@pytest.fixture(scope="module")
+def device():
+    config = (ROOT / "tests/data/h100.txtpb").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x1")
+    return topology.devices[0]
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_compile_without_spills(kind, width, device, monkeypatch, capfd):
+    """Forward, dq and dk/dv of grouped heads; an H200 has the same multiprocessors."""
+    mechanism = Mechanism(**{name: parse(name, text) for name, text in KINDS[kind].items()})
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def place(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    params = jax.eval_shape(
+        lambda key: mechanism.init(key, num_heads=4, head_dim=width), jax.random.key(0)
+    )
+    vectors = [jax.ShapeDtypeStruct((2, 1000, n, width), jnp.bfloat16) for n in (4, 2, 2)]
+    data = {}
+    if "padding" in KINDS[kind].get("mask", ""):
+        data = {"key_lengths": jax.ShapeDtypeStruct((2,), jnp.int32)}
+
+    def loss(params, query, key, value, data):
+        out = attend(mechanism, params, query, key, value, implementation="mosaic_gpu", **data)
+        return (out.astype(jnp.float32) ** 2).sum()
+
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    abstract = jax.sharding.AbstractDevice(device.device_kind, device.core_count, "gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=abstract)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert "mosaic_gpu: could, was not chosen: not measured" in explain(
+            mechanism, *vectors, **data
+        )
+        args = jax.tree.map(place, (params, *vectors, data))
+        gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
+        gradient.trace(*args).lower(lowering_platforms=("cuda",)).compile()
+    ptxas = "".join(capfd.readouterr())
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", ptxas)]
+    spilled = [
+        int(n) for n in re.findall(r"(\d+) bytes spill stores, \d+ bytes spill loads\n", ptxas)
+    ]
+    assert len(registers) >= 3 and max(registers) <= 255
+    assert max(spilled) <= SPILLED.get((kind, width), 0), ptxas
