@@ -43,7 +43,7 @@ test: lint  ## Run the tests (minutes).
 test-fast: setup  ## Run the tests for work in between (about a minute): the contracts, statistics, reports, imports.
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' $(FAST)
 
-test-slow: setup  ## Run the thorough tests (an hour), but the kills.
+test-slow: setup  ## Run the thorough tests (half an hour), but the kills.
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m slow --ignore=tests/system/test_kills.py
 
 test-kills: setup  ## Kill a launcher a hundred times at any instant; its results are those of a quiet one.
