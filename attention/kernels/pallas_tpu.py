@@ -1,0 +1,477 @@
+"""Flash attention for a TPU around any parts, in Pallas: forward, and backward by two kernels.
+
+Its seam is `tiled.attend_tiles`: all that comes before the tiles (what is not finite, padding, which
+blocks to visit) and after them (aux) is the tiled kernel's, and every derivative but the gradient as
+well. Inside a kernel a tile's scores are those of the same protocol, traced by `lanes`, and its
+gradient is `jax.vjp` of them; sums are in float32, one block after another, so they have the same
+bits every time.
+
+Of bfloat16 inputs, products of matrices round their operands to bfloat16 and add in float32, as XLA
+does on a TPU; all else is float32. Of float32 inputs, products are float32 too.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from attention.kernels import blocks, lanes, tiled
+from attention.kernels.dense import Inputs
+from attention.kernels.lanes import LANES, Value
+from attention.kernels.tiled import Arrays, Data, Labels, Piece, Plan
+from attention.parts import EMPTY, FULL, PARTIAL, Array, Mask, Tile, accumulator
+
+
+class Steps(NamedTuple):
+    """The pairs of blocks that a kernel visits, in its order: [steps] int32 each.
+
+    Attributes:
+      row, column: which blocks; of an EMPTY pair those of the step before, so that none is fetched,
+        but for what the steps are ordered by.
+      state: EMPTY, PARTIAL or FULL.
+    """
+
+    row: Array
+    column: Array
+    state: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What is known while tracing.
+
+    Attributes:
+      plan: of the tiled kernel.
+      states: which states occur.
+      narrow: operands of products are bfloat16.
+      interpret: run by Pallas's interpreter.
+    """
+
+    plan: Plan
+    states: frozenset[int]
+    narrow: bool
+    interpret: bool
+
+
+class Local(NamedTuple):
+    """What one visit reads beside the vectors; all but the labels are of the whole head."""
+
+    head: Array
+    query: Labels
+    key: Labels
+    query_length: Array | None
+    key_length: Array | None
+    prefix_length: Array | None
+    mask: Array | None
+    dropout_key: Array | None
+
+
+class _Operand(NamedTuple):
+    """An input of a kernel.
+
+    Attributes:
+      x: the array as the kernel gets it.
+      block: the shape of its part in fast memory; None: an axis of 1 that the part lacks.
+      axes: for each axis of x what moves the part along it: 'row', 'column' or None.
+      shape: of the part, as the parts of the mechanism know it.
+    """
+
+    x: Array
+    block: tuple[int | None, ...]
+    axes: tuple[str | None, ...]
+    shape: tuple[int, ...]
+
+    def spec(self):
+        def index(step, row, column, state):
+            place = {"row": row, "column": column}
+            return tuple(0 if axis is None else place[axis][step] for axis in self.axes)
+
+        return pl.BlockSpec(self.block, index)
+
+    def aval(self):
+        return jax.ShapeDtypeStruct(self.shape, self.x.dtype)
+
+    def load(self, ref):
+        if len(self.shape) == 1 and self.axes[0] == "row":
+            return lanes.rows(ref[...])
+        return lanes.value(ref[...])
+
+    def output(self):
+        """Shape and spec of an output like this operand."""
+        return jax.ShapeDtypeStruct(self.x.shape, self.x.dtype), self.spec()
+
+
+def _is_operand(x):
+    return isinstance(x, _Operand)
+
+
+def _of_rows(x):
+    """[row blocks, t, n], or a vector's [row blocks, t]."""
+    shape = x.shape[1:]
+    x = x[..., None] if x.ndim == 2 else x
+    return _Operand(x, (None, *x.shape[1:]), ("row", None, None), shape)
+
+
+def _of_columns(x, s):
+    """[n, S'], or a vector's [S']."""
+    shape = (*x.shape[:-1], s)
+    x = x[None] if x.ndim == 1 else x
+    return _Operand(x, (len(x), s), (None, "column"), shape)
+
+
+def _of_pairs(x, block):
+    """[T' or 1, S' or 1]."""
+    shape = tuple(b if n > 1 else 1 for b, n in zip(block, x.shape, strict=True))
+    axes = tuple(a if n > 1 else None for a, n in zip(("row", "column"), x.shape, strict=True))
+    return _Operand(x, shape, axes, shape)
+
+
+def _whole(x):
+    """All of an array of any shape."""
+    shape = x.shape
+    x = x.reshape((1,) * (2 - x.ndim) + shape)
+    return _Operand(x, x.shape, (None,) * x.ndim, shape)
+
+
+def _pieces(plan, arrays):
+    """`Piece` of `_Operand`s."""
+    s = plan.block[1]
+    inputs = Inputs(
+        jax.tree.map(_whole, arrays.params),
+        _of_rows(arrays.query),
+        _of_columns(arrays.key, s),
+        _of_rows(arrays.features),
+        _of_columns(arrays.key_features, s),
+        _Operand(arrays.value.T, (s, len(arrays.value)), ("column", None), (s, len(arrays.value))),
+    )
+    return Piece(inputs, None if arrays.bias is None else _of_pairs(arrays.bias, plan.block))
+
+
+def _locals(plan, data):
+    """`Local` of `_Operand`s."""
+    mask = data.mask
+    return Local(
+        _whole(data.head),
+        jax.tree.map(_of_rows, data.query),
+        jax.tree.map(lambda x: _of_columns(x, plan.block[1]), data.key),
+        *(
+            x if x is None else _whole(x)
+            for x in (data.query_length, data.key_length, data.prefix_length)
+        ),
+        None if mask is None else _of_pairs(mask.astype(jnp.int32), plan.block),
+        None if data.dropout_key is None else _whole(data.dropout_key),
+    )
+
+
+def _tile(plan, local, indices):
+    """The `Tile` of a visit."""
+    query, key = local.query, local.key
+    query_index, key_index = indices
+    if query.positions is None:
+        query = query._replace(positions=jnp.minimum(query_index, plan.rows - 1))
+    if key.positions is None:
+        key = key._replace(positions=jnp.minimum(key_index, plan.columns - 1))
+    return Tile(
+        query_index=query_index,
+        key_index=key_index,
+        query_positions=query.positions,
+        key_positions=key.positions,
+        head=local.head,
+        num_heads=plan.num_heads,
+        query_length=local.query_length,
+        key_length=local.key_length,
+        query_segments=query.segments,
+        key_segments=key.segments,
+        prefix_length=local.prefix_length,
+        consecutive=plan.consecutive,
+    )
+
+
+def _visible(plan, tile, local):
+    return tiled.tile_visible(plan, tile, None if local.mask is None else local.mask != 0)
+
+
+class _Traced(NamedTuple):
+    """A function of pytrees of arrays, as a jaxpr.
+
+    Attributes:
+      consts: the arrays that it captured.
+      structure: of what it returns.
+      read: which of its arguments' leaves it reads.
+    """
+
+    jaxpr: Any
+    consts: list[_Operand]
+    structure: Any
+    read: frozenset[int]
+
+
+def _traced(function, *args):
+    """args: pytrees of `jax.ShapeDtypeStruct`s."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    read = {atom for equation in lanes.live(closed.jaxpr) for atom in equation.invars
+            if not lanes.is_literal(atom)}.union(
+        atom for atom in closed.jaxpr.outvars if not lanes.is_literal(atom))
+    places = frozenset(i for i, atom in enumerate(closed.jaxpr.invars) if atom in read)
+    consts = [_whole(jnp.asarray(x)) for x in closed.consts]
+    return _Traced(closed, consts, jax.tree.structure(shapes), places)
+
+
+def _product(narrow, a, b, equation):
+    """dot_general of a tile; one that asks for a precision gets it."""
+    params = dict(equation.params)
+    wide = params["preferred_element_type"] or jnp.promote_types(a.dtype, b.dtype)
+    dtypes = [atom.aval.dtype for atom in equation.invars]
+    if params["precision"] is None and jnp.issubdtype(wide, jnp.floating):
+        if narrow:
+            dtypes = [jnp.bfloat16, jnp.bfloat16]
+        else:
+            params["precision"] = lax.Precision.HIGHEST
+    a, b = (x.astype(dtype) for x, dtype in zip((a, b), dtypes, strict=True))
+    return lax.dot_general_p.bind(a, b, **params | {"preferred_element_type": np.dtype(wide)})
+
+
+class _Launch:
+    """One kernel: functions of (piece, local, indices, ...) and what they read of the first two.
+
+    Calls of the functions are made inside `body`.
+    """
+
+    def __init__(self, kernels: Kernels, arrays: Arrays, data: Data, extra: Any = ()):
+        self.kernels = kernels
+        self.operands = _pieces(kernels.plan, arrays), _locals(kernels.plan, data), extra
+        self.leaves = jax.tree.leaves(self.operands, is_leaf=_is_operand)
+        self.inputs: dict[int, _Operand] = {}
+
+    def trace(self, function, *more):
+        """function(piece, local, extra, indices, *more), `more` pytrees of shapes."""
+        traced = _traced(function, *_avals(self.operands), _index_avals(self.kernels.plan), *more)
+        used = [i for i in sorted(traced.read) if i < len(self.leaves)]
+        self.inputs |= {id(x): x for x in [*(self.leaves[i] for i in used), *traced.consts]}
+        return traced
+
+    def call(self, traced, *more):
+        """Pytrees of `Value`s for `more` -> that of the results."""
+        unread = Value("uniform", jnp.zeros((), jnp.float32))
+        own = [
+            x.load(self.refs[id(x)]) if i in traced.read else unread
+            for i, x in enumerate(self.leaves)
+        ]
+        row, column = (x[self.step] for x in self.steps[:2])
+        own += [*_indices(self.kernels.plan, row, column), *_values(more)]
+        consts = [x.load(self.refs[id(x)]) for x in traced.consts]
+        product = functools.partial(_product, self.kernels.narrow)
+        return jax.tree.unflatten(
+            traced.structure, lanes.evaluate(traced.jaxpr, consts, own, product)
+        )
+
+    def run(self, steps: Steps, body, outputs: list[_Operand], scratch: list[Any], name: str):
+        """body(output refs, scratch refs) for each step -> outputs."""
+        inputs = list(self.inputs.values())
+
+        def kernel(*refs):
+            self.steps, self.step = Steps(*refs[:3]), pl.program_id(0)
+            ends = 3 + np.cumsum([len(inputs), len(outputs)])
+            self.refs = dict(zip(self.inputs, refs[3 : ends[0]], strict=True))
+            body(refs[ends[0] : ends[1]], refs[ends[1] :])
+
+        return pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=3,
+                grid=steps.row.shape,
+                in_specs=[x.spec() for x in inputs],
+                out_specs=[x.spec() for x in outputs],
+                scratch_shapes=scratch,
+            ),
+            out_shape=[jax.ShapeDtypeStruct(x.x.shape, x.x.dtype) for x in outputs],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM
+            ),
+            interpret=self.kernels.interpret,
+            name=name,
+        )(*steps, *(x.x for x in inputs))
+
+    def edges(self, order):
+        """Whether this step is the first, the last with its block; `order`: of the blocks."""
+        n, step = order.shape[0], self.step
+        before, after = order[jnp.maximum(step - 1, 0)], order[jnp.minimum(step + 1, n - 1)]
+        return (step == 0) | (before != order[step]), (step == n - 1) | (after != order[step])
+
+    def on_state(self, function):
+        """function(masked), as the state of the pair at hand says."""
+        states = self.kernels.states
+        for state in sorted(states - {EMPTY}):
+            run = functools.partial(function, state == PARTIAL)
+            run() if states == {state} else pl.when(self.steps.state[self.step] == state)(run)
+
+
+_VMEM = 100 * 2**20
+
+
+def _values(tree):
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Value))
+
+
+def _avals(operands):
+    return jax.tree.map(lambda x: x.aval(), operands, is_leaf=_is_operand)
+
+
+def _width(plan):
+    """Columns that hold a vector of rows between the steps."""
+    return LANES if plan.block[1] % LANES == 0 else 1
+
+
+def _indices(plan, row, column):
+    """`Value`s of the query and key indices of a pair of blocks."""
+    t, s = plan.block
+    i = row * t + lax.broadcasted_iota(jnp.int32, (t, _width(plan)), 0)
+    j = column * s + lax.broadcasted_iota(jnp.int32, (1, s), 1)
+    return lanes.rows(i), lanes.columns(j)
+
+
+def _index_avals(plan):
+    return [jax.ShapeDtypeStruct((n,), jnp.int32) for n in plan.block]
+
+
+def _write_rows(refs, tree):
+    """Vectors of rows into references [t, 1] or [t, 128]."""
+    for ref, x in zip(refs, _values(tree), strict=True):
+        x = lanes.as_rows(x, ref.shape[0])
+        ref[...] = jnp.broadcast_to(x if x.shape == ref.shape else x[:, :1], ref.shape)
+
+
+def _rows_like(count, x):
+    """The output of an array [t, n], or [t], of each of `count` blocks of rows."""
+    block = (*x.shape, 1)[:2]
+    like = jax.ShapeDtypeStruct((count, *block), x.dtype)
+    return _Operand(like, (None, *block), ("row", None, None), x.shape)
+
+
+def forward(
+    kernels: Kernels, steps: Steps, arrays: Arrays, data: Data
+) -> tuple[Array, Any]:
+    """out [row blocks, t, V] and the rows' statistic, as `tiled.attend_tiles`."""
+    plan = kernels.plan
+    t, dtype = plan.block[0], arrays.value.dtype
+    normalizer = plan.mechanism.normalizer
+    launch = _Launch(kernels, arrays, data)
+
+    def of_normalizer(method):
+        return lambda piece, local, extra, indices, *args: method(
+            piece.inputs.params["normalizer"], *args
+        )
+
+    def visit(masked, piece, local, extra, indices, state, out):
+        tile = _tile(plan, local, indices)
+        visible = _visible(plan, tile, local) if masked else None
+        logits = tiled.tile_logits(plan, piece, tile, visible)
+        own = piece.inputs.params["normalizer"]
+        state, weights, factor = normalizer.update(own, state, logits)
+        out = out if factor is None else out * factor[:, None]
+        return state, out + tiled.tile_output(plan, piece.inputs, weights, tile, local.dropout_key)
+
+    start = launch.trace(of_normalizer(lambda own: normalizer.start(own, jnp.zeros(t, dtype))))
+    state_avals = _outputs(start)
+    acc = jax.ShapeDtypeStruct((t, len(arrays.value)), dtype)
+    finish = launch.trace(of_normalizer(normalizer.finish), state_avals)
+    visits = {
+        masked: launch.trace(functools.partial(visit, masked), state_avals, acc)
+        for masked in (False, True)
+        if (PARTIAL if masked else FULL) in kernels.states
+    }
+
+    def body(outputs, scratch):
+        first, last = launch.edges(launch.steps.row)
+        out_ref, *statistic_refs = outputs
+
+        def state():
+            values = [lanes.rows(ref[...]) for ref in scratch]
+            return jax.tree.unflatten(start.structure, values)
+
+        @pl.when(first)
+        def _():
+            _write_rows(scratch, launch.call(start))
+            out_ref[...] = jnp.zeros(out_ref.shape, dtype)
+
+        def update(masked):
+            new, out = launch.call(visits[masked], state(), lanes.value(out_ref[...]))
+            _write_rows(scratch, new)
+            out_ref[...] = lanes.array(out, out_ref.shape)
+
+        launch.on_state(update)
+
+        @pl.when(last)
+        def _():
+            statistic, factor = launch.call(finish, state())
+            _write_rows(statistic_refs, statistic)
+            if factor is not None:
+                factor = lanes.rows(lanes.as_rows(factor, t))
+                out_ref[...] *= lanes.array(factor, out_ref.shape)
+
+    rows = len(arrays.query)
+    statistic, _ = _outputs(finish)
+    outputs = [_rows_like(rows, x) for x in (acc, *jax.tree.leaves(statistic))]
+    scratch = [pltpu.VMEM((t, _width(plan)), x.dtype) for x in jax.tree.leaves(state_avals)]
+    out, *leaves = launch.run(steps, body, outputs, scratch, "forward")
+    leaves = [x[..., 0] for x in leaves]
+    return out, jax.tree.unflatten(jax.tree.structure(statistic), leaves)
+
+
+def _outputs(traced):
+    avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in traced.jaxpr.out_avals]
+    return jax.tree.unflatten(traced.structure, avals)
+
+
+class Schedule(NamedTuple):
+    """The pairs of blocks that a mask leaves.
+
+    Attributes:
+      by_row, by_column: the steps, with one EMPTY pair for a block that would have none.
+      states: which states occur.
+    """
+
+    by_row: Steps
+    by_column: Steps
+    states: frozenset[int]
+
+
+def schedule(
+    mask: Mask, tile: Tile, block: tuple[int, int], masked: bool
+) -> Schedule:
+    """`masked`: an array masks as well, so that no pair is FULL."""
+    t, s = block
+    counts = [-(-len(x) // n) for x, n in zip((tile.query_index, tile.key_index), block, strict=True)]
+    row, start = blocks.visible_blocks(mask, tile, block, grain=s)
+    cap = np.where((start + s > len(tile.key_index)) | masked, PARTIAL, FULL)
+    known = np.minimum(
+        cap, mask.block(blocks.block_bounds(tile, block, row, start, look=False))
+    )
+    state = mask.block(blocks.block_bounds(tile, block, row, start, look=True))
+    unknown = isinstance(state, jax.Array)
+    state = jnp.minimum(state, cap) if unknown else known
+
+    def ordered(order, other, count):
+        """`Steps` by `order`, as (order, other, state)."""
+        missing = np.setdiff1d(np.arange(count), order)
+        by = np.lexsort((np.append(other, 0 * missing), np.append(order, missing)))
+        order = np.append(order, missing)[by].astype(np.int32)
+        other = np.append(other, 0 * missing)[by].astype(np.int32)
+        states = jnp.append(jnp.broadcast_to(state, row.shape), jnp.full(len(missing), EMPTY))
+        states = states[by].astype(jnp.int32)
+        latest = lax.cummax(jnp.where(states == EMPTY, 0, jnp.arange(len(by))))
+        return jnp.asarray(order), jnp.asarray(other)[latest], states
+
+    column = start // s
+    by_row = Steps(*ordered(row, column, counts[0]))
+    of_column, of_row, states = ordered(column, row, counts[1])
+    kinds = {*np.unique(known).tolist()} | ({EMPTY, PARTIAL, *cap.tolist()} if unknown else set())
+    for order, count in (row, counts[0]), (column, counts[1]):
+        kinds |= {EMPTY} if len(np.unique(order)) < count else set()
+    return Schedule(by_row, Steps(of_row, of_column, states), frozenset(kinds))
