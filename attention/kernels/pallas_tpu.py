@@ -249,9 +249,14 @@ class _Launch:
         self.leaves = jax.tree.leaves(self.operands, is_leaf=_is_operand)
         self.inputs: dict[int, _Operand] = {}
 
-    def trace(self, function, *more):
-        """function(piece, local, extra, indices, *more), `more` pytrees of shapes."""
+    def trace(self, function, *more, record=True):
+        """function(piece, local, extra, indices, *more), `more` pytrees of shapes.
+
+        `record`: it will be called, so that the kernel gets what it reads.
+        """
         traced = _traced(function, *_avals(self.operands), _index_avals(self.kernels.plan), *more)
+        if not record:
+            return traced
         used = [i for i in sorted(traced.read) if i < len(self.leaves)]
         self.inputs |= {id(x): x for x in [*(self.leaves[i] for i in used), *traced.consts]}
         return traced
@@ -427,6 +432,147 @@ def forward(
 def _outputs(traced):
     avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in traced.jaxpr.out_avals]
     return jax.tree.unflatten(traced.structure, avals)
+
+
+class _Cotangents(NamedTuple):
+    """What the gradient of a tile needs of its rows, beside the tile: statistic, and cotangents.
+
+    `out` [t, V] is that of the output, `total` [t] that of the sum of the weights.
+    """
+
+    statistic: Any
+    out: Array
+    total: Array
+
+
+def backward(
+    kernels: Kernels,
+    schedule: "Schedule",
+    arrays: Arrays,
+    data: Data,
+    statistic: Any,
+    out: Array,
+    out_cotangent: Array,
+    statistic_cotangent: Any,
+) -> Arrays:
+    """The cotangents of `arrays`, from what `forward` returned and the cotangents of that."""
+    normalizer = kernels.plan.mechanism.normalizer
+    params = arrays.params["normalizer"]
+
+    def respond(tangent, change):
+        flat = jax.tree.map(jnp.ravel, statistic)
+        return normalizer.statistic_jvp(params, tangent, flat, change)
+
+    change = jnp.zeros(out.shape[0] * out.shape[1], out.dtype)
+    (_, factor), pull = jax.vjp(respond, jax.tree.map(jnp.zeros_like, params), change)
+    of_factor = None if factor is None else jnp.sum(out_cotangent * out, axis=-1).ravel()
+    own, total = pull((jax.tree.map(jnp.ravel, statistic_cotangent), of_factor))
+    rows = _Cotangents(statistic, out_cotangent, total.reshape(out.shape[:2]))
+    pieces = _pieces(kernels.plan, arrays)
+    leaves, structure = jax.tree.flatten(pieces, is_leaf=_is_operand)
+    by_columns = [x.axes.count("column") == 1 and "row" not in x.axes for x in leaves]
+    found = {}
+    for name, steps in ("dq", schedule.by_row), ("dkv", schedule.by_column):
+        places = [i for i, own_side in enumerate(by_columns) if own_side == (name == "dkv")]
+        found |= _gradients(kernels, steps, arrays, data, rows, places, name)
+    leaves = [found.get(i, jnp.zeros(x.x.shape, x.x.dtype)) for i, x in enumerate(leaves)]
+    inputs, bias = jax.tree.unflatten(structure, leaves)
+    params = jax.tree.map(lambda x, like: x.reshape(like.shape), inputs.params, arrays.params)
+    params["normalizer"] = jax.tree.map(jnp.add, params["normalizer"], own)
+    return Arrays(
+        params,
+        inputs.query,
+        inputs.features,
+        inputs.key,
+        inputs.key_features,
+        inputs.value.T,
+        bias,
+    )
+
+
+def _gradients(kernels, steps, arrays, data, rows, places, name):
+    """Of the leaves of `Piece` at `places`: place -> cotangent, as the kernel holds it.
+
+    Those that the weights do not depend on are left out.
+    """
+    plan = kernels.plan
+    extra = jax.tree.map(_of_rows, rows)
+    launch = _Launch(kernels, arrays, data, extra)
+
+    def weighted(masked, piece, local, extra, indices):
+        tile = _tile(plan, local, indices)
+        visible = _visible(plan, tile, local) if masked else None
+        logits = tiled.tile_logits(plan, piece, tile, visible)
+        own = piece.inputs.params["normalizer"]
+        weights = plan.mechanism.normalizer.weight(own, logits, extra.statistic)
+        if visible is not None:
+            weights = jnp.where(visible, weights, 0)
+        out = tiled.tile_output(plan, piece.inputs, weights, tile, local.dropout_key)
+        return out, weights.sum(1)
+
+    def pull(masked, piece, *others):
+        leaves, structure = jax.tree.flatten(piece)
+
+        def of_own(own):
+            placed = [own.get(i, x) for i, x in enumerate(leaves)]
+            return weighted(masked, jax.tree.unflatten(structure, placed), *others)
+
+        _, pull = jax.vjp(of_own, {i: leaves[i] for i in places})
+        return pull((others[1].out, others[1].total))[0]
+
+    kinds = [kind for kind in (PARTIAL, FULL) if kind in kernels.states] or [FULL]
+    read = launch.trace(functools.partial(weighted, kinds[0] == PARTIAL), record=False).read
+    places = [i for i in places if i in read]
+    if not places:
+        return {}
+    pulls = {
+        kind == PARTIAL: launch.trace(functools.partial(pull, kind == PARTIAL)) for kind in kinds
+    }
+    operands = {i: launch.leaves[i] for i in places}
+
+    def body(outputs, scratch):
+        del scratch
+        refs = dict(zip(operands, outputs, strict=True))
+        first, _ = launch.edges(launch.steps.column if name == "dkv" else launch.steps.row)
+
+        def clear(which):
+            for i in which:
+                refs[i][...] = jnp.zeros(refs[i].shape, refs[i].dtype)
+
+        axes = {i: {axis for axis in x.axes if axis} for i, x in operands.items()}
+        pl.when(launch.step == 0)(lambda: clear(i for i in places if not axes[i]))
+        pl.when(first)(lambda: clear(i for i in places if len(axes[i]) == 1))
+
+        def add(masked):
+            for i, x in launch.call(pulls[masked]).items():
+                x = _held(x, operands[i], refs[i].shape)
+                refs[i][...] = x if len(axes[i]) == 2 else refs[i][...] + x
+
+        launch.on_state(add)
+
+    results = launch.run(steps, body, list(operands.values()), [], name)
+    found = dict(zip(places, results, strict=True))
+    for i, operand in operands.items():
+        if "row" in operand.axes and "column" in operand.axes:
+            found[i] = jnp.where(_visited(plan, steps, operand.x.shape), found[i], 0)
+    return found
+
+
+def _held(x, operand, shape):
+    """The array, as a reference to a part of `operand` holds it."""
+    if len(operand.shape) == 1 and operand.axes[0] == "row":
+        return lanes.as_rows(x, operand.shape[0])[:, :1]
+    if len(operand.shape) < 2:
+        return lanes.as_columns(x, shape[1])
+    return lanes.array(x, shape)
+
+
+def _visited(plan, steps, shape):
+    """[T', S'] bool: the pairs of the blocks that are not EMPTY."""
+    t, s = plan.block
+    visited = jnp.zeros((-(-shape[0] // t), -(-shape[1] // s)), bool)
+    visited = visited.at[steps.row, steps.column].max(steps.state != EMPTY)
+    return jnp.repeat(jnp.repeat(visited, t, 0), s, 1)
 
 
 class Schedule(NamedTuple):
