@@ -6,15 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.export import is_symbolic_dim
-from jax.sharding import AxisType, PartitionSpec
 
 from attention.integers import index_array, label_array
 from attention.kernels.dense import row_weights
-from attention.kernels.registry import KERNELS, Kernel
+from attention.kernels.registry import KERNELS, Call, Kernel, describe, unsupported
 from attention.mechanism import Mechanism
-from attention.parts import Array, Params, Tile, accumulator
+from attention.parts import Array, Params, accumulator
 from attention.validation import check, check_arrays, check_aux, check_block_sizes, check_dropout
 
 _AUX = ("weights", "row_weights", "lse", "row_max", "entropy", "column_sums")
@@ -95,8 +92,8 @@ def attend(
     query, key, value = map(jnp.asarray, (query, key, value))
     if key_segments is None and query.shape[-3:-2] == key.shape[-3:-2]:
         key_segments = query_segments
-    pairs = {"bias": bias, "mask": mask}
-    data = {
+    pairs: dict[str, Any] = {"bias": bias, "mask": mask}
+    data: dict[str, Any] = {
         "query_positions": query_positions,
         "key_positions": key_positions,
         "query_lengths": query_lengths,
@@ -117,7 +114,10 @@ def attend(
     check_dropout(dropout_rate, dropout_key, query.shape)
     check_aux(aux, _AUX, weight_rows, query.shape[-3])
     aux = tuple(aux)
-    kernel, _ = choose(mechanism, query, key, implementation, aux)
+    call = describe(
+        mechanism, query, key, value, **pairs, **data, dropout_rate=dropout_rate, aux=aux
+    )
+    kernel, _ = choose(call, implementation)
     check_block_sizes(block_sizes, kernel)
     if 0 in (*query.shape[:-2], key.shape[-3]):
         out, extra = _no_pairs(query, key, value, weight_rows)
@@ -128,8 +128,9 @@ def attend(
         query,
         key,
         value,
-        pairs,
-        data,
+        bias=pairs.get("bias"),
+        mask=pairs.get("mask"),
+        data=data,
         dropout_key=dropout_key if dropout_rate > 0 else None,
         dropout_rate=float(dropout_rate),
         kernel=kernel,
@@ -146,49 +147,61 @@ def explain(
     key: Array,
     value: Array,
     *,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    dropout_rate: float = 0.0,
     implementation: str | None = None,
     aux: tuple[str, ...] = (),
+    **data: Any,
 ) -> str:
     """Which kernel `attend` runs for these arrays, and why it does not run the others: a line each.
 
-    Takes arrays or `jax.ShapeDtypeStruct`s; computes nothing. Raises as `attend` does.
+    Takes the arguments of `attend` that the choice depends on, `data` being positions, lengths and
+    segments: arrays or `jax.ShapeDtypeStruct`s. Computes nothing. Raises as `attend` does.
     """
     check_arrays(query, key, value)
-    chosen, why = choose(mechanism, query, key, implementation, tuple(aux))
+    call = describe(
+        mechanism,
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        dropout_rate=dropout_rate,
+        aux=aux,
+        **data,
+    )
+    chosen, why = choose(call, implementation)
     lines = [str(mechanism)]
     for name, kernel in KERNELS.items():
-        reason = kernel.unsupported(query, key, tuple(aux))
+        reason = unsupported(kernel, call)
         rest = f"cannot: {reason}" if reason else "could, was not chosen"
         lines.append(f"  {name}: {f'runs: {why}' if kernel is chosen else rest}")
     return "\n".join(lines)
 
 
-def choose(
-    mechanism: Mechanism,
-    query: Array,
-    key: Array,
-    implementation: str | None = None,
-    aux: tuple[str, ...] = (),
-) -> tuple[Kernel, str]:
-    """The kernel that serves such arrays, of the lowest cost or `implementation`, and the reason.
+def choose(call: Call, implementation: str | None = None) -> tuple[Kernel, str]:
+    """The kernel that serves a call, of the lowest cost or `implementation`, and the reason.
 
-    Raises ValueError where `implementation` is no kernel, or cannot serve the arrays.
+    Raises ValueError where `implementation` is no kernel, or cannot serve the call.
     """
     if implementation is not None and implementation not in KERNELS:
         raise ValueError(
             f"implementation must be None or one of {', '.join(KERNELS)}; got {implementation!r}"
         )
-    reasons = {name: kernel.unsupported(query, key, aux) for name, kernel in KERNELS.items()}
+    reasons = {name: unsupported(kernel, call) for name, kernel in KERNELS.items()}
+    able = [kernel for name, kernel in KERNELS.items() if not reasons[name]]
     if implementation is not None:
         if reason := reasons[implementation]:
+            names = " and ".join(kernel.name for kernel in able)
             raise ValueError(
-                f"implementation={implementation!r} cannot serve {mechanism}: {reason}"
+                f"implementation={implementation!r} cannot serve {call.mechanism}: {reason}; "
+                f"{names} can"
             )
         return KERNELS[implementation], "asked for"
-    able = [kernel for name, kernel in KERNELS.items() if not reasons[name]]
     if len(able) == 1:
-        return able[0], "; ".join(f"{name} cannot: {why}" for name, why in reasons.items() if why)
-    costs = [kernel.cost(mechanism, query, key) for kernel in able]
+        return able[0], "no other kernel can"
+    costs = [kernel.cost(call) for kernel in able]
     best = min(range(len(able)), key=lambda i: costs[i][0])
     return able[best], costs[best][1]
 
@@ -203,7 +216,9 @@ def _attend(
     query,
     key,
     value,
-    pairs,
+    *,
+    bias,
+    mask,
     data,
     dropout_key,
     dropout_rate,
@@ -213,90 +228,37 @@ def _attend(
     weight_rows,
 ):
     *batch, T, H, _ = query.shape
-    S, K = key.shape[-3:-1]
-    B, G = math.prod(batch), H // K
-
-    def by_head(x):
-        """[..., T, h, D] -> [B, h, T, D]."""
-        return jnp.swapaxes(x.reshape(B, *x.shape[-3:]), 1, 2)
-
-    def by_group(heads):
-        """The axes that stand for an axis of all query heads, or of 1."""
-        return (1, 1) if heads == 1 else (K, G)
-
-    # Every array gets three leading axes: example, key head, query head of its group. Those of
-    # size 1 are shared, not repeated.
+    B = math.prod(batch)
     arrays = {
-        "query": by_head(query).reshape(B, K, G, T, -1),
-        "key": by_head(key)[:, :, None],
-        "value": by_head(value)[:, :, None],
-        "params": jax.tree.map(lambda x: x.reshape(1, K, G, *x.shape[1:]), params),
-        "head": jnp.arange(H).reshape(1, K, G),
+        "query": query.reshape(B, *query.shape[-3:]),
+        "key": key.reshape(B, *key.shape[-3:]),
+        "value": value.reshape(B, *value.shape[-3:]),
+        "bias": bias if bias is None else flatten_batch(bias, batch, 3),
+        "mask": mask if mask is None else flatten_batch(mask, batch, 3),
+        "data": {
+            name: flatten_batch(x, batch, 0 if name.endswith("lengths") else 1)
+            for name, x in data.items()
+        },
     }
-    for name, x in pairs.items():
-        x = flatten_batch(x, batch, 3)
-        arrays[name] = x.reshape(x.shape[0], *by_group(x.shape[1]), *x.shape[2:])
-    for name, x in data.items():
-        x = flatten_batch(x, batch, 0 if name.endswith("lengths") else 1)
-        arrays[name] = x[:, None, None]
-    if dropout_key is not None and dropout_key.ndim == 0:
-        arrays["dropout_key"] = jax.random.split(dropout_key, (B, K, G))
-    elif dropout_key is not None:
-        x = flatten_batch(dropout_key, batch, 1)
-        arrays["dropout_key"] = x.reshape(x.shape[0], *by_group(x.shape[1]))
-
-    def one_head(arrays):
-        rows, columns = (jnp.arange(n) if is_symbolic_dim(n) else np.arange(n) for n in (T, S))
-        tile = Tile(
-            query_index=rows,
-            key_index=columns,
-            query_positions=arrays.get("query_positions", rows),
-            key_positions=arrays.get("key_positions", columns),
-            head=arrays["head"],
-            num_heads=H,
-            query_length=arrays.get("query_lengths"),
-            key_length=arrays.get("key_lengths"),
-            query_segments=arrays.get("query_segments"),
-            key_segments=arrays.get("key_segments"),
-            prefix_length=arrays.get("prefix_lengths"),
-            consecutive=not (
-                {"query_positions", "key_positions"} & data.keys()
-                or is_symbolic_dim(T)
-                or is_symbolic_dim(S)
-            ),
+    if dropout_key is not None:
+        single = dropout_key.ndim == 0
+        dropout_key = (
+            jax.random.split(dropout_key, (B, H))
+            if single
+            else flatten_batch(dropout_key, batch, 1)
         )
-        inputs = [arrays[name] for name in ("params", "query", "key", "value")]
-        options = {name: arrays.get(name) for name in ("bias", "mask")}
-        sizes = {"block_sizes": block_sizes} if kernel.has_blocks else {}
-        out, extra = kernel.attend_head(
-            mechanism,
-            *inputs,
-            tile,
-            **options,
-            dropout_key=arrays.get("dropout_key"),
-            dropout_rate=dropout_rate,
-            aux=tuple(name for name in aux if name != "row_weights"),
-            **sizes,
-        )
-        if "row_weights" in aux:
-            extra["row_weights"] = row_weights(mechanism, *inputs, tile, weight_rows, **options)
-        return out, extra
-
-    def chunk_size(B):
-        shapes = (jax.ShapeDtypeStruct((B, *x.shape[-3:]), x.dtype) for x in (query, key))
-        return kernel.chunk_size(mechanism, *shapes)
-
-    parts = _splits(B) if chunk_size(B) != B else 1
-    lift = functools.partial(
-        vmap_heads, one_head, sizes=(B // parts, K, G), chunk_size=chunk_size(B // parts)
+    out, extra = kernel.attend(
+        mechanism,
+        params,
+        **arrays,
+        dropout_key=dropout_key,
+        dropout_rate=dropout_rate,
+        aux=tuple(name for name in aux if name != "row_weights"),
+        **({"block_sizes": block_sizes} if kernel.has_blocks else {}),
     )
-    out, extra = _on_each_part(lift, arrays) if parts > 1 else lift(arrays)
-    out = jnp.swapaxes(out.reshape(B, H, T, -1), 1, 2).reshape(*batch, T, H, -1)
-    for name, x in extra.items():
-        x = x.reshape(B, H, *x.shape[3:])
-        x = x if name.endswith("weights") else jnp.swapaxes(x, 1, 2)
-        extra[name] = x.reshape(*batch, *x.shape[1:])
-    return out, extra
+    if "row_weights" in aux:
+        extra["row_weights"] = row_weights(mechanism, params, **arrays, rows=weight_rows)
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), (out, extra))
 
 
 def _is_key(x):
@@ -326,52 +288,3 @@ def flatten_batch(x, batch, rest):
     if any(n != 1 for n in lead):
         x = jnp.broadcast_to(x, (*batch, *tail))
     return x.reshape(-1, *tail)
-
-
-def _splits(size):
-    """Into how many parts the mesh of `jax.set_mesh` splits a batch, by an axis 'data'."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get("data") is not AxisType.Auto:
-        return 1
-    return mesh.shape["data"] if size % mesh.shape["data"] == 0 else 1
-
-
-def _on_each_part(function, arrays):
-    """function(arrays), each device for its own examples: a loop XLA would not split."""
-    specs = jax.tree.map(lambda x: PartitionSpec(*["data"][: x.shape[0] > 1]), arrays)
-    return jax.shard_map(
-        function,
-        in_specs=(specs,),
-        out_specs=PartitionSpec("data"),
-        axis_names={"data"},
-        check_vma=False,
-    )(arrays)
-
-
-def vmap_heads(function, arrays, sizes, chunk_size):
-    """vmaps over the leading axes, one for each of `sizes`; an array may have 1 instead of it.
-
-    Of the first axis over `chunk_size` at a time.
-    """
-    if not sizes:
-        return function(arrays)
-    size, *rest = sizes
-    leaves, structure = jax.tree.flatten(arrays)
-    shared = [x.shape[0] == 1 for x in leaves]
-    leaves = [x[0] if same else x for x, same in zip(leaves, shared, strict=True)]
-
-    def inner(leaves):
-        return vmap_heads(function, jax.tree.unflatten(structure, leaves), rest, rest and rest[0])
-
-    if size == 1:
-        return jax.tree.map(lambda x: x[None], inner(leaves))
-    if chunk_size == size:
-        axes = [None if same else 0 for same in shared]
-        return jax.vmap(inner, in_axes=(axes,), axis_size=size)(leaves)
-
-    def one(own):
-        own = iter(own)
-        return inner([x if same else next(own) for x, same in zip(leaves, shared, strict=True)])
-
-    own = [x for x, same in zip(leaves, shared, strict=True) if not same]
-    return jax.lax.map(one, own, batch_size=chunk_size if chunk_size > 1 else None)

@@ -7,6 +7,7 @@ speed. One head of one example; `attention.attend` lifts it over heads and batch
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,23 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
 
-from attention.kernels.registry import Kernel, register
+from attention.kernels.heads import lift, map_heads
+from attention.kernels.registry import Call, Kernel, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism, params_shape
 from attention.normalizers import logsumexp
 from attention.parts import Array, Params, Tile, accumulator
 
 
-def cost(mechanism: Mechanism, query: Array, key: Array) -> tuple[float, str]:
+def cost(call: Call) -> tuple[float, str]:
     """The most intermediate numbers in memory at once, and the reason if this kernel runs.
 
     A symbolic batch counts as one example, symbolic lengths as short ones.
     """
-    sizes = [1 if is_symbolic_dim(n) else n for n in (*query.shape[:-1], key.shape[-3])]
+    query, key = call.query.shape, call.key.shape
+    sizes = [1 if is_symbolic_dim(n) else n for n in (*query[:-1], key[-3])]
     numbers = math.prod(sizes)
     above = tuned().tiled_above
     if numbers > above / 1024:  # else no score is wide enough
-        numbers *= numbers_per_pair(mechanism, query.shape[-2], query.shape[-1])
+        numbers *= numbers_per_pair(call.mechanism, *query[-2:])
     return numbers, (
         f"scores and what makes them are {numbers:,} numbers at once; tiled is faster above "
         f"{above:,}"
@@ -84,27 +87,46 @@ def row_weights(
     query: Array,
     key: Array,
     value: Array,
-    tile: Tile,
-    rows: Array,
     *,
-    bias: Array | None = None,
-    mask: Array | None = None,
+    bias: Array | None,
+    mask: Array | None,
+    data: Mapping[str, Array],
+    rows: Array,
 ) -> Array:
-    """Weights [R, S] of the queries `rows` [R] int alone; NaN where a row is none."""
-    bias, mask = (x if x is None or x.shape[0] == 1 else x[rows] for x in (bias, mask))
-    _, extra = attend_head(
-        mechanism,
+    """Weights [B, H, R, S] of the queries `rows` [R] int alone; NaN where a row is none.
+
+    Arrays as for `Kernel.attend`.
+    """
+
+    def one_head(params, query, key, value, tile, bias, mask, _):
+        bias, mask = (x if x is None or x.shape[0] == 1 else x[rows] for x in (bias, mask))
+        _, extra = attend_head(
+            mechanism,
+            params,
+            query[rows],
+            key,
+            value,
+            tile.at_rows(rows),
+            bias=bias,
+            mask=mask,
+            aux=("weights",),
+        )
+        real = (rows >= 0) & (rows < query.shape[0])
+        return jnp.where(real[:, None], extra["weights"], jnp.nan)
+
+    wide = numbers_per_pair(mechanism, 1, query.shape[3]) > 4
+    return map_heads(
+        one_head,
         params,
-        query[rows],
+        query,
         key,
         value,
-        tile.at_rows(rows),
         bias=bias,
         mask=mask,
-        aux=("weights",),
+        data=data,
+        dropout_key=None,
+        chunk_size=lambda query, key: 1 if wide else query.shape[0],
     )
-    real = (rows >= 0) & (rows < query.shape[0])
-    return jnp.where(real[:, None], extra["weights"], jnp.nan)
 
 
 class Inputs(NamedTuple):
@@ -296,12 +318,10 @@ def _largest(jaxpr):
     return max(sizes)
 
 
-register(
-    Kernel(
-        "dense",
-        attend_head,
-        unsupported=lambda query, key, aux: None,
-        cost=cost,
-        chunk_size=lambda mechanism, query, key: query.shape[0],
-    )
-)
+def chunk_size(mechanism: Mechanism, query: Array, key: Array) -> int:
+    """All examples at once."""
+    del mechanism, key
+    return query.shape[0]
+
+
+register(Kernel("dense", lift(attend_head, chunk_size), lambda call: None, cost))

@@ -31,32 +31,33 @@ from jax.export import is_symbolic_dim
 
 from attention.kernels import blocks, dense
 from attention.kernels.blocks import Visits
-from attention.kernels.registry import Kernel, register
+from attention.kernels.heads import lift
+from attention.kernels.registry import Call, Kernel, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
 from attention.normalizers import Softmax
 from attention.parts import EMPTY, Array, OnlineNormalizer, Params, Tile
 
 
-def unsupported(query: Array, key: Array, aux: tuple[str, ...]) -> str | None:
-    """Why this kernel cannot serve such arrays and aux, or None."""
-    sizes = (*query.shape[-3:], *key.shape[-3:])
-    if any(map(is_symbolic_dim, sizes)):
+def unsupported(call: Call) -> str | None:
+    """Why this kernel cannot serve a call, or None."""
+    query, key = call.query.shape, call.key.shape
+    if any(map(is_symbolic_dim, (*query[-3:], *key[-3:]))):
         return (
             "its blocks are laid out while tracing, so only batch axes can be symbolic; got query "
-            f"{query.shape}, key {key.shape}"
+            f"{query}, key {key}"
         )
-    if "weights" in aux:
+    if "weights" in call.aux:
         return "the aux 'weights' are all T·S numbers; 'row_weights' are some"
     return None
 
 
-def cost(mechanism: Mechanism, query: Array, key: Array) -> tuple[float, str]:
+def cost(call: Call) -> tuple[float, str]:
     """The size of the scores at which the dense kernel is as fast, and the reason if this one runs.
 
     Measured; see `tuned`.
     """
-    return tuned().tiled_above, dense.cost(mechanism, query, key)[1]
+    return tuned().tiled_above, dense.cost(call)[1]
 
 
 def chunk_size(mechanism: Mechanism, query: Array, key: Array) -> int:
@@ -738,4 +739,4 @@ def _by_whole_rows(plan, arrays, data, aux):
     return out.reshape(-1, out.shape[-1]), extra
 
 
-register(Kernel("tiled", attend_head, unsupported, cost, chunk_size, has_blocks=True))
+register(Kernel("tiled", lift(attend_head, chunk_size), unsupported, cost, has_blocks=True))

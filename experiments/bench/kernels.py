@@ -14,6 +14,7 @@ import attention
 from attention import decoding
 from attention.api import choose
 from attention.kernels import blocks
+from attention.kernels.registry import describe
 from attention.parts import Tile
 from experiments.bench.work import (
     Foreign,
@@ -101,18 +102,21 @@ class Kernel(Work):
         """The parts that the four texts name."""
         return attention.Mechanism(**{k: attention.parse(k, getattr(self, k)) for k in PARTS})
 
-    def arrays(self) -> list[np.ndarray]:
-        """Query, key, value and the output's cotangent; [B, T, H, D], [B, S, K, D] ..."""
-        rng = np.random.default_rng(0)
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of query, key, value and the output: [B, T, H, D], [B, S, K, D] ..."""
         kv, values = self.kv_heads or self.heads, self.value_width or self.width
-        shapes = (
-            (self.length, self.heads, self.width),
-            (self.keys, kv, self.width),
-            (self.keys, kv, values),
-            (self.length, self.heads, values),
-        )
+        return [
+            (self.batch, self.length, self.heads, self.width),
+            (self.batch, self.keys, kv, self.width),
+            (self.batch, self.keys, kv, values),
+            (self.batch, self.length, self.heads, values),
+        ]
+
+    def arrays(self) -> list[np.ndarray]:
+        """Query, key, value and the output's cotangent."""
+        rng = np.random.default_rng(0)
         rounded = jnp.dtype(self.inputs or self.dtype)
-        arrays = (rng.normal(size=(self.batch, *shape)) for shape in shapes)
+        arrays = (rng.normal(size=shape) for shape in self.shapes())
         return [x.astype(rounded).astype(np.float64) for x in arrays]
 
     def data(self) -> dict[str, np.ndarray]:
@@ -176,11 +180,8 @@ class Kernel(Work):
         if self.library != "attention":
             return None
         dtype = jnp.dtype(self.dtype)
-        query, key = (
-            jax.ShapeDtypeStruct((self.batch, length, heads, self.width), dtype)
-            for length, heads in ((self.length, self.heads), (self.keys, self.heads))
-        )
-        return choose(self.mechanism(), query, key)[0].name
+        arrays = (jax.ShapeDtypeStruct(shape, dtype) for shape in self.shapes()[:3])
+        return choose(describe(self.mechanism(), *arrays, **self.data()))[0].name
 
 
 _JUDGED = 1024  # long enough for several tiles, short enough for float64

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from attention import Mechanism, attend, explain, masks, normalizers, parse, positions, scores
+from attention.kernels.registry import KERNELS
 from attention.parts import Mask, Normalizer, Position, Score
 
 
@@ -300,14 +301,22 @@ def test_explain():
     title, *lines = text.splitlines()
     assert title == str(mechanism)
     assert lines[0].strip().startswith("dense: runs: scores and what makes them are 576 numbers")
-    assert lines[1].strip() == "tiled: could, was not chosen"
+    assert "  tiled: could, was not chosen" in lines
+    assert [line.split(":")[0].strip() for line in lines] == list(KERNELS)
     asked = explain(mechanism, query, key, key, implementation="tiled").splitlines()
-    assert [line.strip() for line in asked[1:]] == [
-        "dense: could, was not chosen",
-        "tiled: runs: asked for",
-    ]
+    assert "  dense: could, was not chosen" in asked and "  tiled: runs: asked for" in asked
     weights = explain(mechanism, query, key, key, aux=("weights",))
-    assert "dense: runs: tiled cannot: the aux 'weights' are all T·S numbers" in weights
+    assert "dense: runs: no other kernel can" in weights
+    assert "tiled: cannot: the aux 'weights' are all T·S numbers" in weights
+    with pytest.raises(
+        ValueError, match="'tiled' cannot serve .* 'row_weights' are some; dense can"
+    ):
+        explain(mechanism, query, key, key, aux=("weights",), implementation="tiled")
+    segments = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    packed = Mechanism(mask=masks.Segments())
+    assert "dense: runs" in explain(packed, query, key, key, query_segments=segments)
+    with pytest.raises(ValueError, match="takes query_positions, .*; got query_segment$"):
+        explain(packed, query, key, key, query_segment=segments)
     long = jax.ShapeDtypeStruct((4096, 4, 16), jnp.float32)
     assert "tiled: runs: scores" in explain(mechanism, long, long, long)
     arrays = (jnp.ones(x.shape, x.dtype) for x in (query, key, key))

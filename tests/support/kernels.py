@@ -4,19 +4,41 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from attention import attend
-from attention.kernels.registry import KERNELS
+from attention.kernels.registry import DATA, KERNELS, describe, device_of, unsupported
 from support.mechanisms import init, normal, qkv, wide
 
 T, S, H, K, D, V = 13, 17, 4, 2, 4, 3
 BLOCKS = (4, 8)
 
 
+EVERYTHING = ("dense", "tiled")  # these serve every mechanism, so none of their cases is skipped
+HERE = [name for name, x in KERNELS.items() if device_of(None).platform in (x.platforms or "cpu")]
+
+
 def by_kernel(implementation, mechanism, *, size=BLOCKS, **options):
-    """(params, query, key, value) -> `attend` by that kernel, in small blocks where it has some."""
-    sizes = {"block_sizes": size} if KERNELS[implementation].has_blocks else {}
-    return functools.partial(attend, mechanism, implementation=implementation, **sizes, **options)
+    """(params, query, key, value) -> `attend` by that kernel, in small blocks where it has some.
+
+    A test of what the kernel cannot serve is skipped.
+    """
+    kernel = KERNELS[implementation]
+    sizes = {"block_sizes": size} if kernel.has_blocks else {}
+
+    def run(params, query, key, value, **more):
+        given = {**options, **more}
+        if implementation not in EVERYTHING:
+            read = ("bias", "mask", "dropout_rate", "aux", *DATA)
+            described = {name: x for name, x in given.items() if name in read}
+            reason = unsupported(kernel, describe(mechanism, query, key, value, **described))
+            if reason:
+                pytest.skip(f"{implementation}: {reason}")
+        return attend(
+            mechanism, params, query, key, value, implementation=implementation, **sizes, **given
+        )
+
+    return run
 
 
 @functools.cache

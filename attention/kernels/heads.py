@@ -1,0 +1,193 @@
+"""From one head of one example to whole arrays: how a kernel of a head serves `attend`."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.export import is_symbolic_dim
+from jax.sharding import AxisType, PartitionSpec
+
+from attention.mechanism import Mechanism
+from attention.parts import Array, Params, Tile
+
+
+def lift(
+    attend_head: Callable[..., tuple[Array, dict[str, Array]]],
+    chunk_size: Callable[[Mechanism, Any, Any], Any],
+) -> Callable[..., tuple[Array, dict[str, Array]]]:
+    """`Kernel.attend` of a kernel of one head of one example.
+
+    Under `jax.set_mesh` with an axis 'data' each of its devices takes its own share of the examples
+    where they are computed in chunks.
+
+    Args:
+      attend_head: of the signature of `dense.attend_head`, and block_sizes where it has blocks.
+      chunk_size: (mechanism, query [B, T, H, D], key [B, S, K, D]) -> how many examples a vmap
+        computes at a time; a loop goes over the chunks.
+    """
+
+    def attend(
+        mechanism, params, query, key, value, *, bias, mask, data, dropout_key, aux, **options
+    ):
+        def one_head(params, query, key, value, tile, bias, mask, dropout_key):
+            return attend_head(
+                mechanism,
+                params,
+                query,
+                key,
+                value,
+                tile,
+                bias=bias,
+                mask=mask,
+                dropout_key=dropout_key,
+                aux=aux,
+                **options,
+            )
+
+        out, extra = map_heads(
+            one_head,
+            params,
+            query,
+            key,
+            value,
+            bias=bias,
+            mask=mask,
+            data=data,
+            dropout_key=dropout_key,
+            chunk_size=functools.partial(chunk_size, mechanism),
+        )
+        extra = {
+            name: x if name == "weights" else jnp.swapaxes(x, 1, 2) for name, x in extra.items()
+        }
+        return jnp.swapaxes(out, 1, 2), extra
+
+    return attend
+
+
+def map_heads(
+    function: Callable[..., Any],
+    params: Params,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    bias: Array | None,
+    mask: Array | None,
+    data: Mapping[str, Array],
+    dropout_key: Array | None,
+    chunk_size: Callable[[Any, Any], Any],
+) -> Any:
+    """function(params, query, key, value, tile, bias, mask, dropout_key) of each head: [B, H, ...].
+
+    Arrays as for `Kernel.attend`; `function` gets those of a head of an example, `params` of the
+    head. chunk_size: (query, key) -> how many examples a vmap computes at a time.
+    """
+    B, T, H, _ = query.shape
+    S, K = key.shape[1:3]
+    G = H // K
+
+    def by_group(x):
+        """[B or 1, H or 1, ...] -> with the two axes that stand for the heads."""
+        return x.reshape(x.shape[0], *((1, 1) if x.shape[1] == 1 else (K, G)), *x.shape[2:])
+
+    # Every array gets three leading axes: example, key head, query head of its group. Those of
+    # size 1 are shared, not repeated.
+    arrays = {
+        "query": jnp.swapaxes(query, 1, 2).reshape(B, K, G, T, -1),
+        "key": jnp.swapaxes(key, 1, 2)[:, :, None],
+        "value": jnp.swapaxes(value, 1, 2)[:, :, None],
+        "params": jax.tree.map(lambda x: x.reshape(1, K, G, *x.shape[1:]), params),
+        "head": jnp.arange(H).reshape(1, K, G),
+        "data": {name: x[:, None, None] for name, x in data.items()},
+    }
+    by_pair = {"bias": bias, "mask": mask, "dropout_key": dropout_key}
+    arrays |= {name: by_group(x) for name, x in by_pair.items() if x is not None}
+
+    def one_head(arrays):
+        rows, columns = (jnp.arange(n) if is_symbolic_dim(n) else np.arange(n) for n in (T, S))
+        own = arrays["data"]
+        tile = Tile(
+            query_index=rows,
+            key_index=columns,
+            query_positions=own.get("query_positions", rows),
+            key_positions=own.get("key_positions", columns),
+            head=arrays["head"],
+            num_heads=H,
+            query_length=own.get("query_lengths"),
+            key_length=own.get("key_lengths"),
+            query_segments=own.get("query_segments"),
+            key_segments=own.get("key_segments"),
+            prefix_length=own.get("prefix_lengths"),
+            consecutive=not (
+                {"query_positions", "key_positions"} & own.keys()
+                or is_symbolic_dim(T)
+                or is_symbolic_dim(S)
+            ),
+        )
+        inputs = [arrays[name] for name in ("params", "query", "key", "value")]
+        return function(*inputs, tile, *map(arrays.get, by_pair))
+
+    def size_for(B):
+        return chunk_size(*(jax.ShapeDtypeStruct((B, *x.shape[1:]), x.dtype) for x in (query, key)))
+
+    parts = data_parts(B) if size_for(B) != B else 1
+    mapped = functools.partial(
+        vmap_heads, one_head, sizes=(B // parts, K, G), chunk_size=size_for(B // parts)
+    )
+    results = on_each_part(mapped, arrays) if parts > 1 else mapped(arrays)
+    return jax.tree.map(lambda x: x.reshape(B, H, *x.shape[3:]), results)
+
+
+def data_parts(size: Any) -> int:
+    """Into how many parts the mesh of `jax.set_mesh` splits a batch, by an axis 'data'."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get("data") is not AxisType.Auto:
+        return 1
+    return mesh.shape["data"] if size % mesh.shape["data"] == 0 else 1
+
+
+def on_each_part(function: Callable[[Any], Any], arrays: Any) -> Any:
+    """function(arrays), each device of the axis 'data' for its own examples.
+
+    For what XLA would not split by itself. Leading axes are examples; those of 1 are shared.
+    """
+    specs = jax.tree.map(lambda x: PartitionSpec(*["data"][: x.shape[0] > 1]), arrays)
+    return jax.shard_map(
+        function,
+        in_specs=(specs,),
+        out_specs=PartitionSpec("data"),
+        axis_names={"data"},
+        check_vma=False,
+    )(arrays)
+
+
+def vmap_heads(function, arrays, sizes, chunk_size):
+    """vmaps over the leading axes, one for each of `sizes`; an array may have 1 instead of it.
+
+    Of the first axis over `chunk_size` at a time.
+    """
+    if not sizes:
+        return function(arrays)
+    size, *rest = sizes
+    leaves, structure = jax.tree.flatten(arrays)
+    shared = [x.shape[0] == 1 for x in leaves]
+    leaves = [x[0] if same else x for x, same in zip(leaves, shared, strict=True)]
+
+    def inner(leaves):
+        return vmap_heads(function, jax.tree.unflatten(structure, leaves), rest, rest and rest[0])
+
+    if size == 1:
+        return jax.tree.map(lambda x: x[None], inner(leaves))
+    if chunk_size == size:
+        axes = [None if same else 0 for same in shared]
+        return jax.vmap(inner, in_axes=(axes,), axis_size=size)(leaves)
+
+    def one(own):
+        own = iter(own)
+        return inner([x if same else next(own) for x, same in zip(leaves, shared, strict=True)])
+
+    own = [x for x, same in zip(leaves, shared, strict=True) if not same]
+    return jax.lax.map(one, own, batch_size=chunk_size if chunk_size > 1 else None)
