@@ -11,10 +11,9 @@ other. So a function is traced to a jaxpr, and `evaluate` computes it with each 
 and moved only where an operation needs the other one. Matrix products get their precision here.
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
@@ -55,7 +54,7 @@ def array(held: Value, shape: tuple[int, ...], dtype: Any = None) -> Array:
     kind, x = held
     x = x if dtype is None else x.astype(dtype)
     if kind == "uniform":
-        return jnp.broadcast_to(x.reshape((1,) * max(len(shape), 1)), shape) if shape else _scalar(x)
+        return jnp.broadcast_to(x.reshape((1,) * len(shape)), shape)
     if kind == "rows" and len(shape) == 1:
         x = _turned(x)
     if kind == "rows" and len(shape) == 2:
@@ -79,10 +78,6 @@ def as_columns(held: Value, n: int) -> Array:
     return jnp.broadcast_to(held.x, (1, n)) if held.kind == "uniform" else held.x
 
 
-def _scalar(x):
-    return x if x.ndim == 0 else x.reshape(())
-
-
 def _turned(x):
     """[n, L], all columns alike -> [1, n]."""
     return _widened(x, LANES).T[:1]
@@ -97,14 +92,21 @@ def _widened(x, n):
     return jnp.broadcast_to(x[:, :1], (x.shape[0], n))
 
 
-def evaluate(closed: core.ClosedJaxpr, consts: list[Value], args: list[Value], product) -> list[Value]:
+def evaluate(
+    closed: core.ClosedJaxpr,
+    consts: list[Value],
+    args: list[Value],
+    product: Callable[[Array, Array, Any], Array],
+) -> list[Value]:
     """The outputs of a jaxpr; `product(a, b, equation)` computes its `dot_general`s of arrays."""
     jaxpr = closed.jaxpr
     held = dict(zip(jaxpr.constvars, consts, strict=True))
     held |= zip(jaxpr.invars, args, strict=True)
 
     def read(atom):
-        return Value("uniform", jnp.asarray(atom.val, atom.aval.dtype)) if is_literal(atom) else held[atom]
+        if is_literal(atom):
+            return Value("uniform", jnp.asarray(atom.val, atom.aval.dtype))
+        return held[atom]
 
     for equation in live(jaxpr):
         operands = [read(atom) for atom in equation.invars]
@@ -160,8 +162,8 @@ _CALLS = {
     "custom_vjp_call_jaxpr": "fun_jaxpr",
 }
 ELEMENTWISE = frozenset(
-    "abs add add_any and atan2 ceil clamp convert_element_type copy cos div eq erf erf_inv exp exp2 "
-    "expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter "
+    "abs add add_any and atan2 ceil clamp convert_element_type copy cos div eq erf erf_inv exp "
+    "exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter "
     "not or pow reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic "
     "shift_right_logical sign sin sqrt square sub tan tanh xor".split()
 )
@@ -238,7 +240,8 @@ def _reduce(equation, held):
     if kind == "columns":
         own = len(shape) - 1
         return Value("uniform", function(x, axis=1, keepdims=True)) if own in axes else held
-    x = functools.reduce(lambda x, axis: function(x, axis=axis, keepdims=True), sorted(axes)[::-1], x)
+    for axis in sorted(axes, reverse=True):
+        x = function(x, axis=axis, keepdims=True)
     return value(x)
 
 

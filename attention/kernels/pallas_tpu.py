@@ -1,8 +1,8 @@
 """Flash attention for a TPU around any parts, in Pallas: forward, and backward by two kernels.
 
-Its seam is `tiled.attend_tiles`: all that comes before the tiles (what is not finite, padding, which
-blocks to visit) and after them (aux) is the tiled kernel's, and every derivative but the gradient as
-well. Inside a kernel a tile's scores are those of the same protocol, traced by `lanes`, and its
+Its seam is `tiled.attend_tiles`: what comes before the tiles (what is not finite, padding, which
+blocks to visit) and after them (aux) is the tiled kernel's, as is every derivative but the
+gradient. Inside a kernel a tile's scores are those of the same protocol, traced by `lanes`, and its
 gradient is `jax.vjp` of them; sums are in float32, one block after another, so they have the same
 bits every time.
 
@@ -12,6 +12,7 @@ does on a TPU; all else is float32. Of float32 inputs, products are float32 too.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -23,9 +24,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attention.kernels import blocks, lanes, tiled
 from attention.kernels.dense import Inputs
+from attention.kernels.derivatives import with_fast_pair
+from attention.kernels.heads import lift
 from attention.kernels.lanes import LANES, Value
+from attention.kernels.registry import Call, Kernel, device_of, register
 from attention.kernels.tiled import Arrays, Data, Labels, Piece, Plan
-from attention.parts import EMPTY, FULL, PARTIAL, Array, Mask, Tile, accumulator
+from attention.mechanism import Mechanism
+from attention.parts import EMPTY, FULL, PARTIAL, Array, Params, Tile
 
 
 class Steps(NamedTuple):
@@ -43,18 +48,16 @@ class Steps(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernels:
+class Setting:
     """What is known while tracing.
 
     Attributes:
       plan: of the tiled kernel.
-      states: which states occur.
-      narrow: operands of products are bfloat16.
-      interpret: run by Pallas's interpreter.
+      narrow: whether operands of products are bfloat16.
+      interpret: whether Pallas's interpreter runs the kernel.
     """
 
     plan: Plan
-    states: frozenset[int]
     narrow: bool
     interpret: bool
 
@@ -215,9 +218,12 @@ class _Traced(NamedTuple):
 def _traced(function, *args):
     """args: pytrees of `jax.ShapeDtypeStruct`s."""
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-    read = {atom for equation in lanes.live(closed.jaxpr) for atom in equation.invars
-            if not lanes.is_literal(atom)}.union(
-        atom for atom in closed.jaxpr.outvars if not lanes.is_literal(atom))
+    read = {
+        atom
+        for equation in lanes.live(closed.jaxpr)
+        for atom in equation.invars
+        if not lanes.is_literal(atom)
+    }.union(atom for atom in closed.jaxpr.outvars if not lanes.is_literal(atom))
     places = frozenset(i for i, atom in enumerate(closed.jaxpr.invars) if atom in read)
     consts = [_whole(jnp.asarray(x)) for x in closed.consts]
     return _Traced(closed, consts, jax.tree.structure(shapes), places)
@@ -243,9 +249,11 @@ class _Launch:
     Calls of the functions are made inside `body`.
     """
 
-    def __init__(self, kernels: Kernels, arrays: Arrays, data: Data, extra: Any = ()):
-        self.kernels = kernels
-        self.operands = _pieces(kernels.plan, arrays), _locals(kernels.plan, data), extra
+    def __init__(
+        self, setting: Setting, states: frozenset[int], arrays: Arrays, data: Data, extra: Any = ()
+    ):
+        self.setting, self.states = setting, states
+        self.operands = _pieces(setting.plan, arrays), _locals(setting.plan, data), extra
         self.leaves = jax.tree.leaves(self.operands, is_leaf=_is_operand)
         self.inputs: dict[int, _Operand] = {}
 
@@ -254,14 +262,14 @@ class _Launch:
 
         `record`: it will be called, so that the kernel gets what it reads.
         """
-        traced = _traced(function, *_avals(self.operands), _index_avals(self.kernels.plan), *more)
+        traced = _traced(function, *_avals(self.operands), _index_avals(self.setting.plan), *more)
         if not record:
             return traced
         used = [i for i in sorted(traced.read) if i < len(self.leaves)]
         self.inputs |= {id(x): x for x in [*(self.leaves[i] for i in used), *traced.consts]}
         return traced
 
-    def call(self, traced, *more):
+    def compute(self, traced, *more):
         """Pytrees of `Value`s for `more` -> that of the results."""
         unread = Value("uniform", jnp.zeros((), jnp.float32))
         own = [
@@ -269,9 +277,9 @@ class _Launch:
             for i, x in enumerate(self.leaves)
         ]
         row, column = (x[self.step] for x in self.steps[:2])
-        own += [*_indices(self.kernels.plan, row, column), *_values(more)]
+        own += [*_indices(self.setting.plan, row, column), *_values(more)]
         consts = [x.load(self.refs[id(x)]) for x in traced.consts]
-        product = functools.partial(_product, self.kernels.narrow)
+        product = functools.partial(_product, self.setting.narrow)
         return jax.tree.unflatten(
             traced.structure, lanes.evaluate(traced.jaxpr, consts, own, product)
         )
@@ -299,7 +307,7 @@ class _Launch:
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM
             ),
-            interpret=self.kernels.interpret,
+            interpret=self.setting.interpret,
             name=name,
         )(*steps, *(x.x for x in inputs))
 
@@ -311,10 +319,9 @@ class _Launch:
 
     def on_state(self, function):
         """function(masked), as the state of the pair at hand says."""
-        states = self.kernels.states
-        for state in sorted(states - {EMPTY}):
+        for state in sorted(self.states - {EMPTY}):
             run = functools.partial(function, state == PARTIAL)
-            run() if states == {state} else pl.when(self.steps.state[self.step] == state)(run)
+            run() if self.states == {state} else pl.when(self.steps.state[self.step] == state)(run)
 
 
 _VMEM = 100 * 2**20
@@ -359,14 +366,13 @@ def _rows_like(count, x):
     return _Operand(like, (None, *block), ("row", None, None), x.shape)
 
 
-def forward(
-    kernels: Kernels, steps: Steps, arrays: Arrays, data: Data
-) -> tuple[Array, Any]:
+def forward(setting: Setting, arrays: Arrays, data: Data) -> tuple[Array, Any]:
     """out [row blocks, t, V] and the rows' statistic, as `tiled.attend_tiles`."""
-    plan = kernels.plan
+    plan = setting.plan
+    pairs = schedule(plan, data)
     t, dtype = plan.block[0], arrays.value.dtype
     normalizer = plan.mechanism.normalizer
-    launch = _Launch(kernels, arrays, data)
+    launch = _Launch(setting, pairs.states, arrays, data)
 
     def of_normalizer(method):
         return lambda piece, local, extra, indices, *args: method(
@@ -389,7 +395,7 @@ def forward(
     visits = {
         masked: launch.trace(functools.partial(visit, masked), state_avals, acc)
         for masked in (False, True)
-        if (PARTIAL if masked else FULL) in kernels.states
+        if (PARTIAL if masked else FULL) in pairs.states
     }
 
     def body(outputs, scratch):
@@ -402,11 +408,11 @@ def forward(
 
         @pl.when(first)
         def _():
-            _write_rows(scratch, launch.call(start))
+            _write_rows(scratch, launch.compute(start))
             out_ref[...] = jnp.zeros(out_ref.shape, dtype)
 
         def update(masked):
-            new, out = launch.call(visits[masked], state(), lanes.value(out_ref[...]))
+            new, out = launch.compute(visits[masked], state(), lanes.value(out_ref[...]))
             _write_rows(scratch, new)
             out_ref[...] = lanes.array(out, out_ref.shape)
 
@@ -414,7 +420,7 @@ def forward(
 
         @pl.when(last)
         def _():
-            statistic, factor = launch.call(finish, state())
+            statistic, factor = launch.compute(finish, state())
             _write_rows(statistic_refs, statistic)
             if factor is not None:
                 factor = lanes.rows(lanes.as_rows(factor, t))
@@ -424,7 +430,7 @@ def forward(
     statistic, _ = _outputs(finish)
     outputs = [_rows_like(rows, x) for x in (acc, *jax.tree.leaves(statistic))]
     scratch = [pltpu.VMEM((t, _width(plan)), x.dtype) for x in jax.tree.leaves(state_avals)]
-    out, *leaves = launch.run(steps, body, outputs, scratch, "forward")
+    out, *leaves = launch.run(pairs.by_row, body, outputs, scratch, "forward")
     leaves = [x[..., 0] for x in leaves]
     return out, jax.tree.unflatten(jax.tree.structure(statistic), leaves)
 
@@ -446,8 +452,7 @@ class _Cotangents(NamedTuple):
 
 
 def backward(
-    kernels: Kernels,
-    schedule: "Schedule",
+    setting: Setting,
     arrays: Arrays,
     data: Data,
     statistic: Any,
@@ -456,7 +461,7 @@ def backward(
     statistic_cotangent: Any,
 ) -> Arrays:
     """The cotangents of `arrays`, from what `forward` returned and the cotangents of that."""
-    normalizer = kernels.plan.mechanism.normalizer
+    normalizer = setting.plan.mechanism.normalizer
     params = arrays.params["normalizer"]
 
     def respond(tangent, change):
@@ -468,13 +473,14 @@ def backward(
     of_factor = None if factor is None else jnp.sum(out_cotangent * out, axis=-1).ravel()
     own, total = pull((jax.tree.map(jnp.ravel, statistic_cotangent), of_factor))
     rows = _Cotangents(statistic, out_cotangent, total.reshape(out.shape[:2]))
-    pieces = _pieces(kernels.plan, arrays)
+    pieces = _pieces(setting.plan, arrays)
     leaves, structure = jax.tree.flatten(pieces, is_leaf=_is_operand)
     by_columns = [x.axes.count("column") == 1 and "row" not in x.axes for x in leaves]
-    found = {}
-    for name, steps in ("dq", schedule.by_row), ("dkv", schedule.by_column):
+    pairs, found = schedule(setting.plan, data), {}
+    for name, steps in ("dq", pairs.by_row), ("dkv", pairs.by_column):
         places = [i for i, own_side in enumerate(by_columns) if own_side == (name == "dkv")]
-        found |= _gradients(kernels, steps, arrays, data, rows, places, name)
+        launch = _Launch(setting, pairs.states, arrays, data, jax.tree.map(_of_rows, rows))
+        found |= _gradients(launch, steps, places, name)
     leaves = [found.get(i, jnp.zeros(x.x.shape, x.x.dtype)) for i, x in enumerate(leaves)]
     inputs, bias = jax.tree.unflatten(structure, leaves)
     params = jax.tree.map(lambda x, like: x.reshape(like.shape), inputs.params, arrays.params)
@@ -490,14 +496,12 @@ def backward(
     )
 
 
-def _gradients(kernels, steps, arrays, data, rows, places, name):
+def _gradients(launch, steps, places, name):
     """Of the leaves of `Piece` at `places`: place -> cotangent, as the kernel holds it.
 
     Those that the weights do not depend on are left out.
     """
-    plan = kernels.plan
-    extra = jax.tree.map(_of_rows, rows)
-    launch = _Launch(kernels, arrays, data, extra)
+    plan, states = launch.setting.plan, launch.states
 
     def weighted(masked, piece, local, extra, indices):
         tile = _tile(plan, local, indices)
@@ -520,7 +524,7 @@ def _gradients(kernels, steps, arrays, data, rows, places, name):
         _, pull = jax.vjp(of_own, {i: leaves[i] for i in places})
         return pull((others[1].out, others[1].total))[0]
 
-    kinds = [kind for kind in (PARTIAL, FULL) if kind in kernels.states] or [FULL]
+    kinds = [kind for kind in (PARTIAL, FULL) if kind in states] or [FULL]
     read = launch.trace(functools.partial(weighted, kinds[0] == PARTIAL), record=False).read
     places = [i for i in places if i in read]
     if not places:
@@ -544,7 +548,7 @@ def _gradients(kernels, steps, arrays, data, rows, places, name):
         pl.when(first)(lambda: clear(i for i in places if len(axes[i]) == 1))
 
         def add(masked):
-            for i, x in launch.call(pulls[masked]).items():
+            for i, x in launch.compute(pulls[masked]).items():
                 x = _held(x, operands[i], refs[i].shape)
                 refs[i][...] = x if len(axes[i]) == 2 else refs[i][...] + x
 
@@ -588,36 +592,156 @@ class Schedule(NamedTuple):
     states: frozenset[int]
 
 
-def schedule(
-    mask: Mask, tile: Tile, block: tuple[int, int], masked: bool
-) -> Schedule:
-    """`masked`: an array masks as well, so that no pair is FULL."""
-    t, s = block
-    counts = [-(-len(x) // n) for x, n in zip((tile.query_index, tile.key_index), block, strict=True)]
-    row, start = blocks.visible_blocks(mask, tile, block, grain=s)
-    cap = np.where((start + s > len(tile.key_index)) | masked, PARTIAL, FULL)
-    known = np.minimum(
-        cap, mask.block(blocks.block_bounds(tile, block, row, start, look=False))
+def schedule(plan: Plan, data: Data) -> Schedule:
+    """Known while tracing, or computed where the mask depends on data."""
+    mask, (t, s) = plan.mechanism.mask, plan.block
+    rows, columns = np.arange(plan.rows), np.arange(plan.columns)
+
+    def label(x, n, default):
+        return default if x is None else x.reshape(-1)[:n]
+
+    tile = Tile(
+        query_index=rows,
+        key_index=columns,
+        query_positions=label(data.query.positions, plan.rows, rows),
+        key_positions=label(data.key.positions, plan.columns, columns),
+        head=data.head,
+        num_heads=plan.num_heads,
+        query_length=data.query_length,
+        key_length=data.key_length,
+        query_segments=label(data.query.segments, plan.rows, None),
+        key_segments=label(data.key.segments, plan.columns, None),
+        prefix_length=data.prefix_length,
+        consecutive=plan.consecutive,
     )
-    state = mask.block(blocks.block_bounds(tile, block, row, start, look=True))
+    row, start = blocks.visible_blocks(mask, tile, plan.block, grain=s)
+    cap = np.where((start + s > plan.columns) | (data.mask is not None), PARTIAL, FULL)
+    bounds = (blocks.block_bounds(tile, plan.block, row, start, look) for look in (False, True))
+    known, state = map(mask.block, bounds)
+    known = np.minimum(cap, known)
     unknown = isinstance(state, jax.Array)
     state = jnp.minimum(state, cap) if unknown else known
 
     def ordered(order, other, count):
-        """`Steps` by `order`, as (order, other, state)."""
+        """By `order`: (order, other, state)."""
         missing = np.setdiff1d(np.arange(count), order)
         by = np.lexsort((np.append(other, 0 * missing), np.append(order, missing)))
-        order = np.append(order, missing)[by].astype(np.int32)
-        other = np.append(other, 0 * missing)[by].astype(np.int32)
-        states = jnp.append(jnp.broadcast_to(state, row.shape), jnp.full(len(missing), EMPTY))
-        states = states[by].astype(jnp.int32)
-        latest = lax.cummax(jnp.where(states == EMPTY, 0, jnp.arange(len(by))))
-        return jnp.asarray(order), jnp.asarray(other)[latest], states
+        order, other = (np.append(x, y)[by] for x, y in ((order, missing), (other, 0 * missing)))
+        xp: Any = jnp if unknown else np
+        states = xp.append(xp.broadcast_to(state, row.shape), np.full(len(missing), EMPTY))[by]
+        visited = xp.where(states == EMPTY, 0, np.arange(len(by)))
+        latest = lax.cummax(visited) if unknown else np.maximum.accumulate(visited)
+        other = jnp.asarray(other)[latest] if unknown else other[latest]
+        return [xp.asarray(x, np.int32) for x in (order, other, states)]
 
     column = start // s
+    counts = -(-plan.rows // t), -(-plan.columns // s)
     by_row = Steps(*ordered(row, column, counts[0]))
     of_column, of_row, states = ordered(column, row, counts[1])
-    kinds = {*np.unique(known).tolist()} | ({EMPTY, PARTIAL, *cap.tolist()} if unknown else set())
-    for order, count in (row, counts[0]), (column, counts[1]):
-        kinds |= {EMPTY} if len(np.unique(order)) < count else set()
-    return Schedule(by_row, Steps(of_row, of_column, states), frozenset(kinds))
+    occur = {*np.unique(known).tolist()}
+    if unknown:
+        occur |= {EMPTY, PARTIAL, *np.unique(cap).tolist()}
+    if any(len(np.unique(x)) < n for x, n in zip((row, column), counts, strict=True)):
+        occur |= {EMPTY}
+    return Schedule(by_row, Steps(of_row, of_column, states), frozenset(occur))
+
+
+def _reference(setting, arrays, data):
+    return tiled.attend_tiles(setting.plan, arrays, data)
+
+
+def _forward(setting, arrays, data):
+    out, statistic = forward(setting, arrays, data)
+    return (out, statistic, tiled.worst_seen(setting.plan, data)), None
+
+
+def _backward(setting, args, outputs, residuals, cotangents):
+    del residuals
+    (arrays, data), (out, statistic, _) = args, outputs
+    leaves, structure = jax.tree.flatten((out, statistic))
+    given = structure.flatten_up_to(cotangents[:2])
+    given = [jnp.zeros_like(x) if y is None else y for x, y in zip(leaves, given, strict=True)]
+    to_out, to_statistic = jax.tree.unflatten(structure, given)
+    return backward(setting, arrays, data, statistic, out, to_out, to_statistic), None
+
+
+_attend_tiles = with_fast_pair(_reference, _forward, _backward)
+
+
+def attend_head(
+    mechanism: Mechanism,
+    params: Params,
+    query: Array,
+    key: Array,
+    value: Array,
+    tile: Tile,
+    *,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    dropout_key: Array | None = None,
+    dropout_rate: float = 0.0,
+    aux: tuple[str, ...] = (),
+    block_sizes: tuple[int, int] | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """`attention.kernels.dense.attend_head` by the kernels of this file."""
+    T, S = len(query), len(key)
+    t, s = block_sizes or sizes(mechanism, tile, query.shape[1])
+    t, s = min(t, T), min(s, S)
+    masked = mask is not None
+    row, start = blocks.visible_blocks(mechanism.mask, tile, (t, s), grain=s)
+    visits = blocks.visits(mechanism.mask, tile, (t, s), row, start, masked)
+    plan, arrays, data = tiled.prepare(
+        mechanism, params, query, key, value, tile, (t, s), -(-S // s) * s, visits, bias, mask,
+        dropout_key, dropout_rate,
+    )  # fmt: skip
+    setting = Setting(
+        plan, narrow=query.dtype == jnp.bfloat16, interpret=device_of(query).platform == "cpu"
+    )
+
+    def attend(plan, arrays, data):
+        return _attend_tiles(dataclasses.replace(setting, plan=plan), arrays, data)
+
+    out, extra = tiled.by_tiles(plan, arrays, data, aux, attend)
+    return out[:T].astype(query.dtype), extra
+
+
+def sizes(mechanism: Mechanism, tile: Tile, head_dim: int) -> tuple[int, int]:
+    return 1024, 1024
+
+
+def unsupported(call: Call) -> str | None:
+    """Why these kernels cannot serve a call, or None."""
+    mechanism = call.mechanism
+    if reason := tiled.unsupported(call):
+        return reason
+    if mechanism.position.whole_row:
+        return f"{mechanism.position} needs all keys of a row at once; tiled gives it them"
+    if tiled.needs_whole_rows(mechanism):
+        return f"{mechanism.normalizer} needs all scores of a row at once; tiled gives it them"
+    return None
+
+
+def cost(call: Call) -> tuple[float, str]:
+    """Less than the tiled kernel's on a TPU; without one it is for tests alone."""
+    if call.device.platform == "cpu":
+        return math.inf, "here Pallas's interpreter runs it, slowly: for tests"
+    like, why = tiled.cost(call)
+    return like / 4, why
+
+
+def chunk_size(mechanism: Mechanism, query: Array, key: Array) -> int:
+    """How many examples are axes of one kernel: all, but where blocks depend on data, 1."""
+    del key
+    return 1 if mechanism.mask.required_inputs else query.shape[0]
+
+
+register(
+    Kernel(
+        "pallas_tpu",
+        lift(attend_head, chunk_size),
+        unsupported,
+        cost,
+        platforms=("tpu", "cpu"),
+        has_blocks=True,
+    )
+)

@@ -621,7 +621,8 @@ def by_tiles(
         if type(plan.mechanism.normalizer) is not Softmax:
             soft = dataclasses.replace(plan.mechanism, normalizer=Softmax())
             without_values = arrays._replace(value=arrays.value[:0])
-            of_softmax = attend_tiles(dataclasses.replace(plan, mechanism=soft), without_values, data)[1]
+            plan_of_softmax = dataclasses.replace(plan, mechanism=soft)
+            of_softmax = attend_tiles(plan_of_softmax, without_values, data)[1]
         extra["lse"] = sum(of_softmax)
     names = {"entropy", "row_max", "column_sums"}.intersection(aux)
     if names:
