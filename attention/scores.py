@@ -84,7 +84,10 @@ class Additive(Score):
         return query @ params["query"], key @ params["key"]
 
     def tile(self, params, query, key, tile):
-        return jnp.einsum("h,ths->ts", params["out"], jnp.tanh(query[:, :, None] + key[None]))
+        def unit(query, key):
+            return jnp.tanh(query[:, None] + key[None])
+
+        return tile.sum_units(params["out"], unit, query.T, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +109,9 @@ class Location(Score):
     def tile(self, params, query, key, tile):
         positions = tile.key_positions
         inside = (positions >= 0) & (positions < self.max_length)
-        rows = params["kernel"].at[positions].get(mode="clip")
+        product = _product(query, tile.lookup(params["kernel"], positions))
         # NaN enters after the product, so that gradients are finite where such a key is masked.
-        return jnp.where(inside, _product(query, rows.T), jnp.nan)
+        return jnp.where(inside, product, jnp.nan)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,28 +54,33 @@ def array(held: Value, shape: tuple[int, ...], dtype: Any = None) -> Array:
     kind, x = held
     x = x if dtype is None else x.astype(dtype)
     if kind == "uniform":
-        return jnp.broadcast_to(x.reshape((1,) * len(shape)), shape)
+        return _spread(x if x.ndim == 0 else x.reshape((1,) * len(shape)), shape)
     if kind == "rows" and len(shape) == 1:
         x = _turned(x)
     if kind == "rows" and len(shape) == 2:
         return _widened(x, shape[1])
     if kind == "columns" and len(shape) == 2:
-        return jnp.broadcast_to(x, shape)
+        return _spread(x, shape)
     return x if x.shape == shape else x.reshape(shape)
 
 
 def as_rows(held: Value, n: int) -> Array:
     """[n, 1] or [n, 128] of a vector [n]."""
     if held.kind == "columns":
-        return jnp.broadcast_to(held.x, (LANES, n)).T
-    return jnp.broadcast_to(held.x, (n, 1)) if held.kind == "uniform" else held.x
+        return _spread(held.x, (LANES, n)).T
+    return _spread(held.x, (n, 1)) if held.kind == "uniform" else held.x
 
 
 def as_columns(held: Value, n: int) -> Array:
     """[1, n] of a vector [n]."""
     if held.kind == "rows":
         return _turned(held.x)
-    return jnp.broadcast_to(held.x, (1, n)) if held.kind == "uniform" else held.x
+    return _spread(held.x, (1, n)) if held.kind == "uniform" else held.x
+
+
+def _spread(x, shape):
+    """`jnp.broadcast_to`, and nothing for an array of that shape."""
+    return x if x.shape == tuple(shape) else jnp.broadcast_to(x, shape)
 
 
 def _turned(x):
@@ -89,7 +94,7 @@ def _widened(x, n):
         return x
     if x.shape[1] == LANES and n % LANES == 0:
         return jnp.concatenate([x] * (n // LANES), axis=1)
-    return jnp.broadcast_to(x[:, :1], (x.shape[0], n))
+    return _spread(x[:, :1], (x.shape[0], n))
 
 
 def evaluate(
@@ -141,6 +146,22 @@ def live(jaxpr: core.Jaxpr) -> list[Any]:
             kept.append(equation)
             needed |= {atom for atom in equation.invars if not is_literal(atom)}
     return kept[::-1]
+
+
+def otherwise_used(jaxpr: core.Jaxpr) -> set[Any]:
+    """The variables that something else reads than products of matrices without a precision."""
+    used = {atom for atom in jaxpr.outvars if not is_literal(atom)}
+    for equation in live(jaxpr):
+        atoms = equation.invars
+        if (inner := inner_jaxpr(equation)) is not None:
+            own = otherwise_used(inner.jaxpr)
+            pairs = zip(atoms, inner.jaxpr.invars, strict=True)
+            used |= {x for x, y in pairs if y in own and not is_literal(x)}
+        elif not (
+            equation.primitive.name == "dot_general" and equation.params["precision"] is None
+        ):
+            used |= {atom for atom in atoms if not is_literal(atom)}
+    return used
 
 
 def inner_jaxpr(equation: Any) -> core.ClosedJaxpr | None:
@@ -210,7 +231,7 @@ def _elementwise(equation, operands):
         kind, common = "array", shape
         own = [shape if len(shape) == 2 else atom.aval.shape for atom in equation.invars]
         xs = [x.x if x.x.ndim == 0 else array(x, n) for x, n in zip(operands, own, strict=True)]
-    xs = [jnp.broadcast_to(x.astype(d), common) for x, d in zip(xs, dtypes, strict=True)]
+    xs = [_spread(x.astype(d), common) for x, d in zip(xs, dtypes, strict=True)]
     return Value(kind, equation.primitive.bind(*xs, **equation.params))
 
 
@@ -268,7 +289,7 @@ def _broadcast(equation, held):
         between = [1] * len(after)
         for axis, n in zip(axes, before, strict=True):
             between[axis] = n
-        return Value("array", jnp.broadcast_to(x.reshape(between), after))
+        return Value("array", _spread(x.reshape(between), after))
     if held.kind == "array":
         return held
     # The axis that the vector lies along after it.
@@ -280,7 +301,7 @@ def _broadcast(equation, held):
         x = as_rows(held, n)
         return rows(x) if after[1] == 1 else Value("array", _widened(x, after[1]))
     x = as_columns(held, n)
-    return columns(x) if after[0] == 1 else Value("array", jnp.broadcast_to(x, after))
+    return columns(x) if after[0] == 1 else Value("array", _spread(x, after))
 
 
 def _iota(equation):

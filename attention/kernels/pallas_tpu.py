@@ -26,7 +26,7 @@ from attention.kernels import blocks, lanes, tiled
 from attention.kernels.dense import Inputs
 from attention.kernels.derivatives import with_fast_pair
 from attention.kernels.heads import lift
-from attention.kernels.lanes import LANES, Value
+from attention.kernels.lanes import LANES, Value, is_literal
 from attention.kernels.registry import Call, Kernel, device_of, register
 from attention.kernels.tiled import Arrays, Data, Labels, Piece, Plan
 from attention.mechanism import Mechanism
@@ -172,6 +172,73 @@ def _locals(plan, data):
     )
 
 
+class _Tile(Tile):
+    """A tile inside a kernel: what a table is for by products, selects and rolls of [t, s]."""
+
+    def pick(self, values, column):
+        n = values.shape[-1]
+        if not self.consecutive:
+            columns = column(self.distance)
+            picked = jnp.zeros(columns.shape, values.dtype)
+            for c in range(n):
+                own = values[c] if values.ndim == 1 else values[:, c : c + 1]
+                picked = jnp.where(columns == c, own, picked)
+            return picked
+        places = self._places(column, n).astype(values.dtype)
+        if values.ndim == 1:
+            by_distance = jnp.sum(values[:, None] * places, axis=0)[None]
+        else:
+            by_distance = values @ places
+        t, s = len(self.query_index), len(self.key_index)
+        return _sheared(jnp.broadcast_to(by_distance, (t, places.shape[1])))[:, :s]
+
+    def sum_by(self, weights, column, n):
+        if not self.consecutive:
+            columns = column(self.distance)
+            sums = [jnp.where(columns == c, weights, 0).sum(1)[:, None] for c in range(n)]
+            return jnp.concatenate(sums, axis=1)
+        places = self._places(column, n).astype(weights.dtype)
+        padding = places.shape[1] - weights.shape[1]
+        by_distance = _unsheared(jnp.pad(weights, ((0, 0), (0, padding))))
+        return by_distance @ places.T
+
+    def _places(self, column, n):
+        """[n, w] bool: whether column(d) is c, of the t + s − 1 distances d, the furthest first."""
+        t, s = len(self.query_index), len(self.key_index)
+        w = -(-(t + s - 1) // LANES) * LANES
+        furthest = self.query_positions[0] + t - 1 - self.key_positions[0]
+        columns = column(furthest - lax.broadcasted_iota(jnp.int32, (1, w), 1))
+        return columns == lax.broadcasted_iota(jnp.int32, (n, 1), 0)
+
+    def lookup(self, table, index):
+        n = len(table)
+        index = jnp.clip(index, 0, n - 1)[None]
+        places = index == lax.broadcasted_iota(jnp.int32, (n, 1), 0)
+        return lax.dot_general(table, places.astype(table.dtype), (((0,), (0,)), ((), ())))
+
+    def sum_units(self, weights, unit, *units):
+        terms = (weights[h] * unit(*(x[h] for x in units)) for h in range(len(weights)))
+        return functools.reduce(jnp.add, terms)
+
+
+@jax.custom_vjp
+def _sheared(x):
+    """x_{i, j + t − 1 − i}, [t, w] -> [t, w], columns modulo w."""
+    t, w = x.shape
+    return pltpu.roll(x, w - t + 1, axis=1, stride=1, stride_axis=0)
+
+
+@jax.custom_vjp
+def _unsheared(x):
+    """The inverse of `_sheared`, and its transpose."""
+    t, w = x.shape
+    return pltpu.roll(x, t - 1, axis=1, stride=w - 1, stride_axis=0)
+
+
+_sheared.defvjp(lambda x: (_sheared(x), None), lambda _, x: (_unsheared(x),))
+_unsheared.defvjp(lambda x: (_unsheared(x), None), lambda _, x: (_sheared(x),))
+
+
 def _tile(plan, local, indices):
     """The `Tile` of a visit."""
     query, key = local.query, local.key
@@ -180,7 +247,7 @@ def _tile(plan, local, indices):
         query = query._replace(positions=jnp.minimum(query_index, plan.rows - 1))
     if key.positions is None:
         key = key._replace(positions=jnp.minimum(key_index, plan.columns - 1))
-    return Tile(
+    return _Tile(
         query_index=query_index,
         key_index=key_index,
         query_positions=query.positions,
@@ -207,26 +274,31 @@ class _Traced(NamedTuple):
       consts: the arrays that it captured.
       structure: of what it returns.
       read: which of its arguments' leaves it reads.
+      multiplied: those of them that products of matrices alone read.
     """
 
     jaxpr: Any
     consts: list[_Operand]
     structure: Any
     read: frozenset[int]
+    multiplied: frozenset[int]
 
 
 def _traced(function, *args):
     """args: pytrees of `jax.ShapeDtypeStruct`s."""
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-    read = {
-        atom
-        for equation in lanes.live(closed.jaxpr)
-        for atom in equation.invars
-        if not lanes.is_literal(atom)
-    }.union(atom for atom in closed.jaxpr.outvars if not lanes.is_literal(atom))
-    places = frozenset(i for i, atom in enumerate(closed.jaxpr.invars) if atom in read)
-    consts = [_whole(jnp.asarray(x)) for x in closed.consts]
-    return _Traced(closed, consts, jax.tree.structure(shapes), places)
+    jaxpr = closed.jaxpr
+    atoms = {x for equation in lanes.live(jaxpr) for x in equation.invars if not is_literal(x)}
+    atoms |= {x for x in jaxpr.outvars if not is_literal(x)}
+    otherwise = lanes.otherwise_used(jaxpr)
+    read = [i for i, x in enumerate(jaxpr.invars) if x in atoms]
+    return _Traced(
+        closed,
+        [_whole(jnp.asarray(x)) for x in closed.consts],
+        jax.tree.structure(shapes),
+        frozenset(read),
+        frozenset(i for i in read if jaxpr.invars[i] not in otherwise),
+    )
 
 
 def _product(narrow, a, b, equation):
@@ -256,6 +328,7 @@ class _Launch:
         self.operands = _pieces(setting.plan, arrays), _locals(setting.plan, data), extra
         self.leaves = jax.tree.leaves(self.operands, is_leaf=_is_operand)
         self.inputs: dict[int, _Operand] = {}
+        self.wide: set[int] = set()  # inputs that are read by more than products
 
     def trace(self, function, *more, record=True):
         """function(piece, local, extra, indices, *more), `more` pytrees of shapes.
@@ -267,6 +340,8 @@ class _Launch:
             return traced
         used = [i for i in sorted(traced.read) if i < len(self.leaves)]
         self.inputs |= {id(x): x for x in [*(self.leaves[i] for i in used), *traced.consts]}
+        self.wide |= {id(self.leaves[i]) for i in used if i not in traced.multiplied}
+        self.wide |= set(map(id, traced.consts))
         return traced
 
     def compute(self, traced, *more):
@@ -287,6 +362,10 @@ class _Launch:
     def run(self, steps: Steps, body, outputs: list[_Operand], scratch: list[Any], name: str):
         """body(output refs, scratch refs) for each step -> outputs."""
         inputs = list(self.inputs.values())
+        narrow = [
+            jnp.bfloat16 if self.setting.narrow and key not in self.wide else x.x.dtype
+            for key, x in self.inputs.items()
+        ]
 
         def kernel(*refs):
             self.steps, self.step = Steps(*refs[:3]), pl.program_id(0)
@@ -309,7 +388,7 @@ class _Launch:
             ),
             interpret=self.setting.interpret,
             name=name,
-        )(*steps, *(x.x for x in inputs))
+        )(*steps, *(x.x.astype(dtype) for x, dtype in zip(inputs, narrow, strict=True)))
 
     def edges(self, order):
         """Whether this step is the first, the last with its block; `order`: of the blocks."""
