@@ -808,16 +808,10 @@ def cost(call: Call) -> tuple[float, str]:
     return like / 4, why
 
 
-def chunk_size(mechanism: Mechanism, query: Array, key: Array) -> int:
-    """How many examples are axes of one kernel: all, but where blocks depend on data, 1."""
-    del key
-    return 1 if mechanism.mask.required_inputs else query.shape[0]
-
-
 register(
     Kernel(
         "pallas_tpu",
-        lift(attend_head, chunk_size),
+        lift(attend_head, chunk_size=lambda mechanism, query, key: query.shape[0]),
         unsupported,
         cost,
         platforms=("tpu", "cpu"),
