@@ -1,7 +1,6 @@
 """`dot_product_attention`: the signature and meaning of `jax.nn.dot_product_attention`."""
 
 import dataclasses
-import functools
 import operator
 from typing import Any
 
@@ -10,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention import masks, scores
-from attention.api import attend, flatten_batch
+from attention.api import attend
 from attention.integers import index_array
-from attention.kernels import vendor
 from attention.mechanism import Mechanism
 from attention.parts import Array
 from attention.validation import check_arrays
@@ -60,7 +58,7 @@ def dot_product_attention(
       query_seq_lengths, key_value_seq_lengths: [...] int, how many rows and columns are real.
       local_window_size: (left, right), or one integer for both: i − left ≤ j ≤ i + right. Negative
         sides move the window; traced ones make an array of T·S booleans.
-      implementation: a kernel of `attend`; None or 'xla' to choose one; or 'cudnn'.
+      implementation: a kernel of `attend`, 'cudnn' among them; None or 'xla' to choose one.
       return_residual: return (out, lse), lse [..., T, H].
       dropout_rng, dropout_rate, deterministic: weights to drop, none when deterministic.
       broadcast_dropout: drop the same weights in all heads of all examples.
@@ -87,11 +85,11 @@ def dot_product_attention(
     | mask of negative numbers | Flax: not 0 = may attend | refused where values are known |
     | boolean bias | adds 0 and 1 | refused |
     | precision, custom einsums | Flax: used | refused |
-    | 'cudnn' | | never drops weights nor sows them; even T and S with bias or mask; |
-    |  | | no gradient of a bias for more than one example; may see a masked NaN |
+    | 'cudnn' | runs or raises | the same; never drops weights nor sows them; bias of their dtype |
 
     Raises:
-      ValueError: naming the argument, what was expected and what came; or why 'cudnn' cannot serve.
+      ValueError: naming the argument, what was expected and what came; or why the implementation
+        cannot serve.
     """
     _check_flax(
         precision=precision,
@@ -137,17 +135,14 @@ def dot_product_attention(
         "key_lengths": key_value_seq_lengths,
     }
     aux: Any = ("lse", "weights") if module is not None else ("lse",)
-    if implementation == "cudnn":
-        out, aux = _cudnn(mechanism, arrays, scale, is_causal, window, dropout_rate, aux)
-    else:
-        out, aux = attend(
-            mechanism,
-            **arrays,
-            dropout_rate=dropout_rate,
-            dropout_key=dropout_rng,
-            implementation=None if implementation == "xla" else implementation,
-            aux=aux,
-        )
+    out, aux = attend(
+        mechanism,
+        **arrays,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_rng,
+        implementation=None if implementation == "xla" else implementation,
+        aux=aux,
+    )
     if single and query.shape[:-3] == (1,):
         out, aux = jax.tree.map(lambda x: x[0], (out, aux))
     if module is not None:
@@ -274,46 +269,3 @@ class _TracedScale(scores.Dot):
 
     def prepare(self, params, query, key):
         return query * params["scale"], key
-
-
-def _cudnn(mechanism, arrays, scale, is_causal, window, dropout_rate, aux):
-    """`attend` of those arrays, by cuDNN."""
-    five = [arrays[name] for name in ("query", "key", "value", "bias", "mask")]
-    options = {"scale": scale, "is_causal": is_causal, "window": window}
-    reason = vendor.cudnn_unsupported(
-        *five, jax.devices()[0], **options, dropout_rate=dropout_rate, weights="weights" in aux
-    )
-    if reason:
-        raise ValueError(f"implementation='cudnn' cannot serve: {reason}")
-    lse_of = functools.partial(_lse, mechanism)
-    jax.eval_shape(lse_of, arrays)  # raises as `attend` does
-    *batch, T, H, D = arrays["query"].shape
-    if 0 in (*batch, T, arrays["key"].shape[-3]):
-        return attend(mechanism, **arrays, aux=aux)
-    flat = [x if x is None else flatten_batch(x, batch, 3) for x in five]
-    for name in ("query_lengths", "key_lengths"):
-        x = arrays[name]
-        if x is not None:
-            x = jnp.broadcast_to(jnp.asarray(x, jnp.int32), batch).reshape(-1)
-        options[name] = x
-    options["scale"] = scale if scale is None else float(scale)
-    out, lse = vendor.cudnn(*flat, **options)
-    lse = _differentiated(lse_of, lse.reshape(*batch, T, H), arrays)
-    return out.reshape(*batch, T, H, D), {"lse": lse}
-
-
-def _lse(mechanism, arrays):
-    return attend(mechanism, **arrays, implementation="tiled", aux=("lse",))[1]["lse"]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _differentiated(function, value, argument):
-    """`value`, with the derivatives of function(argument), whose value it is but for rounding."""
-    del function, argument
-    return value
-
-
-@_differentiated.defjvp
-def _differentiated_jvp(function, primals, tangents):
-    _, tangent = jax.jvp(function, primals[1:], tangents[1:])
-    return primals[0], tangent

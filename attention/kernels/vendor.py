@@ -1,147 +1,578 @@
-"""cuDNN's fused attention, called by `jax.nn.dot_product_attention`, as `attend` defines it.
+"""The vendors' fused attention for dot products: cuDNN on NVIDIA GPUs, splash on TPUs.
 
-It computes softmax(scale · QKᵀ + bias) V only, on NVIDIA GPUs. Its backward pass is its own, and
-there is no forward mode.
+cuDNN is called by `jax.nn.dot_product_attention`, splash by Pallas's
+`jax.experimental.pallas.ops.tpu.splash_attention`. `derivatives` joins their forward and backward
+passes to the derivatives of the tiled kernel, and steps of O(T) before and after hold them to the
+contracts of `attend`:
+
+- Rows that see nothing, columns that nobody sees and numbers that are not finite are set to 0
+  before, and the rows set to 0, −inf or NaN after. Which rows see what is known from the limits of
+  a window and the lengths; for segments and mask arrays from all pairs, without holding them.
+- The vendors give the lse no gradient: where something depends on it, the tiled kernel's is added.
+- What only another function could compute is refused (`unsupported`), and so are arrays that the
+  vendor would round.
 """
 
-from typing import Any
+import dataclasses
+import functools
+import importlib
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
-from attention.parts import Array
+from attention import masks
+from attention.kernels import dense
+from attention.kernels.derivatives import with_fast_pair
+from attention.kernels.heads import data_parts, on_each_part
+from attention.kernels.products import Product, product_of
+from attention.kernels.registry import KERNELS, Call, Kernel, device_of, register
+from attention.kernels.tuned import tuned
+from attention.mechanism import Mechanism
+from attention.parts import Array, Mask
 
 
-def cudnn_unsupported(
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None,
-    mask: Array | None,
-    device: Any,
-    *,
-    scale: Any = None,
-    is_causal: bool = False,
-    window: tuple[int, int] | None = None,
-    dropout_rate: float = 0.0,
-    weights: bool = False,
-) -> str | None:
-    """Why `cudnn` cannot serve such a call on such a `jax.Device`, or None.
+class _Band(NamedTuple):
+    """Keys i − left ≤ j ≤ i + right, of those that lengths and segments leave; None: no limit."""
 
-    Arrays may be `jax.ShapeDtypeStruct`s. `weights`: whether the call returns all of them.
-    """
-    T, S, D = query.shape[-3], key.shape[-3], query.shape[-1]
-    if "cuda" not in device.client.platform_version:
-        return f"this process has no NVIDIA GPU: its backend is {device.platform}"
-    if any(is_symbolic_dim(n) for x in (query, key) for n in x.shape):
-        return f"its sizes cannot be symbolic; got query {query.shape}, key {key.shape}"
+    left: int | None = None
+    right: int | None = None
+
+    @property
+    def limited(self):
+        return self != _Band()
+
+
+def _band(mask: Mask) -> _Band | None:
+    """A mask of causal masks, windows, padding and segments, combined by `&`; None: another."""
+    if type(mask) is masks.And:
+        one, other = _band(mask.left), _band(mask.right)
+        if one is None or other is None:
+            return None
+        sides = zip(one, other, strict=True)
+        return _Band(*(min((x for x in side if x is not None), default=None) for side in sides))
+    if isinstance(mask, masks.SlidingWindow) and type(mask).tile is masks.SlidingWindow.tile:
+        return _Band(mask.left, mask.left if mask.right is None else mask.right)
+    bands = {
+        masks.Full: _Band(),
+        masks.Causal: _Band(right=0),
+        masks.Padding: _Band(),
+        masks.Segments: _Band(),
+    }
+    return bands.get(type(mask))
+
+
+def _served(call: Call) -> tuple[Product, _Band] | str:
+    """What a vendor is to compute, or why neither can."""
+    if any(is_symbolic_dim(n) for x in (call.query, call.key) for n in x.shape):
+        return f"its sizes cannot be symbolic; got query {call.query.shape}, key {call.key.shape}"
+    product = product_of(call.mechanism, call.query.shape[-1], call.value.shape[-1])
+    if isinstance(product, str):
+        return product
+    band = _band(call.mechanism.mask)
+    if band is None:
+        return (
+            "it computes masks of causal, sliding_window, padding and segments combined by &, not "
+            f"{call.mechanism.mask}"
+        )
+    positions = {"query_positions", "key_positions"} & call.data.keys()
+    if band.limited and positions:
+        return f"it takes places from 0 for causal masks and windows, not {min(positions)}"
+    if call.dropout_rate > 0:
+        return "it would drop weights by a generator of its own, not by dropout_key"
+    if beyond := set(call.aux) - {"lse", "row_weights"}:
+        return f"it returns the aux 'lse' alone, not {min(beyond)!r}"
+    return product, band
+
+
+# cuDNN's limits and where each is from: `cudnn_unsupported` is a line for each, and so is its test.
+#
+#   float16 and bfloat16; width a multiple of 8, ≤ 128, ≤ 256 from Hopper on:
+#     https://docs.nvidia.com/deeplearning/cudnn/frontend/latest/operations/Attention.html
+#   value as wide as the key, even T and S with a bias, int32 lengths, a window that ends at the
+#   diagonal, no segments: what jax.nn.dot_product_attention passes on,
+#     https://docs.jax.dev/en/latest/_autosummary/jax.nn.dot_product_attention.html
+#   mask and bias repeated over heads and rows: https://github.com/jax-ml/jax/issues/28974
+#   no gradient of a bias of several examples: https://github.com/jax-ml/jax/issues/30593
+
+
+def cudnn_unsupported(call: Call) -> str | None:
+    """Why cuDNN cannot serve a call on an NVIDIA GPU, or None."""
+    served = _served(call)
+    if isinstance(served, str):
+        return served
+    product, band = served
+    query, T, S, D = call.query, call.query.shape[-3], call.key.shape[-3], call.query.shape[-1]
     if query.dtype not in (jnp.float16, jnp.bfloat16):
         return f"it takes float16 and bfloat16, got {query.dtype}: cast query, key and value"
-    widest = 256 if float(device.compute_capability) >= 9 else 128
+    if product.cap is not None or product.scale is None:
+        return f"it computes scale · q · k of a known scale, not {call.mechanism}"
+    capability = call.device.capability  # 0: not known
+    if 0 < capability < 8:
+        return f"it takes GPUs of compute capability 8.0 and later, this one has {capability}"
+    widest = 256 if capability >= 9 else 128
     if D % 8 or D > widest:
         return f"the width must be a multiple of 8 and at most {widest} on this GPU, got {D}"
-    if value.shape[-1] != D:
-        return f"the value must be as wide as the key, {D}; got {value.shape[-1]}"
-    pairs = bias is not None or mask is not None or not _native(window, is_causal)
-    if pairs and (T % 2 or S % 2):
+    if call.value.shape[-1] != D:
+        return f"the value must be as wide as the key, {D}; got {call.value.shape[-1]}"
+    if call.bias is not None and call.bias.dtype != query.dtype:
+        return f"it would round the bias, {call.bias.dtype}, to {query.dtype}: cast it"
+    if "query_segments" in call.data or "key_segments" in call.data:
+        return "jax.nn passes no segments to it"
+    if _holds_pairs(call, band) and (T % 2 or S % 2):
         return (
             "with a bias, a mask or a window to the right it differentiates even T and S only, "
             f"got {T} and {S}: pad them"
         )
-    if isinstance(scale, jax.core.Tracer):
-        return "scale is traced, and it takes a number"
-    if dropout_rate > 0:
-        return "it would drop weights by a generator of its own, not by dropout_rng"
-    if weights:
-        return "it never holds the weights that module is to sow"
     return None
 
 
-def _native(window, is_causal):
+def _holds_pairs(call, band):
+    """Whether cuDNN needs an array [B, H, T, S]: all but its own masks are added to the scores."""
+    return not (call.bias is None and call.mask is None and _native(band))
+
+
+def _native(band):
     """Whether cuDNN has such a window: its right side can only be that of a causal mask."""
-    return window is None or (min(window) >= 0 and (is_causal or window[1] == 0))
+    return not band.limited or (band.right == 0 and (band.left is None or band.left >= 0))
 
 
-def cudnn(
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None,
-    mask: Array | None,
-    *,
-    scale: float | None,
-    is_causal: bool,
-    window: tuple[int, int] | None,
-    query_lengths: Array | None,
-    key_lengths: Array | None,
-) -> tuple[Array, Array]:
-    """out [B, T, H, D] and lse [B, T, H] float32, rounded as the query and a constant.
+def cudnn_cost(call: Call) -> tuple[float, str]:
+    """0, or with an array of all pairs less than the dense kernel's; and the reason."""
+    band = _band(call.mechanism.mask)
+    if band is not None and not _holds_pairs(call, band):
+        return 0, "the vendor's own kernel"
+    numbers = dense.cost(call)[0]
+    return numbers / 2, (
+        f"the vendor's own kernel; it holds bias and mask, {numbers:,} numbers; above "
+        f"{2 * tuned().tiled_above:,} tiled runs, which holds none"
+    )
 
-    query [B, T, H, D]; key, value [B, S, K, D]; bias and mask [B or 1, H or 1, T or 1, S or 1];
-    lengths [B] int32: a call that `cudnn_unsupported` finds no fault with.
 
-    A query that may attend to nothing gets output 0, lse −inf and zero gradients; such a query, and
-    what the mask array and the lengths hide from all queries, may be NaN. The gradient of a bias of
-    more than one example raises ValueError.
+def splash_unsupported(call: Call) -> str | None:
+    """Why splash cannot serve a call on a TPU, or None."""
+    served = _served(call)
+    if isinstance(served, str):
+        return served
+    *batch, T, _, _ = call.query.shape
+    S = call.key.shape[-3]
+    if call.query.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"it takes bfloat16 and float32, got {call.query.dtype}"
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if precision not in (None, "default", "bfloat16", "fastest"):
+        return (
+            f"it multiplies by the default precision, not jax_default_matmul_precision={precision}"
+        )
+    if call.bias is not None or call.mask is not None:
+        return "it takes no bias and no mask array"
+    if T % _LANES or S % _LANES:
+        return f"T and S must be multiples of {_LANES}, got {T} and {S}: pad them"
+    if any(side is not None and side < 0 for side in served[1]):
+        return f"its windows hold the diagonal, unlike {call.mechanism.mask}"
+    mesh = jax.sharding.get_abstract_mesh()
+    size = {name: mesh.shape[name] for name in mesh.axis_names if mesh.shape[name] > 1}
+    if size and (size.keys() != {"data"} or data_parts(math.prod(batch)) != size["data"]):
+        return f"it can be split over whole examples by an axis 'data' alone, not {size}"
+    return None
+
+
+def splash_cost(call: Call) -> tuple[float, str]:
+    """0 where the program is of one device or says how it is split, and the reason."""
+    del call
+    if jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().axis_names:
+        return math.inf, "of several devices, without jax.set_mesh, it cannot be split"
+    return 0, "the vendor's own kernel"
+
+
+_LANES = 128  # of a TPU's registers
+
+
+class _Visible(NamedTuple):
+    """Which pairs attend: rows × [first, end), and what an array or segments leave of them.
+
+    Attributes:
+      first, end: [B or 1, T] int, the columns of each row; first ≥ end: none.
+      columns: [B or 1, S] bool, within some row's.
+      pairs: () -> [B or 1, H or 1, T, S] bool, computed where it is read; None: all of them.
+      length: S.
+      held: whether an array of all pairs is in memory anyway.
     """
+
+    first: Array
+    end: Array
+    columns: Array
+    pairs: Any
+    length: int
+    held: bool
+
+    def rows(self):
+        """Which see something: [B or 1, T, H or 1] bool."""
+        if self.pairs is None:
+            return (self.first < self.end)[:, :, None]
+        return jnp.swapaxes(self.pairs().any(-1), 1, 2)
+
+    def seen(self):
+        """Which columns somebody sees: [B or 1, S] bool."""
+        return self.columns if self.pairs is None else self.pairs().any((1, 2))
+
+    def sees(self, bad, heads):
+        """Which rows of which of `heads` query heads see a column that is bad, [B, S, K] bool."""
+        repeats = heads // bad.shape[2]
+        if self.pairs is None:
+            counts = jnp.pad(jnp.cumsum(bad, axis=1, dtype=jnp.int32), ((0, 0), (1, 0), (0, 0)))
+            before, after = (
+                jnp.take_along_axis(counts, jnp.clip(x, 0, self.length)[:, :, None], axis=1)
+                for x in (self.first, self.end)
+            )
+            return jnp.repeat(after > before, repeats, axis=2)
+
+        def look(bad):
+            by_head = jnp.swapaxes(jnp.repeat(bad, repeats, axis=2), 1, 2)
+            return jnp.swapaxes((self.pairs() & by_head[:, :, None]).any(-1), 1, 2)
+
+        if self.held:
+            return look(bad)
+        shape = jax.eval_shape(look, bad).shape
+        return jax.lax.cond(bad.any(), look, lambda bad: jnp.zeros(shape, bool), bad)
+
+
+def _visible(plan, T, S, mask, data):
+    left, right = plan.band
+    i, j = jnp.arange(T), jnp.arange(S)
+    first = jnp.zeros((1, T), int) if left is None else jnp.clip(i - min(left, S), 0)[None]
+    end = jnp.full((1, T), S) if right is None else jnp.minimum(i + min(right, S) + 1, S)[None]
+    rows = jnp.ones((1, T), bool)
+    if "key_lengths" in data:
+        end = jnp.minimum(end, data["key_lengths"][:, None])
+    if "query_lengths" in data:
+        rows = i < data["query_lengths"][:, None]
+    end = jnp.where(rows, end, 0)
+    # Column j is within the columns of the rows from j − right to j + left.
+    low = jnp.zeros((1, S), int) if right is None else jnp.clip(j - min(right, S), 0)[None]
+    high = jnp.full((1, S), T) if left is None else jnp.minimum(j + min(left, T) + 1, T)[None]
+    if "query_lengths" in data:
+        high = jnp.minimum(high, data["query_lengths"][:, None])
+    columns = low < high
+    if "key_lengths" in data:
+        columns &= j < data["key_lengths"][:, None]
+    segments = "query_segments" in data
+    if mask is None and not segments:
+        return _Visible(first, end, columns, None, S, held=False)
+
+    def pairs():
+        seen = ((first[:, :, None] <= j) & (j < end[:, :, None]))[:, None]
+        if segments:
+            query, key = data["query_segments"], data["key_segments"]
+            seen &= (query[:, :, None] == key[:, None, :])[:, None]
+        return seen if mask is None else seen & mask
+
+    return _Visible(first, end, columns, pairs, S, held=mask is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is known of a call while tracing.
+
+    Attributes:
+      vendor: 'cudnn' or 'splash'.
+      lse: whether it is returned.
+      interpret: splash in Pallas's interpreter, where there is no TPU.
+    """
+
+    vendor: str
+    mechanism: Mechanism
+    product: Product
+    band: _Band
+    lse: bool
+    interpret: bool = False
+
+
+def _fused(plan, params, query, key, value, bias, mask, data):
+    """out [B, T, H, V], and lse [B, T, H], a constant for derivatives, or None."""
+    (T, H), S = query.shape[1:3], key.shape[1]
+    bad_query, bad_key, bad_value = (~jnp.isfinite(x).all(-1) for x in (query, key, value))
+    bad_rows = jnp.zeros((), bool)
+    if bias is not None:
+        # −inf is masked, and a row that sees another such number is NaN.
+        mask = jnp.ones((1, 1, 1, 1), bool) if mask is None else mask
+        pairs = _visible(plan, T, S, mask, data).pairs()
+        bad_rows = jnp.swapaxes((pairs & ~(bias < jnp.inf)).any(-1), 1, 2)
+        mask &= jnp.isfinite(bias)
+    visible = _visible(plan, T, S, mask, data)
+    rows, columns = visible.rows(), visible.seen()
+    by_key, by_value = (visible.sees(x, H) for x in (bad_key, bad_value))
+    by_key |= bad_rows | (bad_query & rows)
+    hidden = columns[:, :, None]
+    query = jnp.where((rows & ~bad_query)[..., None], query, 0)
+    key = jnp.where((hidden & ~bad_key)[..., None], key, 0)
+    value = jnp.where((hidden & ~bad_value)[..., None], value, 0)
+    vendor = _cudnn if plan.vendor == "cudnn" else _splash
+    out, lse = vendor(plan, params, query, key, value, bias, mask, data)
+    out = jnp.where(rows[..., None], out, 0)
+    out = jnp.where((by_key | by_value)[..., None], jnp.nan, out)
+    if lse is not None:
+        lse = jnp.where(rows, jax.lax.stop_gradient(lse).astype(jnp.float32), -jnp.inf)
+        lse = jnp.where(by_key, jnp.nan, lse)
+    return out, lse
+
+
+def _cudnn(plan, params, query, key, value, bias, mask, data):
+    del params
     B, T, H, _ = query.shape
     S = key.shape[1]
-    i, j = jnp.arange(T), jnp.arange(S)
-    if window is not None and not _native(window, is_causal):
-        band = (i[:, None] - window[0] <= j) & (j <= i[:, None] + window[1])
-        mask, window = band if mask is None else band & mask, None
-    is_causal = is_causal or window is not None
-    # Row i sees what the mask array leaves of the columns from first[i] to below end[i].
-    first = jnp.zeros_like(i) if window is None else i - window[0]
-    end = jnp.minimum(i + 1, S) if is_causal else jnp.full_like(i, S)
-    if key_lengths is not None:
-        end = jnp.minimum(end, key_lengths[:, None])
-    rows = jnp.maximum(first, 0) < end
-    if query_lengths is not None:
-        rows &= i < query_lengths[:, None]
-    first, end, rows = (jnp.atleast_2d(x)[..., None] for x in (first, end, rows))
-    columns = None if key_lengths is None else j < key_lengths[:, None]
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (B, H, T, S))
-        visible = mask & (rows & (first <= j) & (j < end))[:, None]
-        rows, columns = jnp.swapaxes(visible.any(-1), 1, 2), visible.any((1, 2))
-    query = jnp.where(rows[..., None], query, 0)
-    if columns is not None:
-        key, value = (jnp.where(columns[..., None, None], x, 0) for x in (key, value))
+    left, right = plan.band
+    if not _native(plan.band):
+        i, j = jnp.arange(T)[:, None], jnp.arange(S)
+        band = jnp.ones((T, S), bool)
+        band &= True if left is None else i - j <= left
+        band &= True if right is None else j - i <= right
+        mask = band[None, None] if mask is None else band & mask
+        left = right = None
     if bias is not None:
-        examples = bias.shape[0] if mask is None else B
-        bias = jnp.broadcast_to(bias.astype(query.dtype), (bias.shape[0], H, T, S))
-        bias = bias if examples == 1 else _without_gradient(bias)
-    out, lse = jax.nn.dot_product_attention(
+        examples = max(bias.shape[0], mask.shape[0])
+        bias = jnp.where(jnp.isfinite(bias), bias, 0)  # the mask hides the others
+        bias = jnp.broadcast_to(bias, (examples, H, T, S))
+        mask = jnp.broadcast_to(mask, (examples, H, T, S))
+    elif mask is not None:
+        mask = jnp.broadcast_to(mask, (B, H, T, S))
+    lengths = {name: jnp.broadcast_to(x, B) for name, x in data.items() if name.endswith("lengths")}
+    return jax.nn.dot_product_attention(
         query,
         key,
         value,
         bias,
         mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_lengths,
-        key_value_seq_lengths=key_lengths,
-        local_window_size=None if window is None else (window[0], 0),
+        scale=plan.product.scale,
+        is_causal=right == 0,
+        query_seq_lengths=lengths.get("query_lengths"),
+        key_value_seq_lengths=lengths.get("key_lengths"),
+        local_window_size=None if left is None else (min(left, S), 0),
         return_residual=True,
         implementation="cudnn",
     )
-    lse = jax.lax.stop_gradient(lse).astype(jnp.float32)
-    return jnp.where(rows[..., None], out, 0), jnp.where(rows, lse, -jnp.inf)
 
 
-@jax.custom_vjp
-def _without_gradient(bias):
-    return bias
+def _splash(plan, params, query, key, value, bias, mask, data):
+    del bias, mask
+    dtype = query.dtype
+    query, key = _features(plan.mechanism, params, query, key)
+    B, H, T, _ = query.shape
+    S = key.shape[2]
+    value = jnp.swapaxes(value, 1, 2)
+    value = jnp.repeat(value, key.shape[1] // value.shape[1], axis=1)
+    kernel = _splash_kernel(plan.band, plan.product.cap, H, T, S, plan.interpret)
+    ids = _segments(data, B, T, S)
+    arrays = query, key, value, ids
+    out = jax.vmap(kernel)(*arrays)
+    lse = None
+    if plan.lse:  # which splash returns, or has a gradient
+        options = kernel.kwargs | {"save_residuals": True}
+        infos = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
+        run = type(kernel)(*infos, **options)
+        lse = jnp.swapaxes(jax.vmap(run)(*jax.lax.stop_gradient(arrays))[1][0], 1, 2)
+    return jnp.swapaxes(out, 1, 2).astype(dtype), lse
 
 
-def _refuse(_, cotangent):
-    del cotangent
-    raise ValueError(
-        "implementation='cudnn' has no gradient of a bias where the bias or mask is of more than "
-        "one example: pass jax.lax.stop_gradient(bias), or another implementation"
+_BLOCKS = (512, 256, 128)  # not measured: splash's own default is the last
+
+
+@functools.cache
+def _splash_kernel(band, cap, H, T, S, interpret):
+    """Cached, since splash looks at all T·S pairs of its mask: ten seconds for 32k."""
+    splash, shape = _modules()[0], (T, S)
+    rows, columns = (next(n for n in _BLOCKS if length % n == 0) for length in shape)
+    sizes = splash.BlockSizes(
+        block_q=rows,
+        block_kv=columns,
+        block_q_dkv=rows,
+        block_kv_dkv=columns,
+        block_q_dq=rows,
+        block_kv_dq=columns,
     )
+    with jax.ensure_compile_time_eval():
+        return splash.make_splash_mha(
+            _splash_mask(band, shape, H),
+            block_sizes=sizes,
+            attn_logits_soft_cap=cap,
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=interpret,
+        )
 
 
-_without_gradient.defvjp(lambda bias: (bias, None), _refuse)
+def _splash_mask(band, shape, heads):
+    splash_masks = _modules()[1]
+    if not band.limited:
+        mask = splash_masks.FullMask(shape)
+    elif band == _Band(right=0):
+        mask = splash_masks.CausalMask(shape)
+    else:
+        mask = splash_masks.LocalMask(shape, tuple(band), 0)
+    return splash_masks.MultiHeadMask([mask] * heads)
+
+
+def _modules():
+    """Imported where needed: Pallas for TPUs takes half a second."""
+    package = "jax.experimental.pallas.ops.tpu.splash_attention.splash_attention"
+    return [importlib.import_module(f"{package}_{name}") for name in ("kernel", "mask")]
+
+
+def _features(mechanism, params, query, key):
+    """Features [B, H, T, F], [B, K, S, F] of query and key, as `dense.prepare` makes them."""
+    dtype, (_, T, H, _), (S, K) = query.dtype, query.shape, key.shape[1:3]
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    rotate, score = mechanism.position.rotate, mechanism.score
+
+    def of_head(params, query, key):
+        query, key = (x.astype(jnp.float32) for x in (query, key))
+        query = rotate(params["position"], query, jnp.arange(T), "query")
+        key = rotate(params["position"], key, jnp.arange(S), "key")
+        return [x.astype(dtype) for x in score.prepare(params["score"], query, key)]
+
+    query, key = jnp.swapaxes(query, 1, 2), jnp.swapaxes(key, 1, 2)
+    of_heads = jax.vmap(jax.vmap(of_head), (None, 0, 0))
+    repeated = jnp.repeat(key, H // K, axis=1)
+    query_features, key_features = of_heads(params, query, repeated)
+    if not jax.tree.leaves(params):  # then query heads share the features of their key
+        key_features = of_heads(params, query[:, :: H // K], key)[1]
+    return query_features, key_features
+
+
+def _segments(data, B, T, S):
+    """splash's labels [B, T], [B, S] of rows and columns that may see each other, or None: all."""
+    if not {"query_segments", "key_lengths"} & data.keys():
+        return None
+    query = data.get("query_segments", jnp.zeros((1, T), jnp.int32)).astype(jnp.int32)
+    key = data.get("key_segments", jnp.zeros((1, S), jnp.int32)).astype(jnp.int32)
+    query, key = jnp.broadcast_to(query, (B, T)), jnp.broadcast_to(key, (B, S))
+    if "key_lengths" in data:
+
+        def ranks(query, key):
+            """Places among the sorted labels of queries, T for a key of another label."""
+            ordered = jnp.sort(query)
+            places = jnp.searchsorted(ordered, key)
+            known = ordered[jnp.minimum(places, T - 1)] == key
+            return jnp.searchsorted(ordered, query), jnp.where(known, places, T)
+
+        query, key = jax.vmap(ranks)(query, key)
+        key = jnp.where(jnp.arange(S) < data["key_lengths"][:, None], key, T)
+    return _modules()[0].SegmentIds(query.astype(jnp.int32), key.astype(jnp.int32))
+
+
+# The pair, and what it is derived by.
+
+
+def _reference(plan, params, query, key, value, bias, mask, data):
+    out, extra = KERNELS["tiled"].attend(
+        plan.mechanism,
+        params,
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        data=data,
+        dropout_key=None,
+        dropout_rate=0.0,
+        aux=("lse",) if plan.lse else (),
+        block_sizes=None,
+    )
+    return {"out": out, **extra}
+
+
+def _pulled(plan, params, query, key, value, bias, mask, data):
+    """out, its pullback to what the vendor derives by, lse."""
+    arrays = (params, query, key, value, bias)
+    if not _has_bias_gradient(bias, mask):
+        arrays = arrays[:4]
+
+    def out_and_lse(*arrays):
+        every = arrays if len(arrays) == 5 else (*arrays, bias)
+        return _fused(plan, *every, mask, data)
+
+    return jax.vjp(out_and_lse, *arrays, has_aux=True)
+
+
+def _has_bias_gradient(bias, mask):
+    """Whether cuDNN has one: of a bias, masked or not, that all examples share."""
+    return bias is not None and len(bias) == 1 and (mask is None or len(mask) == 1)
+
+
+def _forward(plan, *args):
+    out, pull, lse = _pulled(plan, *args)
+    outputs = {"out": out, "lse": lse} if plan.lse else {"out": out}
+    return outputs, tuple(jax.tree.leaves(pull))
+
+
+def _backward(plan, args, outputs, residuals, cotangents):
+    *arrays, mask, data = args
+    out = cotangents["out"]
+    if out is None:
+        out = jnp.zeros_like(outputs["out"])
+    # The pullback is a pytree of arrays and of what is known while tracing.
+    pull = jax.eval_shape(lambda args: _pulled(plan, *args)[1], args)
+    of_arrays = list(jax.tree.structure(pull).unflatten(residuals)(out))
+
+    def of_reference(name, cotangent, arrays):
+        """Of those arrays, by the tiled kernel."""
+
+        def read(*moving):
+            every = [*args[: 5 - len(moving)], *moving]
+            return _reference(plan, *every, mask, data)[name]
+
+        return jax.vjp(read, *arrays)[1](cotangent)
+
+    if len(of_arrays) == 4:
+        bias = arrays[4]
+        of_arrays += [None] if bias is None else of_reference("out", out, [bias])
+    if cotangents.get("lse") is not None:
+        added = of_reference("lse", cotangents["lse"], arrays)
+        of_arrays = jax.tree.map(jnp.add, of_arrays, list(added))
+    return *of_arrays, None, None
+
+
+_attend = with_fast_pair(_reference, _forward, _backward)
+
+
+def _by_vendor(vendor):
+    def attend(
+        mechanism,
+        params,
+        query,
+        key,
+        value,
+        *,
+        bias,
+        mask,
+        data,
+        dropout_key,
+        dropout_rate,
+        aux,
+    ):
+        del dropout_key, dropout_rate
+        product = product_of(mechanism, query.shape[-1], value.shape[-1])
+        interpret = vendor == "splash" and device_of(query).platform != "tpu"
+        plan = _Plan(vendor, mechanism, product, _band(mechanism.mask), "lse" in aux, interpret)
+        arrays = {
+            "params": jax.tree.map(lambda x: x[None], params),
+            "arrays": (query, key, value, bias, mask),
+            "data": data,
+        }
+
+        def run(arrays):
+            params = jax.tree.map(lambda x: x[0], arrays["params"])
+            outputs = _attend(plan, params, *arrays["arrays"], arrays["data"])
+            return outputs.pop("out"), outputs
+
+        split = vendor == "splash" and data_parts(len(query)) > 1
+        return on_each_part(run, arrays) if split else run(arrays)
+
+    return attend
+
+
+register(Kernel("cudnn", _by_vendor("cudnn"), cudnn_unsupported, cudnn_cost, platforms=("cuda",)))
+register(
+    Kernel("splash", _by_vendor("splash"), splash_unsupported, splash_cost, platforms=("tpu",))
+)

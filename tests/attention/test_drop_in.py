@@ -2,8 +2,6 @@
 
 import functools
 import inspect
-import re
-from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -16,7 +14,6 @@ from hypothesis import strategies as st
 from jax import export
 
 from attention import attend, dot_product_attention
-from attention.kernels import vendor
 
 THEIRS = inspect.signature(jax.nn.dot_product_attention).parameters
 OURS = inspect.signature(dot_product_attention).parameters
@@ -405,131 +402,6 @@ def test_exports_with_symbolic_sizes():
     for sizes in (2, 5, 7), (3, 4, 9):
         own = arrays(*sizes, lambda shape, dtype: (3 * normal(0, *shape)).astype(dtype))
         jax.tree.map(close, program.call(*own), call(*own))
-
-
-# cuDNN: no GPU here, so why it cannot serve, and what is handed to it.
-
-
-def gpu(capability="9.0", version="PJRT C API\ncuda 12080"):
-    client = SimpleNamespace(platform_version=version)
-    return SimpleNamespace(platform="gpu", client=client, compute_capability=capability)
-
-
-@pytest.mark.parametrize(
-    "reason, options",
-    [
-        (None, {}),
-        (None, {"shape": (2, 6, 4, 256)}),
-        (None, {"window": (3, 0), "shape": (2, 5, 4, 64)}),
-        (None, {"window": (3, 2), "is_causal": True, "shape": (2, 5, 4, 64)}),
-        (None, {"bias": True, "scale": 0.3, "dtype": "float16"}),
-        ("no NVIDIA GPU: its backend is cpu", {"device": jax.devices("cpu")[0]}),
-        ("no NVIDIA GPU: its backend is gpu", {"device": gpu("90", "PJRT C API\nrocm 60300")}),
-        ("float16 and bfloat16, got float32", {"dtype": "float32"}),
-        ("at most 128 .* got 256", {"shape": (2, 6, 4, 256), "device": gpu("8.9")}),
-        ("multiple of 8 .* got 12", {"shape": (2, 6, 4, 12)}),
-        ("at most 256 .* got 264", {"shape": (2, 6, 4, 264), "device": gpu("10.3")}),
-        ("value .* 64; got 32", {"value_dim": 32}),
-        ("even T and S only, got 5 and 5", {"mask": True, "shape": (2, 5, 4, 64)}),
-        ("window to the right .* got 5 and 5", {"window": (3, 1), "shape": (2, 5, 4, 64)}),
-        ("not by dropout_rng", {"dropout_rate": 0.1}),
-        ("module is to sow", {"weights": True}),
-        ("symbolic", {"shape": (*export.symbolic_shape("b"), 6, 4, 64)}),
-    ],
-)  # fmt: skip
-def test_why_cudnn_cannot_serve(reason, options):
-    options = {"shape": (2, 6, 4, 64), "dtype": "bfloat16", "device": gpu(), **options}
-    shape, dtype = options.pop("shape"), jnp.dtype(options.pop("dtype"))
-    query = jax.ShapeDtypeStruct(shape, dtype)
-    value = jax.ShapeDtypeStruct((*shape[:-1], options.pop("value_dim", shape[-1])), dtype)
-    pairs = [options.pop(name, None) for name in ("bias", "mask")]
-    got = vendor.cudnn_unsupported(query, query, value, *pairs, **options)
-    if reason is None:
-        assert got is None
-    else:
-        assert got and "\n" not in got
-        assert re.search(reason, got)
-
-
-@pytest.fixture
-def handed(monkeypatch):
-    """What is handed to cuDNN by way of jax.nn; its plain program answers, with masks filled in."""
-    calls, plain = [], jax.nn.dot_product_attention
-
-    def fused(query, key, value, bias, mask, *, implementation, **options):
-        assert implementation == "cudnn"
-        calls.append({"bias": bias, "mask": mask, **options})
-        return plain(query, key, value, bias, mask, **options)
-
-    def unsupported(*arrays_and_device, **options):
-        return on_device(*arrays_and_device[:-1], gpu(), **options)
-
-    on_device = vendor.cudnn_unsupported
-    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
-    monkeypatch.setattr(vendor, "cudnn_unsupported", unsupported)
-    return calls
-
-
-SMALL = [normal(n, 2, t, h, 8, dtype="bfloat16") for n, t, h in ((0, 6, 4), (1, 8, 2), (2, 8, 2))]
-ROWS = np.arange(6)[:, None] != 2  # query 2 sees nothing
-
-
-@pytest.mark.parametrize(
-    "options, expected",
-    [
-        ({"is_causal": True, "scale": np.float32(0.3)}, {"is_causal": True, "scale": 0.3}),
-        ({"local_window_size": (2, 0)}, {"is_causal": True, "local_window_size": (2, 0)}),
-        (
-            {"local_window_size": 2, "is_causal": True, "key_value_seq_lengths": np.array([3, 0])},
-            {"is_causal": True, "local_window_size": (2, 0)},
-        ),
-        ({"local_window_size": 1, "mask": ROWS}, {"local_window_size": None, "is_causal": False}),
-        ({"bias": normal(3, 1, 4, 6, 8), "mask": ROWS, "query_seq_lengths": np.array([1, 6])}, {}),
-    ],
-    ids=["causal", "window", "lengths", "mask", "bias"],
-)
-def test_cudnn(handed, options, expected):
-    """To our contracts: rows without keys are absent, whatever the padding holds."""
-    arrays = [np.array(x) for x in SMALL]
-    if "key_value_seq_lengths" in options:
-        arrays[1][0, 3:] = arrays[2][0, 3:] = np.nan
-
-    def run(implementation):
-        def call(*arrays):
-            out, lse = dot_product_attention(
-                *arrays, **options, return_residual=True, implementation=implementation
-            )
-            real = jnp.where(jnp.isfinite(lse), lse, 0)
-            return jnp.sum(out.astype("float32") ** 2) + real.sum(), (out, lse)
-
-        (_, aux), gradients = jax.jit(jax.value_and_grad(call, (0, 1, 2), has_aux=True))(*arrays)
-        return *aux, *gradients
-
-    got, want = run("cudnn"), run(None)
-    for ours, theirs in zip(got, want, strict=True):
-        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-        np.testing.assert_array_equal((ours == 0).all(-1), (theirs == 0).all(-1))
-        close(ours, theirs, 0.07)
-    (call, *_) = handed
-    assert "mask" not in options or call["mask"].shape == (2, 4, 6, 8)
-    assert call["bias"] is None or call["bias"].dtype == jnp.bfloat16
-    for name, value in expected.items():
-        assert call[name] == pytest.approx(value) if name == "scale" else call[name] == value
-
-
-def test_cudnn_refuses_before_it_runs(handed):
-    """What `attend` refuses, and the gradient of a bias that cuDNN would get wrong."""
-    run = functools.partial(dot_product_attention, *SMALL, implementation="cudnn")
-    with pytest.raises(ValueError, match=r"bias must broadcast .* got \(6, 2\)"):
-        run(np.ones((6, 2), np.float32))
-    assert not handed
-    bias = normal(3, 2, 1, 6, 8)
-    with pytest.raises(ValueError, match="no gradient of a bias"):
-        jax.grad(lambda bias: run(bias).sum().astype(float))(bias)
-    one = jax.grad(lambda bias: run(bias).sum().astype(float))(bias[:1])
-    assert one.shape == (1, 1, 6, 8) and one.any()
-    empty = np.zeros((0, 6, 4, 8), jnp.bfloat16)
-    assert dot_product_attention(empty, empty, empty, implementation="cudnn").shape == empty.shape
 
 
 # Flax.

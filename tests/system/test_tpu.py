@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from attention import Mechanism, attend, parse
+from attention import Mechanism, attend, explain, parse
 from attention.nn import MultiHeadAttention
 
-pytest.importorskip("libtpu")
+pytest.importorskip("libtpu", reason="libtpu is missing: run `make test-tpu`, which installs it")
 topologies = pytest.importorskip("jax.experimental.topologies")
 pytestmark = pytest.mark.slow
 
@@ -80,3 +80,41 @@ def test_the_module_compiles(device):
     params = jax.eval_shape(module.init, jax.random.key(0), x)
     gradient = jax.grad(lambda params, x: module.apply(params, x).astype(jnp.float32).sum())
     assert compiled(gradient, device, params, x).memory_analysis() is not None
+
+
+SPLASH = {
+    "plain": {"mask": "causal"},
+    "window": {"mask": "causal & sliding_window(200)"},
+    "features": {"score": "soft_cap(gaussian)", "position": "rope", "mask": "sliding_window(50)"},
+    "packed": {"mask": "causal & segments & padding"},
+}
+
+
+@pytest.mark.parametrize("kind", SPLASH)
+@pytest.mark.parametrize("width", [64, 128])
+def test_splash_compiles(kind, width, device):
+    """Where the program is said to be for a TPU, splash is chosen: forward, backward and lse."""
+    parts = {name: parse(name, text) for name, text in SPLASH[kind].items()}
+    mechanism = Mechanism(**parts)
+    params = jax.eval_shape(
+        lambda k: mechanism.init(k, num_heads=2, head_dim=width), jax.random.key(0)
+    )
+    shapes = [(2, 1024, heads, width) for heads in (2, 1, 1)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    data = {}
+    if "segments" in SPLASH[kind]["mask"]:
+        labels = jax.ShapeDtypeStruct((2, 1024), jnp.int32)
+        data = {"query_segments": labels, "key_lengths": jax.ShapeDtypeStruct((2,), jnp.int32)}
+
+    def loss(params, query, key, value, data):
+        out, aux = attend(mechanism, params, query, key, value, aux=("lse",), **data)
+        return (out.astype(jnp.float32) ** 2).sum(), aux
+
+    mesh = jax.sharding.AbstractMesh(
+        (), (), abstract_device=jax.sharding.AbstractDevice(device.device_kind, 1, "tpu")
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert "splash: runs" in explain(mechanism, *arrays, **data)
+        gradient = jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+        program = compiled(gradient, device, params, *arrays, data)
+    assert "splash" in program.as_text()

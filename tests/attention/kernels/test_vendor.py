@@ -1,0 +1,406 @@
+"""The vendors' kernels without their devices: what they are given, refuse, and are made to keep.
+
+cuDNN's part is played by the plain program of `jax.nn`, splash runs in Pallas's interpreter.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from attention import (
+    Mechanism,
+    attend,
+    dot_product_attention,
+    explain,
+    masks,
+    normalizers,
+    parse,
+    positions,
+    scores,
+)
+from attention.drop_in import _Band, _TracedScale
+from attention.kernels import registry
+from attention.kernels.products import Product, product_of
+from attention.kernels.registry import KERNELS, Device, describe
+from support.kernels import arrays
+from support.mechanisms import Manhattan, assert_close, assert_same, normal, put, wide
+
+HOPPER = Device("cuda", "NVIDIA H100 80GB HBM3", 9.0)
+TPU = Device("tpu", "TPU v5e")
+
+
+# Which mechanisms are dot products.
+
+
+@pytest.mark.parametrize(
+    "mechanism, expected",
+    [
+        (Mechanism(), Product(None, 0.25)),
+        (Mechanism(scores.Dot(), positions.Learned(8)), Product(None, 1.0)),
+        (Mechanism(scores.ScaledDot(-0.5)), Product(None, -0.5)),
+        (Mechanism(scores.SoftCap(scores.Dot(), 5.0)), Product(5.0, 1.0)),
+        (Mechanism(position=positions.RoPE()), Product(None, None)),
+        (Mechanism(scores.Gaussian(), positions.XPos() + positions.RoPE()), Product(None, None)),
+        (Mechanism(scores.SoftCap(scores.Cosine())), Product(50.0, None)),
+        (Mechanism(scores.General()), Product(None, None)),
+        (Mechanism(_TracedScale()), Product(None, None)),
+        (Mechanism(scores.Scale(scores.Dot(), 2.0)), "dot products, not Scale"),
+        (Mechanism(scores.Additive()), "dot products, not Additive"),
+        (Mechanism(Manhattan()), "dot products, not Manhattan"),
+        (Mechanism(position=positions.ALiBi()), "no term .* as ALiBi"),
+        (Mechanism(position=positions.RoPE() + positions.T5()), "no term .* as Sum"),
+        (Mechanism(position=positions.CoPE()), "no term .* as CoPE"),
+        (Mechanism(normalizer=normalizers.LearnedSink()), "softmax, not LearnedSink"),
+    ],
+    ids=str,
+)
+def test_products(mechanism, expected):
+    found = product_of(mechanism, 16, 16)
+    if isinstance(expected, str):
+        assert isinstance(found, str) and re.search(expected, found)
+    else:
+        assert found == expected
+
+
+class Doubled(scores.ScaledDot):
+    """A subclass is asked what it computes, not what it is called."""
+
+    def tile(self, params, query, key, tile):
+        return 2 * super().tile(params, query, key, tile)
+
+
+def test_a_subclass_is_asked():
+    assert isinstance(product_of(Mechanism(Doubled()), 8, 8), str)
+
+
+# What they serve.
+
+
+def call(device, *, shape=(2, 128, 4, 64), keys=None, value=None, dtype="bfloat16", **options):
+    """The description of a call; mask names become a mechanism."""
+    parts = {kind: options.pop(kind) for kind in ("score", "position") if kind in options}
+    mask = options.pop("masks", masks.Full())
+    mechanism = Mechanism(**{kind: parse(kind, x) for kind, x in parts.items()}, mask=mask)
+    keys = shape if keys is None else keys
+
+    def array(shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    for name in set(options) - {"dropout_rate", "aux"}:
+        options[name] = array(*options[name])
+    value = (*keys[:-1], value or keys[-1])
+    return describe(mechanism, array(shape), array(keys), array(value), **options, device=device)
+
+
+LENGTHS = {"masks": masks.Padding(), "key_lengths": ((2,), "int32")}
+SEGMENTS = {
+    "masks": masks.Segments() & masks.Causal(),
+    "query_segments": ((2, 128), "int32"),
+    "key_segments": ((2, 128), "int32"),
+}
+PAIRS = ((1, 1, 128, 128), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "reason, device, options",
+    [
+        (None, HOPPER, {}),
+        (None, HOPPER, {"shape": (2, 128, 4, 256)}),
+        (None, HOPPER, {"masks": masks.Causal() & masks.SlidingWindow(3), "shape": (2, 5, 4, 64)}),
+        (None, HOPPER, {"masks": masks.SlidingWindow(3, 0)}),
+        (None, HOPPER, {"masks": masks.SlidingWindow(3, 2)}),
+        (None, HOPPER, {"masks": _Band(3, -2)}),
+        (None, HOPPER, LENGTHS),
+        (None, HOPPER, {"bias": PAIRS, "mask": ((1, 1, 128, 128), "bool")}),
+        (None, HOPPER, {"dtype": "float16", "keys": (2, 128, 2, 64), "aux": ("lse",)}),
+        (None, HOPPER, {"query_positions": ((2, 128), "int32")}),
+        ("runs on cuda, and this program on cpu", Device("cpu", "cpu"), {}),
+        ("runs on cuda, and this program on rocm", Device("rocm", "MI300X"), {}),
+        ("float16 and bfloat16, got float32", HOPPER, {"dtype": "float32"}),
+        ("8.0 and later, this one has 7.5", Device("cuda", "T4", 7.5), {}),
+        ("at most 128 .* got 256", Device("cuda", "L4", 8.9), {"shape": (2, 128, 4, 256)}),
+        ("multiple of 8 .* got 12", HOPPER, {"shape": (2, 128, 4, 12)}),
+        ("at most 256 .* got 264", Device("cuda", "B300", 10.3), {"shape": (2, 128, 4, 264)}),
+        ("value .* 64; got 32", HOPPER, {"value": 32}),
+        ("even T and S only, got 5 and 5", HOPPER,
+         {"mask": ((5, 5), "bool"), "shape": (2, 5, 4, 64)}),
+        ("window to the right .* got 5 and 5", HOPPER,
+         {"masks": masks.SlidingWindow(3, 1), "shape": (2, 5, 4, 64)}),
+        ("round the bias, float32, to bfloat16", HOPPER, {"bias": (PAIRS[0], "float32")}),
+        ("not by dropout_key", HOPPER, {"dropout_rate": 0.1}),
+        ("'lse' alone, not 'weights'", HOPPER, {"aux": ("weights", "lse")}),
+        ("symbolic", HOPPER, {"shape": (*export.symbolic_shape("b"), 6, 4, 64)}),
+        ("known scale, not .*Cosine", HOPPER, {"score": "cosine"}),
+        ("known scale, not .*SoftCap", HOPPER, {"score": "soft_cap(dot)"}),
+        ("known scale, not .*RoPE", HOPPER, {"position": "rope"}),
+        ("combined by &, not BlockLocal", HOPPER, {"masks": masks.BlockLocal(3)}),
+        ("combined by &, not Not", HOPPER, {"masks": ~masks.Causal()}),
+        ("places from 0 .* not key_positions", HOPPER,
+         {"masks": masks.Causal(), "key_positions": ((128,), "int32")}),
+        ("no segments", HOPPER, SEGMENTS),
+        (None, TPU, {}),
+        (None, TPU, {"dtype": "float32", "value": 32, "keys": (2, 256, 1, 64)}),
+        (None, TPU, {"score": "soft_cap(cosine)", "position": "rope"}),
+        (None, TPU, SEGMENTS),
+        (None, TPU, LENGTHS),
+        ("runs on tpu, and this program on cuda", HOPPER, {"kernel": "splash"}),
+        ("bfloat16 and float32, got float16", TPU, {"dtype": "float16"}),
+        ("no bias and no mask array", TPU, {"bias": PAIRS}),
+        ("multiples of 128, got 128 and 130", TPU, {"keys": (2, 130, 4, 64)}),
+        ("hold the diagonal", TPU, {"masks": _Band(3, -1)}),
+        ("no term .* as T5", TPU, {"position": "t5"}),
+    ],
+)  # fmt: skip
+def test_what_they_serve(reason, device, options):
+    """A line of cuDNN's and splash's limits each."""
+    options = dict(options)
+    kernel = KERNELS[options.pop("kernel", "splash" if device is TPU else "cudnn")]
+    got = registry.unsupported(kernel, call(device, **options))
+    if reason is None:
+        assert got is None
+    else:
+        assert got and "\n" not in got
+        assert re.search(reason, got)
+
+
+def test_precision_is_the_default(monkeypatch):
+    with jax.default_matmul_precision("highest"):
+        got = registry.unsupported(KERNELS["splash"], call(TPU))
+    assert "jax_default_matmul_precision=highest" in got
+
+
+@pytest.mark.parametrize(
+    "device, options, chosen",
+    [
+        (HOPPER, {"masks": masks.Causal()}, "cudnn"),
+        (HOPPER, {"masks": masks.Causal(), "dtype": "float32"}, "dense"),
+        (HOPPER, {"score": "additive"}, "tiled"),
+        (HOPPER, {"mask": ((128, 128), "bool")}, "cudnn"),
+        # An array of all pairs is what long texts have no memory for.
+        (HOPPER, {"mask": ((1, 16384), "bool"), "shape": (2, 16384, 4, 64)}, "tiled"),
+        (TPU, {"position": "rope", "masks": masks.Causal()}, "splash"),
+        (TPU, {"shape": (2, 100, 4, 64)}, "dense"),
+        (Device("cpu", "cpu"), {"masks": masks.Causal()}, "dense"),
+    ],
+)
+def test_which_runs(monkeypatch, device, options, chosen):
+    described = call(device, **options)
+    monkeypatch.setattr(registry, "device_of", lambda _: device)
+    given = {"mask": described.mask} if described.mask is not None else {}
+    lines = explain(*described[:4], **given).splitlines()[1:]
+    runs = {line.split(":")[0].strip() for line in lines if ": runs: " in line}
+    ours = {"pallas_tpu", "mosaic_gpu"}  # may run where the plain ones would
+    assert runs == {chosen} or (chosen in ("dense", "tiled") and runs <= ours)
+    assert {"cudnn", "splash"} <= {line.split(":")[0].strip() for line in lines}
+
+
+def test_one_that_cannot_serve_says_which_can():
+    with pytest.raises(ValueError, match="'cudnn' cannot serve .*: it runs on cuda, .*dense and"):
+        dot_product_attention(*SMALL, implementation="cudnn")
+
+
+# cuDNN, to our contracts.
+
+
+@pytest.fixture
+def handed(monkeypatch):
+    """What is handed to cuDNN by way of jax.nn; its plain program answers."""
+    calls, plain = [], jax.nn.dot_product_attention
+
+    def fused(query, key, value, bias, mask, *, implementation, **options):
+        assert implementation == "cudnn"
+        calls.append({"bias": bias, "mask": mask, **options})
+        return plain(query, key, value, bias, mask, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    monkeypatch.setattr(registry, "device_of", lambda _: HOPPER)
+    jax.clear_caches()  # of programs that hold the plain one
+    yield calls
+    jax.clear_caches()
+
+
+SMALL = [normal(n, 2, t, h, 8, dtype="bfloat16") for n, t, h in ((0, 6, 4), (1, 8, 2), (2, 8, 2))]
+ROWS = np.arange(6)[:, None] != 2  # query 2 sees nothing
+BIAS = normal(3, 1, 4, 6, 8, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"is_causal": True, "scale": np.float32(0.3)}, {"is_causal": True, "scale": 0.3}),
+        ({"local_window_size": (2, 0)}, {"is_causal": True, "local_window_size": (2, 0)}),
+        (
+            {"local_window_size": 2, "is_causal": True, "key_value_seq_lengths": np.array([3, 0])},
+            {"is_causal": True, "local_window_size": (2, 0)},
+        ),
+        ({"local_window_size": 1, "mask": ROWS}, {"local_window_size": None, "is_causal": False}),
+        ({"bias": BIAS, "mask": ROWS, "query_seq_lengths": np.array([1, 6])}, {}),
+    ],
+    ids=["causal", "window", "lengths", "mask", "bias"],
+)
+def test_cudnn(handed, options, expected):
+    """Rows without keys are absent, whatever the padding holds; the lse has its gradient."""
+    inputs = [np.array(x) for x in SMALL]
+    if "key_value_seq_lengths" in options:
+        inputs[1][0, 3:] = inputs[2][0, 3:] = np.nan
+
+    def run(implementation):
+        def attended(*arrays):
+            out, lse = dot_product_attention(
+                *arrays, **options, return_residual=True, implementation=implementation
+            )
+            total = jnp.sum(out.astype("float32") ** 2)
+            if "key_value_seq_lengths" in options:
+                total += jnp.where(jnp.isfinite(lse), lse, 0).sum()
+            return total, (out, lse)
+
+        (_, aux), gradients = jax.jit(jax.value_and_grad(attended, (0, 1, 2), has_aux=True))(
+            *inputs
+        )
+        return *aux, *gradients
+
+    got, want = run("cudnn"), run("dense")
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        np.testing.assert_array_equal((ours == 0).all(-1), (theirs == 0).all(-1))
+        assert_close(ours, theirs, 0.03)
+    first = handed[0]
+    assert "mask" not in options or first["mask"].shape[1:] == (4, 6, 8)
+    for name, value in expected.items():
+        assert first[name] == (pytest.approx(value) if name == "scale" else value)
+
+
+@pytest.mark.parametrize("examples", [1, 2])
+def test_every_bias_has_its_gradient(handed, examples):
+    """cuDNN's where all examples share it, which it gets right, else that of the tiled kernel."""
+    bias = np.array(normal(3, examples, 1, 6, 8, dtype="bfloat16"))
+    bias[0, 0, 1, :3] = -np.inf
+
+    def gradient(implementation):
+        def loss(bias):
+            out = dot_product_attention(*SMALL, bias, implementation=implementation)
+            return (out.astype("float32") ** 2).sum()
+
+        return jax.jit(jax.grad(loss))(bias)
+
+    got, want = gradient("cudnn"), gradient("dense")
+    assert_close(got, want, 0.03)
+    assert (want[0, 0, 1, :3] == 0).all() and (got[0, 0, 1, :3] == 0).all()
+
+
+@pytest.mark.parametrize("with_mask", [False, True], ids=["causal", "mask"])
+def test_numbers_that_are_not_finite(handed, with_mask):
+    """Rows that see one are NaN, and only those; they send back no gradient."""
+    mask = np.tri(6, 8, dtype=bool)[None, None] if with_mask else None
+    mechanism = Mechanism(mask=masks.Full() if with_mask else masks.Causal())
+
+    def run(implementation, query, key, value):
+        def attended(*arrays):
+            out, aux = attend(
+                mechanism, NONE, *arrays, mask=mask, implementation=implementation, aux=("lse",)
+            )
+            return (out.astype("float32")[:, :4] ** 2).sum(), (out, aux["lse"])
+
+        return jax.jit(jax.value_and_grad(attended, (0, 1, 2), has_aux=True))(query, key, value)
+
+    query, key, value = SMALL
+    key, value = put(key, np.s_[0, 4, 1], np.nan), put(value, np.s_[1, 5, 0], np.inf)
+    key = put(key, np.s_[:, 7], 3e38)  # which nobody sees
+    query = put(query, np.s_[0, 1, 3], np.nan)
+    got, want = (run(name, query, key, value) for name in ("cudnn", "dense"))
+    for ours, theirs in zip(jax.tree.leaves(got[0][1]), jax.tree.leaves(want[0][1]), strict=True):
+        np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs))
+    assert_close(*(jax.tree.map(np.nan_to_num, x[1]) for x in (got, want)), 0.03)
+    assert all(np.isfinite(wide(x)).all() for x in got[1])
+
+
+NONE = {"score": {}, "position": {}, "normalizer": {}}
+
+
+def test_every_order(handed):
+    """A Hessian-vector product, by the tiled kernel; the gradient alone never traces it."""
+    inputs = [x.astype("float32") for x in SMALL]
+    handed.clear()
+
+    def loss(implementation):
+        def total(*arrays):
+            arrays = (x.astype("bfloat16") for x in arrays)
+            out = dot_product_attention(*arrays, is_causal=True, implementation=implementation)
+            return jnp.sin(out.astype("float32")).sum()
+
+        return total
+
+    def product(implementation):
+        gradient = jax.grad(loss(implementation), (0, 1, 2))
+        return jax.jit(lambda *x: jax.jvp(gradient, x, x))(*inputs)
+
+    assert_close(product("cudnn"), product("dense"), 0.05)
+    assert handed
+    traced = str(jax.make_jaxpr(jax.grad(loss("cudnn")))(*inputs))
+    assert "while" not in traced and "scan" not in traced
+
+
+def test_cudnn_refuses_before_it_runs(handed):
+    with pytest.raises(ValueError, match=r"bias must broadcast .* got \(6, 2\)"):
+        dot_product_attention(*SMALL, np.ones((6, 2), np.float32), implementation="cudnn")
+    assert not handed
+    empty = np.zeros((0, 6, 4, 8), jnp.bfloat16)
+    assert dot_product_attention(empty, empty, empty, implementation="cudnn").shape == empty.shape
+
+
+# Splash in the interpreter.
+
+EVERY = Mechanism(
+    scores.SoftCap(scores.Cosine(2.0), cap=3.0),
+    positions.RoPE(),
+    masks.SlidingWindow(9, 5) & masks.Segments() & masks.Padding(),
+)
+PACKED = {
+    "query_segments": np.arange(128)[None] // 50,
+    "key_segments": (np.arange(128)[None] + 20) // 50,
+    "key_lengths": np.array([100, 128]),
+    "query_lengths": np.array([128, 30]),
+}
+
+
+@pytest.mark.parametrize(
+    "mechanism, data, aux",
+    [
+        (EVERY, PACKED, ()),
+        pytest.param(EVERY, PACKED, ("lse",), marks=pytest.mark.slow),
+        pytest.param(Mechanism(scores.General(), mask=masks.Causal() & masks.Padding()),
+                     {"key_lengths": np.array([0, 70])}, ("lse",), marks=pytest.mark.slow),
+        pytest.param(Mechanism(scores.Gaussian()), {}, ("lse",), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_splash(monkeypatch, mechanism, data, aux):
+    """The dense kernel's output, lse and gradients of every leaf; NaN and inf where masked."""
+    monkeypatch.setattr(registry, "device_of", lambda _: TPU)
+    params, query, key, value, _, cotangent = arrays(mechanism, batch=(2,), T=128, S=128, H=2, K=1)
+    if data:
+        n = data["key_lengths"][0]
+        key, value = put(key, np.s_[0, n:], np.nan), put(value, np.s_[0, n:], np.inf)
+    if "query_segments" in data:  # rows of a document see these
+        value = put(value, np.s_[1, 3], np.nan)
+
+    def run(implementation):
+        def attended(*given):
+            result = attend(mechanism, *given, implementation=implementation, aux=aux, **data)
+            out, extra = result if aux else (result, {})
+            finite = [jnp.where(jnp.isfinite(x), x, 0).sum() for x in extra.values()]
+            return jnp.nansum(cotangent * out) + sum(finite), (out, extra)
+
+        every = jax.jit(jax.value_and_grad(attended, (0, 1, 2, 3), has_aux=True))
+        return every(params, query, key, value)
+
+    (_, got), gradients = run("splash")
+    (_, want), expected = run("dense")
+    assert_same(jax.tree.map(np.isfinite, got), jax.tree.map(np.isfinite, want))
+    assert_close(*(jax.tree.map(lambda x: np.where(np.isfinite(x), x, 0), x) for x in (got, want)))
+    assert_close(gradients, expected, 2e-5)
+    assert all((x != 0).any() for x in jax.tree.leaves(gradients))
