@@ -185,8 +185,8 @@ _CALLS = {
 ELEMENTWISE = frozenset(
     "abs add add_any and atan2 ceil clamp convert_element_type copy cos div eq erf erf_inv exp "
     "exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg "
-    "nextafter not or pow reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic "
-    "shift_right_logical sign sin sqrt square sub tan tanh xor".split()
+    "nextafter not or pow reduce_precision rem round rsqrt select_n shift_left "
+    "shift_right_arithmetic shift_right_logical sign sin sqrt square sub tan tanh xor".split()
 )
 
 

@@ -13,6 +13,7 @@ does on a TPU; all else is float32. Of float32 inputs, products are float32 too.
 import dataclasses
 import functools
 import math
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -27,9 +28,10 @@ from attention.kernels.dense import Inputs
 from attention.kernels.derivatives import with_fast_pair
 from attention.kernels.heads import lift
 from attention.kernels.lanes import LANES, Value, is_literal
-from attention.kernels.registry import Call, Kernel, device_of, register
+from attention.kernels.registry import Call, Device, Kernel, device_of, register
 from attention.kernels.tiled import Arrays, Data, Labels, Piece, Plan
-from attention.mechanism import Mechanism
+from attention.kernels.tuned import tuned
+from attention.mechanism import Mechanism, params_shape
 from attention.parts import EMPTY, FULL, PARTIAL, Array, Params, Tile
 
 
@@ -55,11 +57,13 @@ class Setting:
       plan: of the tiled kernel.
       narrow: whether operands of products are bfloat16.
       interpret: whether Pallas's interpreter runs the kernel.
+      vmem: bytes of fast memory that a kernel may take.
     """
 
     plan: Plan
     narrow: bool
     interpret: bool
+    vmem: int
 
 
 class Local(NamedTuple):
@@ -217,7 +221,12 @@ class _Tile(Tile):
         return lax.dot_general(table, places.astype(table.dtype), (((0,), (0,)), ((), ())))
 
     def sum_units(self, weights, unit, *units):
-        terms = (weights[h] * unit(*(x[h] for x in units)) for h in range(len(weights)))
+        # Computed again in the backward pass: all units at once would fill the memory.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def term(weight, *own):
+            return weight * unit(*own)
+
+        terms = (term(weights[h], *(x[h] for x in units)) for h in range(len(weights)))
         return functools.reduce(jnp.add, terms)
 
 
@@ -384,7 +393,7 @@ class _Launch:
             ),
             out_shape=[jax.ShapeDtypeStruct(x.x.shape, x.x.dtype) for x in outputs],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("arbitrary",), vmem_limit_bytes=_VMEM
+                dimension_semantics=("arbitrary",), vmem_limit_bytes=self.setting.vmem
             ),
             interpret=self.setting.interpret,
             name=name,
@@ -403,7 +412,9 @@ class _Launch:
             run() if self.states == {state} else pl.when(self.steps.state[self.step] == state)(run)
 
 
-_VMEM = 100 * 2**20
+def fast_memory(kind: str) -> int:
+    """Bytes of a TPU core's vector memory (VMEM) that a kernel may take; some is the compiler's."""
+    return (48 if kind.startswith("TPU7x") else 88) * 2**20
 
 
 def _values(tree):
@@ -761,21 +772,31 @@ def attend_head(
     dropout_rate: float = 0.0,
     aux: tuple[str, ...] = (),
     block_sizes: tuple[int, int] | None = None,
+    interpret: bool | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """`attention.kernels.dense.attend_head` by the kernels of this file."""
+    """`attention.kernels.dense.attend_head` by the kernels of this file.
+
+    `interpret`: by Pallas's interpreter; on a CPU alone unless given.
+    """
     T, S = len(query), len(key)
-    t, s = block_sizes or sizes(mechanism, tile, query.shape[1])
-    t, s = min(t, T), min(s, S)
+    device = device_of(query)
+    interpret = device.platform == "cpu" if interpret is None else interpret
+    if block_sizes is None:
+        shapes = _Shapes.of(mechanism, query, value, bias, mask, dropout_rate, tile)
+        block = sizes(shapes, tile, device)
+    else:
+        block = min(block_sizes[0], T), min(block_sizes[1], S)
+        if not interpret:
+            _check_block(block, T, S)
+    s = block[1]
     masked = mask is not None
-    row, start = blocks.visible_blocks(mechanism.mask, tile, (t, s), grain=s)
-    visits = blocks.visits(mechanism.mask, tile, (t, s), row, start, masked)
+    row, start = blocks.visible_blocks(mechanism.mask, tile, block, grain=s)
+    visits = blocks.visits(mechanism.mask, tile, block, row, start, masked)
     plan, arrays, data = tiled.prepare(
-        mechanism, params, query, key, value, tile, (t, s), -(-S // s) * s, visits, bias, mask,
+        mechanism, params, query, key, value, tile, block, -(-S // s) * s, visits, bias, mask,
         dropout_key, dropout_rate,
     )  # fmt: skip
-    setting = Setting(
-        plan, narrow=query.dtype == jnp.bfloat16, interpret=device_of(query).platform == "cpu"
-    )
+    setting = Setting(plan, query.dtype == jnp.bfloat16, interpret, vmem=fast_memory(device.kind))
 
     def attend(plan, arrays, data):
         return _attend_tiles(dataclasses.replace(setting, plan=plan), arrays, data)
@@ -784,20 +805,203 @@ def attend_head(
     return out[:T].astype(query.dtype), extra
 
 
-def sizes(mechanism: Mechanism, tile: Tile, head_dim: int) -> tuple[int, int]:
-    return 1024, 1024
+def _check_block(block, T, S):
+    for name, size, n, unit in ("queries", block[0], T, 8), ("keys", block[1], S, LANES):
+        if size % unit and size < n:
+            raise ValueError(
+                f"block_sizes must be multiples of 8 queries and {LANES} keys for "
+                f"implementation='pallas_tpu', or all of them; got {size} {name} of {n}"
+            )
+
+
+class _Shapes(NamedTuple):
+    """What the kernels of a mechanism depend on, but for lengths and blocks."""
+
+    mechanism: Mechanism
+    num_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: np.dtype
+    bias: tuple[bool, bool] | None
+    mask: tuple[bool, bool] | None
+    dropout_rate: float
+    consecutive: bool
+
+    @classmethod
+    def of(cls, mechanism, query, value, bias, mask, dropout_rate, tile):
+        """Of arrays of one head: bias and mask [T or 1, S or 1]."""
+        long = [None if x is None else tuple(n > 1 for n in x.shape[-2:]) for x in (bias, mask)]
+        return cls(
+            mechanism,
+            tile.num_heads,
+            query.shape[-1],
+            value.shape[-1],
+            np.dtype(query.dtype),
+            *long,
+            dropout_rate,
+            tile.consecutive,
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def kernel_jaxprs(shapes: _Shapes, block: tuple[int, int]) -> dict[str, Any]:
+    """The kernels, forward and backward, by name: for two blocks of queries and of keys."""
+    T, S = 2 * block[0], 2 * block[1]
+    mechanism, D, V = shapes.mechanism, shapes.head_dim, shapes.value_dim
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
+        params_shape(mechanism, shapes.num_heads, D, V),
+    )
+    vectors = [jax.ShapeDtypeStruct(n, shapes.dtype) for n in ((T, D), (S, D), (S, V))]
+    pairs = [
+        None if x is None else jax.ShapeDtypeStruct(np.where(x, (T, S), 1).tolist(), dtype)
+        for x, dtype in ((shapes.bias, shapes.dtype), (shapes.mask, np.dtype(bool)))
+    ]
+    label = jax.ShapeDtypeStruct((), jnp.int32)
+    labels = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (T, S)]
+    known = [np.arange(n) for n in (T, S)]
+
+    def gradient(params, query, key, value, bias, mask, known_labels, lengths, segments):
+        positions = known if shapes.consecutive else known_labels
+        tile = Tile(*known, *positions, lengths[0], shapes.num_heads, *lengths[1:3], *segments,
+                    lengths[3], consecutive=shapes.consecutive)  # fmt: skip
+
+        def run(params, query, key, value, bias):
+            return attend_head(
+                mechanism, params, query, key, value, tile, bias=bias, mask=mask,
+                dropout_key=jax.random.key(0) if shapes.dropout_rate else None,
+                dropout_rate=shapes.dropout_rate, block_sizes=block, interpret=False,
+            )[0]  # fmt: skip
+
+        out, pull = jax.vjp(run, params, query, key, value, bias)
+        return pull(out)
+
+    closed = jax.make_jaxpr(gradient)(params, *vectors, *pairs, labels, [label] * 4, labels)
+    return dict(_pallas_calls(closed.jaxpr))
+
+
+def _pallas_calls(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation.params["name"], equation.params["jaxpr"]
+        else:
+            for inner in _inner_jaxprs(equation):
+                yield from _pallas_calls(inner)
+
+
+def _inner_jaxprs(equation):
+    for x in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+        if hasattr(x, "eqns"):
+            yield getattr(x, "jaxpr", x)
+
+
+def not_lowered(jaxpr: Any) -> str | None:
+    """The first operation of a kernel that the compiler of TPU kernels has no code for, or None."""
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            ((left, right), batch) = equation.params["dimension_numbers"]
+            if len(left) != 1 or any(batch) or any(x.aval.ndim != 2 for x in equation.invars):
+                shapes = " by ".join(str(list(x.aval.shape)) for x in equation.invars)
+                return f"a product of {shapes} along {len(left)} axes"
+        elif name not in _LOWERED:
+            return name
+        for inner in _inner_jaxprs(equation):
+            if reason := not_lowered(inner):
+                return reason
+    return None
+
+
+_LOWERED = lanes.ELEMENTWISE | frozenset(
+    "reduce_sum reduce_max reduce_min reduce_and reduce_or argmax argmin broadcast_in_dim reshape "
+    "squeeze expand_dims transpose concatenate pad slice iota dot_general roll get swap addupdate "
+    "program_id num_programs cond while scan jit pjit closed_call custom_jvp_call "
+    "custom_vjp_call split stack unstack stop_gradient threefry2x32 random_wrap random_unwrap "
+    "random_fold_in random_bits broadcasted_iota population_count clz bitcast_convert_type "
+    "mulhi log2 one_minus_square tile".split()
+)
+
+
+def memory(jaxpr: Any) -> int:
+    """Bytes that the arrays of a kernel take at once, at most, if each lives until its last use."""
+
+    def size(atom):
+        shape = getattr(atom.aval, "shape", ())
+        padded = (
+            [*shape[:-2], *(-(-n // m) * m for n, m in zip(shape[-2:], (8, LANES), strict=True))]
+            if len(shape) > 1
+            else [LANES * 8 * (len(shape) > 0)]
+        )
+        return math.prod(padded) * 4
+
+    last = {}
+    for i, equation in enumerate(jaxpr.eqns):
+        last |= {atom: i for atom in equation.invars if not is_literal(atom)}
+    last |= {atom: len(jaxpr.eqns) for atom in jaxpr.outvars if not is_literal(atom)}
+    held = most = sum(2 * size(x) for x in jaxpr.invars if hasattr(x.aval, "inner_aval"))
+    for i, equation in enumerate(jaxpr.eqns):
+        held += sum(size(x) for x in equation.outvars)
+        inner = max(map(memory, _inner_jaxprs(equation)), default=0)
+        most = max(most, held + inner)
+        held -= sum(size(x) for x in equation.outvars if x not in last)
+        own = {x for x in equation.invars if not is_literal(x) and last[x] == i}
+        held -= sum(size(x) for x in own if not hasattr(x.aval, "inner_aval"))
+    return most
+
+
+def sizes(shapes: _Shapes, tile: Tile, device: Device) -> tuple[int, int]:
+    """Queries and keys of a block: the first of the tuned ones whose tiles fit the fast memory."""
+    lengths = len(tile.query_index), len(tile.key_index)
+    t, s = _TRACED
+    needed = max(map(memory, kernel_jaxprs(shapes, _TRACED).values())) / (t * s)
+    tiles = tuned(device.kind if device.platform == "tpu" else None).pallas_tiles
+    fit = [block for block in tiles if math.prod(block) * needed <= fast_memory(device.kind)]
+    block = fit[0] if fit else (LANES, LANES)
+    return tuple(
+        min(size, -(-n // unit) * unit)
+        for size, n, unit in zip(block, lengths, (16, LANES), strict=True)
+    )
+
+
+# The block at which a mechanism's kernels are looked at: their memory grows with its area.
+_TRACED = 512, 512
 
 
 def unsupported(call: Call) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    mechanism = call.mechanism
+    mechanism, dtype = call.mechanism, call.query.dtype
     if reason := tiled.unsupported(call):
         return reason
     if mechanism.position.whole_row:
         return f"{mechanism.position} needs all keys of a row at once; tiled gives it them"
     if tiled.needs_whole_rows(mechanism):
         return f"{mechanism.normalizer} needs all scores of a row at once; tiled gives it them"
+    if call.device.platform == "tpu" and dtype not in (jnp.float32, jnp.bfloat16):
+        return f"it takes float32 and bfloat16, got {dtype}: cast query, key and value"
+    widest = max(call.query.shape[-1], call.value.shape[-1])
+    if widest > _WIDEST:
+        return f"its blocks have no room for heads wider than {_WIDEST}, got {widest}"
+    if call.value.shape[-1] == 0:
+        return "values of width 0 leave it nothing to compute"
+    positions = {"query_positions", "key_positions"} & call.data.keys()
+    tile: Any = types.SimpleNamespace(num_heads=call.query.shape[-2], consecutive=not positions)
+    shapes = _Shapes.of(
+        mechanism, call.query, call.value, call.bias, call.mask, call.dropout_rate, tile
+    )
+    return _not_lowered(shapes)
+
+
+@functools.cache
+def _not_lowered(shapes):
+    if shapes.dtype == np.float64:
+        shapes = shapes._replace(dtype=np.dtype(np.float32))
+    for name, jaxpr in kernel_jaxprs(shapes, _TRACED).items():
+        if operation := not_lowered(jaxpr):
+            return f"no TPU kernel can have {operation}, which its {name} pass has"
     return None
+
+
+_WIDEST = 1024
 
 
 def cost(call: Call) -> tuple[float, str]:
