@@ -168,7 +168,8 @@ def inner_jaxpr(equation: Any) -> core.ClosedJaxpr | None:
     """What an equation calls, where that is a plain call: jit, checkpoint, a custom derivative."""
     name = _CALLS.get(equation.primitive.name)
     inner = equation.params.get(name) if name else None
-    return core.ClosedJaxpr(inner, ()) if isinstance(inner, core.Jaxpr) else inner
+    closed: Any = core.ClosedJaxpr  # its constructor is not in the types
+    return closed(inner, ()) if isinstance(inner, core.Jaxpr) else inner
 
 
 _CALLS = {

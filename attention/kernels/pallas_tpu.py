@@ -239,9 +239,20 @@ def _sheared(x):
 
 @jax.custom_vjp
 def _unsheared(x):
-    """The inverse of `_sheared`, and its transpose."""
-    t, w = x.shape
-    return pltpu.roll(x, t - 1, axis=1, stride=w - 1, stride_axis=0)
+    """The inverse of `_sheared`, and its transpose.
+
+    Rolls go to the right only, so the rows are taken in reverse.
+    """
+    return _reversed(pltpu.roll(_reversed(x), 0, axis=1, stride=1, stride_axis=0))
+
+
+def _reversed(x):
+    """The rows in reverse, by products, since nothing else turns rows around."""
+    t = len(x)
+    b = LANES if t % LANES == 0 else t
+    i, j = (lax.broadcasted_iota(jnp.int32, (b, b), axis) for axis in (0, 1))
+    turn = (i + j == b - 1).astype(x.dtype)
+    return jnp.concatenate([turn @ x[k - b : k] for k in range(t, 0, -b)])
 
 
 _sheared.defvjp(lambda x: (_sheared(x), None), lambda _, x: (_unsheared(x),))
@@ -461,7 +472,7 @@ def forward(setting: Setting, arrays: Arrays, data: Data) -> tuple[Array, Any]:
     plan = setting.plan
     pairs = schedule(plan, data)
     t, dtype = plan.block[0], arrays.value.dtype
-    normalizer = plan.mechanism.normalizer
+    normalizer: Any = plan.mechanism.normalizer
     launch = _Launch(setting, pairs.states, arrays, data)
 
     def of_normalizer(method):
@@ -566,7 +577,8 @@ def backward(
     pieces = _pieces(setting.plan, arrays)
     leaves, structure = jax.tree.flatten(pieces, is_leaf=_is_operand)
     by_columns = [x.axes.count("column") == 1 and "row" not in x.axes for x in leaves]
-    pairs, found = schedule(setting.plan, data), {}
+    pairs = schedule(setting.plan, data)
+    found: dict[int, Array] = {}
     for name, steps in ("dq", pairs.by_row), ("dkv", pairs.by_column):
         places = [i for i, own_side in enumerate(by_columns) if own_side == (name == "dkv")]
         launch = _Launch(setting, pairs.states, arrays, data, jax.tree.map(_of_rows, rows))
@@ -685,7 +697,8 @@ class Schedule(NamedTuple):
 def schedule(plan: Plan, data: Data) -> Schedule:
     """Known while tracing, or computed where the mask depends on data."""
     mask, (t, s) = plan.mechanism.mask, plan.block
-    rows, columns = np.arange(plan.rows), np.arange(plan.columns)
+    rows: Any = np.arange(plan.rows)
+    columns: Any = np.arange(plan.columns)
 
     def label(x, n, default):
         return default if x is None else x.reshape(-1)[:n]
@@ -927,14 +940,12 @@ def memory(jaxpr: Any) -> int:
 
     def size(atom):
         shape = getattr(atom.aval, "shape", ())
-        padded = (
-            [*shape[:-2], *(-(-n // m) * m for n, m in zip(shape[-2:], (8, LANES), strict=True))]
-            if len(shape) > 1
-            else [LANES * 8 * (len(shape) > 0)]
-        )
-        return math.prod(padded) * 4
+        if not shape:
+            return 0
+        rows, columns = (1, *shape)[-2:]
+        return 4 * math.prod(shape[:-2]) * (-(-rows // 8) * 8) * (-(-columns // LANES) * LANES)
 
-    last = {}
+    last: dict[Any, int] = {}
     for i, equation in enumerate(jaxpr.eqns):
         last |= {atom: i for atom in equation.invars if not is_literal(atom)}
     last |= {atom: len(jaxpr.eqns) for atom in jaxpr.outvars if not is_literal(atom)}
@@ -950,18 +961,25 @@ def memory(jaxpr: Any) -> int:
 
 
 def sizes(shapes: _Shapes, tile: Tile, device: Device) -> tuple[int, int]:
-    """Queries and keys of a block: the first of the tuned ones whose tiles fit the fast memory."""
+    """Queries and keys of a block: the first of the tuned ones whose kernels are not too large."""
     lengths = len(tile.query_index), len(tile.key_index)
-    t, s = _TRACED
-    needed = max(map(memory, kernel_jaxprs(shapes, _TRACED).values())) / (t * s)
+    jaxprs, area = kernel_jaxprs(shapes, _TRACED).values(), math.prod(_TRACED)
+    bytes_per_pair = max(map(memory, jaxprs)) / area
+    operations_per_pair = max(map(operations, jaxprs)) / area
+    largest = min(fast_memory(device.kind) / bytes_per_pair, _OPERATIONS / operations_per_pair)
     tiles = tuned(device.kind if device.platform == "tpu" else None).pallas_tiles
-    fit = [block for block in tiles if math.prod(block) * needed <= fast_memory(device.kind)]
-    block = fit[0] if fit else (LANES, LANES)
-    return tuple(
-        min(size, -(-n // unit) * unit)
-        for size, n, unit in zip(block, lengths, (16, LANES), strict=True)
-    )
+    t, s = next((x for x in tiles if math.prod(x) <= largest), (LANES, LANES))
+    return min(t, -(-lengths[0] // 16) * 16), min(s, -(-lengths[1] // LANES) * LANES)
 
+
+def operations(jaxpr: Any) -> int:
+    """Numbers that a kernel computes in one step."""
+    own = sum(math.prod(x.aval.shape) for equation in jaxpr.eqns for x in equation.outvars)
+    inner = (x for equation in jaxpr.eqns for x in _inner_jaxprs(equation))
+    return own + sum(map(operations, inner))
+
+
+_OPERATIONS = 2**27  # in a step: the compiler writes all of them out, in seconds
 
 # The block at which a mechanism's kernels are looked at: their memory grows with its area.
 _TRACED = 512, 512

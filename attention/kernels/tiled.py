@@ -403,7 +403,7 @@ def tile_output(
     """What the weights of a tile, after dropout, add to the output: [t, V]."""
     if not inputs.value.shape[1]:
         return weights[:, :0]
-    if plan.dropout_rate:
+    if dropout_key is not None:
         key = jax.random.wrap_key_data(dropout_key)
         weights = dense.drop(weights, key, plan.dropout_rate, tile)
     return dense.mix(plan.mechanism, inputs, weights, tile)
