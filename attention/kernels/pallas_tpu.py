@@ -330,7 +330,7 @@ def _product(narrow, a, b, equation):
         if narrow:
             dtypes = [jnp.bfloat16, jnp.bfloat16]
         else:
-            params["precision"] = lax.Precision.HIGHEST
+            params["precision"] = (lax.Precision.HIGHEST,) * 2
     a, b = (x.astype(dtype) for x, dtype in zip((a, b), dtypes, strict=True))
     return lax.dot_general_p.bind(a, b, **params | {"preferred_element_type": np.dtype(wide)})
 
