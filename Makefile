@@ -14,7 +14,7 @@ FAST := $(addprefix tests/,attention/kernels/test_contracts.py attention/test_ma
 	experiments/storage/test_leases.py experiments/training/test_pairing.py system/test_imports.py system/test_renamed.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup ablation test test-fast test-slow test-kills test-clusters test-browser test-tpu lint docs constraints
+.PHONY: help setup ablation test test-fast test-slow test-kills test-clusters test-browser test-tpu accelerator lint docs constraints
 
 help:  ## List the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/:/'
@@ -59,6 +59,10 @@ test-browser: setup  ## Use the report in the machine's Chromium.
 test-tpu: setup  ## Compile the kernels for a TPU, without one (downloads libtpu, 0.7 GB).
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test,tpu]'
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -m slow tests/system/test_tpu.py
+
+# Also where this repository's environment is not: the plugin of the device is in another one then.
+accelerator:  ## Check and measure all kernels of this GPU or TPU, in 8 minutes; jax and numpy are enough.
+	$(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON)) -m experiments.accelerator
 
 docs: setup  ## Build the documentation into site/; a broken link or reference fails.
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test,docs]'

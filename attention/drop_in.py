@@ -85,7 +85,8 @@ def dot_product_attention(
     | mask of negative numbers | Flax: not 0 = may attend | refused where values are known |
     | boolean bias | adds 0 and 1 | refused |
     | precision, custom einsums | Flax: used | refused |
-    | 'cudnn' | runs or raises | the same; never drops weights nor sows them; bias of their dtype |
+    | 'cudnn' | runs or raises | the same; never drops weights nor sows them; bias of their dtype; |
+    |  | | gradients of the same bits only under --xla_gpu_deterministic_ops=true |
 
     Raises:
       ValueError: naming the argument, what was expected and what came; or why the implementation

@@ -10,7 +10,7 @@
 | `:decode` | one token more, by length of what was before; grouped heads | |
 | `:models` | train steps of whole models against Flax's stock layers and torch's | torch |
 | `:peers` | every peer, on the same attention | extra `peers` |
-| `:accelerator` | T from 1k to 64k in bfloat16; cuDNN, FlexAttention, FlashAttention | a GPU |
+| `:accelerator` | T from 1k to 32k in bfloat16; cuDNN, FlexAttention, tokamax | a GPU, a TPU |
 | `:profiles` | the time of our kernels by kind of operation | |
 | `:choices` | measurements behind the choices of `attend`; `--tune` measures and writes them | |
 
@@ -21,6 +21,7 @@
 
 from ml_collections import ConfigDict
 
+from experiments.bench import accelerator as bench
 from experiments.config import settings
 
 CAUSAL = {"mask": "causal"}
@@ -196,17 +197,9 @@ def peers():
 
 
 def accelerator():
-    libraries = ("jax.nn", "jax.nn.cudnn", "tokamax", "torch", "torch.flex")
-    others = [{"library": library} for library in libraries]
-    for derivative in ("none", "gradient"):
-        for length in (1024, 2048, 4096, 8192, 16384, 32768, 65536):
-            title = f"T = {length}, {derivative}"
-            sizes = {"length": length, "derivative": derivative, "dtype": "bfloat16", **CAUSAL}
-            measure = ("time", "accuracy") if length == 1024 else ("time",)
-            yield versus(title, {}, *others, measure=measure, **sizes)
-    variants = [{}, {"position": "alibi"}, {"score": "soft_cap(scaled_dot)"}]
-    shared = {"length": 8192, "dtype": "bfloat16", **CAUSAL, **GRADIENT}
-    yield versus("parts, T = 8192", *variants, **shared)
+    """Those of `python -m experiments.accelerator`, which also checks, and goes by a clock."""
+    for case in bench.comparisons(bench.FULL, ["tiled"]):
+        yield {**case, "at_most": None, "measure": ("time",)}
 
 
 def profiles():

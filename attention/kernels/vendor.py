@@ -9,6 +9,8 @@ contracts of `attend`:
   before, and the rows set to 0, −inf or NaN after. Which rows see what is known from the limits of
   a window and the lengths; for segments and mask arrays from all pairs, without holding them.
 - The vendors give the lse no gradient: where something depends on it, the tiled kernel's is added.
+- cuDNN's backward pass adds in no fixed order, so the last bits of gradients may differ from run to
+  run, unless XLA_FLAGS has --xla_gpu_deterministic_ops=true; `explain` says so.
 - What only another function could compute is refused (`unsupported`), and so are arrays that the
   vendor would round.
 """
@@ -22,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
+from jax.sharding import AxisType
 
 from attention import masks
 from attention.kernels import dense
@@ -143,12 +146,17 @@ def cudnn_cost(call: Call) -> tuple[float, str]:
     """0, or with an array of all pairs less than the dense kernel's; and the reason."""
     band = _band(call.mechanism.mask)
     if band is not None and not _holds_pairs(call, band):
-        return 0, "the vendor's own kernel"
+        return 0, f"the vendor's own kernel; {_BITS}"
     numbers = dense.cost(call)[0]
     return numbers / 2, (
         f"the vendor's own kernel; it holds bias and mask, {numbers:,} numbers; above "
-        f"{2 * tuned().tiled_above:,} tiled runs, which holds none"
+        f"{2 * tuned().tiled_above:,} tiled runs, which holds none; {_BITS}"
     )
+
+
+_BITS = (
+    "gradients have the same bits in every run only by XLA_FLAGS=--xla_gpu_deterministic_ops=true"
+)
 
 
 def splash_unsupported(call: Call) -> str | None:
@@ -172,7 +180,10 @@ def splash_unsupported(call: Call) -> str | None:
     if any(side is not None and side < 0 for side in served[1]):
         return f"its windows hold the diagonal, unlike {call.mechanism.mask}"
     mesh = jax.sharding.get_abstract_mesh()
-    size = {name: mesh.shape[name] for name in mesh.axis_names if mesh.shape[name] > 1}
+    # Inside a shard_map over an axis the program is one device's along it.
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    shared = (name for name, kind in axes if kind is not AxisType.Manual)
+    size = {name: mesh.shape[name] for name in shared if mesh.shape[name] > 1}
     if size and (size.keys() != {"data"} or data_parts(math.prod(batch)) != size["data"]):
         return f"it can be split over whole examples by an axis 'data' alone, not {size}"
     return None
@@ -293,6 +304,15 @@ def _fused(plan, params, query, key, value, bias, mask, data):
     """out [B, T, H, V], and lse [B, T, H], a constant for derivatives, or None."""
     (T, H), S = query.shape[1:3], key.shape[1]
     bad_query, bad_key, bad_value = (~jnp.isfinite(x).all(-1) for x in (query, key, value))
+    if plan.vendor == "splash":
+        query, key = (
+            jnp.where(bad[..., None], 0, x) for bad, x in ((bad_query, query), (bad_key, key))
+        )
+        query, key = _features(plan.mechanism, params, query, key)
+        # The square of a huge number is not finite either.
+        bad_key = jnp.repeat(bad_key, key.shape[2] // bad_key.shape[2], axis=2)
+        bad_query |= ~jnp.isfinite(query).all(-1)
+        bad_key |= ~jnp.isfinite(key).all(-1)
     bad_rows = jnp.zeros((), bool)
     if bias is not None:
         # −inf is masked, and a row that sees another such number is NaN.
@@ -308,8 +328,10 @@ def _fused(plan, params, query, key, value, bias, mask, data):
     query = jnp.where((rows & ~bad_query)[..., None], query, 0)
     key = jnp.where((hidden & ~bad_key)[..., None], key, 0)
     value = jnp.where((hidden & ~bad_value)[..., None], value, 0)
-    vendor = _cudnn if plan.vendor == "cudnn" else _splash
-    out, lse = vendor(plan, params, query, key, value, bias, mask, data)
+    if plan.vendor == "splash":
+        out, lse = _splash(plan, query, key, value, data)
+    else:
+        out, lse = _cudnn(plan, query, key, value, bias, mask, data)
     out = jnp.where(rows[..., None], out, 0)
     out = jnp.where((by_key | by_value)[..., None], jnp.nan, out)
     if lse is not None:
@@ -318,8 +340,7 @@ def _fused(plan, params, query, key, value, bias, mask, data):
     return out, lse
 
 
-def _cudnn(plan, params, query, key, value, bias, mask, data):
-    del params
+def _cudnn(plan, query, key, value, bias, mask, data):
     B, T, H, _ = query.shape
     S = key.shape[1]
     left, right = plan.band
@@ -337,7 +358,11 @@ def _cudnn(plan, params, query, key, value, bias, mask, data):
         mask = jnp.broadcast_to(mask, (examples, H, T, S))
     elif mask is not None:
         mask = jnp.broadcast_to(mask, (B, H, T, S))
-    lengths = {name: jnp.broadcast_to(x, B) for name, x in data.items() if name.endswith("lengths")}
+    lengths = {
+        name: jnp.broadcast_to(x, B).astype(jnp.int32)
+        for name, x in data.items()
+        if name.endswith("lengths")
+    }
     return jax.nn.dot_product_attention(
         query,
         key,
@@ -354,14 +379,10 @@ def _cudnn(plan, params, query, key, value, bias, mask, data):
     )
 
 
-def _splash(plan, params, query, key, value, bias, mask, data):
-    del bias, mask
-    dtype = query.dtype
-    query, key = _features(plan.mechanism, params, query, key)
-    B, H, T, _ = query.shape
-    S = key.shape[2]
-    value = jnp.swapaxes(value, 1, 2)
-    value = jnp.repeat(value, key.shape[1] // value.shape[1], axis=1)
+def _splash(plan, query, key, value, data):
+    value = jnp.repeat(value, key.shape[2] // value.shape[2], axis=2)
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    (B, H, T, _), S = query.shape, key.shape[2]
     kernel = _splash_kernel(plan.band, plan.product.cap, H, T, S, plan.interpret)
     ids = _segments(data, B, T, S)
     arrays = query, key, value, ids
@@ -372,7 +393,7 @@ def _splash(plan, params, query, key, value, bias, mask, data):
         infos = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
         run = type(kernel)(*infos, **options)
         lse = jnp.swapaxes(jax.vmap(run)(*jax.lax.stop_gradient(arrays))[1][0], 1, 2)
-    return jnp.swapaxes(out, 1, 2).astype(dtype), lse
+    return jnp.swapaxes(out, 1, 2), lse
 
 
 _BLOCKS = (512, 256, 128)  # not measured: splash's own default is the last
@@ -420,8 +441,11 @@ def _modules():
 
 
 def _features(mechanism, params, query, key):
-    """Features [B, H, T, F], [B, K, S, F] of query and key, as `dense.prepare` makes them."""
-    dtype, (_, T, H, _), (S, K) = query.dtype, query.shape, key.shape[1:3]
+    """Features [B, T, H, F], [B, S, K or H, F] of query and key, as `dense.prepare` makes them.
+
+    Of their dtype: a TPU's default product rounds float32 to bfloat16 as well.
+    """
+    dtype, (T, H), (S, K) = query.dtype, query.shape[1:3], key.shape[1:3]
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     rotate, score = mechanism.position.rotate, mechanism.score
 
@@ -431,12 +455,10 @@ def _features(mechanism, params, query, key):
         key = rotate(params["position"], key, jnp.arange(S), "key")
         return [x.astype(dtype) for x in score.prepare(params["score"], query, key)]
 
-    query, key = jnp.swapaxes(query, 1, 2), jnp.swapaxes(key, 1, 2)
-    of_heads = jax.vmap(jax.vmap(of_head), (None, 0, 0))
-    repeated = jnp.repeat(key, H // K, axis=1)
-    query_features, key_features = of_heads(params, query, repeated)
+    of_heads = jax.vmap(jax.vmap(of_head, (0, 1, 1), 1), (None, 0, 0))
+    query_features, key_features = of_heads(params, query, jnp.repeat(key, H // K, axis=2))
     if not jax.tree.leaves(params):  # then query heads share the features of their key
-        key_features = of_heads(params, query[:, :: H // K], key)[1]
+        key_features = of_heads(params, query[:, :, :: H // K], key)[1]
     return query_features, key_features
 
 
@@ -500,10 +522,55 @@ def _has_bias_gradient(bias, mask):
     return bias is not None and len(bias) == 1 and (mask is None or len(mask) == 1)
 
 
-def _forward(plan, *args):
+def _vmapped(function):
+    """`function`(plan, args, ...), whose `jax.vmap` gives JAX's rule for cuDNN what it expects.
+
+    That is arrays which all have the mapped axis, and no bias: with one a loop calls cuDNN instead.
+    """
+
+    @functools.wraps(function)
+    def run(plan, args, *more):
+        if plan.vendor != "cudnn":
+            return function(plan, args, *more)
+        call = jax.custom_batching.custom_vmap(functools.partial(function, plan))
+
+        @call.def_vmap
+        def rule(size, batched, *arrays):
+            def with_axis(x, has_it):
+                return x if has_it else jnp.broadcast_to(x, (size, *x.shape))
+
+            arrays = jax.tree.map(with_axis, arrays, tuple(batched))
+            one = functools.partial(function, plan)
+            mapped = jax.vmap(one) if arrays[0][4] is None else _in_turn(one)
+            out = mapped(*arrays)
+            return out, jax.tree.map(lambda _: True, out)
+
+        return call(args, *more)
+
+    return run
+
+
+def _in_turn(function):
+    return lambda *arrays: jax.lax.map(lambda x: function(*x), arrays)
+
+
+@_vmapped
+def _forward_of(plan, args):
     out, pull, lse = _pulled(plan, *args)
     outputs = {"out": out, "lse": lse} if plan.lse else {"out": out}
     return outputs, tuple(jax.tree.leaves(pull))
+
+
+def _forward(plan, *args):
+    return _forward_of(plan, args)
+
+
+@_vmapped
+def _backward_of(plan, args, residuals, out):
+    """Cotangents of what the vendor derives by."""
+    # The pullback is a pytree of arrays and of what is known while tracing.
+    pull = jax.eval_shape(lambda args: _pulled(plan, *args)[1], args)
+    return jax.tree.structure(pull).unflatten(residuals)(out)
 
 
 def _backward(plan, args, outputs, residuals, cotangents):
@@ -511,9 +578,7 @@ def _backward(plan, args, outputs, residuals, cotangents):
     out = cotangents["out"]
     if out is None:
         out = jnp.zeros_like(outputs["out"])
-    # The pullback is a pytree of arrays and of what is known while tracing.
-    pull = jax.eval_shape(lambda args: _pulled(plan, *args)[1], args)
-    of_arrays = list(jax.tree.structure(pull).unflatten(residuals)(out))
+    of_arrays = list(_backward_of(plan, args, residuals, out))
 
     def of_reference(name, cotangent, arrays):
         """Of those arrays, by the tiled kernel."""
@@ -555,6 +620,10 @@ def _by_vendor(vendor):
         product = product_of(mechanism, query.shape[-1], value.shape[-1])
         interpret = vendor == "splash" and device_of(query).platform != "tpu"
         plan = _Plan(vendor, mechanism, product, _band(mechanism.mask), "lse" in aux, interpret)
+        if {"query_lengths", "key_lengths"} & data.keys():  # cuDNN takes both or none
+            most = {"query_lengths": query.shape[1], "key_lengths": key.shape[1]}
+            lengths = {name: jnp.full(1, n, jnp.int32) for name, n in most.items()} | data
+            data = data | {name: jnp.clip(lengths[name], 0, n) for name, n in most.items()}
         arrays = {
             "params": jax.tree.map(lambda x: x[None], params),
             "arrays": (query, key, value, bias, mask),

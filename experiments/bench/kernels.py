@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import attention
-from attention import decoding
+from attention import decoding, masks, positions, scores
 from attention.api import choose
 from attention.kernels import blocks
 from attention.kernels.registry import describe
@@ -162,7 +163,7 @@ class Kernel(Work):
             heads=self.heads // (self.kv_heads or self.heads),
             kv_heads=1,
             batch=1,
-            implementation=self.implementation or self._chosen(),
+            implementation=self.implementation or self.chosen(),
         )
         exact = dataclasses.replace(
             small,
@@ -175,7 +176,7 @@ class Kernel(Work):
         )
         return small, exact
 
-    def _chosen(self):
+    def chosen(self) -> str | None:
         """The kernel that `attend` chooses at the size that is timed."""
         if self.library != "attention":
             return None
@@ -314,37 +315,61 @@ def _decode(static, params, cache, query, key, value):
 # Others, on the same work.
 
 
-def is_causal(work: Kernel) -> bool:
-    """For peers that compute softmax(QKᵀ/√D) V, causal or not; `Unavailable` for anything else."""
+def check_plain(work: Kernel, *known: str) -> None:
+    """Raises `Unavailable` for what is not softmax(QKᵀ/√D) V, but for the parts `known`."""
     plain = {"score": "scaled_dot", "position": "none", "normalizer": "softmax"}
-    for name, known in plain.items():
-        if getattr(work, name) != known:
+    for name, part in plain.items():
+        if name not in known and getattr(work, name) != part:
             raise Unavailable(f"{work.library} has no {name} {getattr(work, name)!r}")
-    if work.mask not in ("none", "causal") or work.documents:
+    if "mask" not in known and (work.mask not in ("none", "causal") or work.documents):
         raise Unavailable(f"{work.library} has no mask {work.mask!r}")
     if work.implementation or work.block_sizes or work.batching != "axes":
         raise Unavailable(f"{work.library} knows no implementation, block_sizes or batching")
     if work.derivative == "decode" and (work.library != "jax.nn" or work.length > 1):
         raise Unavailable(f"{work.library} is not compared at decoding {work.length} tokens a step")
+
+
+def is_causal(work: Kernel) -> bool:
+    """For peers that compute softmax(QKᵀ/√D) V, causal or not; `Unavailable` for anything else."""
+    check_plain(work)
     return work.mask == "causal"
 
 
 def _jax_nn(implementation: str | None) -> Callable[[Kernel], JaxWork]:
     def build(work):
-        causal = is_causal(work)
+        check_plain(work, "mask")
+        conjuncts = _conjuncts(work.mechanism().mask)
+        causal = masks.Causal() in conjuncts
+        windows = [x for x in conjuncts if type(x) is masks.SlidingWindow]
+        others = {type(x) for x in conjuncts} - {masks.Full, masks.Causal, masks.SlidingWindow}
+        if others or len(windows) > 1 or (windows and not causal):
+            raise Unavailable(f"{work.library} has no mask {work.mask!r}")
         if implementation == "cudnn" and jax.default_backend() != "gpu":
             raise Unavailable("cuDNN needs a GPU")
         if work.derivative == "decode":
             return _program(work, (work, implementation), _jax_nn_attend)
-        return _program(work, (causal, implementation), _jax_nn_attend)
+        window = (windows[0].left, 0) if windows else None
+        return _program(work, (causal, window, implementation), _jax_nn_attend)
 
     return build
 
 
+def _conjuncts(mask):
+    """The masks that `mask` combines by `&`."""
+    if type(mask) is masks.And:
+        return [*_conjuncts(mask.left), *_conjuncts(mask.right)]
+    return [mask]
+
+
 def _jax_nn_attend(static, params, query, key, value):
-    causal, implementation = static
+    causal, window, implementation = static
     return jax.nn.dot_product_attention(
-        query, key, value, is_causal=causal, implementation=implementation
+        query,
+        key,
+        value,
+        is_causal=causal,
+        local_window_size=window,
+        implementation=implementation,
     )
 
 
@@ -438,6 +463,7 @@ def _torch_sdpa(work: Kernel) -> Foreign:
 
 
 def _torch_flex(work: Kernel) -> Foreign:
+    check_plain(work, "score", "position", "mask")
     lib = torch()
     try:
         from torch.nn.attention import flex_attention as flex
@@ -445,17 +471,59 @@ def _torch_flex(work: Kernel) -> Foreign:
         raise Unavailable(f"torch {lib.__version__} has no FlexAttention") from None
     if work.derivative == "gradient" and torch_device() == "cpu":
         raise Unavailable("FlexAttention has no backward pass on a CPU")
-    mask = None
-    if is_causal(work):
+    score, mask = flex_functions(work, lib)
+    if mask is not None:
         mask = flex.create_block_mask(
-            lambda b, h, i, j: i >= j, None, None, work.length, work.keys, device=torch_device()
+            mask, None, None, work.length, work.keys, device=torch_device()
         )
     attend = functools.partial(
         lib.compile(flex.flex_attention),
+        score_mod=score,
         block_mask=mask,
         enable_gqa=work.kv_heads not in (None, work.heads),
     )
     return _torch_run(work, attend)
+
+
+def flex_functions(work: Kernel, lib: Any) -> tuple[Callable | None, Callable | None]:
+    """The score_mod and the mask_mod of the work's parts, None: none.  Or `Unavailable`."""
+    mechanism = work.mechanism()
+    inner, cap = mechanism.score, None
+    if type(inner) is scores.SoftCap:
+        inner, cap = inner.score, inner.cap
+    if inner != scores.ScaledDot():
+        raise Unavailable(f"{work.library} has no score {work.score!r}")
+    slopes = None
+    if mechanism.position == positions.ALiBi():
+        slopes = lib.tensor(mechanism.position.slopes(work.heads), dtype=lib.float32)
+        slopes = slopes.to(torch_device())
+    elif mechanism.position != positions.NoPE():
+        raise Unavailable(f"{work.library} is not given the position {work.position!r}")
+    segments = [lib.tensor(x).to(torch_device()) for x in work.data().values()]
+
+    def score(s, b, h, i, j):
+        if cap is not None:
+            s = cap * lib.tanh(s / cap)
+        return s if slopes is None else s - slopes[h] * (i - j).abs()
+
+    def visible(mask):
+        if type(mask) is masks.Causal:
+            return lambda b, h, i, j: i >= j
+        if type(mask) is masks.SlidingWindow:
+            right = mask.left if mask.right is None else mask.right
+            return lambda b, h, i, j: (i - j <= mask.left) & (j - i <= right)
+        if type(mask) is masks.Segments:
+            return lambda b, h, i, j: segments[0][i] == segments[-1][j]
+        raise Unavailable(f"{work.library} is not given the mask {work.mask!r}")
+
+    conjuncts = [x for x in _conjuncts(mechanism.mask) if x != masks.Full()]
+    every = [visible(x) for x in conjuncts]
+
+    def mask(b, h, i, j):
+        return functools.reduce(operator.and_, (x(b, h, i, j) for x in every))
+
+    changes = cap is not None or slopes is not None
+    return (score if changes else None), (mask if every else None)
 
 
 PEERS: dict[str, Callable[[Kernel], Any]] = {

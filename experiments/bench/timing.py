@@ -13,14 +13,16 @@ def take_turns(
     precision: float,
     rounds: int,
     note: Callable[[Any], None] = lambda name: None,
+    pause: float = 0.2,
+    least: float = 0.1,
 ) -> dict[Any, list[float]]:
     """Seconds of each run, one a turn.
 
     Turns end when every median is known to ± `precision` of itself (see `interval`), the `seconds`
     are up (but not before five turns), or there were `rounds`. Before each timed run there is a
-    pause, since threads of another library that wait for more work in a loop take cores away, and
-    a run or more that wake up those of this one. `note` is called before that with the name of the
-    run.
+    `pause`, since threads of another library that wait for more work in a loop take cores away, and
+    runs for `least` seconds, one at least, that wake up those of this one. `note` is called before
+    that with the name of the run.
     """
     times: dict[Any, list[float]] = {name: [] for name in runs}
     end = time.perf_counter() + seconds
@@ -31,14 +33,14 @@ def take_turns(
             break
         for name, run in runs.items():
             note(name)
-            settle(run)
+            settle(run, pause, least)
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
     return times
 
 
-def settle(run: Callable[[], Any], pause: float = 0.2, least: float = 0.1) -> None:
+def settle(run: Callable[[], Any], pause: float, least: float) -> None:
     """Waits, then runs for `least` seconds, once at least."""
     time.sleep(pause)
     end = time.perf_counter() + least

@@ -22,12 +22,19 @@ TABLE = tuned.PATH
 _SIZES = (128, 256, 512, 1024)
 
 
-def tune(path: Path, say: Callable[[str], None], length: int = 4096, seconds: float = 60.0) -> str:
+def tune(
+    path: Path,
+    say: Callable[[str], None],
+    length: int = 4096,
+    seconds: float = 60.0,
+    late: Callable[[], bool] = lambda: False,
+) -> str:
     """Writes the entry of this device into the table at `path`; -> a line that sums it up.
 
     Tiles are compared on a causal gradient pass over `length` tokens, 8 heads of 64, `seconds` in
     all; those that cost more than half again as much a pair as the best are left out. Then dense
-    and tiled are compared on shorter and shorter texts, to find where they take the same time.
+    and tiled are compared on shorter and shorter texts, to find where they take the same time. Once
+    it is `late`, no more tiles are tried.
     """
     # The table that is to be written must not be read.
     os.environ.pop("ATTENTION_BLOCK_SIZES", None)
@@ -37,10 +44,13 @@ def tune(path: Path, say: Callable[[str], None], length: int = 4096, seconds: fl
     base = Kernel(length=length, mask="causal", derivative="gradient", implementation="tiled")
     if jax.default_backend() != "cpu":
         base = dataclasses.replace(base, dtype="bfloat16")
-    pairs = [(t, s) for t in _SIZES for s in _SIZES if max(t, s) <= length]
+    pairs = [(t, s) for t in _SIZES[::-1] for s in _SIZES[::-1] if max(t, s) <= length]
     works = {size: dataclasses.replace(base, block_sizes=size) for size in pairs}
     runs = {}
     for size, work in works.items():
+        if runs and late():
+            say(f"{size}: no time left")
+            continue
         try:
             runs[size] = prepare(work)[0]
         except Exception as error:  # such as a tile too large for the device's memory

@@ -173,6 +173,12 @@ def test_precision_is_the_default(monkeypatch):
     assert "jax_default_matmul_precision=highest" in got
 
 
+def test_what_differs_from_run_to_run_is_said():
+    kernel = KERNELS["cudnn"]
+    for options in {}, {"mask": ((128, 128), "bool")}:
+        assert "xla_gpu_deterministic_ops" in kernel.cost(call(HOPPER, **options))[1]
+
+
 @pytest.mark.parametrize(
     "device, options, chosen",
     [
@@ -237,10 +243,11 @@ BIAS = normal(3, 1, 4, 6, 8, dtype="bfloat16")
             {"local_window_size": 2, "is_causal": True, "key_value_seq_lengths": np.array([3, 0])},
             {"is_causal": True, "local_window_size": (2, 0)},
         ),
+        ({"key_value_seq_lengths": np.array([3, 99])}, {}),
         ({"local_window_size": 1, "mask": ROWS}, {"local_window_size": None, "is_causal": False}),
         ({"bias": BIAS, "mask": ROWS, "query_seq_lengths": np.array([1, 6])}, {}),
     ],
-    ids=["causal", "window", "lengths", "mask", "bias"],
+    ids=["causal", "window", "lengths", "beyond", "mask", "bias"],
 )
 def test_cudnn(handed, options, expected):
     """Rows without keys are absent, whatever the padding holds; the lse has its gradient."""
@@ -269,6 +276,8 @@ def test_cudnn(handed, options, expected):
         np.testing.assert_array_equal((ours == 0).all(-1), (theirs == 0).all(-1))
         assert_close(ours, theirs, 0.03)
     first = handed[0]
+    for name in ("query_seq_lengths", "key_value_seq_lengths"):
+        assert first[name] is None or first[name].dtype == np.int32
     assert "mask" not in options or first["mask"].shape[1:] == (4, 6, 8)
     for name, value in expected.items():
         assert first[name] == (pytest.approx(value) if name == "scale" else value)
@@ -352,6 +361,41 @@ def test_cudnn_refuses_before_it_runs(handed):
     assert dot_product_attention(empty, empty, empty, implementation="cudnn").shape == empty.shape
 
 
+LOWERED = {
+    "causal": (masks.Causal(), {}),
+    "window": (masks.Causal() & masks.SlidingWindow(20), {}),
+    "lengths": (masks.Padding(), {"key_lengths": ((2,), "int32")}),
+    "mask": (masks.Causal(), {"mask": ((2, 1, 1, 256), "bool")}),
+    "bias": (masks.Full(), {"bias": ((1, 4, 256, 256), "bfloat16")}),
+}
+
+
+@pytest.mark.parametrize("mapped", [False, True], ids=["", "vmap"])
+@pytest.mark.parametrize("kind", LOWERED)
+def test_a_gradient_is_two_calls_of_cudnn(monkeypatch, kind, mapped):
+    """In the program for a GPU: forward and backward, and no loop of the tiled kernel."""
+    stablehlo = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(stablehlo, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(registry, "device_of", lambda _: HOPPER)
+    mask, options = LOWERED[kind]
+    options = {name: jax.ShapeDtypeStruct(*x) for name, x in options.items()}
+
+    def gradient(query, key, value, options):
+        def loss(*arrays):
+            run = attend(Mechanism(mask=mask), NONE, *arrays, aux=("lse",), **options)
+            return run[0].astype(jnp.float32).sum()
+
+        return jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
+
+    lead = (3, 2) if mapped else (2,)
+    arrays = [jax.ShapeDtypeStruct((*lead, 256, h, 64), jnp.bfloat16) for h in (4, 2, 2)]
+    run = jax.vmap(gradient, (0, 0, 0, None)) if mapped else gradient
+    program = jax.jit(run).trace(*arrays, options).lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("__cudnn") == 2 and "Backward" in program
+    assert ("stablehlo.while" in program) == (mapped and kind == "bias")  # a call for each example
+
+
 # Splash in the interpreter.
 
 EVERY = Mechanism(
@@ -385,6 +429,8 @@ def test_splash(monkeypatch, mechanism, data, aux):
     if data:
         n = data["key_lengths"][0]
         key, value = put(key, np.s_[0, n:], np.nan), put(value, np.s_[0, n:], np.inf)
+    if mechanism.score == scores.Gaussian():  # whose square is not finite
+        key = put(key, np.s_[1, 3], 1e30)
     if "query_segments" in data:  # rows of a document see these
         value = put(value, np.s_[1, 3], np.nan)
 
