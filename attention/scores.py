@@ -161,7 +161,11 @@ class Gaussian(Score):
         scale = jnp.exp(-2 * params["log_sigma"])
 
         def squared(x):
-            return _in_three(-0.5 * scale * jnp.sum(x * x, axis=-1, keepdims=True))
+            total = jnp.sum(x * x, axis=-1, keepdims=True)
+            finite = jnp.isfinite(total)
+            # Infinity stays, for all to see, but 0 · inf is NaN in the gradient of the scale.
+            half = -0.5 * scale * jnp.where(finite, total, 0)
+            return _in_three(jnp.where(finite, half, -jnp.inf))
 
         def ones(x):
             return jnp.ones((len(x), 3), x.dtype)
@@ -178,6 +182,7 @@ def _in_three(x: Array) -> Array:
     parts = []
     for _ in range(2):
         bits = jax.lax.reduce_precision(x, jnp.finfo(x.dtype).nexp, 7)
+        bits = jnp.where(jnp.isfinite(bits), bits, 0)  # the largest numbers round to infinity
         parts.append(jax.lax.stop_gradient(bits))
         x = x - parts[-1]
     return jnp.concatenate([*parts, x], axis=-1)

@@ -124,8 +124,10 @@ def evaluate(
         elif name in _RULES:
             results = [_RULES[name](equation, *operands)]
         elif name == "dot_general":
-            shapes = [atom.aval.shape for atom in equation.invars]
-            results = [_of(equation, product(*map(array, operands, shapes), equation))]
+            left, right = (
+                array(x, atom.aval.shape) for x, atom in zip(operands, equation.invars, strict=True)
+            )
+            results = [_of(equation, product(left, right, equation))]
         else:
             results = _as_it_is(equation, operands)
         held |= zip(equation.outvars, results, strict=True)
@@ -168,8 +170,9 @@ def inner_jaxpr(equation: Any) -> core.ClosedJaxpr | None:
     """What an equation calls, where that is a plain call: jit, checkpoint, a custom derivative."""
     name = _CALLS.get(equation.primitive.name)
     inner = equation.params.get(name) if name else None
-    closed: Any = core.ClosedJaxpr  # its constructor is not in the types
-    return closed(inner, ()) if isinstance(inner, core.Jaxpr) else inner
+    if not isinstance(inner, core.Jaxpr):
+        return inner
+    return core.ClosedJaxpr(inner, ())  # type: ignore[call-arg]
 
 
 _CALLS = {

@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from attention.kernels import blocks, lanes, tiled
 from attention.kernels.dense import Inputs
 from attention.kernels.derivatives import with_fast_pair
-from attention.kernels.heads import lift
+from attention.kernels.heads import cannot_split, data_parts, lift, on_each_part, unknown_split
 from attention.kernels.lanes import LANES, Value, is_literal
 from attention.kernels.registry import Call, Device, Kernel, device_of, register
 from attention.kernels.tiled import Arrays, Data, Labels, Piece, Plan
@@ -988,7 +988,10 @@ _TRACED = 512, 512
 def unsupported(call: Call) -> str | None:
     """Why these kernels cannot serve a call, or None."""
     mechanism, dtype = call.mechanism, call.query.dtype
-    if reason := tiled.unsupported(call):
+    reason = tiled.unsupported(call)
+    if call.device.platform == "tpu":
+        reason = reason or cannot_split(math.prod(call.query.shape[:-3]))
+    if reason:
         return reason
     if mechanism.position.whole_row:
         return f"{mechanism.position} needs all keys of a row at once; tiled gives it them"
@@ -1026,17 +1029,33 @@ def cost(call: Call) -> tuple[float, str]:
     """Less than the tiled kernel's on a TPU; without one it is for tests alone."""
     if call.device.platform == "cpu":
         return math.inf, "here Pallas's interpreter runs it, slowly: for tests"
+    if unknown_split():
+        return math.inf, "of several devices, without jax.set_mesh, it cannot be split"
     like, why = tiled.cost(call)
-    return like / 4, why
+    return like / 4, why.replace("tiled is", "this is, by estimate,")
 
 
-register(
-    Kernel(
-        "pallas_tpu",
-        lift(attend_head, chunk_size=lambda mechanism, query, key: query.shape[0]),
-        unsupported,
-        cost,
-        platforms=("tpu", "cpu"),
-        has_blocks=True,
-    )
-)
+def attend(mechanism, params, query, key, value, *, bias, mask, data, dropout_key, aux, **options):
+    """`Kernel.attend`: each device of an axis 'data' for its own examples."""
+    lifted = lift(attend_head, chunk_size=lambda mechanism, query, key: query.shape[0])
+    arrays = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "bias": bias,
+        "mask": mask,
+        "data": data,
+        "dropout_key": dropout_key,
+    }
+
+    def run(params, arrays):
+        params = jax.tree.map(lambda x: x[0], params)
+        return lifted(mechanism, params, **arrays, aux=aux, **options)
+
+    shared = jax.tree.map(lambda x: x[None], params)
+    if data_parts(len(query)) == 1:
+        return run(shared, arrays)
+    return on_each_part(lambda both: run(*both), (shared, arrays))
+
+
+register(Kernel("pallas_tpu", attend, unsupported, cost, platforms=("tpu", "cpu"), has_blocks=True))
