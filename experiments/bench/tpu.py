@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,13 +34,15 @@ PRODUCTS = {"v5e": 4 * 128**2, "v5p": 4 * 128**2, "v6e": 2 * 256**2, "tpu7x": 2 
 LENGTH, WIDTH = 4096, 128
 
 
-def device(chip: str) -> Any:
-    """A device of one of `CHIPS`, as far as a compiler needs it.
-
-    Raises ValueError where libtpu is missing.
-    """
+def check() -> None:
+    """Raises ValueError where libtpu is missing."""
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("libtpu is missing: pip install 'jax[tpu]' (0.7 GB)")
+        raise ValueError("libtpu is missing: install it with pip install 'jax[tpu]' (0.7 GB)")
+
+
+def device(chip: str) -> Any:
+    """A device of one of `CHIPS`, as far as a compiler needs it; raises as `check` does."""
+    check()
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     from jax.experimental import topologies
 
@@ -161,6 +164,32 @@ def cycles(chip: str, name: str, block: tuple[int, int]) -> list[Estimate] | str
         for prefix, kind in kinds.items()
         if kernel.startswith(prefix)
     ]
+
+
+def report(say: Callable[[str], None], only: str = "") -> None:
+    """Says, a line at a time, a table of estimates: ours at several blocks, and the peers.
+
+    `only`: rows whose chip, kernel and block hold this text.
+    """
+    say("Cycles by libtpu's static estimate, not measured; in brackets: of those in which the")
+    say("matrix units do the products alone. One head, T = S = 4096, D = 128, bfloat16, no mask.")
+    say("Work under conditions of data counts less, as all of splash does.\n")
+    say("| chip | kernel | block | forward | dq | dk, dv |\n|---|---|---|---|---|---|")
+    for chip in CHIPS:
+        for name in (*OURS, *PEERS):
+            for block in _BLOCKS if name in ("ours", PEERS[0]) else _BLOCKS[:1]:
+                row = f"| {chip} | {name} | {block[0]} × {block[1]} |"
+                if only not in row:
+                    continue
+                found = cycles(chip, name, block)
+                if isinstance(found, str):
+                    say(f"{row} {found} | | |")
+                    continue
+                by_name = {x.name: f"{x.cycles:,} ({x.cycles / x.floor:.2f})" for x in found}
+                say(" ".join([row, *(f"{by_name.get(kind, '')} |" for kind in _MATRICES)]))
+
+
+_BLOCKS = [(1024, 2048), (2048, 2048), (1024, 1024), (512, 1024)]
 
 
 def _compile(chip, name, block):
