@@ -277,7 +277,7 @@ def table(chips: tuple[str, ...] = tuple(CHIPS), only: str = "") -> int:
     return len(failed)
 
 
-_TABLE_BLOCK = 256, 512  # compiles in seconds; what Mosaic lowers does not depend on it
+_TABLE_BLOCK = 128, 256  # compiles in seconds; what Mosaic lowers does not depend on it
 
 
 if __name__ == "__main__":
