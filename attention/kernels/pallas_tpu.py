@@ -76,7 +76,6 @@ class Local(NamedTuple):
     key_length: Array | None
     prefix_length: Array | None
     mask: Array | None
-    dropout_key: Array | None
 
 
 class _Operand(NamedTuple):
@@ -172,7 +171,6 @@ def _locals(plan, data):
             for x in (data.query_length, data.key_length, data.prefix_length)
         ),
         None if mask is None else _of_pairs(mask.astype(jnp.int32), plan.block),
-        None if data.dropout_key is None else _whole(data.dropout_key),
     )
 
 
@@ -487,7 +485,7 @@ def forward(setting: Setting, arrays: Arrays, data: Data) -> tuple[Array, Any]:
         own = piece.inputs.params["normalizer"]
         state, weights, factor = normalizer.update(own, state, logits)
         out = out if factor is None else out * factor[:, None]
-        return state, out + tiled.tile_output(plan, piece.inputs, weights, tile, local.dropout_key)
+        return state, out + tiled.tile_output(plan, piece.inputs, weights, tile, None)
 
     start = launch.trace(of_normalizer(lambda own: normalizer.start(own, jnp.zeros(t, dtype))))
     state_avals = _outputs(start)
@@ -613,7 +611,7 @@ def _gradients(launch, steps, places, name):
         weights = plan.mechanism.normalizer.weight(own, logits, extra.statistic)
         if visible is not None:
             weights = jnp.where(visible, weights, 0)
-        out = tiled.tile_output(plan, piece.inputs, weights, tile, local.dropout_key)
+        out = tiled.tile_output(plan, piece.inputs, weights, tile, None)
         return out, weights.sum(1)
 
     def pull(masked, piece, *others):
@@ -795,7 +793,7 @@ def attend_head(
     device = device_of(query)
     interpret = device.platform == "cpu" if interpret is None else interpret
     if block_sizes is None:
-        shapes = _Shapes.of(mechanism, query, value, bias, mask, dropout_rate, tile)
+        shapes = _Shapes.of(mechanism, query, value, bias, mask, tile)
         block = sizes(shapes, tile, device)
     else:
         block = min(block_sizes[0], T), min(block_sizes[1], S)
@@ -837,13 +835,14 @@ class _Shapes(NamedTuple):
     dtype: np.dtype
     bias: tuple[bool, bool] | None
     mask: tuple[bool, bool] | None
-    dropout_rate: float
     consecutive: bool
 
     @classmethod
-    def of(cls, mechanism, query, value, bias, mask, dropout_rate, tile):
-        """Of arrays of one head: bias and mask [T or 1, S or 1]."""
-        long = [None if x is None else tuple(n > 1 for n in x.shape[-2:]) for x in (bias, mask)]
+    def of(cls, mechanism, query, value, bias, mask, tile):
+        """Of arrays of one head or of many: bias and mask broadcastable to [..., T, S]."""
+        long = [
+            None if x is None else tuple(n > 1 for n in (1, 1, *x.shape)[-2:]) for x in (bias, mask)
+        ]
         return cls(
             mechanism,
             tile.num_heads,
@@ -851,7 +850,6 @@ class _Shapes(NamedTuple):
             value.shape[-1],
             np.dtype(query.dtype),
             *long,
-            dropout_rate,
             tile.consecutive,
         )
 
@@ -882,8 +880,7 @@ def kernel_jaxprs(shapes: _Shapes, block: tuple[int, int]) -> dict[str, Any]:
         def run(params, query, key, value, bias):
             return attend_head(
                 mechanism, params, query, key, value, tile, bias=bias, mask=mask,
-                dropout_key=jax.random.key(0) if shapes.dropout_rate else None,
-                dropout_rate=shapes.dropout_rate, block_sizes=block, interpret=False,
+                block_sizes=block, interpret=False,
             )[0]  # fmt: skip
 
         out, pull = jax.vjp(run, params, query, key, value, bias)
@@ -929,8 +926,8 @@ _LOWERED = lanes.ELEMENTWISE | frozenset(
     "reduce_sum reduce_max reduce_min reduce_and reduce_or argmax argmin broadcast_in_dim reshape "
     "squeeze expand_dims transpose concatenate pad slice iota dot_general roll get swap addupdate "
     "program_id num_programs cond while scan jit pjit closed_call custom_jvp_call "
-    "custom_vjp_call split stack unstack stop_gradient threefry2x32 random_wrap random_unwrap "
-    "random_fold_in random_bits broadcasted_iota population_count clz bitcast_convert_type "
+    "custom_vjp_call split stack unstack stop_gradient "
+    "broadcasted_iota population_count clz bitcast_convert_type "
     "mulhi log2 one_minus_square tile".split()
 )
 
@@ -999,6 +996,8 @@ def unsupported(call: Call) -> str | None:
         return f"{mechanism.normalizer} needs all scores of a row at once; tiled gives it them"
     if call.device.platform == "tpu" and dtype not in (jnp.float32, jnp.bfloat16):
         return f"it takes float32 and bfloat16, got {dtype}: cast query, key and value"
+    if call.dropout_rate > 0:
+        return "it drops no weights: what dropout_key drops is hashed pair by pair, as tiled does"
     widest = max(call.query.shape[-1], call.value.shape[-1])
     if widest > _WIDEST:
         return f"its blocks have no room for heads wider than {_WIDEST}, got {widest}"
@@ -1006,9 +1005,7 @@ def unsupported(call: Call) -> str | None:
         return "values of width 0 leave it nothing to compute"
     positions = {"query_positions", "key_positions"} & call.data.keys()
     tile: Any = types.SimpleNamespace(num_heads=call.query.shape[-2], consecutive=not positions)
-    shapes = _Shapes.of(
-        mechanism, call.query, call.value, call.bias, call.mask, call.dropout_rate, tile
-    )
+    shapes = _Shapes.of(mechanism, call.query, call.value, call.bias, call.mask, tile)
     return _not_lowered(shapes)
 
 

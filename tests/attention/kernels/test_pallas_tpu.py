@@ -238,6 +238,7 @@ REFUSED = [
     (Mechanism(Sorted()), {}, "no TPU kernel can have sort, which its forward pass has"),
     (Mechanism(), {"dtype": "float16"}, "takes float32 and bfloat16, got float16: cast"),
     (Mechanism(), {"D": 2048}, "wider than 1024, got 2048"),
+    (Mechanism(), {"dropout_rate": 0.1}, "it drops no weights"),
     (Mechanism(), {"aux": ("weights",)}, "'row_weights' are some"),
     (Mechanism(), {"device": Device("cuda", "NVIDIA H100")}, "it runs on tpu and cpu"),
 ]
@@ -279,7 +280,7 @@ def test_blocks_that_no_tpu_has():
 def test_wide_mechanisms_get_small_blocks():
     def block(score, bias=None):
         shapes = pallas_tpu._Shapes(
-            Mechanism(score), 1, 128, 128, np.dtype("float32"), bias, None, 0.0, True
+            Mechanism(score), 1, 128, 128, np.dtype("float32"), bias, None, True
         )
         tile = Tile(*(np.arange(4096),) * 4, 0, 1, consecutive=True)
         return np.prod(pallas_tpu.sizes(shapes, tile, V5E))
