@@ -66,6 +66,7 @@ test-cuda: setup  ## Compile the Hopper kernels for an H100, without one (JAX 0.
 test-tpu: setup  ## Compile the kernels for a TPU, without one (downloads libtpu, 0.7 GB).
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test,tpu]'
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m pytest -m slow tests/system/test_tpu.py
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(BIN)/python -m experiments.bench.tpu
 
 # Also where this repository's environment is not: the plugin of the device is in another one then.
 accelerator:  ## Check and measure all kernels of this GPU or TPU, in 8 minutes; jax and numpy are enough.

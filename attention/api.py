@@ -194,21 +194,28 @@ def choose(call: Call, implementation: str | None = None) -> tuple[Kernel, str]:
         raise ValueError(
             f"implementation must be None or one of {', '.join(KERNELS)}; got {implementation!r}"
         )
-    reasons = {name: unsupported(kernel, call) for name, kernel in KERNELS.items()}
-    able = [kernel for name, kernel in KERNELS.items() if not reasons[name]]
     if implementation is not None:
-        if reason := reasons[implementation]:
-            names = " and ".join(kernel.name for kernel in able)
+        kernel = KERNELS[implementation]
+        if reason := unsupported(kernel, call):
+            names = " and ".join(x.name for x in KERNELS.values() if not unsupported(x, call))
             raise ValueError(
                 f"implementation={implementation!r} cannot serve {call.mechanism}: {reason}; "
                 f"{names} can"
             )
-        return KERNELS[implementation], "asked for"
-    if len(able) == 1:
-        return able[0], "no other kernel can"
-    costs = [kernel.cost(call) for kernel in able]
-    best = min(range(len(able)), key=lambda i: costs[i][0])
-    return able[best], costs[best][1]
+        return kernel, "asked for"
+    # One of infinite cost is not asked whether it can: that may take a while.
+    costs = {name: kernel.cost(call) for name, kernel in KERNELS.items() if _runs(kernel, call)}
+    able = [
+        name
+        for name, (cost, _) in costs.items()
+        if cost < math.inf and not unsupported(KERNELS[name], call)
+    ]
+    best = min(able, key=lambda name: costs[name][0])
+    return KERNELS[best], costs[best][1] if len(able) > 1 else "no other kernel can"
+
+
+def _runs(kernel, call):
+    return kernel.platforms is None or call.device.platform in kernel.platforms
 
 
 @functools.partial(

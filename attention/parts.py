@@ -97,6 +97,26 @@ class Tile:
         by_distance = values @ jax.nn.one_hot(columns, values.shape[1], dtype=values.dtype).T
         return jax.vmap(lambda row, i: jax.lax.dynamic_slice(row, (i,), (s,)))(by_distance, starts)
 
+    def sum_by(self, weights: Array, column: Callable[[Array], Array], n: int) -> Array:
+        """Σ_j weights_ij [column(i − j) = c] for c = 0 … n−1: [t, s] -> [t, n].
+
+        The transpose of `pick` of values [t, n].
+        """
+        like = jax.ShapeDtypeStruct((weights.shape[0], n), weights.dtype)
+        return jax.linear_transpose(lambda values: self.pick(values, column), like)(weights)[0]
+
+    def lookup(self, table: Array, index: Array) -> Array:
+        """Rows of a table [n, D] at index [m], clipped to 0 … n−1, **transposed**: [D, m]."""
+        return table.at[index].get(mode="clip").T
+
+    def sum_units(self, weights: Array, unit: Callable[..., Array], *units: Array) -> Array:
+        """Σ_h weights_h unit(units_h), [t, s], of weights [h] and arrays [h, ...].
+
+        `unit` takes one of each of `units` and returns [t, s]: a kernel may compute them one after
+        another, where all at once are too many numbers.
+        """
+        return jnp.einsum("h,hts->ts", weights, jax.vmap(unit)(*units))
+
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 FAR = 2**60  # larger than every position and distance; sums of a few fit int64

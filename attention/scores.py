@@ -84,7 +84,10 @@ class Additive(Score):
         return query @ params["query"], key @ params["key"]
 
     def tile(self, params, query, key, tile):
-        return jnp.einsum("h,ths->ts", params["out"], jnp.tanh(query[:, :, None] + key[None]))
+        def unit(query, key):
+            return jnp.tanh(query[:, None] + key[None])
+
+        return tile.sum_units(params["out"], unit, query.T, key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +109,9 @@ class Location(Score):
     def tile(self, params, query, key, tile):
         positions = tile.key_positions
         inside = (positions >= 0) & (positions < self.max_length)
-        rows = params["kernel"].at[positions].get(mode="clip")
+        product = _product(query, tile.lookup(params["kernel"], positions))
         # NaN enters after the product, so that gradients are finite where such a key is masked.
-        return jnp.where(inside, _product(query, rows.T), jnp.nan)
+        return jnp.where(inside, product, jnp.nan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,23 +150,42 @@ class Gaussian(Score):
     Tsai et al. 2019, "Transformer dissection", sec. 3.1 (RBF kernel). σ starts at D^¼, where the
     score's slope is that of the scaled dot product.
 
-    Computed as the dot product of (q, ‖q‖², 1)/σ² and (k, −½, −‖k‖²/2).
+    Computed as the dot product of (q/σ², −‖q‖²/2σ², 1) and (k, 1, −‖k‖²/2σ²). A TPU rounds what it
+    multiplies to 8 bits, too few for the difference of such squares: each is three numbers.
     """
 
     def init(self, key, head_dim):
         return {"log_sigma": jnp.asarray(0.25 * jnp.log(head_dim))}
 
     def prepare(self, params, query, key):
-        def squared(x):
-            return jnp.sum(x * x, axis=-1, keepdims=True)
+        scale = jnp.exp(-2 * params["log_sigma"])
 
-        ones = jnp.ones_like
-        query = jnp.concatenate([query, squared(query), ones(query[:, :1])], axis=-1)
-        key = jnp.concatenate([key, -0.5 * ones(key[:, :1]), -0.5 * squared(key)], axis=-1)
-        return query * jnp.exp(-2 * params["log_sigma"]), key
+        def squared(x):
+            total = jnp.sum(x * x, axis=-1, keepdims=True)
+            finite = jnp.isfinite(total)
+            # Infinity stays, for all to see, but 0 · inf is NaN in the gradient of the scale.
+            half = -0.5 * scale * jnp.where(finite, total, 0)
+            return _in_three(jnp.where(finite, half, -jnp.inf))
+
+        def ones(x):
+            return jnp.ones((len(x), 3), x.dtype)
+
+        query, key = [query * scale, squared(query), ones(query)], [key, ones(key), squared(key)]
+        return jnp.concatenate(query, axis=-1), jnp.concatenate(key, axis=-1)
 
     def tile(self, params, query, key, tile):
         return _product(query, key)
+
+
+def _in_three(x: Array) -> Array:
+    """[T, 1] -> [T, 3], whose sum is x: its first 8 bits, the next 8, and what is left."""
+    parts = []
+    for _ in range(2):
+        bits = jax.lax.reduce_precision(x, jnp.finfo(x.dtype).nexp, 7)
+        bits = jnp.where(jnp.isfinite(bits), bits, 0)  # the largest numbers round to infinity
+        parts.append(jax.lax.stop_gradient(bits))
+        x = x - parts[-1]
+    return jnp.concatenate([*parts, x], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@
 | `:models` | train steps of whole models against Flax's stock layers and torch's | torch |
 | `:peers` | every peer, on the same attention | extra `peers` |
 | `:accelerator` | T from 1k to 32k in bfloat16; cuDNN, FlexAttention, tokamax | a GPU, a TPU |
+| `:tpu` | cycles of our TPU kernels and jax's, as the compiler estimates them; no TPU | libtpu |
 | `:profiles` | the time of our kernels by kind of operation | |
 | `:choices` | measurements behind the choices of `attend`; `--tune` measures and writes them | |
 
@@ -39,6 +40,7 @@ def get_config(arg=""):
         "models": models,
         "peers": peers,
         "accelerator": accelerator,
+        "tpu": tuple,
         "profiles": profiles,
         "choices": choices,
     }

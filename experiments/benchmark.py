@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from experiments.bench import page, run, tables, tuning
+from experiments.bench import page, run, tables, tpu, tuning
 from experiments.launch import cli
 from experiments.storage import paths
 from experiments.tasks.ranges import above
@@ -32,6 +32,9 @@ def main(_):
     with cli.user_errors():
         if _TUNE.value:
             return print(tuning.tune(Path(_TABLE.value), lambda line: print(line, flush=True)))
+        if config.suite == "tpu":
+            tpu.check()
+            return tpu.report(lambda line: print(line, flush=True), config.only)
         run.cases(config)
         old = tables.read(Path(_COMPARE.value)) if _COMPARE.value else None
         workdir.mkdir(parents=True, exist_ok=True)

@@ -82,13 +82,15 @@ def visits(
     return Visits(schedule(known == FULL, None), schedule(known != FULL, state))
 
 
-def visible_blocks(mask: Mask, tile: Tile, block: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+def visible_blocks(
+    mask: Mask, tile: Tile, block: tuple[int, int], grain: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Disjoint blocks that cover all pairs that may be visible, as far as known while tracing.
 
-    -> row and start [pairs], ascending; greedily from the left.
+    -> row and start [pairs], ascending; greedily from the left, at multiples of `grain` columns.
     """
     t, s = block
-    grain = math.gcd(s, _GRAIN)
+    grain = grain or math.gcd(s, _GRAIN)
     rows, columns = len(tile.query_index), len(tile.key_index)
     row, start = np.arange(-(-rows // t))[:, None], np.arange(0, columns, grain)[None]
     state = mask.block(block_bounds(tile, (t, grain), row, start, look=False))

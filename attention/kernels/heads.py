@@ -149,6 +149,23 @@ def data_parts(size: Any) -> int:
     return mesh.shape["data"] if size % mesh.shape["data"] == 0 else 1
 
 
+def cannot_split(examples: Any) -> str | None:
+    """Why the mesh of `jax.set_mesh` cannot split what XLA does not split itself, or None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    # Inside a shard_map over an axis the program is one device's along it.
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    shared = (name for name, kind in axes if kind is not AxisType.Manual)
+    size = {name: mesh.shape[name] for name in shared if mesh.shape[name] > 1}
+    if size and (size.keys() != {"data"} or data_parts(examples) != size["data"]):
+        return f"it can be split over whole examples by an axis 'data' alone, not {size}"
+    return None
+
+
+def unknown_split() -> bool:
+    """Whether the program may be of several devices, and does not say how it is split."""
+    return jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().axis_names
+
+
 def on_each_part(function: Callable[[Any], Any], arrays: Any) -> Any:
     """function(arrays), each device of the axis 'data' for its own examples.
 

@@ -21,7 +21,8 @@ keys visible from it, through the dense kernel's own function.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,38 +104,67 @@ def attend_head(
     `block_sizes` are the queries and keys of a tile. Where positions are NumPy arrays, the blocks
     to visit are found while tracing.
     """
-    online = isinstance(mechanism.normalizer, OnlineNormalizer)
-    whole_rows = mechanism.position.whole_row or not online
-    inputs, bad = dense.prepare(mechanism, params, query, key, value, tile)
+    whole_rows = needs_whole_rows(mechanism)
     t, s = block_sizes or blocks.sizes(mechanism, tile, query.shape[1], whole_rows)
     block = (min(t, len(query)), min(s, len(key)))
     row, start = blocks.visible_blocks(mechanism.mask, tile, block)
-    plan = _Plan(
-        mechanism,
-        block,
-        rows=len(query),
-        columns=len(key),
-        padded=max(len(key), int((start + block[1]).max(initial=0))),
-        num_heads=tile.num_heads,
-        consecutive=tile.consecutive,
-        dropout_rate=dropout_rate if dropout_key is not None else 0.0,
-    )
     visits: Visits | RowVisits
     if whole_rows:
-        visits = _row_visits(row, start, -(-plan.rows // block[0]))
+        visits = _row_visits(row, start, -(-len(query) // block[0]))
     else:
         visits = blocks.visits(mechanism.mask, tile, block, row, start, mask is not None)
-    arrays = _arrays(plan, inputs, bias)
-    data = _data(plan, bad, tile, mask, visits, dropout_key)
-    if not isinstance(visits, RowVisits) and (visits.unknown or mask is not None):
-        arrays = _hide(plan, arrays, data)
-    attend_all = _by_whole_rows if whole_rows else _by_tiles
+    end = int((start + block[1]).max(initial=0))
+    plan, arrays, data = prepare(
+        mechanism, params, query, key, value, tile, block, end, visits, bias, mask,
+        dropout_key, dropout_rate,
+    )  # fmt: skip
+    attend_all = _by_whole_rows if whole_rows else by_tiles
     out, extra = attend_all(plan, arrays, data, aux)
     return out[: len(query)].astype(query.dtype), extra
 
 
+def needs_whole_rows(mechanism: Mechanism) -> bool:
+    """Whether the normaliser or the position needs all keys of a row at once."""
+    online = isinstance(mechanism.normalizer, OnlineNormalizer)
+    return mechanism.position.whole_row or not online
+
+
+def prepare(
+    mechanism: Mechanism,
+    params: Params,
+    query: Array,
+    key: Array,
+    value: Array,
+    tile: Tile,
+    block: tuple[int, int],
+    end: int,
+    visits: "Visits | RowVisits",
+    bias: Array | None,
+    mask: Array | None,
+    dropout_key: Array | None,
+    dropout_rate: float,
+) -> tuple["Plan", "Arrays", "Data"]:
+    """All that comes before the tiles; `end`: where the last block of columns ends."""
+    inputs, bad = dense.prepare(mechanism, params, query, key, value, tile)
+    plan = Plan(
+        mechanism,
+        block,
+        rows=len(query),
+        columns=len(key),
+        padded=max(len(key), end),
+        num_heads=tile.num_heads,
+        consecutive=tile.consecutive,
+        dropout_rate=dropout_rate if dropout_key is not None else 0.0,
+    )
+    arrays = _arrays(plan, inputs, bias)
+    data = _data(plan, bad, tile, mask, visits, dropout_key)
+    if not isinstance(visits, RowVisits) and (visits.unknown or mask is not None):
+        arrays = _hide(plan, arrays, data)
+    return plan, arrays, data
+
+
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What is known of a call while tracing.
 
     Attributes:
@@ -157,7 +187,7 @@ class _Plan:
     dropout_rate: float
 
 
-class _Arrays(NamedTuple):
+class Arrays(NamedTuple):
     """What derivatives are taken of: `dense.Inputs`, cut in blocks of rows or padded, and the bias.
 
     Attributes:
@@ -176,7 +206,7 @@ class _Arrays(NamedTuple):
     bias: Array | None
 
 
-class _Labels(NamedTuple):
+class Labels(NamedTuple):
     """Positions and segments, [row blocks, t] of rows or [S'] of columns.
 
     Attributes:
@@ -200,7 +230,7 @@ class RowVisits(NamedTuple):
     real: Array
 
 
-class _Data(NamedTuple):
+class Data(NamedTuple):
     """What no derivative is taken of.
 
     Attributes:
@@ -215,8 +245,8 @@ class _Data(NamedTuple):
 
     head: Array
     bad: dense.NonFinite
-    query: _Labels
-    key: _Labels
+    query: Labels
+    key: Labels
     query_length: Array | None
     key_length: Array | None
     prefix_length: Array | None
@@ -228,7 +258,7 @@ class _Data(NamedTuple):
 def _arrays(plan, inputs, bias):
     if bias is not None:
         bias = _pad_pairs(plan, bias.astype(inputs.value.dtype))
-    return _Arrays(
+    return Arrays(
         params=inputs.params,
         query=_blocks(inputs.query, plan.block[0]),
         features=_blocks(inputs.features, plan.block[0]),
@@ -243,12 +273,12 @@ def _data(plan, bad, tile, mask, visits, dropout_key):
     def labels(cut, positions, segments):
         # NumPy arrays are 0, 1, 2 ..., which `_tile` makes itself.
         traced = [None if isinstance(x, np.ndarray) else x for x in (positions, segments)]
-        return _Labels(*(x if x is None else cut(x, mode="edge") for x in traced))
+        return Labels(*(x if x is None else cut(x, mode="edge") for x in traced))
 
     rows = functools.partial(_blocks, size=plan.block[0])
     columns = functools.partial(_pad_columns, plan)
     dropped = dropout_key is not None and plan.dropout_rate
-    return _Data(
+    return Data(
         head=tile.head,
         bad=dense.NonFinite(rows(bad.query), columns(bad.key), columns(bad.value)),
         query=labels(rows, tile.query_positions, tile.query_segments),
@@ -324,7 +354,7 @@ def _tile(plan, data, row, start):
     )
 
 
-class _Piece(NamedTuple):
+class Piece(NamedTuple):
     """What the scores of a tile are made of: `dense.Inputs`, and the bias [t or 1, s or 1]."""
 
     inputs: dense.Inputs
@@ -341,20 +371,25 @@ def _piece(plan, arrays, row, start):
         _from(arrays.value, start, plan).T,
     )
     bias = arrays.bias
-    return _Piece(inputs, bias if bias is None else _pairs_at(bias, row, start, plan))
+    return Piece(inputs, bias if bias is None else _pairs_at(bias, row, start, plan))
 
 
 def _visible(plan, data, tile, row, start):
-    """[t, s] bool: what the mechanism's mask, the array `mask` and the end of the keys leave."""
+    mask = data.mask
+    return tile_visible(plan, tile, mask if mask is None else _pairs_at(mask, row, start, plan))
+
+
+def tile_visible(plan: Plan, tile: Tile, mask: Array | None) -> Array:
+    """[t, s] bool: what the mechanism's mask, the tile's `mask` and the end of the keys leave."""
     visible = jnp.broadcast_to(plan.mechanism.mask.tile(tile), plan.block)
-    if data.mask is not None:
-        visible &= _pairs_at(data.mask, row, start, plan)
+    if mask is not None:
+        visible &= mask
     if plan.padded > plan.columns:
         visible &= tile.key_index < plan.columns
     return visible
 
 
-def _logits(plan, piece, tile, visible):
+def tile_logits(plan: Plan, piece: Piece, tile: Tile, visible: Array | None) -> Array:
     """Scores of a tile, −inf where masked; `visible` None: nothing is masked."""
     scores = dense.score(plan.mechanism, piece.inputs, tile)
     if piece.bias is not None:
@@ -362,12 +397,14 @@ def _logits(plan, piece, tile, visible):
     return scores if visible is None else jnp.where(visible, scores, -jnp.inf)
 
 
-def _mix(plan, inputs, weights, tile, data):
+def tile_output(
+    plan: Plan, inputs: dense.Inputs, weights: Array, tile: Tile, dropout_key: Array | None
+) -> Array:
     """What the weights of a tile, after dropout, add to the output: [t, V]."""
     if not inputs.value.shape[1]:
         return weights[:, :0]
-    if plan.dropout_rate:
-        key = jax.random.wrap_key_data(data.dropout_key)
+    if dropout_key is not None:
+        key = jax.random.wrap_key_data(dropout_key)
         weights = dense.drop(weights, key, plan.dropout_rate, tile)
     return dense.mix(plan.mechanism, inputs, weights, tile)
 
@@ -428,8 +465,34 @@ def _in_any_example_vmap(axis_size, in_batched, visible):
     return (visible.any(0) if in_batched[0] else visible), False
 
 
+def worst_seen(plan: Plan, data: Data) -> Array:
+    """What each row sees that is not finite, as `bad` of `attend_tiles`: [row blocks, t].
+
+    The tiles are visited only where something is not finite at all.
+    """
+
+    def step(bad, pair, masked):
+        row, start, state = pair
+
+        def of_tile(row, start):
+            tile = _tile(plan, data, row, start)
+            visible = _visible(plan, data, tile, row, start) if masked else None
+            return _bad(plan, data.bad, row, start, visible)
+
+        return bad.at[row].max(_when_visible(state, of_tile, row, start)), None
+
+    def visit(bad):
+        for schedule, masked in data.visits.schedules():
+            bad, _ = jax.lax.scan(functools.partial(step, masked=masked), bad, schedule[:3])
+        return bad
+
+    anything = jnp.stack([x.any() for x in data.bad]).any()
+    nothing = jnp.zeros(data.bad.query.shape, jnp.int32)
+    return jax.lax.cond(_in_any_example(anything), visit, lambda bad: bad, nothing)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attend(plan, arrays, data):
+def attend_tiles(plan, arrays, data):
     """-> out [row blocks, t, V], statistic [row blocks, t], bad [row blocks, t].
 
     `bad` is what a row sees that is not finite: 0 nothing, 1 a value, 2 a query or key.
@@ -443,10 +506,10 @@ def _attend(plan, arrays, data):
             state, out, bad = carry
             piece, tile = _piece(plan, arrays, row, start), _tile(plan, data, row, start)
             visible = _visible(plan, data, tile, row, start) if masked else None
-            logits = _logits(plan, piece, tile, visible)
+            logits = tile_logits(plan, piece, tile, visible)
             state, weights, factor = normalizer.update(params, state, logits)
             out = out if factor is None else out * factor[:, None]
-            out += _mix(plan, piece.inputs, weights, tile, data)
+            out += tile_output(plan, piece.inputs, weights, tile, data.dropout_key)
             return state, out, jnp.maximum(bad, _bad(plan, data.bad, row, start, visible))
 
         state = normalizer.start(params, jnp.zeros(t, dtype))
@@ -480,17 +543,17 @@ def _bad(plan, bad, row, start, visible):
     return dense.sees(bad, visible)
 
 
-@_attend.defjvp
-def _attend_jvp(plan, primals, tangents):
+@attend_tiles.defjvp
+def _attend_tiles_jvp(plan, primals, tangents):
     arrays, data = primals
-    out, statistic, bad = _attend(plan, arrays, data)
+    out, statistic, bad = attend_tiles(plan, arrays, data)
 
     def change(row, start, masked, piece, tangent, statistic):
         """How a tile changes the output and the sum of the weights, the statistic held fixed."""
 
         def weighted(piece):
             tile, _, weights = _weigh(plan, data, piece, row, start, masked, statistic)
-            return _mix(plan, piece.inputs, weights, tile, data), weights
+            return tile_output(plan, piece.inputs, weights, tile, data.dropout_key), weights
 
         _, (changed, weights) = jax.jvp(weighted, (piece,), (tangent,))
         return changed, weights.sum(1)
@@ -532,7 +595,7 @@ def _weigh(plan, data, piece, row, start, masked, statistic):
     """-> tile, logits and weights of a tile of rows whose statistic is known."""
     tile = _tile(plan, data, row, start)
     visible = _visible(plan, data, tile, row, start) if masked else None
-    logits = _logits(plan, piece, tile, visible)
+    logits = tile_logits(plan, piece, tile, visible)
     params = piece.inputs.params["normalizer"]
     weights = plan.mechanism.normalizer.weight(params, logits, statistic)
     if visible is not None:
@@ -540,16 +603,26 @@ def _weigh(plan, data, piece, row, start, masked, statistic):
     return tile, logits, weights
 
 
-def _by_tiles(plan, arrays, data, aux):
-    """out [T', V] of all rows, the padded ones too, and aux."""
-    out, statistic, bad = _attend(plan, arrays, data)
+def by_tiles(
+    plan: Plan,
+    arrays: Arrays,
+    data: Data,
+    aux: tuple[str, ...],
+    attend: Callable[..., tuple[Array, Any, Array]] | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """out [T', V] of all rows, the padded ones too, and aux.
+
+    `attend` computes what `attend_tiles` does, and in its place.
+    """
+    out, statistic, bad = (attend or attend_tiles)(plan, arrays, data)
     extra = {}
     if "lse" in aux:
         of_softmax = statistic
         if type(plan.mechanism.normalizer) is not Softmax:
             soft = dataclasses.replace(plan.mechanism, normalizer=Softmax())
             without_values = arrays._replace(value=arrays.value[:0])
-            of_softmax = _attend(dataclasses.replace(plan, mechanism=soft), without_values, data)[1]
+            plan_of_softmax = dataclasses.replace(plan, mechanism=soft)
+            of_softmax = attend_tiles(plan_of_softmax, without_values, data)[1]
         extra["lse"] = sum(of_softmax)
     names = {"entropy", "row_max", "column_sums"}.intersection(aux)
     if names:
@@ -602,7 +675,7 @@ def _row_visits(row, start, rows):
 
 
 def _by_whole_rows(plan, arrays, data, aux):
-    """`_by_tiles` for parts that need all keys of a row at once."""
+    """`by_tiles` for parts that need all keys of a row at once."""
     t, s = plan.block
     names = tuple(name for name in aux if name != "column_sums")
 

@@ -23,20 +23,27 @@ class Tuned(NamedTuple):
       tiles: queries and keys of a tile -> time of a pair of them, relative to the best tile.
       wide_tile: numbers in a tile of a score that holds several per pair, as additive ones do.
       tiled_above: T·S numbers, times examples and heads, from which on tiled is faster than dense.
+      pallas_tiles: queries and keys of a block of the TPU kernels, the best first: estimates of the
+        compiler, not measured.
     """
 
     tiles: dict[tuple[int, int], float]
     wide_tile: int
     tiled_above: int
+    pallas_tiles: tuple[tuple[int, int], ...] = ((512, 512),)
 
 
-def tuned() -> Tuned:
-    """Of this device: the entry of its kind, or else that of 'cpu' or 'accelerator'.
+def tuned(kind: str | None = None) -> Tuned:
+    """Of this device, or a kind of accelerator that need not be here.
+
+    The entry of its kind and, for what that lacks, of 'cpu' or 'accelerator'.
 
     Raises ValueError where the package's file, or the one that ATTENTION_BLOCK_SIZES names, is not
     such a table.
     """
     path = os.environ.get("ATTENTION_BLOCK_SIZES", "")
+    if kind is not None:
+        return _read(PATH, path, kind, "accelerator")
     return _read(PATH, path, jax.devices()[0].device_kind, jax.default_backend())
 
 
@@ -51,8 +58,10 @@ def _read(packaged, path, kind, backend):
                 "write one by `python -m experiments.benchmark --tune --table=FILE`, or unset it"
             )
             devices = devices | json.loads(Path(path).read_text("utf-8"))
-        device = devices.get(kind) or devices["cpu" if backend == "cpu" else "accelerator"]
+        device = devices["cpu" if backend == "cpu" else "accelerator"] | devices.get(kind, {})
         tiles = {(int(t), int(s)): float(cost) for t, s, cost in device["tiles"]}
-        return Tuned(tiles, int(device["wide_tile"]), int(device["tiled_above"]))
+        sizes = tiles, int(device["wide_tile"]), int(device["tiled_above"])
+        pallas = device.get("pallas_tiles", Tuned._field_defaults["pallas_tiles"])
+        return Tuned(*sizes, tuple((int(t), int(s)) for t, s in pallas))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{table} is no table of block sizes ({error!r}): {remedy}") from None

@@ -24,12 +24,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
-from jax.sharding import AxisType
 
 from attention import masks
 from attention.kernels import dense
 from attention.kernels.derivatives import with_fast_pair
-from attention.kernels.heads import data_parts, on_each_part
+from attention.kernels.heads import cannot_split, data_parts, on_each_part, unknown_split
 from attention.kernels.products import Product, product_of
 from attention.kernels.registry import KERNELS, Call, Kernel, device_of, register
 from attention.kernels.tuned import tuned
@@ -179,20 +178,13 @@ def splash_unsupported(call: Call) -> str | None:
         return f"T and S must be multiples of {_LANES}, got {T} and {S}: pad them"
     if any(side is not None and side < 0 for side in served[1]):
         return f"its windows hold the diagonal, unlike {call.mechanism.mask}"
-    mesh = jax.sharding.get_abstract_mesh()
-    # Inside a shard_map over an axis the program is one device's along it.
-    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    shared = (name for name, kind in axes if kind is not AxisType.Manual)
-    size = {name: mesh.shape[name] for name in shared if mesh.shape[name] > 1}
-    if size and (size.keys() != {"data"} or data_parts(math.prod(batch)) != size["data"]):
-        return f"it can be split over whole examples by an axis 'data' alone, not {size}"
-    return None
+    return cannot_split(math.prod(batch))
 
 
 def splash_cost(call: Call) -> tuple[float, str]:
     """0 where the program is of one device or says how it is split, and the reason."""
     del call
-    if jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().axis_names:
+    if unknown_split():
         return math.inf, "of several devices, without jax.set_mesh, it cannot be split"
     return 0, "the vendor's own kernel"
 

@@ -45,9 +45,7 @@ class Shaw(Position):
         if not self.value_side:
             return None
         # Summing the weights of each clipped distance first keeps [t, s, V] from ever existing.
-        shape = jax.ShapeDtypeStruct((weights.shape[0], 2 * self.clip + 1), weights.dtype)
-        sums = jax.linear_transpose(lambda values: tile.pick(values, self._row), shape)
-        return sums(weights)[0] @ params["value"]
+        return tile.sum_by(weights, self._row, 2 * self.clip + 1) @ params["value"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +83,7 @@ class T5(Position):
         start = jnp.where(distance < 0, self.num_buckets - count, 0)
         distance = jnp.abs(distance) if self.bidirectional else jnp.maximum(distance, 0)
         exact = count // 2
-        far = exact + jnp.searchsorted(jnp.asarray(self._edges(), int), distance, side="right")
+        far = exact + sum((distance >= edge).astype(int) for edge in self._edges())
         return start + jnp.where(distance < exact, distance, far)
 
     def _one_way(self):
@@ -122,7 +120,10 @@ class ALiBi(Position):
         return np.concatenate([first, between[: num_heads - lower]])
 
     def tile(self, params, query, key, tile):
-        slope = jnp.asarray(self.slopes(tile.num_heads), query.dtype)[tile.head]
+        # Selected, not indexed: a kernel may have no place for a table.
+        slope = jnp.zeros((), query.dtype)
+        for head, own in enumerate(self.slopes(tile.num_heads)):
+            slope = jnp.where(tile.head == head, own, slope)
         return -slope * jnp.abs(tile.distance)
 
 
@@ -198,8 +199,12 @@ class FIRE(Position):
         c, threshold = jnp.exp(params["log_c"]), jnp.exp(params["log_threshold"])
         far = jnp.log1p(c * jnp.maximum(threshold, jnp.abs(tile.query_positions)))
         x = jnp.log1p(c * jnp.abs(tile.distance)) / far[:, None]
-        hidden = jax.nn.relu(x[:, None, :] * params["in"][:, None] + params["in_bias"][:, None])
-        return jnp.einsum("ths,h->ts", hidden, params["out"]) + params["out_bias"]
+
+        def unit(weight, bias):
+            return jax.nn.relu(x * weight + bias)
+
+        units = tile.sum_units(params["out"], unit, params["in"], params["in_bias"])
+        return units + params["out_bias"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,15 +25,22 @@ from support.mechanisms import (
     wide,
 )
 
-every_kernel = pytest.mark.parametrize("kernel", HERE)
-every_other_kernel = pytest.mark.parametrize("kernel", [x for x in HERE if x != "dense"])
+INTERPRETED = ("pallas_tpu",)  # here, and slowly: its own file has tests that are quick
 
 
 def of_every_kernel(*case, quick=False):
-    """The parameters of a case: quick with the dense kernel, which compiles fastest, or always."""
+    """The parameters of a case: quick with the dense kernel, which compiles fastest, or with all
+    that are not interpreted.
+    """
     for kernel in HERE:
-        marks = () if quick or kernel == "dense" else pytest.mark.slow
-        yield pytest.param(kernel, *case, marks=marks)
+        fast = kernel == "dense" or (quick and kernel not in INTERPRETED)
+        yield pytest.param(kernel, *case, marks=() if fast else pytest.mark.slow)
+
+
+every_kernel = pytest.mark.parametrize("kernel", [*of_every_kernel(quick=True)])
+every_other_kernel = pytest.mark.parametrize(
+    "kernel", [x for x in of_every_kernel(quick=True) if x.values != ("dense",)]
+)
 
 
 # What is masked is absent, even a NaN; what is seen is not.

@@ -1,0 +1,291 @@
+"""Programs for TPUs that are not here: compiled by libtpu, which needs no device.
+
+    python -m experiments.benchmark --config=configs/benchmark.py:tpu
+
+prints the compiler's own estimate of the cycles that a kernel takes. It is no measurement: work
+that only the running program decides on counts less, so the kernels here see all blocks.
+
+    python -m experiments.bench.tpu
+
+compiles the TPU kernels of every part for every chip, or those named behind it, forward and
+backward, and prints a table; exits with status 1 where one does not compile.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import attention
+from attention import positions, scores
+
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+# Products of two numbers, added, that a core's matrix units do in a cycle.
+PRODUCTS = {"v5e": 4 * 128**2, "v5p": 4 * 128**2, "v6e": 2 * 256**2, "tpu7x": 2 * 256**2}
+LENGTH, WIDTH = 4096, 128
+
+
+def check() -> None:
+    """Raises ValueError where libtpu is missing."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("libtpu is missing: install it with pip install 'jax[tpu]' (0.7 GB)")
+
+
+def device(chip: str) -> Any:
+    """A device of one of `CHIPS`, as far as a compiler needs it; raises as `check` does."""
+    check()
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices[0]
+
+
+def compiled(function: Any, device: Any, *arguments: Any) -> Any:
+    """The program of `device` for arguments that are pytrees of `jax.ShapeDtypeStruct`s."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def place(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    kind = jax.sharding.AbstractDevice(device.device_kind, device.num_cores, "tpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=kind)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(function).trace(*jax.tree.map(place, arguments))
+        return traced.lower(lowering_platforms=("tpu",)).compile()
+
+
+def attended(
+    mechanism: attention.Mechanism,
+    device: Any,
+    dtype: Any,
+    *,
+    backward: bool = True,
+    inputs: tuple[str, ...] = (),
+    **options: Any,
+) -> Any:
+    """Attention of one head of one example, T = S = 4096, D = 128, compiled for `device`.
+
+    Or with `backward` its gradient by all that is floating. `inputs`: which other arguments of
+    `attend` are passed, beside those that the mask needs.
+    """
+    length, heads, width = LENGTH, 1, WIDTH
+    x = jax.ShapeDtypeStruct((length, heads, width), dtype)
+    params = jax.eval_shape(
+        lambda key: mechanism.init(key, num_heads=heads, head_dim=width), jax.random.key(0)
+    )
+    needed = {name for names in mechanism.mask.required_inputs for name in names} | {*inputs}
+    shapes = {"bias": ((length, length), dtype), "mask": ((length, length), bool)}
+    data = {}
+    for name in sorted(needed):
+        default = (() if name.endswith("lengths") else (length,), jnp.int32)
+        data[name] = jax.ShapeDtypeStruct(*shapes.get(name, default))
+
+    def run(params, query, key, value, data):
+        return attention.attend(mechanism, params, query, key, value, **data, **options)
+
+    def gradient(params, query, key, value, data):
+        floating = {name: data[name] for name in data if name == "bias"}
+
+        def of_floating(params, query, key, value, floating):
+            return run(params, query, key, value, data | floating)
+
+        out, pull = jax.vjp(of_floating, params, query, key, value, floating)
+        return pull(out)
+
+    return compiled(gradient if backward else run, device, params, x, x, x, data)
+
+
+class Estimate(NamedTuple):
+    """Of a kernel: the compiler's cycles, and those in which matrix units do its products alone."""
+
+    name: str
+    cycles: int
+    floor: int
+
+
+OURS = {
+    "ours": attention.Mechanism(),
+    "ours, soft cap": attention.Mechanism(scores.SoftCap(scores.ScaledDot())),
+    "ours, ALiBi": attention.Mechanism(position=positions.ALiBi()),
+}
+PEERS = ("jax's flash_attention", "jax's splash")
+_MATRICES = {"forward": 2, "dq": 3, "dkv": 4}  # products of matrices of a kernel
+
+
+def cycles(chip: str, name: str, block: tuple[int, int]) -> list[Estimate] | str:
+    """Estimates of the kernels of `OURS` or `PEERS`, or the last line of what went wrong.
+
+    One head, T = S = 4096, D = 128, bfloat16, nothing masked. In a process of its own: libtpu reads
+    its options once, and some kernels make its estimator abort.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = f"--xla_jf_dump_static_llo_profile_to={folder}"
+        for flag in "xla_msa_enable", "xla_vf_vmem_memory_space_assignment":
+            options += f" --{flag}=false"  # it has no model for what lies in fast memory already
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "LIBTPU_INIT_ARGS": options,
+        }
+        child = subprocess.run(
+            [sys.executable, "-m", __name__, json.dumps([chip, name, block])],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if child.returncode:
+            lines = [x for x in child.stderr.splitlines() if "Error" in x or "failed" in x]
+            return (lines or ["it failed"])[-1].strip()[:200]
+        found = {}
+        for file in Path(folder).iterdir():
+            text = file.read_text("utf-8", "replace")
+            kernel = re.search(r'hlo_op_name: "(.*?)"', text)
+            count = re.search(r"estimated_cycles: (\d+)", text)
+            if kernel and count:
+                found[kernel[1].split(".")[0]] = int(count[1])
+    products = LENGTH**2 * WIDTH // PRODUCTS[chip]
+    kinds = {x: x for x in _MATRICES} | {"flash_attention": "forward", "splash": "forward"}
+    return [
+        Estimate(kind, count, _MATRICES[kind] * products)
+        for kernel, count in found.items()
+        for prefix, kind in kinds.items()
+        if kernel.startswith(prefix)
+    ]
+
+
+def report(say: Callable[[str], None], only: str = "") -> None:
+    """Says, a line at a time, a table of estimates: ours at several blocks, and the peers.
+
+    `only`: rows whose chip, kernel and block hold this text.
+    """
+    say("Cycles by libtpu's static estimate, not measured; in brackets: of those in which the")
+    say("matrix units do the products alone. One head, T = S = 4096, D = 128, bfloat16, no mask.")
+    say("Work under conditions of data counts less, as all of splash does.\n")
+    say("| chip | kernel | block | forward | dq | dk, dv |\n|---|---|---|---|---|---|")
+    for chip in CHIPS:
+        for name in (*OURS, *PEERS):
+            for block in _BLOCKS if name in ("ours", PEERS[0]) else _BLOCKS[:1]:
+                row = f"| {chip} | {name} | {block[0]} × {block[1]} |"
+                if only not in row:
+                    continue
+                found = cycles(chip, name, block)
+                if isinstance(found, str):
+                    say(f"{row} {found} | | |")
+                    continue
+                by_name = {x.name: f"{x.cycles:,} ({x.cycles / x.floor:.2f})" for x in found}
+                say(" ".join([row, *(f"{by_name.get(kind, '')} |" for kind in _MATRICES)]))
+
+
+_BLOCKS = [(1024, 2048), (2048, 2048), (1024, 1024), (512, 1024)]
+
+
+def _compile(chip, name, block):
+    """In the child: all kernels of a name."""
+    target = device(chip)
+    if name in OURS:
+        return attended(
+            OURS[name], target, jnp.bfloat16, implementation="pallas_tpu", block_sizes=block
+        )
+    x = jax.ShapeDtypeStruct((1, 1, LENGTH, WIDTH), jnp.bfloat16)
+    return compiled(
+        {"jax's flash_attention": _flash, "jax's splash": _splash}[name](*block), target, x, x, x
+    )
+
+
+def _flash(t, s):
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    sizes = flash.BlockSizes(block_q=t, block_k_major=s, block_k=s, block_b=1)
+    return lambda *x: flash.flash_attention(*x, block_sizes=sizes)
+
+
+def _splash(t, s):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    mask = splash.MultiHeadMask([splash.FullMask((LENGTH, LENGTH))])
+    kernel = splash.make_splash_mha_single_device(
+        mask=mask, block_sizes=splash.BlockSizes(block_q=t, block_kv=s, block_kv_compute=s)
+    )
+    return lambda q, k, v: kernel(q[0], k[0], v[0])
+
+
+def parts() -> dict[str, tuple[attention.Mechanism, dict[str, Any]]]:
+    """A mechanism of every part that the TPU kernels take, and what else `attended` takes."""
+    cases: dict[str, tuple[attention.Mechanism, dict[str, Any]]] = {}
+    for kind, texts in _PARTS.items():
+        for text in texts.split("; "):
+            cases[text] = attention.Mechanism(**{kind: attention.parse(kind, text)}), {}
+    plain = attention.Mechanism()
+    cases["bias [T, S]"] = plain, {"inputs": ("bias",)}
+    cases["mask [T, S]"] = plain, {"inputs": ("mask",)}
+    relative = attention.Mechanism(position=positions.T5())
+    cases["T5 at given positions"] = relative, {"inputs": ("query_positions", "key_positions")}
+    return cases
+
+
+_PARTS = {
+    "score": "dot; scaled_dot; general; additive(16); location(4096); cosine; gaussian; "
+    "scale(dot, 0.1); temperature(dot); soft_cap(scaled_dot)",
+    "position": "rope; xpos; alibi; t5; shaw; shaw(value_side=True); kerple_log; kerple_power; "
+    "fire(8)",
+    "mask": "causal; sliding_window(256); causal | prefix(100); prefix; padding; segments; "
+    "block_local(256); dilated(2); causal & segments",
+    "normalizer": "softmax_off_by_one; learned_sink; squared_relu",
+}
+
+
+def table(chips: tuple[str, ...] = tuple(CHIPS), only: str = "") -> int:
+    """Prints which of `parts` compile, for each of `chips`; -> how many programs do not."""
+    dtypes = jnp.float32, jnp.bfloat16
+    print("|", " | ".join(("part", *chips)), "|")
+    print("|---" * (1 + len(chips)) + "|")
+    targets = {chip: device(chip) for chip in chips}
+    failed = []
+    for name, (mechanism, options) in parts().items():
+        if only not in name:
+            continue
+        cells = []
+        for chip, target in targets.items():
+            good = []
+            for dtype in dtypes:
+                try:
+                    attended(
+                        mechanism, target, dtype, implementation="pallas_tpu",
+                        block_sizes=_TABLE_BLOCK, **options,
+                    )  # fmt: skip
+                    good.append(jnp.dtype(dtype).name)
+                except Exception as error:  # what the compiler raises has many types
+                    message = " ".join(str(error).split())[:300]
+                    failed.append(f"{name} for {chip} in {jnp.dtype(dtype)}: {message}")
+            cells.append("both" if len(good) == 2 else " ".join(good) or "no")
+        print("|", " | ".join((name.replace("|", "or"), *cells)), "|", flush=True)
+    if failed:
+        print(*failed, sep="\n", file=sys.stderr)
+    return len(failed)
+
+
+_TABLE_BLOCK = 128, 256  # compiles in seconds; what Mosaic lowers does not depend on it
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1].startswith("["):
+        _compile(*json.loads(sys.argv[1]))
+    elif unknown := set(sys.argv[1:]) - CHIPS.keys():
+        sys.exit(f"error: chips are {', '.join(CHIPS)}; got {', '.join(sorted(unknown))}")
+    else:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        try:
+            sys.exit(table(tuple(sys.argv[1:]) or tuple(CHIPS)) > 0)
+        except ValueError as error:
+            sys.exit(f"error: {error}")

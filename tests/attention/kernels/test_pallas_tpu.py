@@ -1,0 +1,288 @@
+"""The TPU kernels in Pallas's interpreter: what they compute, refuse and visit."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attention
+from attention import Mechanism, masks, normalizers, positions, scores
+from attention.kernels import lanes, pallas_tpu
+from attention.kernels.registry import KERNELS, Device, describe, unsupported
+from attention.parts import EMPTY, FULL, PARTIAL, Tile
+from support.kernels import arrays, pulled
+from support.mechanisms import EPS, MECHANISMS, assert_close, normal, wide
+
+V5E = Device("tpu", "TPU v5 lite")
+
+
+def call(mechanism, *, T=256, D=128, dtype="bfloat16", device=V5E, **options):
+    x = jax.ShapeDtypeStruct((1, T, 2, D), dtype)
+    return describe(mechanism, x, x, x, device=device, **options)
+
+
+# Vectors on two axes.
+
+
+def columns_of(x):
+    return lanes.columns(jnp.asarray(x)[None])
+
+
+def rows_of(x, n=1):
+    return lanes.rows(jnp.broadcast_to(jnp.asarray(x)[:, None], (len(x), n)))
+
+
+FUNCTIONS = {
+    "row minus column": lambda i, j, x: i[:, None] - j[None] + x,
+    "rows of a tile": lambda i, j, x: x - x.max(1)[:, None] * i[:, None],
+    "columns of a tile": lambda i, j, x: x * x.sum(0) + jnp.exp(j),
+    "a vector both ways": lambda i, j, x: (x @ x.T) * i[:, None] + i[None, :],
+    "one of a vector": lambda i, j, x: x * i[2] - j[0],
+    "outer products": lambda i, j, x: jnp.outer(i, j) + jnp.where(x > 0, j, i[:, None]),
+    "a sum of all": lambda i, j, x: x.sum() + i.max() * jnp.arange(3.0),
+    "indices": lambda i, j, x: jnp.arange(4)[:, None] * x + jnp.arange(3),
+    "three axes": lambda i, j, x: (x[:, None] + i[None, :, None] * x[:, None]).sum(1),
+    "transposed": lambda i, j, x: x.T + j[:, None] - i,
+    "a slice": lambda i, j, x: x[1:3] * i[1:3, None] + j[None, :1],
+    "steps": lambda i, j, x: jax.nn.softplus(x) + jax.nn.relu(i)[:, None],
+}
+
+
+@pytest.mark.parametrize("width", [1, 128])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_vectors_on_two_axes(name, width):
+    """What a function of vectors computes, however the vectors lie."""
+    function = FUNCTIONS[name]
+    i, j, x = normal(0, 4), normal(1, 3), normal(2, 4, 3)
+    want = function(i, j, x)
+    closed = jax.make_jaxpr(function)(i, j, x)
+
+    def product(a, b, equation):
+        return equation.primitive.bind(a, b, **equation.params)
+
+    consts = [lanes.value(jnp.asarray(c)) for c in closed.consts]
+    for row in rows_of(i, width), columns_of(i):
+        (got,) = lanes.evaluate(
+            closed, consts, [row, columns_of(j), lanes.value(jnp.asarray(x))], product
+        )
+        np.testing.assert_allclose(lanes.array(got, want.shape), want, rtol=1e-6, atol=1e-6)
+
+
+# A tile's formulations.
+
+
+@pytest.mark.parametrize("consecutive", [True, False])
+def test_tables_without_indices(consecutive):
+    """A kernel's tile picks, sums and looks up as the other kernels' does, gradients included."""
+    t, s, n = 4, 8, 5
+    places = np.arange(3, 3 + t), np.arange(2, 2 + s)
+    if not consecutive:
+        places = np.array([3, 0, 9, 4]), np.array([5, 1, 2, 2, 7, 0, 3, 9])
+    fields = [jnp.asarray(x) for x in (*places, *places)]
+    ours, other = (
+        cls(*fields, jnp.int32(0), 1, consecutive=consecutive) for cls in (pallas_tpu._Tile, Tile)
+    )
+
+    def column(distance):
+        return jnp.clip(distance + 2, 0, n - 1)
+
+    def run(tile, vector, matrix, weights, table):
+        return (
+            tile.pick(vector, column),
+            tile.pick(matrix, column),
+            tile.sum_by(weights, column, n),
+            tile.lookup(table, tile.key_positions),
+            tile.sum_units(vector, lambda a, b: jnp.tanh(a[:, None] + b[None]), matrix.T, table),
+        )
+
+    given = normal(0, n), normal(1, t, n), normal(2, t, s), normal(3, n, s)
+    given = [jnp.asarray(x) for x in given]
+
+    def both(tile):
+        out, pull = jax.vjp(lambda *x: run(tile, *x), *given)
+        return out, pull(tuple(jnp.sin(1 + x) for x in out))
+
+    assert_close(jax.jit(lambda: both(ours))(), jax.jit(lambda: both(other))(), 1e-6)
+
+
+# What they compute.
+
+SEEN = {"mask": masks.Causal() & masks.SlidingWindow(9)}
+QUICK = Mechanism(
+    scores.Additive(hidden=2),
+    positions.Shaw(clip=1, value_side=True),
+    normalizer=normalizers.LearnedSink(),
+    **SEEN,
+)
+THOROUGH = [
+    *MECHANISMS,
+    Mechanism(scores.Location(max_length=17), positions.T5(num_buckets=6) + positions.ALiBi()),
+]
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [QUICK, *(pytest.param(x, marks=pytest.mark.slow) for x in THOROUGH)],
+    ids=lambda x: str(x)[:70],
+)
+def test_agrees_with_dense(mechanism, x64):
+    """Output, aux and the gradient of every array, in float64."""
+    given = arrays(mechanism, dtype="float64")
+    options = {"aux": ("lse", "entropy", "row_max", "column_sums")}
+    got = pulled("pallas_tpu", mechanism, **options)(*given, {})
+    assert_close(got, pulled("dense", mechanism, **options)(*given, {}), 1e-10)
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        Mechanism(mask=masks.Causal()),
+        pytest.param(Mechanism(scores.Gaussian(), mask=masks.Causal()), marks=pytest.mark.slow),
+        pytest.param(Mechanism(position=positions.T5(), **SEEN), marks=pytest.mark.slow),
+        pytest.param(
+            Mechanism(scores.Cosine(2.0), positions.RoPE() + positions.Shaw(2)),
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=lambda x: str(x)[:70],
+)
+def test_bfloat16(mechanism):
+    """Operands of products are rounded: no further from float64 than twice the dense kernel is."""
+    given = arrays(mechanism, dtype="bfloat16")
+    got, other = (pulled(x, mechanism)(*given, {}) for x in ("pallas_tpu", "dense"))
+    with jax.enable_x64(True):
+        exact = pulled("dense", mechanism)(*jax.tree.map(wide, given), {})
+
+    def check(got, other, want):
+        want = wide(want)
+        error, allowed = (abs(wide(x) - want).max() for x in (got, other))
+        assert got.dtype == other.dtype
+        assert error <= 2 * allowed + 2 * EPS["bfloat16"] * (1 + abs(want).max())
+
+    jax.tree.map(check, got, other, exact)
+
+
+def test_a_gaussian_of_rounded_features(x64):
+    """In bfloat16 alone, the squares of long vectors would leave nothing of their difference."""
+    query, key = (wide(8 * normal(n, 16, 4, dtype="bfloat16")) for n in (1, 2))
+    prepared = scores.Gaussian().prepare({"log_sigma": jnp.zeros(())}, query, key)
+    query_features, key_features = (wide(x.astype(jnp.bfloat16)) for x in prepared)
+    want = -0.5 * ((query[:, None] - key) ** 2).sum(-1)
+    np.testing.assert_allclose(query_features @ key_features.T, want, atol=1e-3)
+
+
+# What they visit.
+
+
+def plan_and_data(mask, T, S, block, **data):
+    tile = Tile(
+        np.arange(T), np.arange(S), np.arange(T), np.arange(S), jnp.int32(0), 1,
+        consecutive=True, **data,
+    )  # fmt: skip
+    x = [jnp.zeros((n, 2)) for n in (T, S, S)]
+    params = {"score": {}, "position": {}, "normalizer": {}}
+    empty = attention.kernels.blocks.Visits(None, None)
+    plan, _, data = attention.kernels.tiled.prepare(
+        Mechanism(mask=mask), params, *x, tile, block, -(-S // block[1]) * block[1], empty, None,
+        None, None, 0.0,
+    )  # fmt: skip
+    return plan, data
+
+
+def test_steps_are_those_the_mask_leaves():
+    found = pallas_tpu.schedule(*plan_and_data(masks.Causal(), 8, 8, (4, 2)))
+    assert [x.tolist() for x in found.by_row] == [
+        [0, 0, 1, 1, 1, 1],
+        [0, 1, 0, 1, 2, 3],
+        [PARTIAL, PARTIAL, FULL, FULL, PARTIAL, PARTIAL],
+    ]
+    assert [x.tolist() for x in found.by_column[:2]] == [[0, 1, 0, 1, 1, 1], [0, 0, 1, 1, 2, 3]]
+    assert found.states == {PARTIAL, FULL}
+
+
+def test_blocks_that_see_nothing_have_one_empty_step():
+    """So that their output is written, and nothing is fetched for it."""
+    found = pallas_tpu.schedule(*plan_and_data(masks.Causal(), 2, 6, (2, 2)))
+    assert found.by_row.column.tolist() == [0]
+    assert [x.tolist() for x in found.by_column] == [[0] * 3, [0, 1, 2], [PARTIAL, EMPTY, EMPTY]]
+
+
+def test_steps_of_lengths_are_known_at_run_time():
+    """An EMPTY pair names the block before it, which is not fetched again; a FULL one is FULL."""
+
+    def steps(length):
+        given = plan_and_data(masks.Padding(), 4, 8, (4, 2), key_length=length)
+        return pallas_tpu.schedule(*given).by_row
+
+    found = jax.jit(steps)(jnp.int32(3))
+    assert found.column.tolist() == [0, 1, 1, 1]
+    assert found.state.tolist() == [FULL, PARTIAL, EMPTY, EMPTY]
+
+
+# What they refuse, and when they run.
+
+
+@dataclasses.dataclass(frozen=True)
+class Sorted(attention.Score):
+    """A score that no TPU kernel can have."""
+
+    def tile(self, params, query, key, tile):
+        return jnp.sort(query @ key, axis=1)
+
+
+REFUSED = [
+    (Mechanism(normalizer=normalizers.Entmax15()), {}, "Entmax15() needs all scores of a row"),
+    (Mechanism(position=positions.CoPE()), {}, "needs all keys of a row at once; tiled"),
+    (Mechanism(Sorted()), {}, "no TPU kernel can have sort, which its forward pass has"),
+    (Mechanism(), {"dtype": "float16"}, "takes float32 and bfloat16, got float16: cast"),
+    (Mechanism(), {"D": 2048}, "wider than 1024, got 2048"),
+    (Mechanism(), {"dropout_rate": 0.1}, "it drops no weights"),
+    (Mechanism(), {"aux": ("weights",)}, "'row_weights' are some"),
+    (Mechanism(), {"device": Device("cuda", "NVIDIA H100")}, "it runs on tpu and cpu"),
+]
+
+
+@pytest.mark.parametrize("mechanism, options, reason", REFUSED, ids=[x[2][:30] for x in REFUSED])
+def test_what_it_cannot_serve(mechanism, options, reason):
+    found = unsupported(KERNELS["pallas_tpu"], call(mechanism, **options))
+    assert reason in found and "\n" not in found
+
+
+def test_a_score_of_ones_own_is_served():
+    @dataclasses.dataclass(frozen=True)
+    class Manhattan(attention.Score):
+        def tile(self, params, query, key, tile):
+            return -abs(query[:, :, None] - key[None]).sum(1)
+
+    assert unsupported(KERNELS["pallas_tpu"], call(Mechanism(Manhattan()))) is None
+
+
+def test_runs_on_a_tpu_and_by_name_alone_elsewhere():
+    x = jax.ShapeDtypeStruct((1, 8192, 2, 128), jnp.bfloat16)
+    biased = Mechanism(position=positions.T5())
+    tpu = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=tpu)):
+        assert "  pallas_tpu: runs" in attention.explain(biased, x, x, x)
+    here = attention.explain(biased, x, x, x)
+    assert "  pallas_tpu: could, was not chosen: here Pallas's interpreter runs it, slowly" in here
+    named = attention.explain(biased, x, x, x, implementation="pallas_tpu")
+    assert "  pallas_tpu: runs: asked for" in named
+
+
+def test_blocks_that_no_tpu_has():
+    with pytest.raises(ValueError, match="multiples of 8 queries and 128 keys .* got 100 keys of"):
+        pallas_tpu._check_block((64, 100), 256, 256)
+    pallas_tpu._check_block((64, 100), 256, 100)
+
+
+def test_wide_mechanisms_get_small_blocks():
+    def block(score, bias=None):
+        shapes = pallas_tpu._Shapes(
+            Mechanism(score), 1, 128, 128, np.dtype("float32"), bias, None, True
+        )
+        tile = Tile(*(np.arange(4096),) * 4, 0, 1, consecutive=True)
+        return np.prod(pallas_tpu.sizes(shapes, tile, V5E))
+
+    assert block(scores.Additive(hidden=16)) < block(scores.Dot())
