@@ -123,7 +123,7 @@ class ALiBi(Position):
         # Selected, not indexed: a kernel may have no place for a table.
         slope = jnp.zeros((), query.dtype)
         for head, own in enumerate(self.slopes(tile.num_heads)):
-            slope = jnp.where(tile.head == head, own, slope)
+            slope = jnp.where(tile.head == head, float(own), slope)
         return -slope * jnp.abs(tile.distance)
 
 

@@ -544,3 +544,13 @@ def test_fire_starts_with_bends():
     params = jax.vmap(lambda key: positions.FIRE().init(key, D, V))(keys)
     bends = -params["in_bias"] / params["in"]
     assert np.mean((bends > 0) & (bends < 1)) > 0.1
+
+
+@pytest.mark.parametrize("position", [positions.ALiBi(), positions.T5()], ids=str)
+def test_terms_stay_in_the_dtype_of_the_queries(position, x64):
+    index = jnp.arange(3)
+    tile = Tile(index, index, index, index, jnp.int32(0), 2)
+    params = position.init(jax.random.key(0), 4, 4)
+    params = jax.tree.map(lambda x: x.astype("float32"), params)
+    query = jnp.ones((3, 4), "float32")
+    assert position.tile(params, query, query.T, tile).dtype == "float32"
