@@ -810,6 +810,8 @@ def attend_head(
     setting = Setting(plan, query.dtype == jnp.bfloat16, interpret, vmem=fast_memory(device.kind))
 
     def attend(plan, arrays, data):
+        if not visits.schedules():  # no pair of blocks: nothing to launch
+            return tiled.attend_tiles(plan, arrays, data)
         return _attend_tiles(dataclasses.replace(setting, plan=plan), arrays, data)
 
     out, extra = tiled.by_tiles(plan, arrays, data, aux, attend)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention import Mechanism, masks, normalizers, positions
+from attention import Mechanism, Tile, masks, normalizers, positions
 from support.formulas import (
     KEY_POSITIONS,
     PLACES,
