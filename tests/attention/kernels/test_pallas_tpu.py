@@ -13,7 +13,7 @@ from attention.kernels import lanes, pallas_tpu
 from attention.kernels.registry import KERNELS, Device, describe, unsupported
 from attention.parts import EMPTY, FULL, PARTIAL, Tile
 from support.kernels import arrays, pulled
-from support.mechanisms import EPS, MECHANISMS, assert_close, normal, wide
+from support.mechanisms import EPS, MECHANISMS, assert_close, assert_same, normal, wide
 
 V5E = Device("tpu", "TPU v5 lite")
 
@@ -171,6 +171,20 @@ def test_a_gaussian_of_rounded_features(x64):
     query_features, key_features = (wide(x.astype(jnp.bfloat16)) for x in prepared)
     want = -0.5 * ((query[:, None] - key) ** 2).sum(-1)
     np.testing.assert_allclose(query_features @ key_features.T, want, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_same_bits():
+    """Run again and compiled again: what several blocks add to is added in one order."""
+    given = arrays(QUICK, dtype="bfloat16")
+
+    def run():
+        function = pulled.__wrapped__("pallas_tpu", QUICK, aux=("lse",))
+        return function(*given, {}), function(*given, {})
+
+    first, again = run()
+    assert_same(again, first)
+    assert_same(run(), (first, first))
 
 
 # What they visit.
