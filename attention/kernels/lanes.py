@@ -142,12 +142,12 @@ def is_literal(atom: Any) -> bool:
 def live(jaxpr: core.Jaxpr) -> list[Any]:
     """The equations of a jaxpr that its outputs depend on, in order."""
     needed = {atom for atom in jaxpr.outvars if not is_literal(atom)}
-    kept = []
+    read = []
     for equation in reversed(jaxpr.eqns):
         if equation.effects or needed.intersection(equation.outvars):
-            kept.append(equation)
+            read.append(equation)
             needed |= {atom for atom in equation.invars if not is_literal(atom)}
-    return kept[::-1]
+    return read[::-1]
 
 
 def otherwise_used(jaxpr: core.Jaxpr) -> set[Any]:

@@ -12,6 +12,7 @@ does on a TPU; all else is float32. Of float32 inputs, products are float32 too.
 
 import dataclasses
 import functools
+import importlib
 import math
 import types
 from typing import Any, NamedTuple
@@ -20,8 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from attention.kernels import blocks, lanes, tiled
 from attention.kernels.dense import Inputs
@@ -33,6 +32,20 @@ from attention.kernels.tiled import Arrays, Data, Labels, Piece, Plan
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism, params_shape
 from attention.parts import EMPTY, FULL, PARTIAL, Array, Params, Tile
+
+
+class _Lazy:
+    """A module imported at its first use: Pallas takes a while, and few programs need it."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+pl: Any = _Lazy("jax.experimental.pallas")
+pltpu: Any = _Lazy("jax.experimental.pallas.tpu")
 
 
 class Steps(NamedTuple):
@@ -50,7 +63,7 @@ class Steps(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class TpuSetting:
     """What is known while tracing.
 
     Attributes:
@@ -66,7 +79,7 @@ class Setting:
     vmem: int
 
 
-class Local(NamedTuple):
+class VisitData(NamedTuple):
     """What one visit reads beside the vectors; all but the labels are of the whole head."""
 
     head: Array
@@ -160,9 +173,9 @@ def _pieces(plan, arrays):
 
 
 def _locals(plan, data):
-    """`Local` of `_Operand`s."""
+    """`VisitData` of `_Operand`s."""
     mask = data.mask
-    return Local(
+    return VisitData(
         _whole(data.head),
         jax.tree.map(_of_rows, data.query),
         jax.tree.map(lambda x: _of_columns(x, plan.block[1]), data.key),
@@ -174,7 +187,7 @@ def _locals(plan, data):
     )
 
 
-class _Tile(Tile):
+class _TpuTile(Tile):
     """A tile inside a kernel: what a table is for by products, selects and rolls of [t, s]."""
 
     def pick(self, values, column):
@@ -265,7 +278,7 @@ def _tile(plan, local, indices):
         query = query._replace(positions=jnp.minimum(query_index, plan.rows - 1))
     if key.positions is None:
         key = key._replace(positions=jnp.minimum(key_index, plan.columns - 1))
-    return _Tile(
+    return _TpuTile(
         query_index=query_index,
         key_index=key_index,
         query_positions=query.positions,
@@ -340,7 +353,12 @@ class _Launch:
     """
 
     def __init__(
-        self, setting: Setting, states: frozenset[int], arrays: Arrays, data: Data, extra: Any = ()
+        self,
+        setting: TpuSetting,
+        states: frozenset[int],
+        arrays: Arrays,
+        data: Data,
+        extra: Any = (),
     ):
         self.setting, self.states = setting, states
         self.operands = _pieces(setting.plan, arrays), _locals(setting.plan, data), extra
@@ -465,7 +483,7 @@ def _rows_like(count, x):
     return _Operand(like, (None, *block), ("row", None, None), x.shape)
 
 
-def forward(setting: Setting, arrays: Arrays, data: Data) -> tuple[Array, Any]:
+def forward(setting: TpuSetting, arrays: Arrays, data: Data) -> tuple[Array, Any]:
     """out [row blocks, t, V] and the rows' statistic, as `tiled.attend_tiles`."""
     plan = setting.plan
     pairs = schedule(plan, data)
@@ -551,7 +569,7 @@ class _Cotangents(NamedTuple):
 
 
 def backward(
-    setting: Setting,
+    setting: TpuSetting,
     arrays: Arrays,
     data: Data,
     statistic: Any,
@@ -576,12 +594,12 @@ def backward(
     leaves, structure = jax.tree.flatten(pieces, is_leaf=_is_operand)
     by_columns = [x.axes.count("column") == 1 and "row" not in x.axes for x in leaves]
     pairs = schedule(setting.plan, data)
-    found: dict[int, Array] = {}
+    gradients: dict[int, Array] = {}
     for name, steps in ("dq", pairs.by_row), ("dkv", pairs.by_column):
         places = [i for i, own_side in enumerate(by_columns) if own_side == (name == "dkv")]
         launch = _Launch(setting, pairs.states, arrays, data, jax.tree.map(_of_rows, rows))
-        found |= _gradients(launch, steps, places, name)
-    leaves = [found.get(i, jnp.zeros(x.x.shape, x.x.dtype)) for i, x in enumerate(leaves)]
+        gradients |= _gradients(launch, steps, places, name)
+    leaves = [gradients.get(i, jnp.zeros(x.x.shape, x.x.dtype)) for i, x in enumerate(leaves)]
     inputs, bias = jax.tree.unflatten(structure, leaves)
     params = jax.tree.map(lambda x, like: x.reshape(like.shape), inputs.params, arrays.params)
     params["normalizer"] = jax.tree.map(jnp.add, params["normalizer"], own)
@@ -655,11 +673,11 @@ def _gradients(launch, steps, places, name):
         launch.on_state(add)
 
     results = launch.run(steps, body, list(operands.values()), [], name)
-    found = dict(zip(places, results, strict=True))
+    gradients = dict(zip(places, results, strict=True))
     for i, operand in operands.items():
         if "row" in operand.axes and "column" in operand.axes:
-            found[i] = jnp.where(_visited(plan, steps, operand.x.shape), found[i], 0)
-    return found
+            gradients[i] = jnp.where(_visited(plan, steps, operand.x.shape), gradients[i], 0)
+    return gradients
 
 
 def _held(x, operand, shape):
@@ -760,9 +778,10 @@ def _backward(setting, args, outputs, residuals, cotangents):
     del residuals
     (arrays, data), (out, statistic, _) = args, outputs
     leaves, structure = jax.tree.flatten((out, statistic))
-    given = structure.flatten_up_to(cotangents[:2])
-    given = [jnp.zeros_like(x) if y is None else y for x, y in zip(leaves, given, strict=True)]
-    to_out, to_statistic = jax.tree.unflatten(structure, given)
+    to_leaves = structure.flatten_up_to(cotangents[:2])
+    pairs = zip(leaves, to_leaves, strict=True)
+    to_leaves = [jnp.zeros_like(x) if y is None else y for x, y in pairs]
+    to_out, to_statistic = jax.tree.unflatten(structure, to_leaves)
     return backward(setting, arrays, data, statistic, out, to_out, to_statistic), None
 
 
@@ -807,7 +826,9 @@ def attend_head(
         mechanism, params, query, key, value, tile, block, -(-S // s) * s, visits, bias, mask,
         dropout_key, dropout_rate,
     )  # fmt: skip
-    setting = Setting(plan, query.dtype == jnp.bfloat16, interpret, vmem=fast_memory(device.kind))
+    setting = TpuSetting(
+        plan, query.dtype == jnp.bfloat16, interpret, vmem=fast_memory(device.kind)
+    )
 
     def attend(plan, arrays, data):
         if not visits.schedules():  # no pair of blocks: nothing to launch

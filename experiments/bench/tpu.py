@@ -104,7 +104,7 @@ def attended(
     return compiled(gradient if backward else run, device, params, x, x, x, data)
 
 
-class Estimate(NamedTuple):
+class CycleEstimate(NamedTuple):
     """Of a kernel: the compiler's cycles, and those in which matrix units do its products alone."""
 
     name: str
@@ -121,7 +121,7 @@ PEERS = ("jax's flash_attention", "jax's splash")
 _MATRICES = {"forward": 2, "dq": 3, "dkv": 4}  # products of matrices of a kernel
 
 
-def cycles(chip: str, name: str, block: tuple[int, int]) -> list[Estimate] | str:
+def cycles(chip: str, name: str, block: tuple[int, int]) -> list[CycleEstimate] | str:
     """Estimates of the kernels of `OURS` or `PEERS`, or the last line of what went wrong.
 
     One head, T = S = 4096, D = 128, bfloat16, nothing masked. In a process of its own: libtpu reads
@@ -147,18 +147,18 @@ def cycles(chip: str, name: str, block: tuple[int, int]) -> list[Estimate] | str
         if child.returncode:
             lines = [x for x in child.stderr.splitlines() if "Error" in x or "failed" in x]
             return (lines or ["it failed"])[-1].strip()[:200]
-        found = {}
+        cycles_by_kernel = {}
         for file in Path(folder).iterdir():
             text = file.read_text("utf-8", "replace")
             kernel = re.search(r'hlo_op_name: "(.*?)"', text)
             count = re.search(r"estimated_cycles: (\d+)", text)
             if kernel and count:
-                found[kernel[1].split(".")[0]] = int(count[1])
+                cycles_by_kernel[kernel[1].split(".")[0]] = int(count[1])
     products = LENGTH**2 * WIDTH // PRODUCTS[chip]
     kinds = {x: x for x in _MATRICES} | {"flash_attention": "forward", "splash": "forward"}
     return [
-        Estimate(kind, count, _MATRICES[kind] * products)
-        for kernel, count in found.items()
+        CycleEstimate(kind, count, _MATRICES[kind] * products)
+        for kernel, count in cycles_by_kernel.items()
         for prefix, kind in kinds.items()
         if kernel.startswith(prefix)
     ]
@@ -179,11 +179,11 @@ def report(say: Callable[[str], None], only: str = "") -> None:
                 row = f"| {chip} | {name} | {block[0]} × {block[1]} |"
                 if only not in row:
                     continue
-                found = cycles(chip, name, block)
-                if isinstance(found, str):
-                    say(f"{row} {found} | | |")
+                estimates = cycles(chip, name, block)
+                if isinstance(estimates, str):
+                    say(f"{row} {estimates} | | |")
                     continue
-                by_name = {x.name: f"{x.cycles:,} ({x.cycles / x.floor:.2f})" for x in found}
+                by_name = {x.name: f"{x.cycles:,} ({x.cycles / x.floor:.2f})" for x in estimates}
                 say(" ".join([row, *(f"{by_name.get(kind, '')} |" for kind in _MATRICES)]))
 
 

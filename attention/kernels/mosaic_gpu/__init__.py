@@ -23,7 +23,7 @@ from jax.export import is_symbolic_dim
 from attention.kernels import blocks, dense
 from attention.kernels.derivatives import with_fast_pair
 from attention.kernels.heads import data_parts, on_each_part
-from attention.kernels.mosaic_gpu.elementwise import LENGTHS, Setting, elementwise
+from attention.kernels.mosaic_gpu.elementwise import LENGTHS, ElementwiseSetting, elementwise
 from attention.kernels.registry import KERNELS, Call, Kernel, device_of, register
 from attention.parts import EMPTY, Array, Params, Tile
 
@@ -88,7 +88,7 @@ def cost(call: Call) -> tuple[float, str]:
 def _setting(mechanism, query, key, value, data):
     lengths, widths = (query.shape[-3], key.shape[-3]), (query.shape[-1], value.shape[-1])
     counts = tuple(name for name in LENGTHS if name in data)
-    return Setting(mechanism, query.shape[-2], lengths, widths, counts)
+    return ElementwiseSetting(mechanism, query.shape[-2], lengths, widths, counts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class _Plan:
       interpret: in Pallas's interpreter, where there is no GPU.
     """
 
-    setting: Setting
+    setting: ElementwiseSetting
     lse: bool
     interpret: bool
 

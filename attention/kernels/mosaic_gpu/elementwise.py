@@ -56,7 +56,7 @@ class _Refused(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class ElementwiseSetting:
     """What is known of a call while tracing.
 
     Attributes:
@@ -72,7 +72,7 @@ class Setting:
     counts: tuple[str, ...] = ()
 
 
-def elementwise(setting: Setting) -> Elementwise:
+def elementwise(setting: ElementwiseSetting) -> Elementwise:
     """`Elementwise` of a mechanism. Raises ValueError where it is none, saying why."""
     result = _elementwise_or_reason(setting)
     if isinstance(result, str):
@@ -116,7 +116,7 @@ def _elementwise(setting):
     weights = jax.ShapeDtypeStruct(_SIZE, jnp.float32)
 
     def tile_of(i, j, head=_FIRST, **lengths_of_example):
-        return _Tile(
+        return _StepsTile(
             i, j, i, j, head, setting.heads, consecutive=True, sizes=setting.lengths,
             **lengths_of_example,
         )  # fmt: skip
@@ -200,7 +200,7 @@ def _pull(pullback, d, i, j, numbers, ds, add=None):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tile(Tile):
+class _StepsTile(Tile):
     """A tile whose tables of distances are sums of steps, each from one distance on.
 
     Attributes:

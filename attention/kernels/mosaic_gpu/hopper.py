@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention.kernels.mosaic_gpu import BLOCK
-from attention.kernels.mosaic_gpu.elementwise import Setting, elementwise
+from attention.kernels.mosaic_gpu.elementwise import ElementwiseSetting, elementwise
 from attention.parts import Array
 
 
@@ -139,7 +139,9 @@ def _place(setting, operands, numbers_ref, counts_ref, range_ref):
     return b, h, *shared, x, numbers, counts, range_ref[b, x, 0], range_ref[b, x, 1]
 
 
-def forward(setting: Setting, interpret: bool, operands: Operands, by_row: Array) -> list[Array]:
+def forward(
+    setting: ElementwiseSetting, interpret: bool, operands: Operands, by_row: Array
+) -> list[Array]:
     """-> out [B, H, T', V'], and lse [B, H, T'] float32 with the sink in it.
 
     `by_row` [B, T' / 64, 2] int32: the blocks of keys that each block of queries visits, first and
@@ -216,7 +218,7 @@ def forward(setting: Setting, interpret: bool, operands: Operands, by_row: Array
 
 
 def query_gradient(
-    setting: Setting, interpret: bool, operands: Operands, by_row: Array, *rows: Array
+    setting: ElementwiseSetting, interpret: bool, operands: Operands, by_row: Array, *rows: Array
 ) -> list[Array]:
     """-> dq' [B, H, T', F] and, where there are numbers, their gradients by row [B, H, n, T'].
 
@@ -309,7 +311,7 @@ def _tile_weights(setting, d, dp, i, j, numbers, counts, lse, delta):
 
 
 def key_gradient(
-    setting: Setting, interpret: bool, operands: Operands, by_column: Array, *rows: Array
+    setting: ElementwiseSetting, interpret: bool, operands: Operands, by_column: Array, *rows: Array
 ) -> list[Array]:
     """-> dk' [B, H, S', F] and dv [B, H, S', V'], float32, of each query head.
 

@@ -10,7 +10,7 @@ from jax import export
 
 from attention import Mechanism, attend, explain, masks, normalizers, positions, scores
 from attention.kernels import dense, registry
-from attention.kernels.mosaic_gpu.elementwise import Setting, elementwise
+from attention.kernels.mosaic_gpu.elementwise import ElementwiseSetting, elementwise
 from attention.kernels.registry import KERNELS, Device, describe
 from attention.parts import Tile
 from support.mechanisms import Manhattan, assert_close, init, normal, put, wide
@@ -23,7 +23,7 @@ SOFT = scores.SoftCap(scores.Temperature(scores.Scale(scores.Dot(), 0.5)), cap=2
 
 
 def setting(mechanism, counts=()):
-    return Setting(mechanism, heads=4, lengths=(5, 7), widths=(4, 3), counts=counts)
+    return ElementwiseSetting(mechanism, heads=4, lengths=(5, 7), widths=(4, 3), counts=counts)
 
 
 # Which mechanisms are elementwise in the product.

@@ -82,7 +82,8 @@ def test_tables_without_indices(consecutive):
         places = np.array([3, 0, 9, 4]), np.array([5, 1, 2, 2, 7, 0, 3, 9])
     fields = [jnp.asarray(x) for x in (*places, *places)]
     ours, other = (
-        cls(*fields, jnp.int32(0), 1, consecutive=consecutive) for cls in (pallas_tpu._Tile, Tile)
+        cls(*fields, jnp.int32(0), 1, consecutive=consecutive)
+        for cls in (pallas_tpu._TpuTile, Tile)
     )
 
     def column(distance):
