@@ -7,8 +7,9 @@ plain JAX. The tangent map ẋ ↦ (∂f/∂x) ẋ becomes one primitive, linear
     transposed      by the fast backward pass    reverse mode
     differentiated  as the reference's jvp is    every higher order
 
-and the backward pass, as a function of x and ȳ, is differentiated as the reference's vjp is. So
-first-order reverse mode never runs, nor traces, the reference.
+The forward pass is a primitive with that tangent map, and the backward pass one that, as a function
+of x and ȳ, is differentiated as the reference's vjp is. So first-order reverse mode never runs, nor
+traces, the reference.
 """
 
 import dataclasses
@@ -19,8 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Primitive
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 
@@ -49,7 +49,12 @@ def with_fast_pair(
 
     @functools.wraps(reference)
     def function(plan, *args):
-        return _run(pair, plan, jax.tree.map(jnp.asarray, args))[0]
+        leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, args))
+        rule = _Rule(pair, plan, structure)
+        call_jaxpr, shapes = jax.make_jaxpr(_forward_by(rule), return_shape=True)(leaves)
+        trees = tuple(map(jax.tree.structure, shapes))
+        results = _run_p.bind(*leaves, call_jaxpr=call_jaxpr, rule=rule, trees=trees)
+        return trees[0].unflatten(results[: trees[0].num_leaves])
 
     return function
 
@@ -60,98 +65,55 @@ class _FastPair(NamedTuple):
     backward: Callable[..., Any]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _run(pair, plan, args):
-    """-> outputs, residuals."""
-    return pair.forward(plan, *args)
-
-
-@functools.partial(_run.defjvp, symbolic_zeros=True)
-def _run_jvp(pair, plan, primals, tangents):
-    (args,), (tangents,) = primals, tangents
-    outputs, residuals = _run(pair, plan, args)
-    leaves, structure = jax.tree.flatten(args)
-    tangents = jax.tree.leaves(tangents)
-    moved = tuple(not isinstance(x, SymbolicZero) for x in tangents)
-    out, out_structure = jax.tree.flatten(outputs)
-    saved, saved_structure = jax.tree.flatten(residuals)
-    rule = _Rule(pair, plan, moved, structure, out_structure, saved_structure)
-    changes = iter(
-        _tangent_p.bind(
-            *leaves,
-            *out,
-            *saved,
-            *(jnp.asarray(x) for x, moves in zip(tangents, moved, strict=True) if moves),
-            rule=rule,
-            sizes=(len(leaves), len(out), len(saved)),
-        )
-    )
-    out = [next(changes) if _floating(x) else _no_tangent(x) for x in out]
-    # What derivatives of residuals are does not matter: no rule below reads them.
-    saved = [jnp.zeros_like(x) if _floating(x) else _no_tangent(x) for x in saved]
-    return (outputs, residuals), (out_structure.unflatten(out), saved_structure.unflatten(saved))
-
-
-def _floating(x):
-    return jnp.issubdtype(x.dtype, jnp.inexact)
-
-
-def _no_tangent(x):
-    return np.zeros(x.shape, jax.dtypes.float0)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """The tangent map of a pair and the derivatives of it, on flat lists of arrays.
+    """A pair at a plan, on flat lists of arrays.
 
-    Attributes:
-      moved: which leaves of args have a tangent.
-      structure, out_structure, saved_structure: of args, outputs and residuals.
+    `leaves` are those of args, whose tree is `structure`; `moved` says which of them have a
+    tangent, `moving` are those that have, `used` which floating outputs have a cotangent. `trees`
+    are those of outputs and of residuals.
     """
 
     pair: _FastPair
     plan: Any
-    moved: tuple[bool, ...]
     structure: Any
-    out_structure: Any
-    saved_structure: Any
 
-    def reference(self, leaves, moving):
-        """The floating outputs; `moving` are the leaves that move."""
+    def forward(self, leaves):
+        """-> outputs, residuals: trees."""
+        return self.pair.forward(self.plan, *self.structure.unflatten(leaves))
+
+    def reference(self, moved, leaves, moving):
+        """The floating outputs."""
         moving = iter(moving)
-        pairs = zip(leaves, self.moved, strict=True)
-        leaves = [next(moving) if moves else x for x, moves in pairs]
+        leaves = [next(moving) if m else x for x, m in zip(leaves, moved, strict=True)]
         outputs = self.pair.reference(self.plan, *self.structure.unflatten(leaves))
         return [x for x in jax.tree.leaves(outputs) if _floating(x)]
 
-    def moving(self, leaves):
-        return [x for x, moves in zip(leaves, self.moved, strict=True) if moves]
-
-    def tangent(self, leaves, tangents):
+    def tangent(self, moved, leaves, tangents):
         """Tangents of the floating outputs."""
-        function = functools.partial(self.reference, leaves)
-        return jax.jvp(function, (self.moving(leaves),), (tangents,))[1]
+        function = functools.partial(self.reference, moved, leaves)
+        return jax.jvp(function, (_only(moved, leaves),), (tangents,))[1]
 
-    def reference_pullback(self, used, leaves, cotangents):
-        """Cotangents of the leaves that move; `used` are the outputs that have a cotangent."""
+    def reference_pullback(self, moved, used, leaves, cotangents):
+        """Cotangents of the leaves that move."""
 
         def read(moving):
-            out = self.reference(leaves, moving)
-            return [x for x, reads in zip(out, used, strict=True) if reads]
+            return _only(used, self.reference(moved, leaves, moving))
 
-        return jax.vjp(read, self.moving(leaves))[1](cotangents)[0]
+        return jax.vjp(read, _only(moved, leaves))[1](cotangents)[0]
 
-    def pullback(self, used, leaves, out, saved, cotangents):
+    def pullback(self, moved, used, trees, leaves, out, saved, cotangents):
         """`reference_pullback` by the fast backward pass."""
+        out_structure, saved_structure = trees
         present, read = iter(cotangents), iter(used)
         every = [next(present) if _floating(x) and next(read) else None for x in out]
         args = self.structure.unflatten(leaves)
         of_args = self.pair.backward(
             self.plan,
             args,
-            self.out_structure.unflatten(out),
-            self.saved_structure.unflatten(saved),
-            self.out_structure.unflatten(every),
+            out_structure.unflatten(out),
+            saved_structure.unflatten(saved),
+            out_structure.unflatten(every),
         )
         flat = []
         for arg, of_arg in zip(args, of_args, strict=True):
@@ -159,155 +121,275 @@ class _Rule:
             none = [None] * structure.num_leaves
             flat += none if of_arg is None else structure.flatten_up_to(of_arg)
         paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(args)]
-        for path, x, y in zip(*map(self.moving, (paths, leaves, flat)), strict=True):
+        of_moving = [_only(moved, xs) for xs in (paths, leaves, flat)]
+        for path, x, y in zip(*of_moving, strict=True):
             if y is None or (y.shape, y.dtype) != (x.shape, x.dtype):
                 got = "none" if y is None else f"{y.dtype}{list(y.shape)}"
                 raise ValueError(
                     f"{self.pair.backward.__name__} must return a cotangent {x.dtype}"
                     f"{list(x.shape)} of args{path}, got {got}"
                 )
-        return self.moving(flat)
+        return of_moving[2]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Vmapped:
-    """A rule under `jax.vmap`.
+    """A rule under `jax.vmap`: all arrays have a leading axis of `size` but leaves of `axes` None.
 
-    Attributes:
-      rule: that of one example.
-      size: of the mapped axis, the leading one of all that have it.
-      axes, saved_axes: 0 or, where all examples share it, None: of each leaf of args, of residuals.
-        Outputs and tangents always have it.
+    Those are shared by all examples, and so are their tangents; their cotangents are summed.
     """
 
     rule: Any
     size: int
     axes: tuple[int | None, ...]
-    saved_axes: tuple[int | None, ...]
 
-    def tangent(self, leaves, tangents):
-        return self._map(self.rule.tangent, [*self.axes], 0)(leaves, tangents)
+    def forward(self, leaves):
+        return self._map(self.rule.forward, [*self.axes])(leaves)
 
-    def reference_pullback(self, used, leaves, cotangents):
-        function = functools.partial(self.rule.reference_pullback, used)
-        return self._map(function, [*self.axes], 0)(leaves, cotangents)
+    def tangent(self, moved, leaves, tangents):
+        function = functools.partial(self.rule.tangent, moved)
+        return self._map(function, [*self.axes], _only(moved, self.axes))(leaves, tangents)
 
-    def pullback(self, used, leaves, out, saved, cotangents):
-        function = functools.partial(self.rule.pullback, used)
-        axes = [*self.axes], 0, [*self.saved_axes], 0
-        return self._map(function, *axes)(leaves, out, saved, cotangents)
+    def reference_pullback(self, moved, used, leaves, cotangents):
+        function = functools.partial(self.rule.reference_pullback, moved, used)
+        return self._summed(moved, self._map(function, [*self.axes], 0)(leaves, cotangents))
+
+    def pullback(self, moved, used, trees, *arrays):
+        function = functools.partial(self.rule.pullback, moved, used, trees)
+        return self._summed(moved, self._map(function, [*self.axes], 0, 0, 0)(*arrays))
 
     def _map(self, function, *axes):
         return jax.vmap(function, in_axes=axes, axis_size=self.size)
 
-
-# (leaves of args, outputs, residuals, tangents of the leaves that move) -> tangents of outputs.
-_tangent_p = Primitive("fast_pair_tangent")
-_tangent_p.multiple_results = True
-
-
-def _split(operands, sizes):
-    """-> leaves, outputs, residuals, tangents."""
-    parts, start = [], 0
-    for size in sizes:
-        parts.append(operands[start : start + size])
-        start += size
-    return *parts, operands[start:]
+    def _summed(self, moved, cotangents):
+        pairs = zip(cotangents, _only(moved, self.axes), strict=True)
+        return [x.sum(0) if axis is None else x for x, axis in pairs]
 
 
-def _evaluate(*operands, rule, sizes):
-    leaves, _, _, tangents = _split(operands, sizes)
-    return rule.tangent([*leaves], [*tangents])
+def _only(flags, values):
+    """Those values whose flag is true."""
+    return [x for x, flag in zip(values, flags, strict=True) if flag]
 
 
-_compiled = functools.partial(jax.jit, static_argnames=("rule", "sizes"))(_evaluate)
-_tangent_p.def_impl(lambda *operands, **static: _compiled(*operands, **static))
-mlir.register_lowering(_tangent_p, mlir.lower_fun(_evaluate, multiple_results=True))
+def _floating(x):
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-@_tangent_p.def_abstract_eval
-def _(*operands, rule, sizes):
+# Under jit, which keeps what it has traced.
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def _forward(leaves, *, rule):
+    return rule.forward(leaves)
+
+
+def _forward_by(rule):
+    return functools.partial(_forward, rule=rule)
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "moved"))
+def _tangent(leaves, tangents, *, rule, moved):
+    return rule.tangent(moved, leaves, tangents)
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "moved", "used", "trees"))
+def _backward(leaves, out, saved, cotangents, *, rule, moved, used, trees):
+    return rule.pullback(moved, used, trees, leaves, out, saved, cotangents)
+
+
+# Primitives, not functions with a `custom_jvp`: JAX drops that rule where it differentiates a scan.
+# `call_jaxpr` is what they compute, where JAX looks for it.
+
+
+def _primitive(name, evaluate, lower, shapes):
+    """A primitive of several results: outside of jit, within, and the avals of the results."""
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(evaluate)
+    primitive.def_abstract_eval(shapes)
+    mlir.register_lowering(primitive, mlir.lower_fun(lower, multiple_results=True))
+    return primitive
+
+
+def _lower_call(*operands, call_jaxpr, **_):
+    return jaxpr_as_fun(call_jaxpr)(*operands)
+
+
+def _call_shapes(*_, call_jaxpr, **__):
+    return [x.strip_weak_type() for x in call_jaxpr.out_avals]
+
+
+# leaves -> outputs, residuals.
+
+
+def _evaluate_run(*leaves, call_jaxpr, rule, trees):
+    del call_jaxpr, trees
+    return jax.tree.leaves(_forward([*leaves], rule=rule))
+
+
+_run_p = _primitive("fast_pair", _evaluate_run, _lower_call, _call_shapes)
+
+
+def _run_jvp(leaves, tangents, *, call_jaxpr, rule, trees):
+    results = _run_p.bind(*leaves, call_jaxpr=call_jaxpr, rule=rule, trees=trees)
+    moved = tuple(map(_moves, tangents))
+    # No rule reads the derivative of a residual.
+    changes = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
+    if any(moved):
+        arrays = *leaves, *results, *_only(moved, tangents)
+        of_floating = iter(_tangent_p.bind(*arrays, rule=rule, moved=moved, trees=trees))
+        for i, x in enumerate(results[: trees[0].num_leaves]):
+            changes[i] = next(of_floating) if _floating(x) else changes[i]
+    return results, changes
+
+
+def _moves(tangent):
+    return type(tangent) is not ad.Zero and tangent.dtype != jax.dtypes.float0
+
+
+def _run_batch(leaves, axes, *, call_jaxpr, rule, trees):
+    del call_jaxpr
+    batched = [axis is not None for axis in axes]
+    size, leaves = _lead(leaves, axes, batched)
+    rule = _vmapped(rule, size, batched)
+    call_jaxpr = jax.make_jaxpr(_forward_by(rule))(leaves)
+    results = _run_p.bind(*leaves, call_jaxpr=call_jaxpr, rule=rule, trees=trees)
+    return results, [0] * len(results)
+
+
+def _lead(arrays, axes, batched):
+    """-> the mapped size; the arrays with the mapped axis first, if they are to be `batched`."""
+    size = next(x.shape[a] for x, a in zip(arrays, axes, strict=True) if a is not None)
+
+    def lead(x, axis):
+        if axis is None:
+            return jnp.broadcast_to(x, (size, *jnp.shape(x)))
+        return jnp.moveaxis(x, axis, 0)
+
+    triples = zip(arrays, axes, batched, strict=True)
+    return size, [lead(x, axis) if leads else x for x, axis, leads in triples]
+
+
+def _vmapped(rule, size, batched):
+    return _Vmapped(rule, size, tuple(0 if leads else None for leads in batched))
+
+
+ad.primitive_jvps[_run_p] = _run_jvp
+batching.primitive_batchers[_run_p] = _run_batch
+
+
+def _split(operands, moved, trees):
+    """-> leaves, outputs, residuals, and tangents or cotangents."""
+    counts = len(moved), *(tree.num_leaves for tree in trees)
+    ends = [int(n) for n in np.cumsum(counts)]
+    return [list(operands[a:b]) for a, b in zip([0, *ends], [*ends, None], strict=True)]
+
+
+# leaves, outputs, residuals, tangents of the leaves that move -> tangents of floating outputs.
+
+
+def _evaluate_tangent(*operands, rule, moved, trees):
+    leaves, _, _, tangents = _split(operands, moved, trees)
+    return _tangent(leaves, tangents, rule=rule, moved=moved)
+
+
+def _tangent_shapes(*operands, rule, moved, trees):
     del rule
-    return [x.strip_weak_type() for x in _split(operands, sizes)[1] if _floating(x)]
+    return [x.strip_weak_type() for x in _split(operands, moved, trees)[1] if _floating(x)]
 
 
-def _tangent_jvp(operands, changes, *, rule, sizes):
-    leaves, out, saved, tangents = map(list, _split(operands, sizes))
-    to_leaves, _, _, to_tangents = _split(changes, sizes)
-    bind = functools.partial(_tangent_p.bind, *leaves, *out, *saved, rule=rule, sizes=sizes)
-    if all(type(x) is ad.Zero for x in to_leaves):  # a linear map
+_tangent_p = _primitive("fast_pair_tangent", _evaluate_tangent, _evaluate_tangent, _tangent_shapes)
+
+
+def _tangent_jvp(operands, changes, *, rule, moved, trees):
+    leaves, out, saved, tangents = _split(operands, moved, trees)
+    to_leaves, _, _, to_tangents = _split(changes, moved, trees)
+    static = {"rule": rule, "moved": moved, "trees": trees}
+    bind = functools.partial(_tangent_p.bind, *leaves, *out, *saved, **static)
+    if not any(map(_moves, to_leaves)):  # a linear map
         pairs = zip(tangents, to_tangents, strict=True)
-        return bind(*tangents), bind(
-            *(jnp.zeros_like(x) if type(y) is ad.Zero else y for x, y in pairs)
-        )
-    return _partial_jvp(rule.tangent, (leaves, tangents), ([*to_leaves], [*to_tangents]))
+        return bind(*tangents), bind(*(y if _moves(y) else jnp.zeros_like(x) for x, y in pairs))
+    function = functools.partial(rule.tangent, moved)
+    return _partial_jvp(function, (leaves, tangents), (to_leaves, to_tangents))
 
 
 def _partial_jvp(function, args, tangents):
     """`jax.jvp` by those leaves alone whose tangent is not a symbolic zero."""
     leaves, structure = jax.tree.flatten(args)
     tangents = structure.flatten_up_to(tangents)
-    moves = [not isinstance(x, SymbolicZero | ad.Zero) for x in tangents]
+    moves = [_moves(x) for x in tangents]
 
     def of_moving(*moving):
         moving = iter(moving)
         pairs = zip(leaves, moves, strict=True)
         return function(*structure.unflatten([next(moving) if m else x for x, m in pairs]))
 
-    moving, of_them = (
-        [x for x, m in zip(xs, moves, strict=True) if m] for xs in (leaves, tangents)
-    )
-    return jax.jvp(of_moving, moving, of_them)
+    return jax.jvp(of_moving, _only(moves, leaves), _only(moves, tangents))
 
 
-ad.primitive_jvps[_tangent_p] = _tangent_jvp
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _pullback(rule, used, leaves, out, saved, cotangents):
-    return rule.pullback(used, leaves, out, saved, cotangents)
-
-
-@functools.partial(_pullback.defjvp, symbolic_zeros=True)
-def _pullback_jvp(rule, used, primals, tangents):
-    function = functools.partial(rule.reference_pullback, used)
-    read = [(x[0], x[3]) for x in (primals, tangents)]
-    return _pullback(rule, used, *primals), _partial_jvp(function, *read)[1]
-
-
-def _transpose(cotangents, *operands, rule, sizes):
-    leaves, out, saved, _ = map(list, _split(operands, sizes))
+def _transpose(cotangents, *operands, rule, moved, trees):
+    leaves, out, saved, _ = _split(operands, moved, trees)
     used = tuple(type(x) is not ad.Zero for x in cotangents)
-    present = [x for x, reads in zip(cotangents, used, strict=True) if reads]
-    return [None] * sum(sizes) + _pullback(rule, used, leaves, out, saved, present)
+    arrays = *leaves, *out, *saved, *_only(used, cotangents)
+    of_moving = _bind_backward(arrays, rule=rule, moved=moved, used=used, trees=trees)
+    return [None] * (len(operands) - sum(moved)) + of_moving
 
 
-ad.primitive_transposes[_tangent_p] = _transpose
-
-
-def _batch(operands, axes, *, rule, sizes):
-    size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
-    operands = map(jnp.asarray, operands)
-    lead = [x if a is None else jnp.moveaxis(x, a, 0) for x, a in zip(operands, axes, strict=True)]
-    leaves, out, saved, tangents = _split(lead, sizes)
-    leaf_axes, out_axes, saved_axes, tangent_axes = (
-        tuple(a if a is None else 0 for a in part) for part in _split(axes, sizes)
-    )
-
-    def repeat(arrays, axes):
-        pairs = zip(arrays, axes, strict=True)
-        return [jnp.broadcast_to(x, (size, *x.shape)) if a is None else x for x, a in pairs]
-
-    rule = _Vmapped(rule, size, leaf_axes, saved_axes)
-    changes = _tangent_p.bind(
-        *leaves,
-        *repeat(out, out_axes),
-        *saved,
-        *repeat(tangents, tangent_axes),
-        rule=rule,
-        sizes=sizes,
-    )
+def _tangent_batch(operands, axes, *, rule, moved, trees):
+    leaf_axes, out_axes, saved_axes, tangent_axes = _split(axes, moved, trees)
+    own = iter(tangent_axes)
+    pairs = [
+        (axis, next(own) if moves else None) for axis, moves in zip(leaf_axes, moved, strict=True)
+    ]
+    batched = [pair != (None, None) for pair in pairs]  # a leaf and its tangent alike
+    results = [True] * len(out_axes + saved_axes)
+    size, arrays = _lead(operands, axes, [*batched, *results, *_only(moved, batched)])
+    rule = _vmapped(rule, size, batched)
+    changes = _tangent_p.bind(*arrays, rule=rule, moved=moved, trees=trees)
     return changes, [0] * len(changes)
 
 
-batching.primitive_batchers[_tangent_p] = _batch
+ad.primitive_jvps[_tangent_p] = _tangent_jvp
+ad.primitive_transposes[_tangent_p] = _transpose
+batching.primitive_batchers[_tangent_p] = _tangent_batch
+
+
+# leaves, outputs, residuals, cotangents of the outputs used -> cotangents of the leaves that move.
+
+
+def _evaluate_backward(*operands, call_jaxpr, moved, trees, **static):
+    del call_jaxpr
+    return _backward(*_split(operands, moved, trees), moved=moved, trees=trees, **static)
+
+
+_backward_p = _primitive("fast_pair_backward", _evaluate_backward, _lower_call, _call_shapes)
+
+
+def _bind_backward(arrays, **static):
+    evaluate = functools.partial(_evaluate_backward, call_jaxpr=None, **static)
+    return _backward_p.bind(*arrays, call_jaxpr=jax.make_jaxpr(evaluate)(*arrays), **static)
+
+
+def _backward_jvp(operands, changes, *, call_jaxpr, rule, moved, used, trees):
+    static = {"rule": rule, "moved": moved, "used": used, "trees": trees}
+    results = _backward_p.bind(*operands, call_jaxpr=call_jaxpr, **static)
+    leaves, _, _, cotangents = _split(operands, moved, trees)
+    to_leaves, _, _, to_cotangents = _split(changes, moved, trees)
+    function = functools.partial(rule.reference_pullback, moved, used)
+    of_them = _partial_jvp(function, (leaves, cotangents), (to_leaves, to_cotangents))[1]
+    return results, of_them
+
+
+def _backward_batch(operands, axes, *, call_jaxpr, rule, moved, used, trees):
+    del call_jaxpr
+    # Each example has cotangents of its own, of shared leaves as well.
+    leaf_axes = axes[: len(moved)]
+    batched = [a is not None or moves for a, moves in zip(leaf_axes, moved, strict=True)]
+    size, arrays = _lead(operands, axes, batched + [True] * (len(operands) - len(moved)))
+    rule = _vmapped(rule, size, batched)
+    results = _bind_backward(arrays, rule=rule, moved=moved, used=used, trees=trees)
+    return results, [0] * len(results)
+
+
+ad.primitive_jvps[_backward_p] = _backward_jvp
+batching.primitive_batchers[_backward_p] = _backward_batch

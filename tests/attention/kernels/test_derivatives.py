@@ -14,6 +14,12 @@ from support.mechanisms import assert_close, normal
 RAN: list[str] = []  # traced, in order
 
 
+@pytest.fixture(autouse=True)
+def nothing_traced():
+    jax.clear_caches()
+    RAN.clear()
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     power: int
@@ -33,12 +39,16 @@ def reference(plan, arrays, index):
 
 def forward(plan, arrays, index):
     RAN.append("forward")
+    arrays = jax.lax.stop_gradient(arrays)  # JAX's own derivative of a fast pass would be 0
     products = jnp.tanh(arrays["q"] @ arrays["k"].T)
     return f(plan, arrays, index), {"products": products, "rows": jnp.arange(5)}
 
 
 def backward(plan, args, outputs, residuals, cotangents):
     """By hand, from the residuals."""
+    args, outputs, residuals, cotangents = jax.lax.stop_gradient(
+        (args, outputs, residuals, cotangents)
+    )
     (arrays, index), tanh = args, residuals["products"]
     RAN.append("backward" if cotangents["lse"] is None else "backward with lse")
     assert cotangents["count"] is None
@@ -53,6 +63,7 @@ def backward(plan, args, outputs, residuals, cotangents):
 
 FAST = with_fast_pair(reference, forward, backward)
 q, k, v, w = (normal(n, 5, 3) for n in range(4))
+X = np.array([0.5, 1.0], np.float32)
 INDEX = np.array([0, 1, 3, 4], np.int32)
 
 
@@ -69,6 +80,10 @@ both = (0, 1)
 
 def grad_of_square(F):
     return jax.grad(lambda q, k: (jax.grad(F)(q, k) ** 2).sum(), both)
+
+
+def scanned(F):
+    return lambda q, k: jax.lax.map(lambda x: F(q * x, k), X).sum()
 
 
 # What is derived, and the functions that it may trace.
@@ -102,6 +117,21 @@ COMBINATIONS = {
         lambda F: jax.grad(lambda q: jax.lax.scan(
             lambda total, x: (total + F(q * x, k), None), 0.0, jnp.arange(3.0))[0])(q),
         REVERSE),
+    # Of a scan: JAX forgets a custom_jvp within one that it has differentiated.
+    "forward over reverse of scan": (
+        lambda F: jax.jvp(jax.grad(scanned(F)), (q, k), (v, w)),
+        OTHER),
+    "reverse over reverse of scan": (
+        lambda F: grad_of_square(scanned(F))(q, k),
+        OTHER),
+    "third order of scan": (
+        lambda F: jax.jvp(
+            grad_of_square(scanned(F)), (q, k), (v, w)),
+        OTHER),
+    "hvp of a scan of vmap and remat": (
+        lambda F: jax.jvp(jax.grad(scanned(lambda q, k: jax.vmap(
+            jax.checkpoint(F), (0, None))(q[None], k).sum()), both), (q, k), (v, w)),
+        OTHER),
 }  # fmt: skip
 
 
