@@ -71,7 +71,8 @@ def tune(
         "tiled_above": crossing(base, say, seconds),
         "measured": f"{machine.describe()['machine']}, {kind}, 8 heads of 64, {base.dtype}",
     }
-    paths.replace(path, json.dumps({**by_device, kind: entry}, indent=1) + "\n")
+    by_device[kind] = {**by_device.get(kind, {}), **entry}  # it may hold blocks of other kernels
+    paths.replace(path, json.dumps(by_device, indent=1) + "\n")
     return f"{path}: tiles {entry['tiles']}, tiled above {entry['tiled_above']:,} numbers"
 
 
