@@ -37,8 +37,9 @@ lint: setup  ## Check formatting, lint and types.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Three on two cores, since tests of commands wait for processes.
 test: lint  ## Run the tests (minutes).
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+	$(TEST_ENV) $(BIN)/python -m pytest -n 3 --dist worksteal -m 'not slow'
 
 test-fast: setup  ## Run the tests for work in between (about a minute): the contracts, statistics, reports, imports.
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' $(FAST)

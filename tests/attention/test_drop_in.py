@@ -162,8 +162,15 @@ def test_without_a_batch():
         close(got, np.where(empty, 0, want))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", [np.float32, jnp.asarray])
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        (np.float32, "bfloat16"),
+        (jnp.asarray, "float32"),
+        pytest.param(np.float32, "float32", marks=pytest.mark.slow),
+        pytest.param(jnp.asarray, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_scale_that_is_no_python_number(kind, dtype):
     """A NumPy, JAX or traced number, its gradient too: all in float32 for bfloat16 inputs."""
     shapes = (4, 64, 2, 16), (4, 64, 2, 16), (4, 64, 2, 16)

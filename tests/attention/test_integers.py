@@ -287,7 +287,13 @@ def translators():
     yield "transformer", EncoderDecoder(TransformerConfig(**sizes, num_heads=1))
 
 
-@pytest.mark.parametrize("model", [pytest.param(m, id=name) for name, m in translators()])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(m, id=name, marks=pytest.mark.slow if name == "rnn" else ())
+        for name, m in translators()
+    ],
+)
 def test_models_check_the_lengths_of_sources(model):
     source = np.ones((2, 3), int)
     variables = model.init(jax.random.key(0), source, source)

@@ -112,7 +112,11 @@ def test_formula_and_gradients(name):
     check(mechanism, attended, flat=flat, bias=True)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16],
+    ids=["float32", "bfloat16"],
+)
 @pytest.mark.parametrize("name", NORMALIZERS)
 def test_extremes(name, dtype):
     check_extremes(Mechanism(scores.Dot(), normalizer=NORMALIZERS[name][0]), dtype, **PLACES)

@@ -268,7 +268,11 @@ TERMS = positions.T5() + positions.ALiBi() + positions.KerpleLog() + positions.K
 TURNS = positions.RoPE(scaling=YARN) + positions.XPos() + positions.Shaw(2, value_side=True)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16],
+    ids=["float32", "bfloat16"],
+)
 @pytest.mark.parametrize(
     "position", [TERMS, TURNS, positions.FIRE(), COPE], ids=["terms", "turns", "fire", "cope"]
 )

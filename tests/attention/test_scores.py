@@ -132,7 +132,11 @@ def test_formula_and_gradients(name):
     check(Mechanism(score), lambda x: by_hand(x, row), flat=flat)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16],
+    ids=["float32", "bfloat16"],
+)
 @pytest.mark.parametrize("name", sorted(QUIET | {"general", "gaussian", "temperature"}))
 def test_extremes(name, dtype):
     score, _ = SCORES[name]

@@ -362,8 +362,17 @@ PER_EXAMPLE = {
 
 
 @every_other_kernel
-@pytest.mark.parametrize("outside", [False, True], ids=["batch axis", "vmap"])
-@pytest.mark.parametrize("mask", PER_EXAMPLE, ids=str)
+@pytest.mark.parametrize(
+    "mask, outside",
+    [
+        (masks.Causal(), False),
+        (masks.Padding(), True),
+        pytest.param(masks.Causal(), True, marks=pytest.mark.slow),
+        pytest.param(masks.Padding(), False, marks=pytest.mark.slow),
+        *(pytest.param(masks.Segments(), x, marks=pytest.mark.slow) for x in (False, True)),
+    ],
+    ids=lambda x: ["batch axis", "vmap"][x] if isinstance(x, bool) else str(x),
+)
 def test_derivatives_where_examples_see_other_blocks(kernel, mask, outside):
     """Gradient and its tangent, as the dense kernel's: no branch of a block stops a cotangent."""
     x = normal(0, 2, T, 1, 4)

@@ -324,7 +324,7 @@ def data_of(mask):
     }
 
 
-QUICK_MASKS = (masks.SlidingWindow(5, 1), masks.Causal() & masks.Segments())
+QUICK_MASKS = (masks.Causal() & masks.Segments(),)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_masks_known_while_tracing(mask, x64):
 
 
 ROUNDED = [(m, dtype) for m in (*MECHANISMS, *LEARNED) for dtype in ("float32", "bfloat16")]
-QUICK_ROUNDED = [(MECHANISMS[3], "bfloat16"), (MECHANISMS[8], "float32")]
+QUICK_ROUNDED = [(MECHANISMS[3], "bfloat16")]
 
 
 @pytest.mark.parametrize(
@@ -450,7 +450,7 @@ def test_numerical_gradients(mechanism, x64):
 
 @pytest.mark.parametrize(
     "size",
-    [(5, 3), *(pytest.param(x, marks=pytest.mark.slow) for x in ((16, 16), (1, 1))), (64, 64)],
+    [(5, 3), *(pytest.param(x, marks=pytest.mark.slow) for x in ((16, 16), (1, 1), (64, 64)))],
     ids=str,
 )
 @pytest.mark.parametrize(
@@ -469,7 +469,7 @@ def test_block_sizes(mechanism, size, x64):
 @pytest.mark.parametrize(
     "length, other",
     [
-        (t, s) if (t, s) in ((1, 1), (5, 9)) else pytest.param(t, s, marks=pytest.mark.slow)
+        (t, s) if (t, s) == (5, 9) else pytest.param(t, s, marks=pytest.mark.slow)
         for t in (1, 3, 4, 5)
         for s in (1, 7, 8, 9)
     ],

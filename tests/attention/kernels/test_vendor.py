@@ -238,12 +238,20 @@ BIAS = normal(3, 1, 4, 6, 8, dtype="bfloat16")
     "options, expected",
     [
         ({"is_causal": True, "scale": np.float32(0.3)}, {"is_causal": True, "scale": 0.3}),
-        ({"local_window_size": (2, 0)}, {"is_causal": True, "local_window_size": (2, 0)}),
+        pytest.param(
+            {"local_window_size": (2, 0)},
+            {"is_causal": True, "local_window_size": (2, 0)},
+            marks=pytest.mark.slow,
+        ),
         (
             {"local_window_size": 2, "is_causal": True, "key_value_seq_lengths": np.array([3, 0])},
             {"is_causal": True, "local_window_size": (2, 0)},
         ),
-        ({"key_value_seq_lengths": np.array([3, 99])}, {}),
+        pytest.param(
+            {"key_value_seq_lengths": np.array([3, 99])},
+            {},
+            marks=pytest.mark.slow,
+        ),
         ({"local_window_size": 1, "mask": ROWS}, {"local_window_size": None, "is_causal": False}),
         ({"bias": BIAS, "mask": ROWS, "query_seq_lengths": np.array([1, 6])}, {}),
     ],
