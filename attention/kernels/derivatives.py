@@ -202,11 +202,11 @@ def _backward(leaves, out, saved, cotangents, *, rule, moved, used, trees):
 
 
 def _primitive(name, evaluate, lower, shapes):
-    """A primitive of several results: outside of jit, within, and the avals of the results."""
+    """A primitive of several results: outside of jit, within, and their avals with the effects."""
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(evaluate)
-    primitive.def_abstract_eval(shapes)
+    primitive.def_effectful_abstract_eval(shapes)
     mlir.register_lowering(primitive, mlir.lower_fun(lower, multiple_results=True))
     return primitive
 
@@ -216,7 +216,7 @@ def _lower_call(*operands, call_jaxpr, **_):
 
 
 def _call_shapes(*_, call_jaxpr, **__):
-    return [x.strip_weak_type() for x in call_jaxpr.out_avals]
+    return [x.strip_weak_type() for x in call_jaxpr.out_avals], call_jaxpr.effects
 
 
 # leaves -> outputs, residuals.
@@ -295,7 +295,8 @@ def _evaluate_tangent(*operands, rule, moved, trees):
 
 def _tangent_shapes(*operands, rule, moved, trees):
     del rule
-    return [x.strip_weak_type() for x in _split(operands, moved, trees)[1] if _floating(x)]
+    out = _split(operands, moved, trees)[1]
+    return [x.strip_weak_type() for x in out if _floating(x)], set()
 
 
 _tangent_p = _primitive("fast_pair_tangent", _evaluate_tangent, _evaluate_tangent, _tangent_shapes)
