@@ -166,6 +166,23 @@ def unknown_split() -> bool:
     return jax.device_count() > 1 and not jax.sharding.get_abstract_mesh().axis_names
 
 
+def on_data_parts(function: Callable[..., Any], params: Params, arrays: Any) -> Any:
+    """function(params, arrays), each device of the axis 'data' for its own examples.
+
+    For what XLA would not split by itself. All leaves of arrays lead with the examples, those of 1
+    are shared, as params are.
+    """
+    size = max(x.shape[0] for x in jax.tree.leaves(arrays))
+    if data_parts(size) == 1:
+        return function(params, arrays)
+
+    def of_part(both):
+        shared, arrays = both
+        return function(jax.tree.map(lambda x: x[0], shared), arrays)
+
+    return on_each_part(of_part, (jax.tree.map(lambda x: x[None], params), arrays))
+
+
 def on_each_part(function: Callable[[Any], Any], arrays: Any) -> Any:
     """function(arrays), each device of the axis 'data' for its own examples.
 

@@ -1,4 +1,4 @@
-"""The kernels that `attend` chooses from; each file of this folder registers its own here."""
+"""The kernels that `attend` chooses from: a file, or a folder, of each registers it here."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

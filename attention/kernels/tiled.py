@@ -740,4 +740,36 @@ def _by_whole_rows(plan, arrays, data, aux):
     return out.reshape(-1, out.shape[-1]), extra
 
 
-register(Kernel("tiled", lift(attend_head, chunk_size), unsupported, cost, has_blocks=True))
+attend = lift(attend_head, chunk_size)
+
+
+def outputs(
+    mechanism: Mechanism,
+    params: Params,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    mask: Array | None,
+    data: dict[str, Array],
+    lse: bool,
+) -> dict[str, Array]:
+    """'out' [B, T, H, V] and, if asked, 'lse' of `Kernel.attend`: a reference for fast kernels."""
+    out, extra = attend(
+        mechanism,
+        params,
+        query,
+        key,
+        value,
+        bias=bias,
+        mask=mask,
+        data=data,
+        dropout_key=None,
+        dropout_rate=0.0,
+        aux=("lse",) if lse else (),
+        block_sizes=None,
+    )
+    return {"out": out, **extra}
+
+
+register(Kernel("tiled", attend, unsupported, cost, has_blocks=True))

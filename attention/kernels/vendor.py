@@ -26,11 +26,11 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
 from attention import masks
-from attention.kernels import dense
+from attention.kernels import dense, tiled
 from attention.kernels.derivatives import with_fast_pair
-from attention.kernels.heads import cannot_split, data_parts, on_each_part, unknown_split
+from attention.kernels.heads import cannot_split, on_data_parts, unknown_split
 from attention.kernels.products import Product, product_of
-from attention.kernels.registry import KERNELS, Call, Kernel, device_of, register
+from attention.kernels.registry import Call, Kernel, device_of, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
 from attention.parts import Array, Mask
@@ -479,21 +479,8 @@ def _segments(data, B, T, S):
 
 
 def _reference(plan, params, query, key, value, bias, mask, data):
-    out, extra = KERNELS["tiled"].attend(
-        plan.mechanism,
-        params,
-        query,
-        key,
-        value,
-        bias=bias,
-        mask=mask,
-        data=data,
-        dropout_key=None,
-        dropout_rate=0.0,
-        aux=("lse",) if plan.lse else (),
-        block_sizes=None,
-    )
-    return {"out": out, **extra}
+    arrays = params, query, key, value, bias, mask, data
+    return tiled.outputs(plan.mechanism, *arrays, lse=plan.lse)
 
 
 def _pulled(plan, params, query, key, value, bias, mask, data):
@@ -618,19 +605,13 @@ def _by_vendor(vendor):
             most = {"query_lengths": query.shape[1], "key_lengths": key.shape[1]}
             lengths = {name: jnp.full(1, n, jnp.int32) for name, n in most.items()} | data
             data = data | {name: jnp.clip(lengths[name], 0, n) for name, n in most.items()}
-        arrays = {
-            "params": jax.tree.map(lambda x: x[None], params),
-            "arrays": (query, key, value, bias, mask),
-            "data": data,
-        }
 
-        def run(arrays):
-            params = jax.tree.map(lambda x: x[0], arrays["params"])
-            outputs = _attend(plan, params, *arrays["arrays"], arrays["data"])
+        def run(params, arrays):
+            outputs = _attend(plan, params, *arrays)
             return outputs.pop("out"), outputs
 
-        split = vendor == "splash" and data_parts(len(query)) > 1
-        return on_each_part(run, arrays) if split else run(arrays)
+        arrays = query, key, value, bias, mask, data
+        return on_data_parts(run, params, arrays) if vendor == "splash" else run(params, arrays)
 
     return attend
 

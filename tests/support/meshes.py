@@ -131,6 +131,39 @@ def gathers(mesh):
     return lowered.compile().as_text().count(" all-gather(")
 
 
+def kernel(name):
+    """How far a kernel's results differ, split over examples and whole.
+
+    Of loss, output and gradients, relative to the largest number of each.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from attention import Mechanism, attend, masks, scores
+    from attention.nn import partition
+
+    mechanism = Mechanism(scores.Temperature(scores.Dot()), mask=masks.Causal() & masks.Padding())
+    params = mechanism.init(jax.random.key(0), num_heads=2, head_dim=4)
+    x = jax.random.normal(jax.random.key(1), (8, 16, 2, 4))
+    lengths = jnp.arange(1, 9)
+
+    def loss(params, x, lengths):
+        out = attend(mechanism, params, x, x, x, key_lengths=lengths, implementation=name)
+        return jnp.sum(out**2), out
+
+    derive = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    whole = derive(params, x, lengths)
+    mesh = partition.make_mesh("data:8")
+    place = NamedSharding(mesh, PartitionSpec("data"))
+    with jax.set_mesh(mesh):
+        split = derive(params, jax.device_put(x, place), jax.device_put(lengths, place))
+    assert not split[0][1].sharding.is_fully_replicated
+    split, whole = jax.device_get((split, whole))
+    difference = jax.tree.map(lambda a, b: abs(a - b).max() / abs(b).max(), split, whole)
+    return float(max(jax.tree.leaves(difference)))
+
+
 def on_eight_devices(jobs):
     """What `main` answers to jobs, in a process with 8 devices."""
     done = subprocess.run(
@@ -190,7 +223,7 @@ def main():
     """Answers the jobs on standard input: {name: [function, arguments]} -> {name: answer}."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    functions = {"train": train, "check": check, "flops": flops, "gathers": gathers}
+    functions = {f.__name__: f for f in (train, check, flops, gathers, kernel)}
     jobs = json.load(sys.stdin)
     results = {name: functions[kind](*arguments) for name, (kind, *arguments) in jobs.items()}
     json.dump(results, answers)

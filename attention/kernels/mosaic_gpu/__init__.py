@@ -20,11 +20,11 @@ import numpy as np
 from jax import lax
 from jax.export import is_symbolic_dim
 
-from attention.kernels import blocks, dense
+from attention.kernels import blocks, dense, tiled
 from attention.kernels.derivatives import with_fast_pair
-from attention.kernels.heads import data_parts, on_each_part
+from attention.kernels.heads import cannot_split, on_data_parts
 from attention.kernels.mosaic_gpu.elementwise import LENGTHS, ElementwiseSetting, elementwise
-from attention.kernels.registry import KERNELS, Call, Kernel, device_of, register
+from attention.kernels.registry import Call, Kernel, device_of, register
 from attention.parts import EMPTY, Array, Params, Tile
 
 MEASURED: frozenset[str] = frozenset()  # kinds of devices of which results/ records a run
@@ -52,10 +52,8 @@ def unsupported(call: Call) -> str | None:
         )
     if max(query.shape[-1], value.shape[-1]) > _WIDEST:
         return f"it takes widths up to {_WIDEST}, got {query.shape[-1]} and {value.shape[-1]}"
-    mesh = jax.sharding.get_abstract_mesh()
-    size = {name: mesh.shape[name] for name in mesh.axis_names if mesh.shape[name] > 1}
-    if size and (size.keys() != {"data"} or data_parts(math.prod(query.shape[:-3])) == 1):
-        return f"it can be split over whole examples by an axis 'data' alone, not {size}"
+    if reason := cannot_split(math.prod(query.shape[:-3])):
+        return reason
     if call.bias is not None or call.mask is not None:
         return "it takes no bias and no mask array"
     if others := set(call.data) - set(LENGTHS):
@@ -248,21 +246,8 @@ def _worst_seen(setting, bad, counts):
 
 
 def _reference(plan, params, query, key, value, data):
-    out, extra = KERNELS["tiled"].attend(
-        plan.setting.mechanism,
-        params,
-        query,
-        key,
-        value,
-        bias=None,
-        mask=None,
-        data=data,
-        dropout_key=None,
-        dropout_rate=0.0,
-        aux=("lse",) if plan.lse else (),
-        block_sizes=None,
-    )
-    return {"out": out, **extra}
+    arrays = params, query, key, value, None, None, data
+    return tiled.outputs(plan.setting.mechanism, *arrays, lse=plan.lse)
 
 
 def _forward(plan, params, query, key, value, data):
@@ -348,18 +333,12 @@ def attend(
     del bias, mask, dropout_key, dropout_rate
     setting = _setting(mechanism, query, key, value, data)
     plan = _Plan(setting, "lse" in aux, interpret=device_of(query).platform == "cpu")
-    arrays = {
-        "params": jax.tree.map(lambda x: x[None], params),
-        "vectors": (query, key, value),
-        "data": data,
-    }
 
-    def run(arrays):
-        params = jax.tree.map(lambda x: x[0], arrays["params"])
-        outputs = _attend(plan, params, *arrays["vectors"], arrays["data"])
+    def run(params, arrays):
+        outputs = _attend(plan, params, *arrays)
         return outputs.pop("out"), outputs
 
-    return on_each_part(run, arrays) if data_parts(len(query)) > 1 else run(arrays)
+    return on_data_parts(run, params, (query, key, value, data))
 
 
 register(Kernel("mosaic_gpu", attend, unsupported, cost, platforms=("cuda", "cpu")))

@@ -9,7 +9,9 @@ import pytest
 
 import attention
 from attention import Mechanism, masks, normalizers, positions, scores
-from attention.kernels import lanes, pallas_tpu
+from attention.kernels import lanes
+from attention.kernels.pallas_tpu import head, limits, schedule
+from attention.kernels.pallas_tpu.tile import TpuTile
 from attention.kernels.registry import KERNELS, Device, describe, unsupported
 from attention.parts import EMPTY, FULL, PARTIAL, Tile
 from support.kernels import arrays, pulled
@@ -82,8 +84,7 @@ def test_tables_without_indices(consecutive):
         places = np.array([3, 0, 9, 4]), np.array([5, 1, 2, 2, 7, 0, 3, 9])
     fields = [jnp.asarray(x) for x in (*places, *places)]
     ours, other = (
-        cls(*fields, jnp.int32(0), 1, consecutive=consecutive)
-        for cls in (pallas_tpu._TpuTile, Tile)
+        cls(*fields, jnp.int32(0), 1, consecutive=consecutive) for cls in (TpuTile, Tile)
     )
 
     def column(distance):
@@ -207,7 +208,7 @@ def plan_and_data(mask, T, S, block, **data):
 
 
 def test_steps_are_those_the_mask_leaves():
-    found = pallas_tpu.schedule(*plan_and_data(masks.Causal(), 8, 8, (4, 2)))
+    found = schedule.schedule(*plan_and_data(masks.Causal(), 8, 8, (4, 2)))
     assert [x.tolist() for x in found.by_row] == [
         [0, 0, 1, 1, 1, 1],
         [0, 1, 0, 1, 2, 3],
@@ -219,7 +220,7 @@ def test_steps_are_those_the_mask_leaves():
 
 def test_blocks_that_see_nothing_have_one_empty_step():
     """So that their output is written, and nothing is fetched for it."""
-    found = pallas_tpu.schedule(*plan_and_data(masks.Causal(), 2, 6, (2, 2)))
+    found = schedule.schedule(*plan_and_data(masks.Causal(), 2, 6, (2, 2)))
     assert found.by_row.column.tolist() == [0]
     assert [x.tolist() for x in found.by_column] == [[0] * 3, [0, 1, 2], [PARTIAL, EMPTY, EMPTY]]
 
@@ -229,7 +230,7 @@ def test_steps_of_lengths_are_known_at_run_time():
 
     def steps(length):
         given = plan_and_data(masks.Padding(), 4, 8, (4, 2), key_length=length)
-        return pallas_tpu.schedule(*given).by_row
+        return schedule.schedule(*given).by_row
 
     found = jax.jit(steps)(jnp.int32(3))
     assert found.column.tolist() == [0, 1, 1, 1]
@@ -288,16 +289,15 @@ def test_runs_on_a_tpu_and_by_name_alone_elsewhere():
 
 def test_blocks_that_no_tpu_has():
     with pytest.raises(ValueError, match="multiples of 8 queries and 128 keys .* got 100 keys of"):
-        pallas_tpu._check_block((64, 100), 256, 256)
-    pallas_tpu._check_block((64, 100), 256, 100)
+        head._check_block((64, 100), 256, 256)
+    head._check_block((64, 100), 256, 100)
 
 
 def test_wide_mechanisms_get_small_blocks():
     def block(score, bias=None):
-        shapes = pallas_tpu._Shapes(
+        shapes = limits.KernelShapes(
             Mechanism(score), 1, 128, 128, np.dtype("float32"), bias, None, True
         )
-        tile = Tile(*(np.arange(4096),) * 4, 0, 1, consecutive=True)
-        return np.prod(pallas_tpu.sizes(shapes, tile, V5E))
+        return np.prod(limits.sizes(shapes, (4096, 4096), V5E))
 
     assert block(scores.Additive(hidden=16)) < block(scores.Dot())

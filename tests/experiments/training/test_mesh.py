@@ -108,6 +108,14 @@ def test_other_runs_on_a_mesh(tmp_path, task, changes):
         assert kernel == [[2, 2, 32, 16], [2, 2, 16, 4]]
 
 
+@pytest.mark.slow
+def test_a_kernel_is_split_over_examples():
+    """Also one that XLA would not split by itself."""
+    names = "dense", "tiled", "pallas_tpu"
+    answers = meshes.on_eight_devices({name: ["kernel", name] for name in names})
+    assert max(answers.values()) < 1e-5, answers
+
+
 @pytest.mark.parametrize("name, reference", [
     ("both", "one"),
     ("one, then eight", "one"),

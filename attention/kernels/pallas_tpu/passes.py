@@ -1,0 +1,576 @@
+"""The kernels: a forward pass, and a backward pass of two, by row and by column of blocks.
+
+A function of a tile is traced once, outside; a kernel reads what it depends on and computes it for
+each pair of blocks that `schedule` leaves.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from attention.kernels import lanes, tiled
+from attention.kernels.dense import Inputs
+from attention.kernels.lanes import LANES, Value, is_literal
+from attention.kernels.pallas_tpu.schedule import Steps, schedule
+from attention.kernels.pallas_tpu.tile import TpuTile
+from attention.kernels.tiled import Arrays, Data, Labels, Piece, Plan
+from attention.parts import EMPTY, FULL, PARTIAL, Array
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuSetting:
+    """What is known while tracing.
+
+    Attributes:
+      plan: of the tiled kernel.
+      narrow: whether operands of products are bfloat16.
+      interpret: whether Pallas's interpreter runs the kernel.
+      vmem: bytes of fast memory that a kernel may take.
+    """
+
+    plan: Plan
+    narrow: bool
+    interpret: bool
+    vmem: int
+
+
+def fast_memory(kind: str) -> int:
+    """Bytes of a TPU core's vector memory (VMEM) that a kernel may take; some is the compiler's."""
+    return (48 if kind.startswith("TPU7x") else 88) * 2**20
+
+
+class VisitData(NamedTuple):
+    """What one visit reads beside the vectors; all but the labels are of the whole head."""
+
+    head: Array
+    query: Labels
+    key: Labels
+    query_length: Array | None
+    key_length: Array | None
+    prefix_length: Array | None
+    mask: Array | None
+
+
+class _Operand(NamedTuple):
+    """An input of a kernel.
+
+    Attributes:
+      x: the array as the kernel gets it.
+      block: the shape of its part in fast memory; None: an axis of 1 that the part lacks.
+      axes: for each axis of x what moves the part along it: 'row', 'column' or None.
+      shape: of the part, as the parts of the mechanism know it.
+    """
+
+    x: Array
+    block: tuple[int | None, ...]
+    axes: tuple[str | None, ...]
+    shape: tuple[int, ...]
+
+    def spec(self):
+        def index(step, row, column, state):
+            place = {"row": row, "column": column}
+            return tuple(0 if axis is None else place[axis][step] for axis in self.axes)
+
+        return pl.BlockSpec(self.block, index)
+
+    def aval(self):
+        return jax.ShapeDtypeStruct(self.shape, self.x.dtype)
+
+    def load(self, ref):
+        if len(self.shape) == 1 and self.axes[0] == "row":
+            return lanes.rows(ref[...])
+        return lanes.value(ref[...])
+
+    def output(self):
+        """Shape and spec of an output like this operand."""
+        return jax.ShapeDtypeStruct(self.x.shape, self.x.dtype), self.spec()
+
+
+def _is_operand(x):
+    return isinstance(x, _Operand)
+
+
+def _of_rows(x):
+    """[row blocks, t, n], or a vector's [row blocks, t]."""
+    shape = x.shape[1:]
+    x = x[..., None] if x.ndim == 2 else x
+    return _Operand(x, (None, *x.shape[1:]), ("row", None, None), shape)
+
+
+def _of_columns(x, s):
+    """[n, S'], or a vector's [S']."""
+    shape = (*x.shape[:-1], s)
+    x = x[None] if x.ndim == 1 else x
+    return _Operand(x, (len(x), s), (None, "column"), shape)
+
+
+def _of_pairs(x, block):
+    """[T' or 1, S' or 1]."""
+    shape = tuple(b if n > 1 else 1 for b, n in zip(block, x.shape, strict=True))
+    axes = tuple(a if n > 1 else None for a, n in zip(("row", "column"), x.shape, strict=True))
+    return _Operand(x, shape, axes, shape)
+
+
+def _whole(x):
+    """All of an array of any shape."""
+    shape = x.shape
+    x = x.reshape((1,) * (2 - x.ndim) + shape)
+    return _Operand(x, x.shape, (None,) * x.ndim, shape)
+
+
+def _pieces(plan, arrays):
+    """`Piece` of `_Operand`s."""
+    s = plan.block[1]
+    inputs = Inputs(
+        jax.tree.map(_whole, arrays.params),
+        _of_rows(arrays.query),
+        _of_columns(arrays.key, s),
+        _of_rows(arrays.features),
+        _of_columns(arrays.key_features, s),
+        _Operand(arrays.value.T, (s, len(arrays.value)), ("column", None), (s, len(arrays.value))),
+    )
+    return Piece(inputs, None if arrays.bias is None else _of_pairs(arrays.bias, plan.block))
+
+
+def _locals(plan, data):
+    """`VisitData` of `_Operand`s."""
+    mask = data.mask
+    return VisitData(
+        _whole(data.head),
+        jax.tree.map(_of_rows, data.query),
+        jax.tree.map(lambda x: _of_columns(x, plan.block[1]), data.key),
+        *(
+            x if x is None else _whole(x)
+            for x in (data.query_length, data.key_length, data.prefix_length)
+        ),
+        None if mask is None else _of_pairs(mask.astype(jnp.int32), plan.block),
+    )
+
+
+def _tile(plan, local, indices):
+    """The `Tile` of a visit."""
+    query, key = local.query, local.key
+    query_index, key_index = indices
+    if query.positions is None:
+        query = query._replace(positions=jnp.minimum(query_index, plan.rows - 1))
+    if key.positions is None:
+        key = key._replace(positions=jnp.minimum(key_index, plan.columns - 1))
+    return TpuTile(
+        query_index=query_index,
+        key_index=key_index,
+        query_positions=query.positions,
+        key_positions=key.positions,
+        head=local.head,
+        num_heads=plan.num_heads,
+        query_length=local.query_length,
+        key_length=local.key_length,
+        query_segments=query.segments,
+        key_segments=key.segments,
+        prefix_length=local.prefix_length,
+        consecutive=plan.consecutive,
+    )
+
+
+def _visible(plan, tile, local):
+    return tiled.tile_visible(plan, tile, None if local.mask is None else local.mask != 0)
+
+
+class _Traced(NamedTuple):
+    """A function of pytrees of arrays, as a jaxpr.
+
+    Attributes:
+      consts: the arrays that it captured.
+      structure: of what it returns.
+      read: which of its arguments' leaves it reads.
+      multiplied: those of them that products of matrices alone read.
+    """
+
+    jaxpr: Any
+    consts: list[_Operand]
+    structure: Any
+    read: frozenset[int]
+    multiplied: frozenset[int]
+
+
+def _traced(function, *args):
+    """args: pytrees of `jax.ShapeDtypeStruct`s."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    jaxpr = closed.jaxpr
+    atoms = {x for equation in lanes.live(jaxpr) for x in equation.invars if not is_literal(x)}
+    atoms |= {x for x in jaxpr.outvars if not is_literal(x)}
+    otherwise = lanes.otherwise_used(jaxpr)
+    read = [i for i, x in enumerate(jaxpr.invars) if x in atoms]
+    return _Traced(
+        closed,
+        [_whole(jnp.asarray(x)) for x in closed.consts],
+        jax.tree.structure(shapes),
+        frozenset(read),
+        frozenset(i for i in read if jaxpr.invars[i] not in otherwise),
+    )
+
+
+def _product(narrow, a, b, equation):
+    """dot_general of a tile; one that asks for a precision gets it."""
+    params = dict(equation.params)
+    wide = params["preferred_element_type"] or jnp.promote_types(a.dtype, b.dtype)
+    dtypes = [atom.aval.dtype for atom in equation.invars]
+    if params["precision"] is None and jnp.issubdtype(wide, jnp.floating):
+        if narrow:
+            dtypes = [jnp.bfloat16, jnp.bfloat16]
+        else:
+            params["precision"] = (lax.Precision.HIGHEST,) * 2
+    a, b = (x.astype(dtype) for x, dtype in zip((a, b), dtypes, strict=True))
+    return lax.dot_general_p.bind(a, b, **params | {"preferred_element_type": np.dtype(wide)})
+
+
+class _Launch:
+    """One kernel: functions of (piece, local, indices, ...) and what they read of the first two.
+
+    Calls of the functions are made inside `body`.
+    """
+
+    def __init__(
+        self,
+        setting: TpuSetting,
+        states: frozenset[int],
+        arrays: Arrays,
+        data: Data,
+        extra: Any = (),
+    ):
+        self.setting, self.states = setting, states
+        self.operands = _pieces(setting.plan, arrays), _locals(setting.plan, data), extra
+        self.leaves = jax.tree.leaves(self.operands, is_leaf=_is_operand)
+        self.inputs: dict[int, _Operand] = {}
+        self.wide: set[int] = set()  # inputs that are read by more than products
+
+    def trace(self, function, *more, record=True):
+        """function(piece, local, extra, indices, *more), `more` pytrees of shapes.
+
+        `record`: it will be called, so that the kernel gets what it reads.
+        """
+        traced = _traced(function, *_avals(self.operands), _index_avals(self.setting.plan), *more)
+        if not record:
+            return traced
+        used = [i for i in sorted(traced.read) if i < len(self.leaves)]
+        self.inputs |= {id(x): x for x in [*(self.leaves[i] for i in used), *traced.consts]}
+        self.wide |= {id(self.leaves[i]) for i in used if i not in traced.multiplied}
+        self.wide |= set(map(id, traced.consts))
+        return traced
+
+    def compute(self, traced, *more):
+        """Pytrees of `Value`s for `more` -> that of the results."""
+        unread = Value("uniform", jnp.zeros((), jnp.float32))
+        own = [
+            x.load(self.refs[id(x)]) if i in traced.read else unread
+            for i, x in enumerate(self.leaves)
+        ]
+        row, column = (x[self.step] for x in self.steps[:2])
+        own += [*_indices(self.setting.plan, row, column), *_values(more)]
+        consts = [x.load(self.refs[id(x)]) for x in traced.consts]
+        product = functools.partial(_product, self.setting.narrow)
+        return jax.tree.unflatten(
+            traced.structure, lanes.evaluate(traced.jaxpr, consts, own, product)
+        )
+
+    def run(self, steps: Steps, body, outputs: list[_Operand], scratch: list[Any], name: str):
+        """body(output refs, scratch refs) for each step -> outputs."""
+        inputs = list(self.inputs.values())
+        narrow = [
+            jnp.bfloat16 if self.setting.narrow and key not in self.wide else x.x.dtype
+            for key, x in self.inputs.items()
+        ]
+
+        def kernel(*refs):
+            self.steps, self.step = Steps(*refs[:3]), pl.program_id(0)
+            ends = 3 + np.cumsum([len(inputs), len(outputs)])
+            self.refs = dict(zip(self.inputs, refs[3 : ends[0]], strict=True))
+            body(refs[ends[0] : ends[1]], refs[ends[1] :])
+
+        return pl.pallas_call(
+            kernel,
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=3,
+                grid=steps.row.shape,
+                in_specs=[x.spec() for x in inputs],
+                out_specs=[x.spec() for x in outputs],
+                scratch_shapes=scratch,
+            ),
+            out_shape=[jax.ShapeDtypeStruct(x.x.shape, x.x.dtype) for x in outputs],
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("arbitrary",), vmem_limit_bytes=self.setting.vmem
+            ),
+            interpret=self.setting.interpret,
+            name=name,
+        )(*steps, *(x.x.astype(dtype) for x, dtype in zip(inputs, narrow, strict=True)))
+
+    def edges(self, order):
+        """Whether this step is the first, the last with its block; `order`: of the blocks."""
+        n, step = order.shape[0], self.step
+        before, after = order[jnp.maximum(step - 1, 0)], order[jnp.minimum(step + 1, n - 1)]
+        return (step == 0) | (before != order[step]), (step == n - 1) | (after != order[step])
+
+    def on_state(self, function):
+        """function(masked), as the state of the pair at hand says."""
+        for state in sorted(self.states - {EMPTY}):
+            run = functools.partial(function, state == PARTIAL)
+            run() if self.states == {state} else pl.when(self.steps.state[self.step] == state)(run)
+
+
+def _values(tree):
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Value))
+
+
+def _avals(operands):
+    return jax.tree.map(lambda x: x.aval(), operands, is_leaf=_is_operand)
+
+
+def _width(plan):
+    """Columns that hold a vector of rows between the steps."""
+    return LANES if plan.block[1] % LANES == 0 else 1
+
+
+def _indices(plan, row, column):
+    """`Value`s of the query and key indices of a pair of blocks."""
+    t, s = plan.block
+    i = row * t + lax.broadcasted_iota(jnp.int32, (t, _width(plan)), 0)
+    j = column * s + lax.broadcasted_iota(jnp.int32, (1, s), 1)
+    return lanes.rows(i), lanes.columns(j)
+
+
+def _index_avals(plan):
+    return [jax.ShapeDtypeStruct((n,), jnp.int32) for n in plan.block]
+
+
+def _write_rows(refs, tree):
+    """Vectors of rows into references [t, 1] or [t, 128]."""
+    for ref, x in zip(refs, _values(tree), strict=True):
+        x = lanes.as_rows(x, ref.shape[0])
+        ref[...] = jnp.broadcast_to(x if x.shape == ref.shape else x[:, :1], ref.shape)
+
+
+def _rows_like(count, x):
+    """The output of an array [t, n], or [t], of each of `count` blocks of rows."""
+    block = (*x.shape, 1)[:2]
+    like = jax.ShapeDtypeStruct((count, *block), x.dtype)
+    return _Operand(like, (None, *block), ("row", None, None), x.shape)
+
+
+def forward(setting: TpuSetting, arrays: Arrays, data: Data) -> tuple[Array, Any]:
+    """out [row blocks, t, V] and the rows' statistic, as `tiled.attend_tiles`."""
+    plan = setting.plan
+    pairs = schedule(plan, data)
+    t, dtype = plan.block[0], arrays.value.dtype
+    normalizer: Any = plan.mechanism.normalizer
+    launch = _Launch(setting, pairs.states, arrays, data)
+
+    def of_normalizer(method):
+        return lambda piece, local, extra, indices, *args: method(
+            piece.inputs.params["normalizer"], *args
+        )
+
+    def visit(masked, piece, local, extra, indices, state, out):
+        tile = _tile(plan, local, indices)
+        visible = _visible(plan, tile, local) if masked else None
+        logits = tiled.tile_logits(plan, piece, tile, visible)
+        own = piece.inputs.params["normalizer"]
+        state, weights, factor = normalizer.update(own, state, logits)
+        out = out if factor is None else out * factor[:, None]
+        return state, out + tiled.tile_output(plan, piece.inputs, weights, tile, None)
+
+    start = launch.trace(of_normalizer(lambda own: normalizer.start(own, jnp.zeros(t, dtype))))
+    state_avals = _outputs(start)
+    acc = jax.ShapeDtypeStruct((t, len(arrays.value)), dtype)
+    finish = launch.trace(of_normalizer(normalizer.finish), state_avals)
+    visits = {
+        masked: launch.trace(functools.partial(visit, masked), state_avals, acc)
+        for masked in (False, True)
+        if (PARTIAL if masked else FULL) in pairs.states
+    }
+
+    def body(outputs, scratch):
+        first, last = launch.edges(launch.steps.row)
+        out_ref, *statistic_refs = outputs
+
+        def state():
+            values = [lanes.rows(ref[...]) for ref in scratch]
+            return jax.tree.unflatten(start.structure, values)
+
+        @pl.when(first)
+        def _():
+            _write_rows(scratch, launch.compute(start))
+            out_ref[...] = jnp.zeros(out_ref.shape, dtype)
+
+        def update(masked):
+            new, out = launch.compute(visits[masked], state(), lanes.value(out_ref[...]))
+            _write_rows(scratch, new)
+            out_ref[...] = lanes.array(out, out_ref.shape)
+
+        launch.on_state(update)
+
+        @pl.when(last)
+        def _():
+            statistic, factor = launch.compute(finish, state())
+            _write_rows(statistic_refs, statistic)
+            if factor is not None:
+                factor = lanes.rows(lanes.as_rows(factor, t))
+                out_ref[...] *= lanes.array(factor, out_ref.shape)
+
+    rows = len(arrays.query)
+    statistic, _ = _outputs(finish)
+    outputs = [_rows_like(rows, x) for x in (acc, *jax.tree.leaves(statistic))]
+    scratch = [pltpu.VMEM((t, _width(plan)), x.dtype) for x in jax.tree.leaves(state_avals)]
+    out, *leaves = launch.run(pairs.by_row, body, outputs, scratch, "forward")
+    leaves = [x[..., 0] for x in leaves]
+    return out, jax.tree.unflatten(jax.tree.structure(statistic), leaves)
+
+
+def _outputs(traced):
+    avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in traced.jaxpr.out_avals]
+    return jax.tree.unflatten(traced.structure, avals)
+
+
+class _Cotangents(NamedTuple):
+    """What the gradient of a tile needs of its rows, beside the tile: statistic, and cotangents.
+
+    `out` [t, V] is that of the output, `total` [t] that of the sum of the weights.
+    """
+
+    statistic: Any
+    out: Array
+    total: Array
+
+
+def backward(
+    setting: TpuSetting,
+    arrays: Arrays,
+    data: Data,
+    statistic: Any,
+    out: Array,
+    out_cotangent: Array,
+    statistic_cotangent: Any,
+) -> Arrays:
+    """The cotangents of `arrays`, from what `forward` returned and the cotangents of that."""
+    normalizer = setting.plan.mechanism.normalizer
+    params = arrays.params["normalizer"]
+
+    def respond(tangent, change):
+        flat = jax.tree.map(jnp.ravel, statistic)
+        return normalizer.statistic_jvp(params, tangent, flat, change)
+
+    change = jnp.zeros(out.shape[0] * out.shape[1], out.dtype)
+    (_, factor), pull = jax.vjp(respond, jax.tree.map(jnp.zeros_like, params), change)
+    of_factor = None if factor is None else jnp.sum(out_cotangent * out, axis=-1).ravel()
+    own, total = pull((jax.tree.map(jnp.ravel, statistic_cotangent), of_factor))
+    rows = _Cotangents(statistic, out_cotangent, total.reshape(out.shape[:2]))
+    pieces = _pieces(setting.plan, arrays)
+    leaves, structure = jax.tree.flatten(pieces, is_leaf=_is_operand)
+    by_columns = [x.axes.count("column") == 1 and "row" not in x.axes for x in leaves]
+    pairs = schedule(setting.plan, data)
+    gradients: dict[int, Array] = {}
+    for name, steps in ("dq", pairs.by_row), ("dkv", pairs.by_column):
+        places = [i for i, own_side in enumerate(by_columns) if own_side == (name == "dkv")]
+        launch = _Launch(setting, pairs.states, arrays, data, jax.tree.map(_of_rows, rows))
+        gradients |= _gradients(launch, steps, places, name)
+    leaves = [gradients.get(i, jnp.zeros(x.x.shape, x.x.dtype)) for i, x in enumerate(leaves)]
+    inputs, bias = jax.tree.unflatten(structure, leaves)
+    params = jax.tree.map(lambda x, like: x.reshape(like.shape), inputs.params, arrays.params)
+    params["normalizer"] = jax.tree.map(jnp.add, params["normalizer"], own)
+    return Arrays(
+        params,
+        inputs.query,
+        inputs.features,
+        inputs.key,
+        inputs.key_features,
+        inputs.value.T,
+        bias,
+    )
+
+
+def _gradients(launch, steps, places, name):
+    """Of the leaves of `Piece` at `places`: place -> cotangent, as the kernel holds it.
+
+    Those that the weights do not depend on are left out.
+    """
+    plan, states = launch.setting.plan, launch.states
+
+    def weighted(masked, piece, local, extra, indices):
+        tile = _tile(plan, local, indices)
+        visible = _visible(plan, tile, local) if masked else None
+        logits = tiled.tile_logits(plan, piece, tile, visible)
+        own = piece.inputs.params["normalizer"]
+        weights = plan.mechanism.normalizer.weight(own, logits, extra.statistic)
+        if visible is not None:
+            weights = jnp.where(visible, weights, 0)
+        out = tiled.tile_output(plan, piece.inputs, weights, tile, None)
+        return out, weights.sum(1)
+
+    def pull(masked, piece, *others):
+        leaves, structure = jax.tree.flatten(piece)
+
+        def of_own(own):
+            placed = [own.get(i, x) for i, x in enumerate(leaves)]
+            return weighted(masked, jax.tree.unflatten(structure, placed), *others)
+
+        _, pull = jax.vjp(of_own, {i: leaves[i] for i in places})
+        return pull((others[1].out, others[1].total))[0]
+
+    kinds = [kind for kind in (PARTIAL, FULL) if kind in states] or [FULL]
+    read = launch.trace(functools.partial(weighted, kinds[0] == PARTIAL), record=False).read
+    places = [i for i in places if i in read]
+    if not places:
+        return {}
+    pulls = {
+        kind == PARTIAL: launch.trace(functools.partial(pull, kind == PARTIAL)) for kind in kinds
+    }
+    operands = {i: launch.leaves[i] for i in places}
+
+    def body(outputs, scratch):
+        del scratch
+        refs = dict(zip(operands, outputs, strict=True))
+        first, _ = launch.edges(launch.steps.column if name == "dkv" else launch.steps.row)
+
+        def clear(which):
+            for i in which:
+                refs[i][...] = jnp.zeros(refs[i].shape, refs[i].dtype)
+
+        axes = {i: {axis for axis in x.axes if axis} for i, x in operands.items()}
+        pl.when(launch.step == 0)(lambda: clear(i for i in places if not axes[i]))
+        pl.when(first)(lambda: clear(i for i in places if len(axes[i]) == 1))
+
+        def add(masked):
+            for i, x in launch.compute(pulls[masked]).items():
+                x = _held(x, operands[i], refs[i].shape)
+                refs[i][...] = x if len(axes[i]) == 2 else refs[i][...] + x
+
+        launch.on_state(add)
+
+    results = launch.run(steps, body, list(operands.values()), [], name)
+    gradients = dict(zip(places, results, strict=True))
+    for i, operand in operands.items():
+        if "row" in operand.axes and "column" in operand.axes:
+            gradients[i] = jnp.where(_visited(plan, steps, operand.x.shape), gradients[i], 0)
+    return gradients
+
+
+def _held(x, operand, shape):
+    """The array, as a reference to a part of `operand` holds it."""
+    if len(operand.shape) == 1 and operand.axes[0] == "row":
+        return lanes.as_rows(x, operand.shape[0])[:, :1]
+    if len(operand.shape) < 2:
+        return lanes.as_columns(x, shape[1])
+    return lanes.array(x, shape)
+
+
+def _visited(plan, steps, shape):
+    """[T', S'] bool: the pairs of the blocks that are not EMPTY."""
+    t, s = plan.block
+    visited = jnp.zeros((-(-shape[0] // t), -(-shape[1] // s)), bool)
+    visited = visited.at[steps.row, steps.column].max(steps.state != EMPTY)
+    return jnp.repeat(jnp.repeat(visited, t, 0), s, 1)
