@@ -208,6 +208,7 @@ def _primitive(name, evaluate, lower, shapes):
     primitive.def_impl(evaluate)
     primitive.def_effectful_abstract_eval(shapes)
     mlir.register_lowering(primitive, mlir.lower_fun(lower, multiple_results=True))
+    primitive.to_lojax = lower  # where the call holds what JAX lowers in two steps, as Pallas's
     return primitive
 
 

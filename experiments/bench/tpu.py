@@ -49,6 +49,12 @@ def device(chip: str) -> Any:
     return topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices[0]
 
 
+def for_device(device: Any) -> Any:
+    """A context in which a program is said to be for `device`: `attend` chooses kernels for it."""
+    kind = jax.sharding.AbstractDevice(device.device_kind, device.num_cores, "tpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=kind))
+
+
 def compiled(function: Any, device: Any, *arguments: Any) -> Any:
     """The program of `device` for arguments that are pytrees of `jax.ShapeDtypeStruct`s."""
     sharding = jax.sharding.SingleDeviceSharding(device)
@@ -56,9 +62,7 @@ def compiled(function: Any, device: Any, *arguments: Any) -> Any:
     def place(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    kind = jax.sharding.AbstractDevice(device.device_kind, device.num_cores, "tpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=kind)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with for_device(device):
         traced = jax.jit(function).trace(*jax.tree.map(place, arguments))
         return traced.lower(lowering_platforms=("tpu",)).compile()
 

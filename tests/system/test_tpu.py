@@ -6,9 +6,10 @@ import pytest
 
 from attention import Mechanism, attend, explain, parse
 from attention.nn import MultiHeadAttention
+from experiments.bench import tpu
+from experiments.bench.tpu import compiled
 
 pytest.importorskip("libtpu", reason="libtpu is missing: run `make test-tpu`, which installs it")
-topologies = pytest.importorskip("jax.experimental.topologies")
 pytestmark = pytest.mark.slow
 
 KINDS = {
@@ -26,18 +27,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def device():
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    return topology.devices[0]
-
-
-def compiled(function, device, *arguments):
-    sharding = jax.sharding.SingleDeviceSharding(device)
-
-    def place(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    lowered = jax.jit(function).trace(*jax.tree.map(place, arguments))
-    return lowered.lower(lowering_platforms=("tpu",)).compile()
+    return tpu.device("v5e")
 
 
 def temporary(device, parts, T):
@@ -110,11 +100,7 @@ def test_splash_compiles(kind, width, device):
         out, aux = attend(mechanism, params, query, key, value, aux=("lse",), **data)
         return (out.astype(jnp.float32) ** 2).sum(), aux
 
-    mesh = jax.sharding.AbstractMesh(
-        (), (), abstract_device=jax.sharding.AbstractDevice(device.device_kind, 1, "tpu")
-    )
-    with jax.sharding.use_abstract_mesh(mesh):
+    with tpu.for_device(device):
         assert "splash: runs" in explain(mechanism, *arrays, **data)
-        gradient = jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
-        program = compiled(gradient, device, params, *arrays, data)
-    assert "splash" in program.as_text()
+    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+    assert "splash" in compiled(gradient, device, params, *arrays, data).as_text()
