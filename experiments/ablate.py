@@ -92,7 +92,9 @@ if __name__ == "__main__":
     )
     _EXECUTOR = flags.DEFINE_enum("executor", "local", executors.NAMES, "Who trains the cells.")
     _WORKERS = flags.DEFINE_integer(
-        "workers", 0, "Cells at a time; 0: as many as there are GPUs here, nodes' worth elsewhere."
+        "workers",
+        0,
+        "Cells at a time; 0: one for each GPU or each physical core here, all at once elsewhere.",
     )
     _RESOURCES = flags.DEFINE_string(
         "resources", "", "Of each cell, for Ray (num_gpus=1) or submitit (timeout_min=60)."

@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from experiments import tasks
 from experiments.analysis import statistics
 from experiments.config.models import build
-from experiments.launch import cli
+from experiments.launch import cli, machine
 from experiments.launch.interrupts import Stop, Stopped
 from experiments.launch.progress import Progress
 from experiments.reporting import formatting
@@ -33,16 +33,18 @@ def main(argv):
     del argv
     with cli.user_errors():
         config, changed = cli.config(_CONFIG)
+        directory = paths.as_path(_WORKDIR.value)
+        cores = machine.threads(machine.cores())
+        devices.use_threads(loop.threads(directory, config) or cores)
         if _DISTRIBUTED.value or _COORDINATOR.value:
             devices.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         elif (_NUM_PROCESSES.value, _PROCESS_ID.value) != (None, None):
             raise ValueError("--num_processes and --process_id go with --coordinator=host:port")
         if jax.process_index():
             sys.stdout = open(os.devnull, "w")
-        directory = paths.as_path(_WORKDIR.value)
         loop.check(config, changed)
         loop.check_directory(directory, config)
-        loop.claim(directory, config)
+        loop.claim(directory, config, cores)
         task, _ = build(config)
         if isinstance(task, tasks.Translates):
             print(task.summary())

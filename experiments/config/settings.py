@@ -92,6 +92,11 @@ class Setting(NamedTuple):
 SETTINGS: dict[str, Any] = {
     "mesh": Setting("", TEXT, "of devices, 'data:4,model:2': batch over data, heads over model"),
     "fully_sharded": Setting(False, SWITCH, "parameters over data as well"),
+    "threads": Setting(
+        0,
+        at_least(0),
+        "of XLA on a CPU; results depend on them to the bit; 0: the cores that the run begins on",
+    ),
     "model": {
         "architecture": Setting("transformer", one_of("transformer", "rnn")),
         "score": Setting("scaled_dot", PART, reader=ATTENTION),

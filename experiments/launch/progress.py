@@ -22,8 +22,10 @@ class Progress:
 
     def __init__(self, cells: int):
         self._cells, self._done = cells, 0
+        self._shares: dict[str, float] = {}  # done of each cell that is under way
         self._begin = time.monotonic()
         self._bar: Any = None
+        self._all: Any = None  # the bar of the sweep
 
     def __enter__(self) -> "Progress":
         if sys.stdout.isatty():
@@ -38,6 +40,7 @@ class Progress:
                 transient=True,
             )
             self._bar.start()
+            self._all = self._bar.add_task("all cells", total=self._cells, loss="", left="")
         return self
 
     def __exit__(self, *_):
@@ -48,13 +51,27 @@ class Progress:
         """The progress of one cell."""
         return CellProgress(self, name)
 
-    def left(self, share: float = 0.0) -> str:
-        """The time left for all cells, from the pace so far; `share` of the current one is done."""
-        share = (self._done + share) / self._cells
+    def update(self, name: str, share: float) -> str:
+        """`share` of a cell is done, since this began; -> the time left for all, by their pace."""
+        self._shares[name] = share
+        return self._left()
+
+    def end(self, name: str) -> str:
+        """A cell has ended; -> its number."""
+        self._shares.pop(name, None)
+        self._done += 1
+        self._left()
+        return f"[{self._done}/{self._cells}]"
+
+    def _left(self):
+        share = (self._done + sum(list(self._shares.values()))) / self._cells
         if not share:
             return ""
-        seconds = int((time.monotonic() - self._begin) * (1 - share) / share)
-        return f"{seconds // 60}:{seconds % 60:02d} left"
+        seconds = int((time.monotonic() - self._begin) * max(1 - share, 0.0) / share)
+        left = f"{seconds // 60}:{seconds % 60:02d} left"
+        if self._bar:
+            self._bar.update(self._all, completed=self._done, left=left)
+        return left
 
 
 class CellProgress:
@@ -67,25 +84,24 @@ class CellProgress:
 
     def start(self, steps: int, at: int = 0) -> None:
         """Training begins, at step `at` of `steps`."""
-        self._steps = steps
+        self._steps, self._begin = steps, min(at, steps - 1)
         if bar := self._sweep._bar:
             label = _escape(self._name)
             self._task = bar.add_task(label, total=steps, completed=at, loss="", left="")
 
     def step(self, step: int, loss: float | None = None) -> None:
         """`step` steps are done; `loss` where it is known."""
-        left = self._sweep.left(step / self._steps)
+        left = self._sweep.update(self._name, (step - self._begin) / (self._steps - self._begin))
         if bar := self._sweep._bar:
             fields = {} if loss is None else {"loss": f"loss {loss:.3f}"}
-            bar.update(self._task, completed=step, left=left, **fields)
+            bar.update(self._task, completed=step, **fields)
         elif loss is not None and time.monotonic() - self._last_line > _PLAIN_SECONDS:
             self._last_line = time.monotonic()
             print(f"  {self._name} step {step}/{self._steps} loss {loss:.4f}, {left}", flush=True)
 
     def finish(self, line: str) -> None:
         """The cell has ended; `line` is what to say of it."""
-        self._sweep._done += 1
-        self.note(line, f"[{self._sweep._done}/{self._sweep._cells}]")
+        self.note(line, self._sweep.end(self._name))
 
     def note(self, line: str, number: str = " ") -> None:
         """Says something of the cell; its bar goes until it starts again."""

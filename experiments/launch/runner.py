@@ -25,11 +25,15 @@ from experiments.training import loop
 
 
 def open_workdir(
-    workdir: Any, swept: Sequence[sweep.CellSpec], expected: Sequence[claims.Claim] = ()
+    workdir: Any,
+    swept: Sequence[sweep.CellSpec],
+    expected: Sequence[claims.Claim] = (),
+    threads: int = 0,
 ) -> None:
     """Writes sweep.json and each cell's config.json, or adds cells to those already there.
 
-    `expected` takes the place of what was claimed there before.
+    `expected` takes the place of what was claimed there before. `threads` are those of a new cell
+    that sets none.
 
     Raises ValueError, before anything is written, where a cell there has other settings.
     """
@@ -58,7 +62,7 @@ def open_workdir(
             paths.replace(path, json.dumps(content, indent=2))
         for cell in swept:  # a mesh may be another than before
             if not cells.outcome(directory := cells.folder(workdir, cell.id)):
-                loop.claim(directory, cell.config)
+                loop.claim(directory, cell.config, threads)
 
 
 def environment() -> dict[str, str]:
@@ -180,7 +184,7 @@ def train_sweep(
                     loop.check(cell.config)
                 for cell in swept:
                     cells.forget(cells.folder(workdir, cell.id), retried)
-                open_workdir(workdir, swept, expected)
+                open_workdir(workdir, swept, expected, executor.threads)
             print(f"{len(todo)} of {len(swept)} cells to train in {workdir}", flush=True)
             stop.unsaved = True  # those who train are asked to save
             if eta:

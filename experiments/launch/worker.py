@@ -4,11 +4,13 @@ Started by `executors.Local`: a job comes as a line of JSON on standard input, w
 as lines on standard output. It ends with the process that started it.
 """
 
+import contextlib
 import json
 import os
 import queue
 import sys
 import threading
+import time
 
 from absl import logging
 
@@ -18,6 +20,8 @@ from experiments.launch.interrupts import Stop, Stopped
 from experiments.launch.precompile import Ahead
 from experiments.launch.progress import Reported
 from experiments.storage import leases, paths
+from experiments.training import loop
+from experiments.training.compilation import compile_program
 
 
 def main() -> None:
@@ -44,7 +48,7 @@ def main() -> None:
     try:
         with stop, Ahead() as ahead:
             while True:
-                _work(json.loads(lines.get()), say, stop, ahead)
+                _work(json.loads(lines.get()), lines, say, stop, ahead)
     except Stopped:
         leave(stop)
     except cells.DiskFull as error:
@@ -58,13 +62,19 @@ def _listen(lines):
     os._exit(0)  # the launcher is gone; what is saved is saved
 
 
-def _work(order, say, stop, ahead):
+def _work(order, lines, say, stop, ahead):
     workdir, job = paths.as_path(order["workdir"]), cells.Job(**order["job"])
 
     def compiled():
-        if not order["ahead"]:  # other workers have the other cores
-            return 0.0
-        return ahead.turn(_config(workdir, job.id), _config(workdir, order["following"]))
+        if order["alone"]:
+            return ahead.turn(_config(workdir, job.id), _config(workdir, order["following"]))
+        # The other cores train, so nothing is compiled ahead of its turn.
+        began = time.perf_counter()
+        with contextlib.suppress(Exception):  # the training raises it again
+            program = compile_program(*loop.prepare(_config(workdir, job.id)).program)
+            say("memory", bytes=program.memory_bytes or 0)
+            lines.get()  # the launcher's permission
+        return time.perf_counter() - began
 
     try:
         result = cells.run_cell(workdir, job, Reported(say), stop, compiled)

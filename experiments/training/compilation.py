@@ -2,9 +2,12 @@
 
 import concurrent.futures
 import functools
+import hashlib
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,11 +175,24 @@ class _Compiler:
             options["out_shardings"] = out
         lowered = jax.jit(function, **options).lower(*arguments)
         quick: dict[str, Any] | None = {"xla_backend_optimization_level": 0} if once else None
-        self._futures[key] = self._pool.submit(lowered.compile, compiler_options=quick)
+        self._futures[key] = self._pool.submit(_compile, lowered, quick)
 
     def results(self) -> dict[Hashable, Any]:
         """The compiled functions by key, when all are there."""
         return {key: future.result() for key, future in self._futures.items()}
+
+
+def _compile(lowered, options):
+    """Compiles, but waits where another process compiles the same, and takes it from the cache."""
+    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if not folder or "://" in folder or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+        return lowered.compile(compiler_options=options)
+    locks = Path(folder) / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    # 256 files in all, since who removes one may remove another's.
+    with filelock.FileLock(locks / digest[:2]):
+        return lowered.compile(compiler_options=options)
 
 
 def _on_any_batch(compiled, mesh):

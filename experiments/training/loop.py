@@ -296,6 +296,7 @@ def check_directory(directory: Any, config: ConfigDict) -> None:
         there = settings.complete(json.loads(text))
         here = settings.describe(config)
         there |= {name: here[name] for name in ("mesh", "fully_sharded")}
+        here["threads"] = here["threads"] or there["threads"]
         if changed := differences.in_words(there, here):
             raise ValueError(
                 f"{directory} holds another experiment: {changed[0]}; choose another "
@@ -303,11 +304,21 @@ def check_directory(directory: Any, config: ConfigDict) -> None:
             )
 
 
-def claim(directory: Any, config: ConfigDict) -> None:
-    """Makes `directory` the place of this config's run: writes config.json."""
+def threads(directory: Any, config: ConfigDict) -> int:
+    """XLA's threads of a run: what `config` sets, else what `directory` has recorded, else 0."""
+    there = json.loads(paths.read(directory / "config.json") or "{}")
+    return config.threads or there.get("threads", 0)
+
+
+def claim(directory: Any, config: ConfigDict, cores: int = 0) -> None:
+    """Makes `directory` the place of this config's run: writes config.json.
+
+    A run that begins records `cores` as its threads, where `config` sets none.
+    """
+    described = settings.describe(config)
+    described["threads"] = threads(directory, config) or cores
     paths.make(directory)
-    description = json.dumps(settings.describe(config), indent=2)
-    write(directory / "config.json", description)
+    write(directory / "config.json", json.dumps(described, indent=2))
 
 
 def _lap(state, began):

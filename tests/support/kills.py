@@ -28,8 +28,8 @@ def sweep_rate():
 """
 
 
-def launch(config, work, sweep=None):
-    return start(f"--config={config}", f"--workdir={work}", *([f"--sweep={sweep}"] * bool(sweep)))
+def launch(config, work, sweep="all", *flags):
+    return start(f"--config={config}", f"--workdir={work}", f"--sweep={sweep}", *flags)
 
 
 def finish(process):
@@ -58,10 +58,10 @@ def left(work):
     return cells, rows
 
 
-def quiet(tmp_path, sweep=None):
+def quiet(tmp_path, sweep="all", *flags):
     """The config, what an undisturbed sweep of it leaves, and the seconds that it takes."""
     config = tmp_path / "config.py"
     config.write_text(CONFIG)
     began = time.monotonic()
-    finish(launch(config, tmp_path / "quiet", sweep))
+    finish(launch(config, tmp_path / "quiet", sweep, *flags))
     return config, left(tmp_path / "quiet"), time.monotonic() - began

@@ -24,12 +24,12 @@ INSTANTS = {
 }
 
 
-def kill(config, work, instant, seconds, sweep=None):
+def kill(config, work, instant, seconds, sweep="all"):
     """Starts the launcher and kills it when something new shows, or after some seconds.
 
     Returns whether that came before its end.
     """
-    process = launch(config, work, sweep)
+    process = launch(config, work, sweep, "--workers=2")
     before = set(work.glob(INSTANTS[instant])) if instant else set()
     until = time.monotonic() + seconds
     while process.poll() is None:
@@ -47,20 +47,20 @@ def kill(config, work, instant, seconds, sweep=None):
 
 
 def test_killed_while_it_saves_and_writes_it_ends_in_the_same_bits(tmp_path):
-    config, expected, _ = quiet(tmp_path, "position")
+    config, expected, _ = quiet(tmp_path, "position", "--workers=2")
     work = tmp_path / "cut"
     for instant in ("save", "done"):
         assert kill(config, work, instant, 0, "position"), instant
-    finish(launch(config, work, "position"))
+    finish(launch(config, work, "position", "--workers=2"))
     assert left(work) == expected
     assert not list(work.glob("cells/*/checkpoints/*tmp*"))
 
 
 @pytest.mark.slow
 def test_killed_a_hundred_times_at_random_it_ends_in_the_same_bits(tmp_path):
-    config, expected, _ = quiet(tmp_path)
+    config, expected, _ = quiet(tmp_path, "all", "--workers=2")
     began = time.monotonic()
-    finish(launch(config, tmp_path / "again"))  # its programs are kept by now
+    finish(launch(config, tmp_path / "again", "all", "--workers=2"))  # its programs are kept by now
     duration = time.monotonic() - began
     rng = random.Random(0)
     kills, sweeps = 0, 0
@@ -74,5 +74,5 @@ def test_killed_a_hundred_times_at_random_it_ends_in_the_same_bits(tmp_path):
             kills += early
             over = not early and (work / "report.html").exists()
             print(kills, sweeps, instant, early, flush=True)
-        finish(launch(config, work))
+        finish(launch(config, work, "all", "--workers=2"))
         assert left(work) == expected, f"sweep {sweeps}, after {kills} kills"

@@ -25,7 +25,12 @@ class Executor(abc.ABC):
 
     with Stop() as stop, Local(workdir, workers=2) as executor:
         executor.run(jobs, progress, stop)
+
+    Attributes:
+      threads: of XLA on a CPU, for a cell that begins; 0: as many as the machine has cores.
     """
+
+    threads = 0
 
     @abc.abstractmethod
     def __enter__(self) -> Self:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -12,38 +13,46 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from experiments.launch import cells
+from experiments.launch import cells, machine
 from experiments.launch.executors import base
 from experiments.launch.interrupts import Stop, Stopped
 from experiments.launch.progress import Progress
+from experiments.storage import paths
 
 _TRIES = 2  # of a cell whose process dies
+_PROCESS_BYTES = 2**30  # of a worker without its cell: JAX, and XLA while it compiles
 
 
 class Local(base.Executor):
     """Processes of this machine, each with a device of its own; one cell at a time in each.
 
+    On a CPU each has physical cores of its own. A cell waits until the memory of its step, as XLA
+    counts it, is free beside the cells that train; it trains in any case where none does.
     A process that dies (out of memory, say) is started again and goes on from the checkpoint; where
     it dies once more the cell has failed.
 
     Args:
       workdir: the work directory.
-      workers: how many processes; 0: one for each GPU that JAX may use here, or one.
-      devices: GPUs of each process.
+      workers: how many processes; 0: one for each GPU that JAX may use here, one where there is
+        another accelerator, else one for each physical core, as far as memory allows.
+      devices: GPUs of each process, or devices that a mesh makes of a CPU.
     """
 
     def __init__(self, workdir: Any, workers: int = 0, devices: int = 1):
         self._workdir = workdir
         self._places = places(workers, devices)
+        self.threads = min(place.threads for place in self._places)
         self._workers: list[_Worker] = []
         self._problem: Exception | None = None
 
     def __enter__(self) -> "Local":
         # They import JAX while the sweep is being checked.
-        self._workers = [_Worker(place) for place in self._places]
+        self._workers = [_Worker(place, self.threads) for place in self._places]
+        count = len(self._workers)
+        self._memory = Memory(machine.free_memory() - count * _PROCESS_BYTES)
         return self
 
     def __exit__(self, *_) -> None:
@@ -85,18 +94,28 @@ class Local(base.Executor):
             todo.clear()
 
     def _train(self, worker, job, following, progress, stop):
+        try:
+            self._try(worker, job, following, progress, stop)
+        finally:
+            self._memory.give(worker)
+
+    def _try(self, worker, job, following, progress, stop):
         for tried in range(1, _TRIES + 1):
             cell = progress.cell(job.id)
             order = {
                 "workdir": str(self._workdir),
                 "job": dataclasses.asdict(job),
                 "following": following,
-                "ahead": len(self._workers) == 1,
+                "alone": len(self._workers) == 1,
             }
+            worker.use_threads(_threads(cells.folder(self._workdir, job.id)) or self.threads)
             step = 0
             limit = job.max_minutes * 60 + 60 if job.max_minutes else None
             for event in worker.work(order, limit):
                 match event:
+                    case {"kind": "memory", "bytes": size}:
+                        self._memory.take(worker, size, lambda: stop.signal or self._problem)
+                        worker.say("go")
                     case {"kind": "start", "steps": steps, "at": step}:
                         cell.start(steps, step)
                     case {"kind": "step", "step": step, "loss": loss}:
@@ -116,6 +135,7 @@ class Local(base.Executor):
                     case {"kind": "taken"}:
                         return
             code = worker.end(patience=5)  # it is about to die
+            self._memory.give(worker)
             if stop.signal or self._problem:
                 return
             worker.start()
@@ -132,18 +152,50 @@ class Local(base.Executor):
             cell.finish(cells.line(outcome))
 
 
-class _Worker:
-    """A process of `experiments.launch.worker`."""
+class Memory:
+    """Bytes that several threads share."""
 
-    def __init__(self, place: dict):
-        self._place = place
+    def __init__(self, size: int):
+        self._size = size
+        self._taken: dict[Any, int] = {}
+        self._changed = threading.Condition()
+
+    def take(self, owner: Any, size: int, stopping: Callable[[], Any] = lambda: False) -> None:
+        """Waits until so many bytes are free, or all, or until it is `stopping`."""
+        with self._changed:
+            while (taken := sum(self._taken.values())) and taken + size > self._size:
+                if stopping():
+                    return
+                self._changed.wait(0.2)
+            self._taken[owner] = size
+
+    def give(self, owner: Any) -> None:
+        """What the owner has is free again."""
+        with self._changed:
+            self._taken.pop(owner, None)
+            self._changed.notify_all()
+
+
+class _Worker:
+    """A process of `experiments.launch.worker`, with so many threads of XLA on a CPU."""
+
+    def __init__(self, place: "Place", threads: int):
+        self._place, self._threads = place, threads
         self.start()
+
+    def use_threads(self, number: int) -> None:
+        """Starts it again where it has another number of threads."""
+        if number != self._threads:
+            self._threads = number
+            self.end()
+            self.start()
 
     def start(self) -> None:
         """Starts it, also again after its end."""
+        threads = {"NPROC": str(self._threads)} if self._threads else {}
         process = subprocess.Popen(
             [sys.executable, "-m", "experiments.launch.worker"],
-            env={**os.environ, **self._place["environment"]},
+            env={**os.environ, **self._place.environment, **threads},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -151,8 +203,8 @@ class _Worker:
         )
         assert process.stdin and process.stdout  # both are pipes
         self._process, self._orders, self._events = process, process.stdin, process.stdout
-        if cores := self._place["cores"]:
-            os.sched_setaffinity(process.pid, cores)
+        if self._place.cores:
+            os.sched_setaffinity(process.pid, self._place.cores)
 
     def work(self, order: dict, limit: float | None):
         """Gives it an order and yields its events, until the one that ends it or its death.
@@ -163,7 +215,7 @@ class _Worker:
         timer = threading.Timer(limit or 0, self._kill)
         timer.daemon = True
         try:
-            print(json.dumps(order), file=self._orders, flush=True)
+            self.say(json.dumps(order))
             if limit:
                 timer.start()
             for line in self._events:
@@ -172,6 +224,10 @@ class _Worker:
             return
         finally:
             timer.cancel()
+
+    def say(self, line: str) -> None:
+        """Writes a line to its standard input.  BrokenPipeError where it is dead."""
+        print(line, file=self._orders, flush=True)
 
     def _kill(self):
         self.late = True
@@ -192,6 +248,11 @@ class _Worker:
         return self._process.wait()
 
 
+def _threads(directory):
+    """The threads that a cell has recorded, 0 where it has not."""
+    return json.loads(paths.read(directory / "config.json") or "{}").get("threads", 0)
+
+
 def _died(code):
     if code < 0:
         name = signal.Signals(-code).name
@@ -199,17 +260,37 @@ def _died(code):
     return f"exit status {code}"
 
 
-def places(workers: int, devices: int) -> list[dict]:
-    """For each worker the variables that show it its GPUs alone, or its share of the CPU's cores.
+class Place(NamedTuple):
+    """Where a worker trains.
+
+    Attributes:
+      environment: variables that show it its GPUs alone.
+      cores: the logical CPUs that it is pinned to, empty for all.
+      threads: of XLA on a CPU; 0: its own choice.
+    """
+
+    environment: dict[str, str] = {}
+    cores: frozenset[int] = frozenset()
+    threads: int = 0
+
+
+def places(workers: int, devices: int) -> list[Place]:
+    """Where each worker trains: on its GPUs, or on its physical cores of the CPU.
 
     ValueError where there are fewer GPUs than one worker needs.
     """
     gpu_ids = gpus()
+    if not gpu_ids and not _cpu_alone():
+        return [Place()] * max(workers, 1)
     if not gpu_ids:
-        count = max(workers, 1)
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-        shares = [set(cores[i::count]) if count > 1 else set() for i in range(count)]
-        return [{"environment": {}, "cores": share} for share in shares]
+        cores = machine.cores()
+        most = min(len(cores) // devices, machine.free_memory() // _PROCESS_BYTES // devices)
+        count = workers or max(1, most)
+        if count == 1:
+            return [Place(threads=machine.threads(cores))]
+        shares = [cores[i::count] or [cores[i % len(cores)]] for i in range(count)]
+        threads = min(map(machine.threads, shares))
+        return [Place(cores=frozenset().union(*share), threads=threads) for share in shares]
     if devices > len(gpu_ids):
         raise ValueError(
             f"a cell needs {devices} GPUs, there are {len(gpu_ids)}: {', '.join(gpu_ids)}"
@@ -221,10 +302,16 @@ def places(workers: int, devices: int) -> list[dict]:
     groups = [
         [gpu_ids[(i * devices + k) % len(gpu_ids)] for k in range(devices)] for i in range(count)
     ]
-    return [
-        {"environment": {"CUDA_VISIBLE_DEVICES": ",".join(group), **memory}, "cores": set()}
-        for group in groups
-    ]
+    return [Place({"CUDA_VISIBLE_DEVICES": ",".join(group), **memory}) for group in groups]
+
+
+def _cpu_alone():
+    """Whether JAX has no other device here than CPU and NVIDIA GPUs, without starting it."""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms.split(",")[0] in ("cpu", "cuda", "gpu")
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    others = [plugin for plugin in plugins if "cuda" not in plugin.value]
+    return not others and not importlib.util.find_spec("libtpu")
 
 
 def gpus() -> list[str]:
