@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments.bench import page, run, tables, tpu, tuning
-from experiments.launch import cli
+from experiments.launch import cli, machine
 from experiments.storage import paths
 from experiments.tasks.ranges import above
 
@@ -29,6 +29,7 @@ def main(_):
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     # Each process takes what it needs of a GPU's memory: torch needs some, too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.update(machine.huge_pages())  # for the contenders, as for the cells of a sweep
     with cli.user_errors():
         if _TUNE.value:
             return print(tuning.tune(Path(_TABLE.value), lambda line: print(line, flush=True)))

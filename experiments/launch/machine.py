@@ -30,6 +30,18 @@ def threads(of: Sequence[set[int]]) -> int:
     return sum(max(1, len(core)) for core in of)
 
 
+def huge_pages() -> dict[str, str]:
+    """Variables by which glibc puts a new process's large arrays on huge pages of memory.
+
+    XLA takes the memory of a step anew each time, and the first touch of each page costs. Pages of
+    2 MB save a quarter of a step that takes 600 MB, and a twentieth of one that takes 30.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if "glibc.malloc.hugetlb" in tunables:
+        return {}
+    return {"GLIBC_TUNABLES": ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))}
+
+
 def free_memory() -> int:
     """Bytes that may be taken: those of the machine, and of the container where it has fewer."""
     free = psutil.virtual_memory().available

@@ -80,6 +80,16 @@ def test_a_container_limits_time_and_memory(cpus, monkeypatch):
     assert len(local.places(0, 1)) == 1
 
 
+def test_a_worker_has_huge_pages_unless_its_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert machine.huge_pages() == {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=0")
+    expected = "glibc.malloc.check=0:glibc.malloc.hugetlb=1"
+    assert machine.huge_pages() == {"GLIBC_TUNABLES": expected}
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    assert machine.huge_pages() == {}
+
+
 def test_a_cell_waits_for_memory_but_never_alone():
     memory = local.Memory(100)
     memory.take("large", 150)  # nobody else trains
