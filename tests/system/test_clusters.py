@@ -192,22 +192,17 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
         executors.create("slurm", tmp_path, 0, 1, "")
 
 
-def test_each_worker_has_gpus_of_its_own_or_a_share_of_the_cores(monkeypatch):
+def test_each_worker_has_gpus_of_its_own(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,5")
 
     def shown(*arguments):
         places = local.places(*arguments)
-        return [place["environment"]["CUDA_VISIBLE_DEVICES"] for place in places]
+        return [place.environment["CUDA_VISIBLE_DEVICES"] for place in places]
 
     assert shown(0, 1) == ["0", "1", "2", "5"]
     assert shown(0, 2) == ["0,1", "2,5"]
     assert len(local.places(3, 1)) == 3
     with pytest.raises(ValueError, match="a cell needs 8 GPUs, there are 4: 0, 1, 2, 5"):
         local.places(0, 8)
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert local.places(0, 1) == [{"environment": {}, "cores": set()}]
-    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1:
-        first, second = local.places(2, 1)
-        assert first["cores"] and second["cores"] and not first["cores"] & second["cores"]

@@ -12,24 +12,25 @@ from support.launching import CONFIG, ablate, children, ended, read, start, wait
 
 
 @pytest.mark.parametrize(
-    "kind, status",
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    "kind, status, workers",
+    [(signal.SIGTERM, 143, 2), pytest.param(signal.SIGINT, 130, 1, marks=pytest.mark.slow)],
 )
-def test_a_signal_saves_and_the_same_command_goes_on(config, tmp_path, kind, status):
+def test_a_signal_saves_and_the_same_command_goes_on(config, tmp_path, kind, status, workers):
     work = tmp_path / "work"
     flags = [f"--config={config}", "--sweep=position", f"--workdir={work}"]
     flags += ["--config.train.steps=100000", "--config.train.checkpoint_every=100000"]
-    run = start(*flags)
+    run = start(*flags, f"--workers={workers}")
     log = work / "cells/base/metrics.jsonl"
     wait_for(lambda: log.exists() and log.stat().st_size, run)
-    (worker,) = children(run.pid)
-    (ahead,) = children(worker)
+    processes = children(run.pid)
+    ahead = [child for process in processes for child in children(process)]
+    assert (len(processes), len(ahead)) == ((1, 1) if workers == 1 else (2, 0))
     run.send_signal(kind)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == status and "Traceback" not in errors
     last = f"stopped by {kind.name}; the same command goes on from here"
     assert errors.strip() == last, errors
-    assert ended(worker) and ended(ahead)
+    assert all(map(ended, processes + ahead))
     (saved,) = (p.name for p in (work / "cells/base/checkpoints").iterdir())
     assert 0 < int(saved) < 100000 and not (work / "cells/base/result.json").exists()
     assert json.loads(log.read_text().splitlines()[-1])["step"] <= int(saved)

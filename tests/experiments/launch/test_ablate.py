@@ -23,7 +23,8 @@ def test_a_sweep_from_start_to_report(config, tmp_path):
     assert first.returncode == 1 and "Traceback" not in first.stderr
     last = first.stderr.strip().splitlines()[-1]
     assert last == "error: 1 of 3 cells failed; --retry_failed tries them again"
-    assert "[3/3] base.rate" in first.stdout and "failed: FloatingPointError" in first.stdout
+    assert "base.rate=1e+30,0: failed: FloatingPointError" in first.stdout
+    assert all(f"[{number}/3] base" in first.stdout for number in (1, 2, 3))
     rows = list(csv.DictReader((work / "results.csv").read_text().splitlines()))
     assert {row["cell"] for row in rows} == {
         "base", "base.position=none", "base.rate=1e+30,0",
