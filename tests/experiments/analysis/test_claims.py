@@ -1,5 +1,8 @@
 """Claims: what a sweep is expected to find, against SciPy's tests and by simulation."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -94,3 +97,46 @@ def test_p_is_that_of_what_decided():
     many = claim_tests.test([less("b", "a", says="")] * 3, VALUES)
     alone = stats.ttest_1samp(B - A, 0, alternative="greater").pvalue
     assert all(one.p == pytest.approx(3 * alone) for one in many)
+
+
+def test_a_claim_keeps_when_it_was_first_stated_until_it_is_rewritten():
+    first = less(("a", "b"), "c", says="x"), equal("a", "b", within=0.1, says="y")
+    recorded = claims.record(first, [], "2026-11-21T12:00:00", 0)
+    assert [(one["stated"], one["results"]) for one in recorded] == [("2026-11-21T12:00:00", 0)] * 2
+    kept = json.loads(json.dumps(recorded))
+    assert claims.record(first, kept, "2026-12-24T12:00:00", 9) == kept, "the same at a relaunch"
+    for rewritten in (
+        dataclasses.replace(first[1], margin=0.2),
+        dataclasses.replace(first[1], says="z"),
+        equal("b", "a", within=0.1, says="y"),
+    ):
+        one, other = claims.record([first[0], rewritten], kept, "2026-12-24T12:00:00", 9)
+        assert one == kept[0]
+        assert (other["stated"], other["results"]) == ("2026-12-24T12:00:00", 9)
+    assert [claim.stated for claim in claims.read(kept)] == ["2026-11-21T12:00:00"] * 2
+    # Of a directory from before it was recorded, nothing is known, and nothing is made up.
+    old = [
+        {name: x for name, x in one.items() if name not in ("stated", "results")} for one in kept
+    ]
+    assert claims.record(first, old, "2026-12-24T12:00:00", 9) == old
+    assert claims.read(old)[0].stated == ""
+
+
+def test_claims_about_seeds_that_learned_or_not_are_tested_by_permutation():
+    learned, mixed, failed = (
+        [0.99, 0.98, 0.97, 0.99, 0.96],
+        [0.98, 0.25, 0.99, 0.97, 0.2],
+        [0.2] * 5,
+    )
+    values = {("a", ""): learned, ("b", ""): mixed, ("c", ""): failed}
+    stated = [less("c", "a", says=""), less("b", "a", says=""), less(0.5, "a", says="")]
+    findings = claim_tests.test(stated, values, heaps=set(values))
+    # Of 252 ways to deal ten runs one is as uneven; of 32 signs of five seeds one.
+    alone = [1 / 252, *statistics.permutation_test([learned], [mixed], greater=True), 1 / 32]
+    assert [one.p for one in findings] == pytest.approx(list(statistics.holm(alone)))
+    assert [one.verdict for one in findings] == ["holds", "open", "open"]
+    t_tests = claim_tests.test(stated, values)
+    assert [one.verdict for one in t_tests] == ["holds", "open", "holds"]
+    within = equal("a", "a", within=0.1, says="")
+    (one,) = claim_tests.test([within], values, heaps=set(values))
+    assert one.verdict == "holds"
