@@ -72,6 +72,9 @@ SCENARIOS = {
         "nothing differs, cells vary by 0.2 to 5", spreads=np.geomspace(0.2, 5, 11)
     ),
     "outlier": _scenario("nothing differs, one cell varies 20 times as much", spreads=[20.0]),
+    "three noisy": _scenario(
+        "nothing differs, three cells vary 5 times as much", spreads=[5.0] * 3
+    ),
     "beside an outlier": _scenario(
         "one cell differs by 3, another varies 20 times as much", shifts=[0, 3], spreads=[20.0]
     ),
@@ -240,8 +243,15 @@ def _percent(rate: Any) -> str:
     return "" if math.isnan(rate) else f"{100 * rate:.1f}%"
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> None:
     from experiments.reporting.tables import markdown_table
 
+    del argv
     for table in tables():
         print(markdown_table(*table), end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    from absl import app
+
+    app.run(main)
