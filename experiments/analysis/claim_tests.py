@@ -19,7 +19,8 @@ class Finding:
 
     Attributes:
       claim: it.
-      difference, interval: mean of right − left over seeds, half width of its 95% interval.
+      difference, interval: mean of right − left over seeds, half width of its 95% t interval,
+        nan where some seeds learned and others did not.
       verdict: 'holds' or 'contradicted' where the one-sided p of the claim or of its opposite is
         below 0.05 after Holm's correction for all claims of the sweep; 'open' where neither is
         significant; 'missing' where a cell has no result.
@@ -90,7 +91,9 @@ def test(
         elif against < statistics.LEVEL:
             verdict = "contradicted"
         decided = float(against if verdict == "contradicted" else p)
-        findings.append(Finding(claim, *statistics.mean_interval(d), decided, verdict, len(d)))
+        mean, interval = statistics.mean_interval(d)
+        interval = math.nan if both.heaps else interval
+        findings.append(Finding(claim, mean, interval, decided, verdict, len(d)))
     return findings
 
 

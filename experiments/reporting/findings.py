@@ -115,7 +115,7 @@ def too_few_seeds(rows: Sequence[Row]) -> str:
     )
 
 
-def test_note(rows: Sequence[Row]) -> str:
+def how_tested(rows: Sequence[Row]) -> str:
     """How the differences of a group are tested, and what their intervals are."""
     family = comparisons.family(rows)
     corrected = (

@@ -171,7 +171,7 @@ def _group(
         "effects": [(axis, comparisons.axis_effects(rows, axis)) for axis in products],
         "pairs": comparisons.pairwise(rows),
         "digits": digits,
-        "note": findings.test_note(rows),
+        "note": findings.how_tested(rows),
         "caveats": findings.caveats(rows),
         "heaps": formatting.has_heaps(rows),
         "bootstrap": lambda ends: _bootstrap(ends, digits),

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from experiments.analysis import claim_tests, statistics
-from experiments.config import claims
+from experiments.config import claims, settings, sweep
 from experiments.config.claims import equal, less
+from experiments.launch import runner
 
 RNG = np.random.default_rng(0)
 A, B = RNG.normal(1.0, 0.1, 6), RNG.normal(1.4, 0.1, 6)
@@ -135,8 +137,27 @@ def test_claims_about_seeds_that_learned_or_not_are_tested_by_permutation():
     alone = [1 / 252, *statistics.permutation_test([learned], [mixed], greater=True), 1 / 32]
     assert [one.p for one in findings] == pytest.approx(list(statistics.holm(alone)))
     assert [one.verdict for one in findings] == ["holds", "open", "open"]
+    assert all(math.isnan(one.interval) for one in findings)
     t_tests = claim_tests.test(stated, values)
     assert [one.verdict for one in t_tests] == ["holds", "open", "holds"]
     within = equal("a", "a", within=0.1, says="")
     (one,) = claim_tests.test([within], values, heaps=set(values))
     assert one.verdict == "holds"
+
+
+def test_a_sweep_records_its_claims_once(tmp_path):
+    swept = sweep.expand(settings.config("recall"), {"a": {}}, {"b": [{"model.num_heads": 2}]})
+    path = tmp_path / "run" / "sweep.json"
+
+    def relaunch(*stated):
+        runner.open_workdir(path.parent, swept, stated)
+        return json.loads(path.read_text())["claims"]
+
+    pair = less(("a", "a.b=2"), 0.5, says="x")
+    first = relaunch(pair)
+    assert first[0]["stated"] and first[0]["results"] == 0
+    written = path.stat().st_mtime_ns
+    assert relaunch(pair) == first and path.stat().st_mtime_ns == written
+    (path.parent / "cells/a/result.json").write_text('{"status": "done"}')
+    kept, late = relaunch(pair, less("a", "a.b=2", says="y"))
+    assert kept == first[0] and late["results"] == 1

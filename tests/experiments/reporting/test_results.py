@@ -188,7 +188,7 @@ def test_seeds_that_learned_are_counted_where_some_did_not(tmp_path):
     assert "mean over 5 seeds, of which some learned and some did not" in text
     assert "recall (base) 0.836 4 of 5" in text and "±" not in text
     assert findings.too_few_seeds(summary) == ""
-    assert "by a permutation test of their runs, without intervals" in findings.test_note(summary)
+    assert "by a permutation test of their runs, without intervals" in findings.how_tested(summary)
     sentence = findings.finding(experiment, summary, "position")
     assert sentence.startswith("learned is ahead of the base by 0.154, not significantly (p")
     assert "validation/accuracy 0.990, 5 of 5 seeds learned" in sentence
@@ -226,7 +226,7 @@ def test_intervals_of_accuracies_stay_within_0_and_1(tmp_path):
     assert none.comparison.low == -1.0 and none.comparison.high < 0
     text = text_of(summary, 100)
     assert "0.973 [0.912, 1]" in text and "0.020 [0, 0.086]" in text
-    assert "intervals of accuracies end at 0 and 1" in findings.test_note(summary)
+    assert "intervals of accuracies end at 0 and 1" in findings.how_tested(summary)
 
 
 def test_what_the_numbers_do_not_say(tmp_path):
