@@ -38,11 +38,11 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class _Sides:
-    """The values of both sides of a claim by seed, or its number; `heaps`: see `test`."""
+    """The values of both sides of a claim by seed, or its number; `bimodal`: see `test`."""
 
     left: Any
     right: Any
-    heaps: bool
+    bimodal: bool
 
     @property
     def difference(self) -> list[float]:
@@ -50,12 +50,12 @@ class _Sides:
 
     @property
     def swapped(self) -> "_Sides":
-        return _Sides(self.right, self.left, self.heaps)
+        return _Sides(self.right, self.left, self.bimodal)
 
     def p_above(self, bound: float) -> float:
         """p of the one-sided test that the mean of right − left is above `bound`."""
         d = self.difference
-        if not self.heaps or len(d) < 2 or not np.isfinite(d).all():
+        if not self.bimodal or len(d) < 2 or not np.isfinite(d).all():
             return statistics.one_sided(d, bound)
         if isinstance(self.left, list) and isinstance(self.right, list):
             right, left = np.array([self.right[: len(d)]]) - bound, [self.left[: len(d)]]
@@ -66,19 +66,19 @@ class _Sides:
 def test(
     claims: Sequence[Claim],
     values: Mapping[tuple[str, str], Sequence[float]],
-    heaps: Container[tuple[str, str]] = (),
+    bimodal: Container[tuple[str, str]] = (),
 ) -> list[Finding]:
     """Tests claims by paired one-sided t-tests; 'equal' by two of them (TOST, Schuirmann 1987).
 
     `values` are the metrics of the seeds by cell and name; '' is the name of the reported one.
-    `heaps` names those of groups with seeds that learned and seeds that did not. A claim about one
-    is tested by `statistics.permutation_test`, or by `sign_flip_test` against a number.
+    `bimodal` names those of groups with seeds that learned and seeds that did not. A claim about
+    one is tested by `statistics.permutation_test`, or by `sign_flip_test` against a number.
     """
     sides = []
     for claim in claims:
         left, right = (_quantity(claim, side, values) for side in (claim.left, claim.right))
         names = _names(claim, claim.left) + _names(claim, claim.right)
-        sides.append(_Sides(left, right, any(name in heaps for name in names)))
+        sides.append(_Sides(left, right, any(name in bimodal for name in names)))
     pairs = list(zip(claims, sides, strict=True))
     p_for = statistics.holm([_p(*pair) for pair in pairs])
     p_against = statistics.holm([_p_against(*pair) for pair in pairs])
@@ -92,7 +92,7 @@ def test(
             verdict = "contradicted"
         decided = float(against if verdict == "contradicted" else p)
         mean, interval = statistics.mean_interval(d)
-        interval = math.nan if both.heaps else interval
+        interval = math.nan if both.bimodal else interval
         findings.append(Finding(claim, mean, interval, decided, verdict, len(d)))
     return findings
 

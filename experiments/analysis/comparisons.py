@@ -139,20 +139,20 @@ def _group(cells: Sequence[CellRun]) -> list[Row]:
         by_cell = {id: own[name] for id, own in values.items() if name in own}
         low, high = limits(name)
         learned = learning.threshold(list(by_cell.values())) if math.isfinite(low) else _NAN
-        heaps = not math.isnan(learned)
+        bimodal = not math.isnan(learned)
         compared = [id for id in variants if id in by_cell and name in base]
         pairs = [_common(by_cell[id], base[name]) for id in compared]
-        results = statistics.compare(pairs, count=started, exact=heaps, reach=high - low)
+        results = statistics.compare(pairs, count=started, exact=bimodal, reach=high - low)
         comparisons = dict(zip(compared, results, strict=True))
         for id, own in by_cell.items():
             mean, interval = statistics.mean_interval(own)
             estimates[id][name] = Estimate(
                 own,
                 mean,
-                _NAN if heaps else interval,
+                _NAN if bimodal else interval,
                 comparisons.get(id, statistics.Comparison()),
                 (low, high),
-                sum(value > learned for value in own) if heaps else None,
+                sum(value > learned for value in own) if bimodal else None,
             )
     rows = []
     for cell in cells:
@@ -203,8 +203,8 @@ def findings(experiment: Experiment) -> list[claim_tests.Finding]:
         if estimate
     }
     values = {key: estimate.values for key, estimate in estimates.items()}
-    heaps = {key for key, estimate in estimates.items() if estimate.learned is not None}
-    return claim_tests.test(experiment.claims, values, heaps)
+    bimodal = {key for key, estimate in estimates.items() if estimate.learned is not None}
+    return claim_tests.test(experiment.claims, values, bimodal)
 
 
 def other_metrics(rows: Sequence[Row]) -> list[str]:

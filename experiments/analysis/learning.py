@@ -1,6 +1,6 @@
 """Seeds that learned a task and seeds that did not.
 
-A task such as recall is solved or not: the accuracies of a cell's seeds stand in two heaps. Their
+A task such as recall is solved or not: the accuracies of a cell's seeds are bimodal. Their
 mean then describes no seed, t intervals leave [0, 1], and a t-test of three seeds has a false
 positive in a fifth of the sweeps. So where a group has such a cell, all its cells are compared by
 `statistics.permutation_test`, and it is counted how many seeds learned.
@@ -21,9 +21,9 @@ _GAP = 0.25  # between neighbouring seeds of one cell
 
 
 def threshold(accuracies: Sequence[ArrayLike]) -> float:
-    """The accuracy above which a seed has learned, nan where no cell of the group is of two heaps.
+    """The accuracy above which a seed has learned, nan where no cell of the group is bimodal.
 
-    It is half-way between the lowest and the highest accuracy of the group. A cell is of two heaps
+    It is half-way between the lowest and the highest accuracy of the group. A cell is bimodal
     where it has seeds on both sides, and more than 0.25 lies between those next to each other.
 
     Args:

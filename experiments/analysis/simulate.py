@@ -155,7 +155,7 @@ def halving_false_stars(counted: bool, seeds: int = 3, sweeps: int = 2000) -> tu
     return share, plain_share
 
 
-def heap_rates(
+def bimodal_rates(
     shares: Sequence[float], seeds: int, sweeps: int = 1000
 ) -> tuple[float, float, float]:
     """Of cells in which such shares of seeds learn, the first being the base.
@@ -170,8 +170,8 @@ def heap_rates(
         learn = rng.random((len(shares), seeds)) < np.array(shares)[:, None]
         values = np.where(learn, 0.97, 0.25) + 0.02 * rng.normal(size=learn.shape)
         base, *cells = values.clip(0, 1)
-        heaps = not math.isnan(learning.threshold([base, *cells]))
-        results = statistics.compare([(cell, base) for cell in cells], exact=heaps, reach=1.0)
+        bimodal = not math.isnan(learning.threshold([base, *cells]))
+        results = statistics.compare([(cell, base) for cell in cells], exact=bimodal, reach=1.0)
         star = np.array([one.significant for one in results])
         plain = statistics.holm([one.plain_p for one in results]) < statistics.LEVEL
         counts.append([_any(plain[same]), _any(star[same]), _mean(star[~same])])
@@ -217,9 +217,9 @@ def tables() -> Iterator[list[list[str]]]:
         ["all that were begun", *map(_percent, halving_false_stars(True))],
     ]
     rows = [["share of seeds that learn", "seeds", "false star, plain", "false star", "found"]]
-    for name, shares in HEAPS.items():
+    for name, shares in BIMODAL.items():
         for seeds in (3, 5, 10):
-            rows.append([name, str(seeds), *map(_percent, heap_rates(shares, seeds))])
+            rows.append([name, str(seeds), *map(_percent, bimodal_rates(shares, seeds))])
     yield rows
     yield [
         ["seeds", "t interval covers", "bootstrap interval covers"],
@@ -230,7 +230,7 @@ def tables() -> Iterator[list[list[str]]]:
     ]
 
 
-HEAPS: dict[str, Sequence[float]] = {
+BIMODAL: dict[str, Sequence[float]] = {
     "half, in all of 12 cells": [0.5] * 12,
     "half, in all of 4 cells": [0.5] * 4,
     "four of five, in all of 12 cells": [0.8] * 12,

@@ -8,7 +8,7 @@ from experiments.analysis.comparisons import Row
 from experiments.analysis.run_directory import Experiment
 from experiments.reporting.formatting import (
     decimals,
-    has_heaps,
+    is_bimodal,
     learned,
     p_equals,
     rough,
@@ -96,7 +96,7 @@ def too_few_seeds(rows: Sequence[Row]) -> str:
     family = comparisons.family(rows)
     several = f"{seeds} seeds and {family} comparison{'s' if family > 1 else ''}"
     enough = learning.enough_seeds(family)
-    if has_heaps(rows) and seeds < enough:
+    if is_bimodal(rows) and seeds < enough:
         return (
             f"some seeds learned and others did not, and {several} are too few to say how often: "
             f"take {enough} or more (--config.train.seeds={enough})"
@@ -122,11 +122,12 @@ def how_tested(rows: Sequence[Row]) -> str:
         f"p-values are corrected for the {family} cells that were begun (Holm), and a star marks "
         "p < 0.05."
     )
-    if has_heaps(rows):
+    if is_bimodal(rows):
         return (
             "Some seeds learned, with an accuracy above half-way between the lowest and the "
-            "highest of the group, and some did not. No t-test holds for two heaps, so cells are "
-            f"compared by a permutation test of their runs, without intervals. {corrected}"
+            "highest of the group, and some did not. Few seeds with bimodal outcomes do not meet "
+            "what a t-test assumes, so cells are compared by a permutation test of their runs, "
+            f"without intervals. {corrected}"
         )
     ends = "They end at zero where the star alone excludes it"
     if any(row.reported and math.isfinite(row.reported.limits[1]) for row in rows):

@@ -31,12 +31,12 @@ def metric_title(rows: Sequence[Row]) -> str:
     direction = "lower" if done[0].cell.result["lower_is_better"] else "higher"
     split = "; no test split" if metric.startswith("validation/") else ""
     over = f"mean ± 95% interval over {seeds} seeds" if seeds > 1 else "one seed, no interval"
-    if has_heaps(rows):
+    if is_bimodal(rows):
         over = f"mean over {seeds} seeds, of which some learned and some did not"
     return f"{metric} ({direction} is better{split}), {over}"
 
 
-def has_heaps(rows: Sequence[Row]) -> bool:
+def is_bimodal(rows: Sequence[Row]) -> bool:
     """Whether the group has seeds that learned and seeds that did not; see `learning`."""
     return any(row.reported is not None and row.reported.learned is not None for row in rows)
 

@@ -173,7 +173,7 @@ def _group(
         "digits": digits,
         "note": findings.how_tested(rows),
         "caveats": findings.caveats(rows),
-        "heaps": formatting.has_heaps(rows),
+        "bimodal": formatting.is_bimodal(rows),
         "bootstrap": lambda ends: _bootstrap(ends, digits),
         "axis_plots": _inline(drawings, *(f"{base}-by-{axis}" for axis in axes)),
         "curves": _inline(drawings, f"{base}-curves", *(f"{base}-curves-{axis}" for axis in axes)),

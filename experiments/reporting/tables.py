@@ -10,7 +10,7 @@ from experiments.reporting import findings, formatting
 
 def star(rows: Sequence[comparisons.Row]) -> str:
     """What a star means in the table of a group."""
-    if formatting.has_heaps(rows):
+    if formatting.is_bimodal(rows):
         return "significantly different from the base (permutation test, p < 0.05, Holm)"
     return (
         "significantly different from the base (moderated paired t-test, p < 0.05, Holm); the "
@@ -89,7 +89,7 @@ def _columns(rows, plus_minus, bold, escape=str):
         for name, cost in run_directory.COSTS.items()
         if any(cost(row.cell.result) for row in done)
     ]
-    counted = ["learned"] if formatting.has_heaps(rows) else []
+    counted = ["learned"] if formatting.is_bimodal(rows) else []
     header = ["cell", metric, *counted, "difference", "p", *others, *costs, "status"]
 
     def number(estimate, sign="", digits=digits):

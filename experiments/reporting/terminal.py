@@ -7,7 +7,7 @@ from experiments.analysis.comparisons import Row
 from experiments.reporting.findings import too_few_seeds
 from experiments.reporting.formatting import (
     decimals,
-    has_heaps,
+    is_bimodal,
     learned,
     metric_title,
     number,
@@ -48,7 +48,7 @@ def table(rows: Sequence[Row]) -> list[Any]:
             padding=0,
         )
         grid.add_column("cell", overflow="fold")
-        counted = ["learned"] if has_heaps(group) else []
+        counted = ["learned"] if is_bimodal(group) else []
         names = ["mean", *counted, "difference", "p\nHolm", "params", "compile\ns", "steps\n/s"]
         for name in names:
             grid.add_column(name, justify="right", no_wrap=True)

@@ -132,7 +132,7 @@ def test_claims_about_seeds_that_learned_or_not_are_tested_by_permutation():
     )
     values = {("a", ""): learned, ("b", ""): mixed, ("c", ""): failed}
     stated = [less("c", "a", says=""), less("b", "a", says=""), less(0.5, "a", says="")]
-    findings = claim_tests.test(stated, values, heaps=set(values))
+    findings = claim_tests.test(stated, values, bimodal=set(values))
     # Of 252 ways to deal ten runs one is as uneven; of 32 signs of five seeds one.
     alone = [1 / 252, *statistics.permutation_test([learned], [mixed], greater=True), 1 / 32]
     assert [one.p for one in findings] == pytest.approx(list(statistics.holm(alone)))
@@ -141,7 +141,7 @@ def test_claims_about_seeds_that_learned_or_not_are_tested_by_permutation():
     t_tests = claim_tests.test(stated, values)
     assert [one.verdict for one in t_tests] == ["holds", "open", "holds"]
     within = equal("a", "a", within=0.1, says="")
-    (one,) = claim_tests.test([within], values, heaps=set(values))
+    (one,) = claim_tests.test([within], values, bimodal=set(values))
     assert one.verdict == "holds"
 
 

@@ -8,7 +8,7 @@ from scipy import stats
 from experiments.analysis import learning
 
 
-def test_the_threshold_is_half_way_where_a_cell_is_of_two_heaps():
+def test_the_threshold_is_half_way_where_a_cell_is_bimodal():
     assert learning.threshold([[0.9, 0.1, 0.9], [0.95, 0.9, 1.0]]) == pytest.approx(0.55)
     # Cells that all learned, or all did not, are no reason to doubt a t-test; nor is a wide spread.
     assert math.isnan(learning.threshold([[0.9, 0.95], [0.1, 0.12]]))

@@ -61,9 +61,9 @@ def test_halving_makes_no_stars():
 
 @pytest.mark.slow
 def test_seeds_that_did_not_learn_make_no_stars():
-    for name, shares in simulate.HEAPS.items():
+    for name, shares in simulate.BIMODAL.items():
         for seeds in (3, 5, 10):
-            _, false, _ = rates = simulate.heap_rates(shares, seeds, 400)
+            _, false, _ = rates = simulate.bimodal_rates(shares, seeds, 400)
             assert close(rates, page()["share of seeds that learn", name, str(seeds)]), name
             assert false < 0.08, (name, seeds)
 

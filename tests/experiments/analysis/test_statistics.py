@@ -247,9 +247,9 @@ def test_the_permutation_test_deals_all_runs():
 
 def test_the_permutation_test_of_what_learned_is_fishers():
     for learned, others in ((5, 0), (4, 1), (5, 2), (3, 3)):
-        heaps = [[1.0] * n + [0.0] * (5 - n) for n in (learned, others)]
+        bimodal = [[1.0] * n + [0.0] * (5 - n) for n in (learned, others)]
         table = [[learned, 5 - learned], [others, 5 - others]]
-        (p,) = statistics.permutation_test(heaps[:1], heaps[1:])
+        (p,) = statistics.permutation_test(bimodal[:1], bimodal[1:])
         assert p == pytest.approx(stats.fisher_exact(table).pvalue), table
 
 

@@ -158,7 +158,7 @@ def test_the_page_counts_the_seeds_that_learned(tmp_path):
     assert "cell validation/accuracy learned difference p (Holm) effect size" in shown
     assert "recall (base) 0.836 4 of 5" in shown and "position=none 0.250 0 of 5" in shown
     assert "95% interval of the share of seeds that learn: 28% to 99%" in titles_of(page)
-    assert "No t-test holds for two heaps" in shown
+    assert "compared by a permutation test of their runs" in shown
 
 
 def test_the_page_reports_test_and_shows_what_chose(tmp_path):

@@ -168,7 +168,7 @@ def test_too_few_seeds_are_warned_of_in_units_of_the_metric(tmp_path, experiment
     assert findings.too_few_seeds(many[:1]) == findings.too_few_seeds([]) == ""
 
 
-HEAPS = [
+BIMODAL = [
     ("recall", None, None, {}, [0.99, 0.98, 0.25, 0.97, 0.99]),
     ("recall", "position", "none", {}, [0.26, 0.24, 0.25, 0.25, 0.26]),
     ("recall", "position", "learned", {}, [0.99, 0.99, 0.98, 0.99, 1.0]),
@@ -176,13 +176,13 @@ HEAPS = [
 
 
 def test_seeds_that_learned_are_counted_where_some_did_not(tmp_path):
-    experiment = run_directory.load(write_run(tmp_path, HEAPS, seeds=5))
+    experiment = run_directory.load(write_run(tmp_path, BIMODAL, seeds=5))
     summary = comparisons.summarize(experiment)
     rows = {row.cell.id: row.reported for row in summary}
     assert [one.learned for one in rows.values()] == [4, 0, 5]
     assert all(math.isnan(end) for one in rows.values() for end in (one.low, one.high))
     none = rows["recall.position=none"].comparison
-    assert none.p == pytest.approx(statistics.permutation_test([HEAPS[1][4]], [HEAPS[0][4]])[0])
+    assert none.p == pytest.approx(statistics.permutation_test([BIMODAL[1][4]], [BIMODAL[0][4]])[0])
     assert none.p_holm == pytest.approx(2 * none.p) and math.isnan(none.low)
     text = " ".join(text_of(summary, 100).split())
     assert "mean over 5 seeds, of which some learned and some did not" in text
@@ -203,12 +203,12 @@ def test_seeds_that_learned_are_counted_where_some_did_not(tmp_path):
 
 
 def test_few_seeds_of_which_some_learned_are_warned_of(tmp_path):
-    three = comparisons.summarize(run_directory.load(write_run(tmp_path / "3", HEAPS, seeds=3)))
+    three = comparisons.summarize(run_directory.load(write_run(tmp_path / "3", BIMODAL, seeds=3)))
     assert findings.too_few_seeds(three) == (
         "some seeds learned and others did not, and 3 seeds and 2 comparisons are too few to say "
         "how often: take 5 or more (--config.train.seeds=5)"
     )
-    many = [*HEAPS, *(("recall", "heads", i, {}, HEAPS[0][4]) for i in range(8))]
+    many = [*BIMODAL, *(("recall", "heads", i, {}, BIMODAL[0][4]) for i in range(8))]
     rows = comparisons.summarize(run_directory.load(write_run(tmp_path / "5", many, seeds=5)))
     assert "5 seeds and 10 comparisons are too few to say how often: take 6" in (
         findings.too_few_seeds(rows)
@@ -277,8 +277,8 @@ def test_no_effects_of_a_product_that_is_not_whole(tmp_path):
     gone = whole[:-1]
     diverged = [*whole[:-1], (*whole[-1][:4], [1.0, math.nan, 2.0])]
     tied = [(*cell[:3], {**cell[3], "model.mlp_dim": 8}, cell[4]) for cell in whole]
-    heaps = [("recall", *cell[1:4], [0.9, 0.9, 0.1]) for cell in whole]
-    for name, cells in {"a": failed, "b": gone, "c": diverged, "d": tied, "e": heaps}.items():
+    bimodal = [("recall", *cell[1:4], [0.9, 0.9, 0.1]) for cell in whole]
+    for name, cells in {"a": failed, "b": gone, "c": diverged, "d": tied, "e": bimodal}.items():
         rows = comparisons.summarize(run_directory.load(write_run(tmp_path / name, cells)))
         assert comparisons.axis_effects(rows, "score×heads") is None, name
 
