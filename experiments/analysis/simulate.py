@@ -244,11 +244,11 @@ def _percent(rate: Any) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    from experiments.reporting.tables import markdown_table
-
     del argv
-    for table in tables():
-        print(markdown_table(*table), end="\n\n", flush=True)
+    for header, *rows in tables():
+        for row in (header, ["---"] * len(header), *rows):
+            print(f"| {' | '.join(row)} |", flush=True)
+        print()
 
 
 if __name__ == "__main__":
