@@ -31,10 +31,11 @@ class Estimate:
     """A metric over seeds, and how far it is from the base cell's (all nan for the base cell).
 
     Attributes:
-      interval: half width of the 95% t interval of the mean; nan where a group has seeds that
-        learned and seeds that did not.
+      interval: half width of the 95% t interval of the mean; nan where it is bimodal.
       limits: the lowest and the highest value that the metric can have.
-      learned: how many of the seeds learned, None where this is no question; see `learning`.
+      bimodal: whether the group has seeds that learned and seeds that did not; see `learning`. A
+        loss is where an accuracy is.
+      learned: how many of the seeds learned, by the accuracy on this split; None where none tells.
     """
 
     values: Sequence[float]
@@ -42,6 +43,7 @@ class Estimate:
     interval: float
     comparison: statistics.Comparison = statistics.Comparison()
     limits: tuple[float, float] = (-math.inf, math.inf)
+    bimodal: bool = False
     learned: int | None = None
 
     @property
@@ -135,24 +137,35 @@ def _group(cells: Sequence[CellRun]) -> list[Row]:
     variants = [cell.id for cell in cells if cell.axis is not None]
     started = sum(cell.started for cell in cells if cell.axis is not None)
     estimates: dict[str, dict[str, Estimate]] = {cell.id: {} for cell in cells}
-    for name in dict.fromkeys(name for own in values.values() for name in own):
+    names = dict.fromkeys(name for own in values.values() for name in own)
+    thresholds = {
+        name: learning.threshold([own[name] for own in values.values() if name in own])
+        for name in names
+        if math.isfinite(limits(name)[0])
+    }
+    thresholds = {name: x for name, x in thresholds.items() if not math.isnan(x)}
+    for name in names:
         by_cell = {id: own[name] for id, own in values.items() if name in own}
         low, high = limits(name)
-        learned = learning.threshold(list(by_cell.values())) if math.isfinite(low) else _NAN
-        bimodal = not math.isnan(learned)
+        accuracy = f"{name.rpartition('/')[0]}/accuracy"  # an accuracy's is itself
+        bimodal = accuracy in thresholds or (name != accuracy and bool(thresholds))
         compared = [id for id in variants if id in by_cell and name in base]
         pairs = [_common(by_cell[id], base[name]) for id in compared]
         results = statistics.compare(pairs, count=started, exact=bimodal, reach=high - low)
         comparisons = dict(zip(compared, results, strict=True))
         for id, own in by_cell.items():
             mean, interval = statistics.mean_interval(own)
+            learned = None
+            if accuracy in thresholds and accuracy in values[id]:
+                learned = sum(x > thresholds[accuracy] for x in values[id][accuracy])
             estimates[id][name] = Estimate(
                 own,
                 mean,
                 _NAN if bimodal else interval,
                 comparisons.get(id, statistics.Comparison()),
                 (low, high),
-                sum(value > learned for value in own) if bimodal else None,
+                bimodal,
+                learned,
             )
     rows = []
     for cell in cells:
@@ -203,7 +216,7 @@ def findings(experiment: Experiment) -> list[claim_tests.Finding]:
         if estimate
     }
     values = {key: estimate.values for key, estimate in estimates.items()}
-    bimodal = {key for key, estimate in estimates.items() if estimate.learned is not None}
+    bimodal = {key for key, estimate in estimates.items() if estimate.bimodal}
     return claim_tests.test(experiment.claims, values, bimodal)
 
 
@@ -260,7 +273,7 @@ def axis_effects(rows: Sequence[Row], axis: str) -> list[statistics.Effect] | No
     seeds: list[int] = []
     values: list[float] = []
     for row in rows:
-        if row.reported is None or row.reported.learned is not None:
+        if row.reported is None or row.reported.bimodal:
             return None
         count = len(row.reported.values)
         for name, value in zip(names, row.cell.overrides.values(), strict=True):
@@ -304,7 +317,7 @@ def pairwise(rows: Sequence[Row]) -> PairwiseComparisons:
     results = statistics.compare(
         [_common(estimates[i].values, estimates[j].values) for i, j in places],
         count=math.comb(started, 2),
-        exact=any(estimate.learned is not None for estimate in estimates),
+        exact=any(estimate.bimodal for estimate in estimates),
         reach=high - low,
     )
     return PairwiseComparisons(rows, dict(zip(places, results, strict=True)))
@@ -348,7 +361,7 @@ def between(experiments: Sequence[Experiment]) -> list[Change]:
         compared = statistics.compare(
             [_common(b.values, a.values) for b, a in both],
             count=len(shared),
-            exact=any(one.learned is not None for pair in both for one in pair),
+            exact=any(one.bimodal for pair in both for one in pair),
             reach=high - low,
         )
         results.update(zip(places, compared, strict=True))

@@ -38,7 +38,7 @@ def metric_title(rows: Sequence[Row]) -> str:
 
 def is_bimodal(rows: Sequence[Row]) -> bool:
     """Whether the group has seeds that learned and seeds that did not; see `learning`."""
-    return any(row.reported is not None and row.reported.learned is not None for row in rows)
+    return any(row.reported is not None and row.reported.bimodal for row in rows)
 
 
 def learned(estimate: Estimate) -> str:

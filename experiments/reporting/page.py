@@ -109,6 +109,7 @@ def page(
         changes=tables.changes_table(changes) if changes else [],
         format=_format,
         share=_share,
+        learned=formatting.learned,
         plain=lambda x, digits: formatting.plus_minus(x, float("nan"), digits, "+").replace(
             "-", "−"
         ),
@@ -191,7 +192,9 @@ def _format(center, ends, digits, sign=""):
 
 
 def _share(estimate):
-    """The tooltip of the seeds that learned."""
+    """The tooltip of the seeds that learned; '' where it is not known how many did."""
+    if estimate.learned is None:
+        return ""
     low, high = learning.share_interval(estimate.learned, len(estimate.values))
     return f"95% interval of the share of seeds that learn: {low:.0%} to {high:.0%}"
 

@@ -400,5 +400,8 @@ import sys
 from experiments.analysis import statistics
 heavy = {"scipy", "statsmodels", "pandas", "jax"} & set(sys.modules)
 assert not heavy, heavy
+statistics.compare([([1.0, 2.0], [0.0, 0.0])] * 4)
+heavy = {"scipy.stats", "statsmodels", "pandas", "jax"} & set(sys.modules)
+assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -181,6 +181,8 @@ def test_seeds_that_learned_are_counted_where_some_did_not(tmp_path):
     rows = {row.cell.id: row.reported for row in summary}
     assert [one.learned for one in rows.values()] == [4, 0, 5]
     assert all(math.isnan(end) for one in rows.values() for end in (one.low, one.high))
+    loss = summary[0].metrics["validation/bits"]  # which goes with the accuracy
+    assert loss.bimodal and loss.learned == 4 and math.isnan(loss.low)
     none = rows["recall.position=none"].comparison
     assert none.p == pytest.approx(statistics.permutation_test([BIMODAL[1][4]], [BIMODAL[0][4]])[0])
     assert none.p_holm == pytest.approx(2 * none.p) and math.isnan(none.low)
