@@ -57,8 +57,8 @@ class Scenario:
 
 def _scenario(name, cells=11, shifts=(), spreads=(), **options):
     full = np.zeros(cells), np.ones(cells)
-    for values, given in zip(full, (shifts, spreads), strict=True):
-        values[: len(given)] = given
+    for values, first in zip(full, (shifts, spreads), strict=True):
+        values[: len(first)] = first
     return Scenario(name, *(values.tolist() for values in full), **options)
 
 
@@ -92,17 +92,17 @@ class Rates:
     """Shares of simulated sweeps, from 0 to 1; nan where a scenario has none.
 
     Attributes:
-      false_star: sweeps with a star at any cell that does not differ.
-      found: cells that differ and have a star, of all that differ.
-      plain_false_star, plain_found: the same of paired t-tests with Holm's correction.
-      covered: sweeps in which every interval of a difference has the true one.
+      error: sweeps with a star at any cell that does not differ: the familywise error rate.
+      power: cells that differ and have a star, of all that differ.
+      plain_error, plain_power: the same of paired t-tests with Holm's correction.
+      coverage: sweeps in which every interval of a difference has the true one.
     """
 
-    false_star: float
-    found: float
-    plain_false_star: float
-    plain_found: float
-    covered: float
+    error: float
+    power: float
+    plain_error: float
+    plain_power: float
+    coverage: float
 
 
 def rates(scenario: Scenario, seeds: int, sweeps: int = 2000) -> Rates:
@@ -133,7 +133,7 @@ def _mean(values):
     return values.mean() if values.size else math.nan
 
 
-def halving_false_stars(counted: bool, seeds: int = 3, sweeps: int = 2000) -> tuple[float, float]:
+def halving_errors(counted: bool, seeds: int = 3, sweeps: int = 2000) -> tuple[float, float]:
     """How often a sweep in which nothing differs has a star after halving left three of 11 cells.
 
     In a report, and by paired t-tests. The score that drops a cell correlates with its result by
@@ -160,8 +160,8 @@ def bimodal_rates(
 ) -> tuple[float, float, float]:
     """Of cells in which such shares of seeds learn, the first being the base.
 
-    Returns the share of sweeps with a false star by paired t-tests and in a report, and the share
-    of cells with another share than the base that have a star in a report.
+    Returns the error of paired t-tests, and the error and the power of a report, see `Rates`: a
+    cell differs where its share is another than that of the base.
     """
     rng = np.random.default_rng(0)
     same = np.array([share == shares[0] for share in shares[1:]])
@@ -175,8 +175,8 @@ def bimodal_rates(
         star = np.array([one.significant for one in results])
         plain = statistics.holm([one.plain_p for one in results]) < statistics.LEVEL
         counts.append([_any(plain[same]), _any(star[same]), _mean(star[~same])])
-    plain_false, false, found = np.mean(counts, axis=0).tolist()
-    return plain_false, false, found
+    plain_error, error, power = np.mean(counts, axis=0).tolist()
+    return plain_error, error, power
 
 
 def mean_coverage(seeds: int, sweeps: int = 2000, bootstrap: bool = False) -> float:
@@ -200,11 +200,7 @@ def tables() -> Iterator[list[list[str]]]:
         yield [
             [
                 f"{seeds} seeds",
-                "false star",
-                "found",
-                "false star, plain",
-                "found, plain",
-                "covered",
+                *("error", "power", "plain error", "plain power", "coverage"),
             ],
             *(
                 [scenario.name, *map(_percent, dataclasses.astuple(rates(scenario, seeds)))]
@@ -212,11 +208,11 @@ def tables() -> Iterator[list[list[str]]]:
             ),
         ]
     yield [
-        ["3 seeds, corrected for", "false star", "false star, plain"],
-        ["the cells that halving left", *map(_percent, halving_false_stars(False))],
-        ["all that were begun", *map(_percent, halving_false_stars(True))],
+        ["3 seeds, corrected for", "error", "plain error"],
+        ["the cells that halving left", *map(_percent, halving_errors(False))],
+        ["all that were begun", *map(_percent, halving_errors(True))],
     ]
-    rows = [["share of seeds that learn", "seeds", "false star, plain", "false star", "found"]]
+    rows = [["share of seeds that learn", "seeds", "plain error", "error", "power"]]
     for name, shares in BIMODAL.items():
         for seeds in (3, 5, 10):
             rows.append([name, str(seeds), *map(_percent, bimodal_rates(shares, seeds))])

@@ -126,9 +126,9 @@ def compare(
     Intervals are Bonferroni's, d̄ ± t · s̃ / √n with the quantile of 1 − 0.05 / (2 · count), which
     cover simultaneously.  Holm's later steps may reject zero where such an interval still has it;
     there the interval ends at zero, so that exactly the intervals of significant differences
-    exclude zero (that end being open).  No finite intervals at the same level match Holm's tests
-    otherwise: the regions that do (Strassburger and Bretz 2008, Guilbaud 2008) say no more than
-    the sign of what is rejected, or less.
+    exclude zero (that end being open).  An interval that ends at zero thus rests on two statements
+    of 95% each.  The regions that match Holm's tests at one level (Strassburger and Bretz 2008,
+    Guilbaud 2008) say, unless all is rejected, little more of what is than its sign.
 
     Differences that are all equal and borrow nothing leave nothing to chance: p = 1 where they are
     0, else p = 0 and an infinite effect size.  One seed, or one that is not finite, gives no test.

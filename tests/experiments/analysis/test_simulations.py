@@ -13,9 +13,9 @@ SWEEPS = 600
 
 def test_more_is_found_and_no_more_is_wrong():
     nothing = simulate.rates(simulate.SCENARIOS["equal"], seeds=3, sweeps=200)
-    assert nothing.false_star < 0.05 and nothing.covered > 0.95
+    assert nothing.error < 0.05 and nothing.coverage > 0.95
     one = simulate.rates(simulate.SCENARIOS["one"], seeds=3, sweeps=200)
-    assert one.found > 0.25 > 0.15 > one.plain_found
+    assert one.power > 0.25 > 0.15 > one.plain_power
 
 
 def page():
@@ -46,15 +46,15 @@ def test_stars_are_wrong_as_rarely_as_the_page_says(seeds):
     for name, scenario in simulate.SCENARIOS.items():
         rates = simulate.rates(scenario, seeds, SWEEPS)
         assert close(dataclasses.astuple(rates), page()[f"{seeds} seeds", scenario.name]), name
-        assert not rates.false_star > 0.08 and rates.covered > 0.92, name
+        assert not rates.error > 0.08 and rates.coverage > 0.92, name
         if name in ("one", "five"):
-            assert rates.found > 1.6 * rates.plain_found, name
+            assert rates.power > 1.6 * rates.plain_power, name
 
 
 @pytest.mark.slow
 def test_halving_makes_no_stars():
     for counted, row in ((False, "the cells that halving left"), (True, "all that were begun")):
-        rates = simulate.halving_false_stars(counted, sweeps=SWEEPS)
+        rates = simulate.halving_errors(counted, sweeps=SWEEPS)
         assert close(rates, page()["3 seeds, corrected for", row])
     assert max(rates) < 0.04
 
@@ -63,9 +63,9 @@ def test_halving_makes_no_stars():
 def test_seeds_that_did_not_learn_make_no_stars():
     for name, shares in simulate.BIMODAL.items():
         for seeds in (3, 5, 10):
-            _, false, _ = rates = simulate.bimodal_rates(shares, seeds, 400)
+            _, error, _ = rates = simulate.bimodal_rates(shares, seeds, 400)
             assert close(rates, page()["share of seeds that learn", name, str(seeds)]), name
-            assert false < 0.08, (name, seeds)
+            assert error < 0.08, (name, seeds)
 
 
 @pytest.mark.slow
