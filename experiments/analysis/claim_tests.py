@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Container, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,7 +19,8 @@ class Finding:
 
     Attributes:
       claim: it.
-      difference, interval: mean of right − left over seeds, half width of its 95% interval.
+      difference, interval: mean of right − left over seeds, half width of its 95% t interval,
+        nan where some seeds learned and others did not.
       verdict: 'holds' or 'contradicted' where the one-sided p of the claim or of its opposite is
         below 0.05 after Holm's correction for all claims of the sweep; 'open' where neither is
         significant; 'missing' where a cell has no result.
@@ -35,49 +36,88 @@ class Finding:
     seeds: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class _Sides:
+    """The values of both sides of a claim by seed, or its number; `bimodal`: see `test`."""
+
+    left: Any
+    right: Any
+    bimodal: bool
+
+    @property
+    def difference(self) -> list[float]:
+        return _minus(self.right, self.left)
+
+    @property
+    def swapped(self) -> "_Sides":
+        return _Sides(self.right, self.left, self.bimodal)
+
+    def p_above(self, bound: float) -> float:
+        """p of the one-sided test that the mean of right − left is above `bound`."""
+        d = self.difference
+        if not self.bimodal or len(d) < 2 or not np.isfinite(d).all():
+            return statistics.one_sided(d, bound)
+        if isinstance(self.left, list) and isinstance(self.right, list):
+            right, left = np.array([self.right[: len(d)]]) - bound, [self.left[: len(d)]]
+            return float(statistics.permutation_test(right, left, greater=True)[0])
+        return statistics.sign_flip_test(d, bound)
+
+
 def test(
-    claims: Sequence[Claim], values: Mapping[tuple[str, str], Sequence[float]]
+    claims: Sequence[Claim],
+    values: Mapping[tuple[str, str], Sequence[float]],
+    bimodal: Container[tuple[str, str]] = (),
 ) -> list[Finding]:
     """Tests claims by paired one-sided t-tests; 'equal' by two of them (TOST, Schuirmann 1987).
 
     `values` are the metrics of the seeds by cell and name; '' is the name of the reported one.
+    `bimodal` names those of groups with seeds that learned and seeds that did not. A claim about
+    one is tested by `statistics.permutation_test`, or by `sign_flip_test` against a number.
     """
-    differences = []
+    sides = []
     for claim in claims:
         left, right = (_quantity(claim, side, values) for side in (claim.left, claim.right))
-        differences.append(_minus(right, left))
-    pairs = list(zip(claims, differences, strict=True))
+        names = _names(claim, claim.left) + _names(claim, claim.right)
+        sides.append(_Sides(left, right, any(name in bimodal for name in names)))
+    pairs = list(zip(claims, sides, strict=True))
     p_for = statistics.holm([_p(*pair) for pair in pairs])
     p_against = statistics.holm([_p_against(*pair) for pair in pairs])
     findings = []
-    for (claim, d), p, against in zip(pairs, p_for, p_against, strict=True):
+    for (claim, both), p, against in zip(pairs, p_for, p_against, strict=True):
+        d = both.difference
         verdict: Verdict = "open" if d else "missing"
         if p < statistics.LEVEL:
             verdict = "holds"
         elif against < statistics.LEVEL:
             verdict = "contradicted"
         decided = float(against if verdict == "contradicted" else p)
-        findings.append(Finding(claim, *statistics.mean_interval(d), decided, verdict, len(d)))
+        mean, interval = statistics.mean_interval(d)
+        interval = math.nan if both.bimodal else interval
+        findings.append(Finding(claim, mean, interval, decided, verdict, len(d)))
     return findings
 
 
-def _p(claim, difference):
+def _p(claim, sides):
     if claim.kind == "less":
-        return statistics.one_sided(difference, claim.margin)
+        return sides.p_above(claim.margin)
     # Both tests must be significant: of a mean above −margin, and of one below margin.
-    return max(statistics.one_sided(d, -claim.margin) for d in _both_ways(difference))
+    return max(both.p_above(-claim.margin) for both in (sides, sides.swapped))
 
 
-def _p_against(claim, difference):
-    forth, back = _both_ways(difference)
+def _p_against(claim, sides):
     if claim.kind == "less":
-        return statistics.one_sided(back, -claim.margin)
+        return sides.swapped.p_above(-claim.margin)
     # Either may become significant, so Holm's correction counts both.
-    return min(1.0, 2 * min(statistics.one_sided(d, claim.margin) for d in (forth, back)))
+    return min(1.0, 2 * min(both.p_above(claim.margin) for both in (sides, sides.swapped)))
 
 
-def _both_ways(difference):
-    return difference, [-x for x in difference]
+def _names(claim, side):
+    """The cells and metrics that a side is about."""
+    if isinstance(side, str):
+        cell, _, metric = side.partition("@")
+        return [(cell, metric or claim.metric)]
+    parts = side if isinstance(side, tuple) else ()
+    return [name for part in parts for name in _names(claim, part)]
 
 
 def _quantity(claim, side, values):
@@ -86,8 +126,8 @@ def _quantity(claim, side, values):
         return side
     if not isinstance(side, str):
         return _minus(*(_quantity(claim, part, values) for part in side))
-    cell, _, metric = side.partition("@")
-    return list(values.get((cell, metric or claim.metric), ()))
+    (name,) = _names(claim, side)
+    return list(values.get(name, ()))
 
 
 def _minus(a, b):

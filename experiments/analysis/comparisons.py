@@ -6,17 +6,20 @@ their noise, so the paired differences usually vary less than the two means do.
 
 Values are chosen by the primary metric, on validation; the reported metric is the same on the test
 split, where there is one. A group's differences of the reported metric are one family
-of comparisons: which of them are significant is corrected for their number (Holm)."""
+of comparisons: which of them are significant is corrected for their number (Holm). All cells that
+have started count, also those that halving dropped."""
 
 import dataclasses
 import functools
+import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.analysis import claim_tests, statistics
+from experiments.analysis import claim_tests, learning, statistics
 from experiments.analysis.run_directory import CellRun, Experiment
 from experiments.config.differences import differences
 
@@ -25,12 +28,33 @@ _NAN = float("nan")
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A metric over seeds, and how far it is from the base cell's (all nan for the base cell)."""
+    """A metric over seeds, and how far it is from the base cell's (all nan for the base cell).
+
+    Attributes:
+      interval: half width of the 95% t interval of the mean; nan where it is bimodal.
+      limits: the lowest and the highest value that the metric can have.
+      bimodal: whether the group has seeds that learned and seeds that did not; see `learning`. A
+        loss is where an accuracy is.
+      learned: how many of the seeds learned, by the accuracy on this split; None where none tells.
+    """
 
     values: Sequence[float]
     mean: float
     interval: float
-    comparison: statistics.Paired = statistics.Paired()
+    comparison: statistics.Comparison = statistics.Comparison()
+    limits: tuple[float, float] = (-math.inf, math.inf)
+    bimodal: bool = False
+    learned: int | None = None
+
+    @property
+    def low(self) -> float:
+        """The lower end of the interval, within the limits of the metric."""
+        return max(self.mean - self.interval, self.limits[0])
+
+    @property
+    def high(self) -> float:
+        """The upper end of the interval, within the limits of the metric."""
+        return min(self.mean + self.interval, self.limits[1])
 
     @property
     def bootstrap(self) -> tuple[float, float]:
@@ -44,14 +68,11 @@ class Row:
 
     Attributes:
       metric: the name of the reported metric.
-      p_holm: the p-value of its difference from the base, corrected for the number of comparisons
-        in the group (`statistics.holm`); nan where there is none.
     """
 
     cell: CellRun
     metrics: Mapping[str, Estimate] = dataclasses.field(default_factory=dict)
     metric: str = ""
-    p_holm: float = _NAN
 
     @property
     def primary(self) -> Estimate | None:
@@ -62,6 +83,12 @@ class Row:
     def reported(self) -> Estimate | None:
         """The metric that is reported: the same on test, where the group has a test split."""
         return self.metrics.get(self.metric)
+
+    @property
+    def p_holm(self) -> float:
+        """The p-value of its difference from the base, corrected for the comparisons of the group;
+        nan where there is none."""
+        return self.reported.comparison.p_holm if self.reported else _NAN
 
     @property
     def significant(self) -> bool:
@@ -82,55 +109,115 @@ class Row:
         return "" if self.cell.status == "done" else self.cell.result.get("error", "")
 
 
+def limits(metric: str) -> tuple[float, float]:
+    """The lowest and the highest value of a metric: 0 and 1 of an accuracy."""
+    return (0.0, 1.0) if metric.endswith("/accuracy") else (-math.inf, math.inf)
+
+
 @functools.lru_cache(maxsize=8)
 def summarize(experiment: Experiment) -> list[Row]:
     """One row a cell: group by group, the base cell first, then by axis, in sweep order.
 
-    A cell is compared by the seeds that both it and the base have. The comparisons of a group that
-    are corrected together are those of all its other cells that have a p-value.
+    A cell is compared by the seeds that both it and the base have.
     """
+    return [row for base in experiment.bases() for row in _group(experiment.group(base))]
+
+
+def _group(cells: Sequence[CellRun]) -> list[Row]:
+    done = [cell.result for cell in cells if cell.status == "done"]
+    tested = all(_on_test(result) in result["metrics"] for result in done)
+    values = {
+        cell.id: {
+            name: np.atleast_1d(np.asarray(x, float)).tolist()
+            for name, x in cell.result.get("metrics", {}).items()
+        }
+        for cell in cells
+    }
+    base = next((values[cell.id] for cell in cells if cell.axis is None), {})
+    variants = [cell.id for cell in cells if cell.axis is not None]
+    started = sum(cell.started for cell in cells if cell.axis is not None)
+    estimates: dict[str, dict[str, Estimate]] = {cell.id: {} for cell in cells}
+    names = dict.fromkeys(name for own in values.values() for name in own)
+    thresholds = {
+        name: learning.threshold([own[name] for own in values.values() if name in own])
+        for name in names
+        if math.isfinite(limits(name)[0])
+    }
+    thresholds = {name: x for name, x in thresholds.items() if not math.isnan(x)}
+    for name in names:
+        by_cell = {id: own[name] for id, own in values.items() if name in own}
+        low, high = limits(name)
+        accuracy = f"{name.rpartition('/')[0]}/accuracy"  # an accuracy's is itself
+        bimodal = accuracy in thresholds or (name != accuracy and bool(thresholds))
+        compared = [id for id in variants if id in by_cell and name in base]
+        pairs = [_common(by_cell[id], base[name]) for id in compared]
+        results = statistics.compare(pairs, count=started, exact=bimodal, reach=high - low)
+        comparisons = dict(zip(compared, results, strict=True))
+        for id, own in by_cell.items():
+            mean, interval = statistics.mean_interval(own)
+            learned = None
+            if accuracy in thresholds and accuracy in values[id]:
+                learned = sum(x > thresholds[accuracy] for x in values[id][accuracy])
+            estimates[id][name] = Estimate(
+                own,
+                mean,
+                _NAN if bimodal else interval,
+                comparisons.get(id, statistics.Comparison()),
+                (low, high),
+                bimodal,
+                learned,
+            )
     rows = []
-    for base in experiment.bases():
-        group = experiment.group(base)
-        done = [cell.result for cell in group if cell.status == "done"]
-        tested = all(_on_test(result) in result["metrics"] for result in done)
-        reference: Mapping[str, list[float]] = {}
-        group_rows = []
-        for cell in group:
-            values = {
-                name: np.atleast_1d(np.asarray(x, float)).tolist()
-                for name, x in cell.result.get("metrics", {}).items()
-            }
-            if cell.axis is None:
-                reference = values
-            metrics = {}
-            for name, own in values.items():
-                comparison = statistics.Paired()
-                if cell.axis is not None and name in reference:
-                    seeds = min(len(own), len(reference[name]))
-                    comparison = statistics.paired(own[:seeds], reference[name][:seeds])
-                metrics[name] = Estimate(own, *statistics.mean_interval(own), comparison)
-            metric = ""
-            if metrics:
-                metric = _on_test(cell.result) if tested else cell.result["primary"]
-            group_rows.append(Row(cell, metrics, metric))
-        p_values = [row.reported.comparison.p if row.reported else _NAN for row in group_rows]
-        corrected = statistics.holm(p_values).tolist()
-        rows += [
-            dataclasses.replace(row, p_holm=p) for row, p in zip(group_rows, corrected, strict=True)
-        ]
+    for cell in cells:
+        metric = ""
+        if estimates[cell.id]:
+            metric = _on_test(cell.result) if tested else cell.result["primary"]
+        rows.append(Row(cell, estimates[cell.id], metric))
     return rows
+
+
+def _common(
+    values: Sequence[float], others: Sequence[float]
+) -> tuple[Sequence[float], Sequence[float]]:
+    """The values of the seeds that both have."""
+    seeds = min(len(values), len(others))
+    return values[:seeds], others[:seeds]
+
+
+def family(rows: Sequence[Row]) -> int:
+    """How many comparisons with the base a group has begun: p-values are corrected for them."""
+    return sum(row.cell.started for row in rows if row.cell.axis is not None)
+
+
+def split_correlation(rows: Sequence[Row]) -> float:
+    """How the metric that chooses and the one that is reported correlate over the seeds of a cell.
+
+    Over all seeds of a group, from the means of their cells.  nan where both are the same, and
+    where nothing varies.
+    """
+    own = []
+    for row in rows:
+        if row.reported and row.primary and row.reported is not row.primary:
+            both = np.array([row.primary.values, row.reported.values])
+            if np.isfinite(both).all():
+                own.append(both - both.mean(-1, keepdims=True))
+    if not own:
+        return _NAN
+    (a, c), (_, b) = np.cov(np.concatenate(own, -1))
+    return float(c / math.sqrt(a * b)) if a > 0 and b > 0 else _NAN
 
 
 def findings(experiment: Experiment) -> list[claim_tests.Finding]:
     """The test of each claim of the sweep."""
-    values = {
-        (row.cell.id, name): estimate.values
+    estimates = {
+        (row.cell.id, name): estimate
         for row in summarize(experiment)
         for name, estimate in [*row.metrics.items(), ("", row.reported)]
         if estimate
     }
-    return claim_tests.test(experiment.claims, values)
+    values = {key: estimate.values for key, estimate in estimates.items()}
+    bimodal = {key for key, estimate in estimates.items() if estimate.bimodal}
+    return claim_tests.test(experiment.claims, values, bimodal)
 
 
 def other_metrics(rows: Sequence[Row]) -> list[str]:
@@ -173,8 +260,9 @@ def splits(rows: Sequence[Row]) -> list[str]:
 def axis_effects(rows: Sequence[Row], axis: str) -> list[statistics.Effect] | None:
     """The analysis of variance of the product 'a×b' of axes in a group, of the reported metric.
 
-    None where `statistics.axis_effects` has none, where a cell is not done, and where not every
-    axis changes one setting, so that a cell's overrides do not tell its place in the grid.
+    None where `statistics.axis_effects` has none, where a cell is not done, where seeds learned and
+    others did not, and where not every axis changes one setting, so that a cell's overrides do not
+    tell its place in the grid.
     """
     rows = [row for row in rows if row.cell.axis == axis]
     names = axis.split("×")
@@ -185,7 +273,7 @@ def axis_effects(rows: Sequence[Row], axis: str) -> list[statistics.Effect] | No
     seeds: list[int] = []
     values: list[float] = []
     for row in rows:
-        if row.reported is None:
+        if row.reported is None or row.reported.bimodal:
             return None
         count = len(row.reported.values)
         for name, value in zip(names, row.cell.overrides.values(), strict=True):
@@ -201,31 +289,38 @@ class PairwiseComparisons:
 
     Attributes:
       rows: the N cells that have it.
-      difference, interval: [N, N], of the row's cell minus the column's, paired by seed.
-      p: of the paired t-test, corrected for all N (N − 1) / 2 pairs (Holm); nan on the diagonal.
+      of: by (i, j), i < j: cell i minus cell j, as one family of N (N − 1) / 2 comparisons.
     """
 
     rows: Sequence[Row]
-    difference: np.ndarray
-    interval: np.ndarray
-    p: np.ndarray
+    of: Mapping[tuple[int, int], statistics.Comparison]
+
+    def __getitem__(self, place: tuple[int, int]) -> statistics.Comparison:
+        """Cell i minus cell j for any two different ones."""
+        i, j = place
+        if i < j:
+            return self.of[i, j]
+        back = self.of[j, i]
+        opposite = {"difference": -back.difference, "low": -back.high, "high": -back.low}
+        return dataclasses.replace(
+            back, differences=tuple(-x for x in back.differences), **opposite
+        )
 
 
 def pairwise(rows: Sequence[Row]) -> PairwiseComparisons:
     """Compares all cells of the group `rows` with each other."""
+    started = sum(row.cell.started for row in rows)
     rows = [row for row in rows if row.reported]
-    values = [row.reported.values for row in rows if row.reported]
-    difference, interval, p = np.full((3, len(rows), len(rows)), _NAN)
-    above = np.triu_indices(len(rows), 1)
-    for i, j in zip(*above, strict=True):
-        a, b = values[i], values[j]
-        seeds = min(len(a), len(b))
-        comparison = statistics.paired(a[:seeds], b[:seeds])
-        difference[i, j], difference[j, i] = comparison.difference, -comparison.difference
-        interval[i, j] = interval[j, i] = comparison.interval
-        p[i, j] = comparison.p
-    p[above] = p.T[above] = statistics.holm(p[above])
-    return PairwiseComparisons(rows, difference, interval, p)
+    estimates = [row.reported for row in rows if row.reported]
+    places = list(itertools.combinations(range(len(rows)), 2))
+    low, high = estimates[0].limits if estimates else (0.0, 0.0)
+    results = statistics.compare(
+        [_common(estimates[i].values, estimates[j].values) for i, j in places],
+        count=math.comb(started, 2),
+        exact=any(estimate.bimodal for estimate in estimates),
+        reach=high - low,
+    )
+    return PairwiseComparisons(rows, dict(zip(places, results, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +330,8 @@ class Change:
     Attributes:
       id, directory: of the cell, and the other directory.
       metric, first, other: what both report, in the first directory and in the other one.
-      comparison: of the other minus the first, paired by seed.
-      p_holm: corrected for all cells of all other directories.
+      comparison: of the other minus the first, paired by seed; all cells of all other directories
+        are one family.
       changed: the settings in which the two differ, a line each.
     """
 
@@ -245,31 +340,40 @@ class Change:
     metric: str
     first: Estimate
     other: Estimate
-    comparison: statistics.Paired
-    p_holm: float
+    comparison: statistics.Comparison
     changed: Sequence[str]
 
 
 def between(experiments: Sequence[Experiment]) -> list[Change]:
     """Cells of the same id that several run directories have done, against the first directory."""
     by_id = [{row.cell.id: row for row in summarize(x) if row.reported} for x in experiments]
-    changes = []
+    shared: list[tuple[Experiment, Row, Row, str]] = []
     for experiment, rows in zip(experiments[1:], by_id[1:], strict=True):
         for id, row in rows.items():
             first = by_id[0].get(id)
-            if first is None or not first.reported or first.metric not in row.metrics:
-                continue
-            a, b = first.reported, row.metrics[first.metric]
-            seeds = min(len(a.values), len(b.values))
-            comparison = statistics.paired(b.values[:seeds], a.values[:seeds])
-            changed = [
-                f"{name}: {there} → {here}"
-                for name, there, here in differences(first.cell.config, row.cell.config)
-            ]
-            directory = str(experiment.path)
-            changes.append(Change(id, directory, first.metric, a, b, comparison, _NAN, changed))
-    corrected = statistics.holm([change.comparison.p for change in changes]).tolist()
-    return [dataclasses.replace(x, p_holm=p) for x, p in zip(changes, corrected, strict=True)]
+            if first is not None and first.metric in row.metrics:
+                shared.append((experiment, first, row, first.metric))
+    results: dict[int, statistics.Comparison] = {}
+    for metric in dict.fromkeys(metric for *_, metric in shared):  # variances of one unit
+        places = [i for i, (*_, name) in enumerate(shared) if name == metric]
+        both = [(shared[i][2].metrics[metric], shared[i][1].metrics[metric]) for i in places]
+        low, high = limits(metric)
+        compared = statistics.compare(
+            [_common(b.values, a.values) for b, a in both],
+            count=len(shared),
+            exact=any(one.bimodal for pair in both for one in pair),
+            reach=high - low,
+        )
+        results.update(zip(places, compared, strict=True))
+    changes = []
+    for i, (experiment, first, row, metric) in enumerate(shared):
+        changed = [
+            f"{name}: {there} → {here}"
+            for name, there, here in differences(first.cell.config, row.cell.config)
+        ]
+        a, b, id = first.metrics[metric], row.metrics[metric], row.cell.id
+        changes.append(Change(id, str(experiment.path), metric, a, b, results[i], changed))
+    return changes
 
 
 def _on_test(result: Mapping[str, Any]) -> str:

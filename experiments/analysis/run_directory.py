@@ -57,6 +57,11 @@ class CellRun:
         return "partial" if (self.path / "metrics.jsonl").exists() else "not run"
 
     @property
+    def started(self) -> bool:
+        """Whether it has trained at all; a cell that fails while it is built has not."""
+        return self.status in ("done", "dropped") or (self.path / "metrics.jsonl").exists()
+
+    @property
     def step(self) -> int:
         """The last step in its log, 0 without one."""
         curves = read_curves(self)

@@ -8,10 +8,12 @@ A config file states it beside its sweeps, in the literature's terms:
         yield less(rotary, none, at="length_512/loss", by=0.35, says="and by far beyond ...")
         yield equal("base", "base.position=learned", within=0.05, says="...")
 
-`ablate` keeps the claims in sweep.json, the report tests each by the paired seeds.
+`ablate` keeps the claims in sweep.json, each with when it was first stated; the report tests each
+by the paired seeds.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -30,6 +32,8 @@ class Claim:
       left, right: what is compared; see `Side`.
       metric: of sides that name none; '' is the reported metric.
       margin: in units of the metric.
+      stated, results: when it was first stated, in ISO 8601, and how many cells of the sweep had a
+        result then; '' where that was not recorded. See `record`.
     """
 
     says: str
@@ -38,6 +42,8 @@ class Claim:
     right: Side
     metric: str = ""
     margin: float = 0.0
+    stated: str = ""
+    results: int = 0
 
 
 def less(left: Side, right: Side, *, says: str, at: str = "", by: float = 0.0) -> Claim:
@@ -75,6 +81,25 @@ def cells(claim: Claim) -> set[str]:
 def describe(claims: Sequence[Claim]) -> list[dict[str, Any]]:
     """As JSON."""
     return [dataclasses.asdict(claim) for claim in claims]
+
+
+def record(
+    claims: Sequence[Claim], before: Sequence[Mapping[str, Any]], now: str, results: int
+) -> list[dict[str, Any]]:
+    """As JSON, each with when it was first stated, so that a claim made after the results shows.
+
+    A claim that is in `before`, the result of an earlier call, word for word, keeps its record.
+    One that is new, or has been rewritten, was stated `now`, when so many cells had `results`.
+    """
+    recorded = {_content(fields): dict(fields) for fields in before}
+    described = [{**fields, "stated": now, "results": results} for fields in describe(claims)]
+    return [recorded.get(_content(fields), fields) for fields in described]
+
+
+def _content(fields):
+    """All of a claim but its record, in JSON: there a pair is a list."""
+    own = {name: x for name, x in fields.items() if name not in ("stated", "results")}
+    return json.dumps(own, sort_keys=True)
 
 
 def read(described: Sequence[Mapping[str, Any]]) -> list[Claim]:

@@ -48,14 +48,15 @@ def open_workdir(
         before = json.loads(paths.read(path) or "{}")
         known = before.get("cells", [])
         ids = {cell["id"] for cell in known}
+        results = sum(bool(cells.outcome(cells.folder(workdir, id))) for id in ids)
         fields = ("id", "base", "axis", "value", "overrides")
         added = [{name: getattr(c, name) for name in fields} for c in swept if c.id not in ids]
         content = {
             "command": shlex.join(["python", "-m", "experiments.ablate", *sys.argv[1:]]),
-            "created": datetime.datetime.now().isoformat(timespec="seconds"),
+            "created": (now := datetime.datetime.now().isoformat(timespec="seconds")),
             "seeds": list(range(swept[0].config.train.seeds)),
             "environment": environment(),
-            "claims": claims.describe(expected),
+            "claims": claims.record(expected, before.get("claims", []), now, results),
             "cells": known + added,
         }
         if added or content["claims"] != before.get("claims", []):

@@ -6,8 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 
-import numpy as np
-
+from experiments.analysis import learning
 from experiments.analysis.comparisons import Estimate, Row, pairwise
 from experiments.storage.paths import replace
 
@@ -18,9 +17,11 @@ _FACTS = (
 )
 _COLUMNS = (
     *("cell", "base", "axis", "value", "status", "seeds", "metric", "mean", "interval95"),
-    *("difference", "difference_interval95", "bootstrap95_low", "bootstrap95_high"),
+    *("low95", "high95", "learned", "learned95_low", "learned95_high"),
+    *("difference", "difference95_low", "difference95_high", "effect_size", "p", "p_holm", "df"),
+    *("plain_interval95", "plain_p", "bootstrap95_low", "bootstrap95_high"),
     *("difference_bootstrap95_low", "difference_bootstrap95_high"),
-    *("effect_size", "p", "p_holm", "reported", *_FACTS, "error"),
+    *("reported", *_FACTS, "error"),
 )
 
 
@@ -28,8 +29,10 @@ def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     """Writes one line a cell and metric, and one without a metric for a cell not done.
 
     The reported metric comes first and has a 1 under `reported`; the others describe and are no
-    part of the family that p_holm is corrected for. Numbers are in full precision; what is not
-    known is empty. An existing file is replaced whole.
+    part of the family that p_holm and the simultaneous intervals (difference95) are corrected for.
+    p is that of the moderated t-test or the permutation test, plain_p that of the paired t-test by
+    the own seeds alone, plain_interval95 half its interval. Numbers are in full precision; what is
+    not known is empty. An existing file is replaced whole.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -39,11 +42,15 @@ def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
         names = sorted(row.metrics, key=lambda name: name != row.metric)
         for metric in names or [""]:
             e = row.metrics.get(metric, Estimate((), _NAN, _NAN))
-            paired, reported = e.comparison, metric != "" and metric == row.metric
+            d, reported = e.comparison, metric != "" and metric == row.metric
+            counted = (_NAN, _NAN, _NAN)
+            if e.learned is not None:
+                counted = (e.learned, *learning.share_interval(e.learned, len(e.values)))
             numbers = (
-                *(e.mean, e.interval, paired.difference, paired.interval),
-                *(*e.bootstrap, *paired.bootstrap),
-                *(paired.effect_size, paired.p, row.p_holm if reported else _NAN),
+                *(e.mean, e.interval, e.low, e.high, *counted, d.difference),
+                *((d.low, d.high) if reported else (_NAN, _NAN)),
+                *(d.effect_size, d.p, d.p_holm if reported else _NAN, d.df),
+                *(d.plain_interval, d.plain_p, *e.bootstrap, *d.bootstrap),
             )
             writer.writerow(
                 [cell.id, cell.base, cell.axis, cell.value, cell.status, len(e.values), metric]
@@ -59,12 +66,13 @@ def write_pairs(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
     """Writes `pairwise` of every group as CSV, a line a pair."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("cell", "other", "metric", "difference", "interval95", "p_holm"))
+    names = ("difference", "difference95_low", "difference95_high", "p", "p_holm", "plain_p")
+    writer.writerow(("cell", "other", "metric", *names))
     for base in dict.fromkeys(row.cell.base for row in rows):
         pairs = pairwise([row for row in rows if row.cell.base == base])
-        for i, j in np.transpose(np.triu_indices(len(pairs.rows), 1)).tolist():
+        for (i, j), d in pairs.of.items():
             ids = [pairs.rows[k].cell.id for k in (i, j)]
-            numbers = (pairs.difference[i, j], pairs.interval[i, j], pairs.p[i, j])
+            numbers = (d.difference, d.low, d.high, d.p, d.p_holm, d.plain_p)
             texts = ["" if math.isnan(x) else x for x in numbers]
             writer.writerow([*ids, pairs.rows[i].metric, *texts])
     replace(path, text.getvalue())

@@ -1,12 +1,20 @@
-"""What an axis of a sweep shows, in a sentence, and whether the seeds are too few to show it."""
+"""What a group shows, in sentences: its axes, how it was tested, what that does not say."""
 
 import math
 from collections.abc import Sequence
 
-from experiments.analysis import statistics
+from experiments.analysis import comparisons, learning, statistics
 from experiments.analysis.comparisons import Row
 from experiments.analysis.run_directory import Experiment
-from experiments.reporting.formatting import decimals, p_equals, plus_minus, unit
+from experiments.reporting.formatting import (
+    decimals,
+    is_bimodal,
+    learned,
+    p_equals,
+    rough,
+    unit,
+    with_interval,
+)
 
 # Standard deviations of the paired difference: seeds with which only larger ones are significant
 # are too few. At two, 98% of the seeds of a normal distribution are on one side of zero already.
@@ -34,8 +42,10 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
     digits = decimals([*done, base] if base else done)
 
     def score(row):
-        mean, interval = row.reported.mean, row.reported.interval
-        return f"{row.metric} {plus_minus(mean, interval, digits)}{unit(row.metric)}"
+        one = row.reported
+        text = with_interval(one.mean, one.low, one.high, digits) + unit(row.metric)
+        counted = f", {learned(one)} seeds learned" if learned(one) else ""
+        return f"{row.metric} {text}{counted}"
 
     value = best.cell.value
     if not base or not _finite(base):
@@ -43,17 +53,18 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
 
     own = experiment.base_value(base.cell.base, axis)
     name = "the base" if own == "base" else f"the base ({own})"
-    comparison = reported.comparison
-    gap = sign * comparison.difference
-    size = f"by {plus_minus(abs(gap), comparison.interval, digits)}{unit(best.metric)}"
+    d = reported.comparison
+    gap = sign * d.difference
+    ends = (d.low, d.high) if d.difference >= 0 else (-d.high, -d.low)
+    size = f"by {with_interval(abs(gap), *ends, digits)}{unit(best.metric)}"
     if math.isnan(best.p_holm):
         certain = " (one seed: no test)"
     else:
-        what = "significantly different" if best.significant else "no significant difference"
-        certain = f" ({what}: {p_equals(best.p_holm)}, Holm)"
+        significantly = "significantly" if best.significant else "not significantly"
+        certain = f", {significantly} ({p_equals(best.p_holm)}, Holm)"
     if sign * primary.comparison.difference >= 0:
         close = f"{'worse' if gap > 0 else 'better'} {size}{certain}"
-        close = f"{value} comes closest, {close}" if gap else f"{value} equals it"
+        close = f"the best alternative, {value}, is {close}" if gap else f"{value} equals it"
         sentence = f"no value beats {name}{where}, {score(base)}; {close}"
     elif gap > 0:
         split = best.metric.partition("/")[0]
@@ -68,27 +79,95 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
 
 
 def too_few_seeds(rows: Sequence[Row]) -> str:
-    """A warning where the seeds of the group `rows` are too few to say anything, else ''."""
-    compared = [row.reported.comparison for row in rows if row.reported]
-    compared = [comparison for comparison in compared if comparison.differences]
-    if not compared:
+    """A warning where the seeds of the group `rows` are too few to say much, else ''.
+
+    None where most cells differ significantly: these seeds were enough for them.
+    """
+    variants = [row for row in rows if row.reported and row.reported.comparison.differences]
+    if not variants:
         return ""
+    compared = [row.reported.comparison for row in variants if row.reported]
     seeds = min(len(comparison.differences) for comparison in compared)
     if seeds == 1:
         return (
             "one seed has no spread to test a difference by: take more seeds "
             "(--config.train.seeds=10)"
         )
-    count = sum(not math.isnan(comparison.p) for comparison in compared)
-    smallest = statistics.smallest_effect(seeds, count)
-    if not smallest > _TOO_LARGE:
+    family = comparisons.family(rows)
+    several = f"{seeds} seeds and {family} comparison{'s' if family > 1 else ''}"
+    enough = learning.enough_seeds(family)
+    if is_bimodal(rows) and seeds < enough:
+        return (
+            f"some seeds learned and others did not, and {several} are too few to say how often: "
+            f"take {enough} or more (--config.train.seeds={enough})"
+        )
+    if 2 * sum(row.significant for row in variants) > len(variants):
         return ""
-    enough = max(10, 2 * seeds)
+    smallest = statistics.smallest_visible(compared, family)
+    spread = statistics.typical_spread(compared)
+    if not smallest > _TOO_LARGE * spread:
+        return ""
+    more = max(10, 2 * seeds)
+    then = statistics.smallest_visible(compared, family, more)
     return (
-        f"with {seeds} seeds and {count} comparison{'s' if count > 1 else ''} only differences "
-        f"above {smallest:.1f} standard deviations can be significant: take more seeds "
-        f"({enough} seeds: {statistics.smallest_effect(enough, count):.1f})"
+        f"with {several}, differences below about {rough(smallest)}{unit(variants[0].metric)} "
+        f"cannot be seen: take more seeds ({more} seeds: about {rough(then)})"
     )
+
+
+def how_tested(rows: Sequence[Row]) -> str:
+    """How the differences of a group are tested, and what their intervals are."""
+    family = comparisons.family(rows)
+    corrected = (
+        f"p-values are corrected for the {family} cells that were begun (Holm), and a star marks "
+        "p < 0.05."
+    )
+    if is_bimodal(rows):
+        return (
+            "Some seeds learned, with an accuracy above half-way between the lowest and the "
+            "highest of the group, and some did not. Few seeds with bimodal outcomes do not meet "
+            "what a t-test assumes, so cells are compared by a permutation test of their runs, "
+            f"without intervals. {corrected}"
+        )
+    ends = "They end at zero where the star alone excludes it"
+    if any(row.reported and math.isfinite(row.reported.limits[1]) for row in rows):
+        ends += ", and intervals of accuracies end at 0 and 1"
+    return (
+        "Differences are from the base cell, seed by seed, by the moderated t-test: each variance "
+        f"is shrunk towards those of the group (Smyth 2004). {corrected} The intervals of the "
+        "differences are simultaneous (95%, Bonferroni), and exclude zero where there is a star. "
+        f"{ends}. A mean's interval is its own (95%, Student)."
+    )
+
+
+def caveats(rows: Sequence[Row]) -> str:
+    """What the numbers of a group do not say."""
+    done = [row for row in rows if row.reported]
+    sentences = []
+    if len(done) > 2:
+        primary, metric = done[0].cell.result["primary"], done[0].metric
+        if metric == primary:
+            sentences.append(
+                f"The best value is chosen and reported by the same {metric}: the best of several "
+                "looks better than it is."
+            )
+        else:
+            correlation = comparisons.split_correlation(rows)
+            by = (
+                "" if math.isnan(correlation) else f" (correlation within a cell {correlation:.2f})"
+            )
+            sentences.append(
+                f"The best value is chosen by {primary} and reported by {metric}, but of the same "
+                f"seeds{by}: the more the two agree, the less a test split removes of the bias of "
+                "the best of several."
+            )
+    rates = {row.cell.config.get("optimizer", {}).get("learning_rate") for row in done}
+    if len(done) > 1 and len(rates) == 1 and None not in rates:
+        sentences.append(
+            f"All cells were compared at one learning rate, {rates.pop():g}; with the best rate of "
+            "each they may differ otherwise."
+        )
+    return " ".join(sentences)
 
 
 def _finite(row):

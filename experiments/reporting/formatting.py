@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.analysis.comparisons import Row
+from experiments.analysis.comparisons import Estimate, Row
 from experiments.analysis.run_directory import COSTS
 
 
@@ -22,6 +22,7 @@ def metric_title(rows: Sequence[Row]) -> str:
     """What the numbers of a group are: 'test/loss (lower is better), mean ± 95% interval over ...'.
 
     It says so where there is no test split: then values are chosen by the data that is reported.
+    Where some seeds learned and others did not, a mean has no interval.
     """
     done = [row for row in rows if row.reported]
     if not done:
@@ -30,7 +31,19 @@ def metric_title(rows: Sequence[Row]) -> str:
     direction = "lower" if done[0].cell.result["lower_is_better"] else "higher"
     split = "; no test split" if metric.startswith("validation/") else ""
     over = f"mean ± 95% interval over {seeds} seeds" if seeds > 1 else "one seed, no interval"
+    if is_bimodal(rows):
+        over = f"mean over {seeds} seeds, of which some learned and some did not"
     return f"{metric} ({direction} is better{split}), {over}"
+
+
+def is_bimodal(rows: Sequence[Row]) -> bool:
+    """Whether the group has seeds that learned and seeds that did not; see `learning`."""
+    return any(row.reported is not None and row.reported.bimodal for row in rows)
+
+
+def learned(estimate: Estimate) -> str:
+    """'2 of 3', the seeds that learned; '' where this is no question."""
+    return "" if estimate.learned is None else f"{estimate.learned} of {len(estimate.values)}"
 
 
 def unit(metric: str) -> str:
@@ -58,6 +71,28 @@ def plus_minus(mean: float, interval: float, digits: int, sign: str = "") -> str
     kind = "f" if abs(mean) < 1e6 else "e"
     text = f"{mean:{sign}.{digits}{kind}}"
     return text if math.isnan(interval) else f"{text} ± {interval:.{digits}{kind}}"
+
+
+def with_interval(mean: float, low: float, high: float, digits: int, sign: str = "") -> str:
+    """As `plus_minus`; '0.989 [0.941, 1]' where the mean is not in the middle.
+
+    An interval ends early at the limits of its metric, and at zero where a star excludes zero.
+    """
+    half = (high - low) / 2
+    if math.isnan(mean) or math.isnan(half) or abs(low + half - mean) <= 1e-9 * half:
+        return plus_minus(mean, half, digits, sign)
+    ends = [
+        f"{end:.0f}" if end in (0, 1) else plus_minus(end, math.nan, digits, sign)
+        for end in (low, high)
+    ]
+    return f"{plus_minus(mean, math.nan, digits, sign)} [{', '.join(ends)}]"
+
+
+def rough(value: float) -> str:
+    """A positive number to one digit, or to two that begin with 1: '0.03', '0.012', '4'."""
+    digits = 1 - math.floor(math.log10(value))
+    first = round(value, digits)
+    return f"{first:.{max(digits, 0)}f}" if f"{first:e}"[0] == "1" else f"{value:.1g}"
 
 
 def p_value(p: float) -> str:

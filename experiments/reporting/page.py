@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.analysis import comparisons, run_directory
+from experiments.analysis import comparisons, learning, run_directory
 from experiments.reporting import (
     csv_files,
     explorer,
@@ -108,7 +108,11 @@ def page(
         claims_note=tables.CLAIMS_NOTE,
         changes=tables.changes_table(changes) if changes else [],
         format=_format,
-        nan=float("nan"),
+        share=_share,
+        learned=formatting.learned,
+        plain=lambda x, digits: formatting.plus_minus(x, float("nan"), digits, "+").replace(
+            "-", "−"
+        ),
         failed=[row for row in rows if row.error],
         configs=configs,
         number=formatting.number,
@@ -168,6 +172,9 @@ def _group(
         "effects": [(axis, comparisons.axis_effects(rows, axis)) for axis in products],
         "pairs": comparisons.pairwise(rows),
         "digits": digits,
+        "note": findings.how_tested(rows),
+        "caveats": findings.caveats(rows),
+        "bimodal": formatting.is_bimodal(rows),
         "bootstrap": lambda ends: _bootstrap(ends, digits),
         "axis_plots": _inline(drawings, *(f"{base}-by-{axis}" for axis in axes)),
         "curves": _inline(drawings, f"{base}-curves", *(f"{base}-curves-{axis}" for axis in axes)),
@@ -178,8 +185,18 @@ def _group(
     }
 
 
-def _format(mean, interval, digits, sign=""):
-    return formatting.plus_minus(mean, interval, digits, sign).replace("-", "−")
+def _format(center, ends, digits, sign=""):
+    """A number with the interval of `ends`, an estimate or a comparison."""
+    text = formatting.with_interval(center, ends.low, ends.high, digits, sign)
+    return text.replace("-", "−")
+
+
+def _share(estimate):
+    """The tooltip of the seeds that learned; '' where it is not known how many did."""
+    if estimate.learned is None:
+        return ""
+    low, high = learning.share_interval(estimate.learned, len(estimate.values))
+    return f"95% interval of the share of seeds that learn: {low:.0%} to {high:.0%}"
 
 
 def _bootstrap(ends: tuple[float, float], digits: int) -> str:

@@ -152,11 +152,10 @@ def axis_plot(experiment: run_directory.Experiment, base: str, axis: str) -> "Fi
             seeds = estimate.values
             below = [y + 0.25] * len(seeds)
             panel.scatter(seeds, below, s=13, color=color, alpha=0.4, linewidth=0)
-            interval = 0 if math.isnan(estimate.interval) else estimate.interval
             panel.errorbar(
                 estimate.mean,
                 y,
-                xerr=interval,
+                xerr=_whiskers(estimate),
                 color=color,
                 linewidth=1.8,
                 marker="o",
@@ -201,8 +200,7 @@ def cost_plot(experiment: run_directory.Experiment, base: str, cost: str) -> "Fi
         panel = figure.subplots()
         for i, (row, estimate, place) in enumerate(zip(rows, estimates, places, strict=True)):
             color = INK if row.cell.axis is None else COLORS[row.verdict]
-            interval = 0 if math.isnan(estimate.interval) else estimate.interval
-            panel.errorbar(*place, yerr=interval, color=color, lw=1, alpha=0.6)
+            panel.errorbar(*place, yerr=_whiskers(estimate), color=color, lw=1, alpha=0.6)
             panel.plot(*place, "o", color=color, markersize=5, gid=f"cost|{row.cell.id}|{cost}")
             if i in best or row.cell.axis is None:
                 text = "base" if row.cell.axis is None else _short(str(row.cell.value))
@@ -238,19 +236,26 @@ def split_plot(experiment: run_directory.Experiment, base: str) -> "Figure | Non
         for row in rows:
             estimates = [row.metrics.get(name) for name in names]
             means = np.array([one.mean if one else math.nan for one in estimates])
-            interval = np.array([one.interval if one else math.nan for one in estimates])
             style = _style(row.cell, variants)
             id = f"{row.cell.id}|split"
             lines += panel.plot(means, marker="o", markersize=4, gid=f"line|{id}", **style)
             soft = {"color": style["color"], "alpha": 0.13, "lw": 0}
             steps = range(len(names))
-            low, high = means - interval, means + interval
+            low = [one.low if one else math.nan for one in estimates]
+            high = [one.high if one else math.nan for one in estimates]
             panel.fill_between(steps, low, high, gid=f"band|{id}", **soft)
         panel.set_xticks(range(len(names)), [_plain(name.rpartition("/")[0]) for name in names])
         panel.set_ylabel(_plain(names[0].rpartition("/")[2]))
         panel.grid(color=INK, alpha=0.12, linewidth=0.6)
         _switches(figure, lines, [(row.cell.label, f"{row.cell.id}|split") for row in rows])
     return figure
+
+
+def _whiskers(estimate: comparisons.Estimate) -> list[list[float]] | None:
+    """How far the interval of a mean reaches down and up, None where it has none."""
+    if math.isnan(estimate.interval):
+        return None
+    return [[estimate.mean - estimate.low], [estimate.high - estimate.mean]]
 
 
 def _front(points: Sequence[tuple[float, float]], lower: bool) -> list[int]:

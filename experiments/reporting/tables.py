@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from experiments.analysis import comparisons, run_directory
 from experiments.reporting import findings, formatting
 
-STAR = "significantly different from the base (paired t-test, p < 0.05, Holm)"
+
+def star(rows: Sequence[comparisons.Row]) -> str:
+    """What a star means in the table of a group."""
+    if formatting.is_bimodal(rows):
+        return "significantly different from the base (permutation test, p < 0.05, Holm)"
+    return (
+        "significantly different from the base (moderated paired t-test, p < 0.05, Holm); the "
+        "intervals of differences are simultaneous and exclude zero where there is a star"
+    )
 
 
 def markdown(experiments: Sequence[run_directory.Experiment]) -> str:
@@ -21,8 +29,10 @@ def markdown(experiments: Sequence[run_directory.Experiment]) -> str:
         axes = experiment.axes(base)
         lines = [f"- **{axis}:** {findings.finding(experiment, group, axis)}" for axis in axes]
         parts += ["\n".join(lines)] * bool(lines)
-        parts.append(f"{_sentence(formatting.metric_title(group))} A star: {STAR}.")
+        parts.append(f"{_sentence(formatting.metric_title(group))} A star: {star(group)}.")
         parts.append(markdown_table(*_columns(group, "±", "**{}**".format)))
+        if caveats := findings.caveats(group):
+            parts.append(caveats)
         if warning := findings.too_few_seeds(group):
             parts.append(f"Too few seeds: {warning}.")
         if table := splits_table(group):
@@ -48,7 +58,7 @@ def latex(rows: Sequence[comparisons.Row]) -> str:
             lines.append(r"\addlinespace")
         before = row.cell
         lines.append(" & ".join(cells) + r" \\")
-    note = _escape(f"{_sentence(formatting.metric_title(rows))} *: {STAR}.")
+    note = _escape(f"{_sentence(formatting.metric_title(rows))} *: {star(rows)}.")
     lines += [r"\bottomrule", r"\end{tabular}"]
     needs = (
         r"% needs \usepackage{booktabs} and \usepackage[T1]{fontenc}; letters that are not Latin"
@@ -79,30 +89,33 @@ def _columns(rows, plus_minus, bold, escape=str):
         for name, cost in run_directory.COSTS.items()
         if any(cost(row.cell.result) for row in done)
     ]
-    header = ["cell", metric, "difference", "p", *others, *costs, "status"]
+    counted = ["learned"] if formatting.is_bimodal(rows) else []
+    header = ["cell", metric, *counted, "difference", "p", *others, *costs, "status"]
 
-    def number(mean, interval, sign="", digits=digits):
-        text = formatting.plus_minus(mean, interval, digits, sign).replace("±", plus_minus)
-        return re.sub(r"(^|(?<= ))-", "−" if escape is str else "$-$", text)
+    def number(estimate, sign="", digits=digits):
+        center = estimate.difference if sign else estimate.mean
+        ends = estimate.low, estimate.high
+        text = formatting.with_interval(center, *ends, digits, sign).replace("±", plus_minus)
+        return re.sub(r"(^|(?<=[ \[]))-", "−" if escape is str else "$-$", text)
 
     table = [[escape(name) for name in header]]
     for row in rows:
         cells = [escape(row.cell.label)]
         if row.reported:
             paired = row.reported.comparison
-            mean = number(row.reported.mean, row.reported.interval)
-            difference = number(paired.difference, paired.interval, "+")
+            mean, difference = number(row.reported), number(paired, "+")
             cells += [bold(mean) if row.cell.id in marked else mean]
+            cells += [formatting.learned(row.reported)] if counted else []
             cells += [
                 difference + ("*" if row.verdict else ""),
                 escape(formatting.p_value(row.p_holm)),
             ]
         else:
-            cells += ["", "", ""]
+            cells += ["", *("" for _ in counted), "", ""]
         for name in others:
             estimate = row.metrics.get(name)
             own = formatting.decimals(rows, name)
-            cells.append(number(estimate.mean, estimate.interval, digits=own) if estimate else "")
+            cells.append(number(estimate, digits=own) if estimate else "")
         cells += [formatting.cost_text(name, row.cell.result) for name in costs]
         table.append([*cells, row.cell.status])
     return table
@@ -116,17 +129,15 @@ def splits_table(rows: Sequence[comparisons.Row]) -> list[list[str]]:
     table = [["cell", *names]]
     for row in (row for row in rows if row.reported):
         estimates = [(row.metrics.get(name), formatting.decimals(rows, name)) for name in names]
-        texts = [
-            formatting.plus_minus(one.mean, one.interval, digits).replace("-", "−") if one else ""
-            for one, digits in estimates
-        ]
+        texts = [_with_interval(one.mean, one, digits) if one else "" for one, digits in estimates]
         table.append([row.cell.label, *texts])
     return table
 
 
 def claims_table(experiments: Sequence[run_directory.Experiment]) -> list[list[str]]:
     """Header and rows of what the seeds of each experiment say of its claims."""
-    table = [["expected", "left and right", "right − left", "claimed", "p", "verdict"]]
+    header = ["expected", "left and right", "right − left", "claimed", "first stated", "p"]
+    table = [[*header, "verdict"]]
     for experiment in experiments:
         where = f"{experiment.path.name}: " if len(experiments) > 1 else ""
         for one in comparisons.findings(experiment):
@@ -137,7 +148,7 @@ def claims_table(experiments: Sequence[run_directory.Experiment]) -> list[list[s
             margin = f"{sign} {one.claim.margin:g}".replace("-", "−").replace("± ", "±")
             table.append(
                 [f"{where}{one.claim.says}", sides, _difference(one), margin]
-                + [formatting.p_value(one.p), one.verdict]
+                + [_stated(one.claim), formatting.p_value(one.p), _verdict(one)]
             )
     return table
 
@@ -149,11 +160,32 @@ def changes_table(changes: Sequence[comparisons.Change]) -> list[list[str]]:
         a, b, d = change.first, change.other, change.comparison
         table.append(
             [change.id, change.directory, change.metric]
-            + [formatting.plus_minus(one.mean, one.interval, 4) for one in (a, b)]
-            + [formatting.plus_minus(d.difference, d.interval, 4, "+").replace("-", "−")]
-            + [formatting.p_value(change.p_holm), "; ".join(change.changed)]
+            + [_with_interval(one.mean, one, 4) for one in (a, b)]
+            + [_with_interval(d.difference, d, 4, "+") + "*" * d.significant]
+            + [formatting.p_value(d.p_holm), "; ".join(change.changed)]
         )
     return table
+
+
+def _with_interval(center, ends, digits, sign=""):
+    text = formatting.with_interval(center, ends.low, ends.high, digits, sign)
+    return text.replace("-", "−")
+
+
+def _stated(claim):
+    """'2026-11-21 12:00, after 3 results'."""
+    if not claim.stated:
+        return "not recorded"
+    results = f"{claim.results} result{'s' if claim.results != 1 else ''}"
+    after = f"after {results}" if claim.results else "before any result"
+    return f"{claim.stated[:16].replace('T', ' ')}, {after}"
+
+
+def _verdict(finding):
+    """The verdict; of equivalence with the margin that it is about."""
+    if finding.claim.kind == "equal" and finding.verdict == "contradicted":
+        return f"contradicted: not within the margin of {finding.claim.margin:g}"
+    return finding.verdict
 
 
 def _difference(comparison):
@@ -171,7 +203,9 @@ CLAIMS_NOTE = (
     "opposite, has p < 0.05 after Holm's correction for all claims of the sweep; else it is open: "
     "neither is significant. Holding and contradiction are two families of tests: where truth is "
     "at the margin, there is a false positive in up to one of ten sweeps. Equality within a margin "
-    "is equivalence, tested by two such tests (TOST)."
+    "is equivalence, tested by two such tests (TOST). Where some seeds learned and others did not, "
+    "permutation tests take their place. Intervals are of 95% each, corrected for nothing. A test "
+    "says what it should only of a claim stated before the results."
 )
 
 

@@ -5,7 +5,15 @@ from typing import Any
 
 from experiments.analysis.comparisons import Row
 from experiments.reporting.findings import too_few_seeds
-from experiments.reporting.formatting import decimals, metric_title, number, p_value, plus_minus
+from experiments.reporting.formatting import (
+    decimals,
+    is_bimodal,
+    learned,
+    metric_title,
+    number,
+    p_value,
+    with_interval,
+)
 
 
 def table(rows: Sequence[Row]) -> list[Any]:
@@ -40,21 +48,25 @@ def table(rows: Sequence[Row]) -> list[Any]:
             padding=0,
         )
         grid.add_column("cell", overflow="fold")
-        for name in ("mean", "difference", "p\nHolm", "params", "compile\ns", "steps\n/s"):
+        counted = ["learned"] if is_bimodal(group) else []
+        names = ["mean", *counted, "difference", "p\nHolm", "params", "compile\ns", "steps\n/s"]
+        for name in names:
             grid.add_column(name, justify="right", no_wrap=True)
         grid.add_column("status", no_wrap=True)
         for i, row in enumerate(group):
             estimate, result = row.reported, row.cell.result
             mean = difference = ""
             if estimate:
-                mean = plus_minus(estimate.mean, estimate.interval, digits)
+                mean = with_interval(estimate.mean, estimate.low, estimate.high, digits)
                 paired = estimate.comparison
-                difference = plus_minus(paired.difference, paired.interval, digits, sign="+")
+                ends = paired.difference, paired.low, paired.high
+                difference = with_interval(*ends, digits, sign="+")
                 difference += " *" if row.verdict else "  "
             colour = {"better": "green", "worse": "red", "": ""}[row.verdict]
             grid.add_row(
                 Text(row.cell.label, style="bold" if row.cell.axis is None else ""),
                 mean,
+                *([learned(estimate) if estimate else ""] if counted else []),
                 Text(difference, style=colour),
                 p_value(row.p_holm),
                 number(result.get("num_params"), ",d"),

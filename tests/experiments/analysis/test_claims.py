@@ -1,12 +1,17 @@
 """Claims: what a sweep is expected to find, against SciPy's tests and by simulation."""
 
+import dataclasses
+import json
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from experiments.analysis import claim_tests, statistics
-from experiments.config import claims
+from experiments.config import claims, settings, sweep
 from experiments.config.claims import equal, less
+from experiments.launch import runner
 
 RNG = np.random.default_rng(0)
 A, B = RNG.normal(1.0, 0.1, 6), RNG.normal(1.4, 0.1, 6)
@@ -94,3 +99,65 @@ def test_p_is_that_of_what_decided():
     many = claim_tests.test([less("b", "a", says="")] * 3, VALUES)
     alone = stats.ttest_1samp(B - A, 0, alternative="greater").pvalue
     assert all(one.p == pytest.approx(3 * alone) for one in many)
+
+
+def test_a_claim_keeps_when_it_was_first_stated_until_it_is_rewritten():
+    first = less(("a", "b"), "c", says="x"), equal("a", "b", within=0.1, says="y")
+    recorded = claims.record(first, [], "2026-11-21T12:00:00", 0)
+    assert [(one["stated"], one["results"]) for one in recorded] == [("2026-11-21T12:00:00", 0)] * 2
+    kept = json.loads(json.dumps(recorded))
+    assert claims.record(first, kept, "2026-12-24T12:00:00", 9) == kept, "the same at a relaunch"
+    for rewritten in (
+        dataclasses.replace(first[1], margin=0.2),
+        dataclasses.replace(first[1], says="z"),
+        equal("b", "a", within=0.1, says="y"),
+    ):
+        one, other = claims.record([first[0], rewritten], kept, "2026-12-24T12:00:00", 9)
+        assert one == kept[0]
+        assert (other["stated"], other["results"]) == ("2026-12-24T12:00:00", 9)
+    assert [claim.stated for claim in claims.read(kept)] == ["2026-11-21T12:00:00"] * 2
+    # Of a directory from before it was recorded, nothing is known, and nothing is made up.
+    old = [
+        {name: x for name, x in one.items() if name not in ("stated", "results")} for one in kept
+    ]
+    assert claims.record(first, old, "2026-12-24T12:00:00", 9) == old
+    assert claims.read(old)[0].stated == ""
+
+
+def test_claims_about_seeds_that_learned_or_not_are_tested_by_permutation():
+    learned, mixed, failed = (
+        [0.99, 0.98, 0.97, 0.99, 0.96],
+        [0.98, 0.25, 0.99, 0.97, 0.2],
+        [0.2] * 5,
+    )
+    values = {("a", ""): learned, ("b", ""): mixed, ("c", ""): failed}
+    stated = [less("c", "a", says=""), less("b", "a", says=""), less(0.5, "a", says="")]
+    findings = claim_tests.test(stated, values, bimodal=set(values))
+    # Of 252 ways to deal ten runs one is as uneven; of 32 signs of five seeds one.
+    alone = [1 / 252, *statistics.permutation_test([learned], [mixed], greater=True), 1 / 32]
+    assert [one.p for one in findings] == pytest.approx(list(statistics.holm(alone)))
+    assert [one.verdict for one in findings] == ["holds", "open", "open"]
+    assert all(math.isnan(one.interval) for one in findings)
+    t_tests = claim_tests.test(stated, values)
+    assert [one.verdict for one in t_tests] == ["holds", "open", "holds"]
+    within = equal("a", "a", within=0.1, says="")
+    (one,) = claim_tests.test([within], values, bimodal=set(values))
+    assert one.verdict == "holds"
+
+
+def test_a_sweep_records_its_claims_once(tmp_path):
+    swept = sweep.expand(settings.config("recall"), {"a": {}}, {"b": [{"model.num_heads": 2}]})
+    path = tmp_path / "run" / "sweep.json"
+
+    def relaunch(*stated):
+        runner.open_workdir(path.parent, swept, stated)
+        return json.loads(path.read_text())["claims"]
+
+    pair = less(("a", "a.b=2"), 0.5, says="x")
+    first = relaunch(pair)
+    assert first[0]["stated"] and first[0]["results"] == 0
+    written = path.stat().st_mtime_ns
+    assert relaunch(pair) == first and path.stat().st_mtime_ns == written
+    (path.parent / "cells/a/result.json").write_text('{"status": "done"}')
+    kept, late = relaunch(pair, less("a", "a.b=2", says="y"))
+    assert kept == first[0] and late["results"] == 1

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from experiments.analysis import statistics
 
@@ -52,7 +52,7 @@ def bca(values, draws=100_000):
 
 
 def test_bootstrap_interval_is_bca_of_the_mean():
-    values = np.random.default_rng(0).gamma(1.0, size=12)
+    values = np.random.default_rng(0).gamma(1.0, size=20)
     low, high = statistics.bootstrap_interval(values)
     assert (low, high) == pytest.approx(bca(values), abs=0.03)
     percentile = stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
@@ -62,76 +62,211 @@ def test_bootstrap_interval_is_bca_of_the_mean():
     assert low < narrow[0] < narrow[1] < high
 
 
-def test_bootstrap_interval_of_odd_values():
-    for values in ([], [1.0], [1.0, 2.0], [1.0, math.nan, 2.0], [1.0, math.inf, 2.0]):
-        assert all(map(math.isnan, statistics.bootstrap_interval(values))), values
-    assert statistics.bootstrap_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
-    low, high = statistics.bootstrap_interval([1.0, 2.0, 4.0])
+def test_bootstrap_interval_of_few_or_odd_values():
+    many = np.arange(20.0)
+    for bad in (many[:19], [*many, math.nan], [*many, math.inf], []):
+        assert all(map(math.isnan, statistics.bootstrap_interval(bad))), bad
+    assert statistics.bootstrap_interval([0.5] * 20) == (0.5, 0.5)
+    low, high = statistics.bootstrap_interval([1.0, 2.0, 4.0], fewest=3)
     assert 1.0 <= low < 7 / 3 < high <= 4.0
 
 
-def test_paired_by_hand():
-    paired = statistics.paired([2.1, 2.3, 2.2, 2.6], [2.0, 2.0, 2.0, 2.0])
+def alone(values, base_values):
+    """A family of one, which borrows nothing: the paired t-test."""
+    (comparison,) = statistics.compare([(values, base_values)])
+    return comparison
+
+
+def test_a_single_comparison_by_hand():
+    one = alone([2.1, 2.3, 2.2, 2.6], [2.0, 2.0, 2.0, 2.0])
     d = np.array([0.1, 0.3, 0.2, 0.6])
     s = math.sqrt(np.sum((d - 0.3) ** 2) / 3)
-    assert paired.differences == pytest.approx(tuple(d))
-    assert paired.difference == pytest.approx(0.3)
-    assert paired.interval == pytest.approx(3.182446305284263 * s / 2)  # t of 3, 97.5%
-    assert paired.effect_size == pytest.approx(0.3 / s)
+    half = 3.182446305284263 * s / 2  # t of 3, 97.5%
+    assert one.differences == pytest.approx(tuple(d))
+    assert one.difference == pytest.approx(0.3)
+    assert one.plain_interval == pytest.approx(half)
+    assert (one.low, one.high) == pytest.approx((0.3 - half, 0.3 + half))
+    assert (one.spread, one.effect_size, one.df) == pytest.approx((s, 0.3 / s, 3))
     # Of 3 degrees of freedom P(T ≤ t) = ½ + (x / (1 + x²) + arctan x) / π, x = t / √3
     x = 0.3 / (s / 2) / math.sqrt(3)
-    assert paired.p == pytest.approx(1 - 2 / math.pi * (x / (1 + x**2) + math.atan(x)))
-    assert paired.bootstrap == statistics.bootstrap_interval(paired.differences)
+    assert one.p == pytest.approx(1 - 2 / math.pi * (x / (1 + x**2) + math.atan(x)))
+    assert one.p == one.plain_p == one.p_holm
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
-def test_paired_is_the_paired_t_test(count):
+def test_a_single_comparison_is_the_paired_t_test(count):
     rng = np.random.default_rng(count)
     base = rng.normal(size=count)
     values = base + 0.1 + rng.normal(size=count)
-    paired, expected = statistics.paired(values, base), stats.ttest_rel(values, base)
-    ends = paired.difference - paired.interval, paired.difference + paired.interval
-    assert ends == pytest.approx(tuple(expected.confidence_interval(0.95)), rel=1e-10)
-    assert paired.p == pytest.approx(expected.pvalue)
-    assert paired.effect_size == pytest.approx(expected.statistic / math.sqrt(count))
-    back = statistics.paired(base, values)
-    assert (back.p, back.effect_size) == pytest.approx((paired.p, -paired.effect_size))
+    one, expected = alone(values, base), stats.ttest_rel(values, base)
+    assert (one.low, one.high) == pytest.approx(tuple(expected.confidence_interval(0.95)), rel=1e-9)
+    assert one.p == pytest.approx(expected.pvalue)
+    assert one.effect_size == pytest.approx(expected.statistic / math.sqrt(count))
+    back = alone(base, values)
+    assert (back.p, back.effect_size) == pytest.approx((one.p, -one.effect_size))
 
 
 def test_a_difference_common_to_all_seeds_is_seen_through_their_spread():
     base = np.array([1.0, 20.0, 300.0, 4000.0])
     values = base + [0.9, 1.1, 1.0, 1.05]
-    assert statistics.paired(values, base).p < 0.001 < 0.9 < stats.ttest_ind(values, base).pvalue
+    assert alone(values, base).p < 0.001 < 0.9 < stats.ttest_ind(values, base).pvalue
 
 
-def test_paired_where_nothing_varies():
-    same = statistics.paired([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
-    assert (same.difference, same.interval, same.p, same.effect_size) == (0.0, 0.0, 1.0, 0.0)
-    assert same.bootstrap == (0.0, 0.0)
+def test_where_nothing_varies():
+    same = alone([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
+    assert (same.difference, same.low, same.high, same.p, same.effect_size) == (0, 0, 0, 1, 0)
     # 2.2 − 2.0 and 2.3 − 2.1 are not the same number in floating point, and no warning is raised.
-    above = statistics.paired([2.2, 2.3, 2.4], [2.0, 2.1, 2.2])
+    above = alone([2.2, 2.3, 2.4], [2.0, 2.1, 2.2])
     assert above.difference == pytest.approx(0.2)
     assert (above.p, above.effect_size) == (0.0, math.inf)
-    below = statistics.paired([2.0, 2.1, 2.2], [2.2, 2.3, 2.4])
+    below = alone([2.0, 2.1, 2.2], [2.2, 2.3, 2.4])
     assert (below.p, below.effect_size) == (0.0, -math.inf)
-    rounded = statistics.paired([0.1 + 0.2, 1.0], [0.3, 1.0])
+    rounded = alone([0.1 + 0.2, 1.0], [0.3, 1.0])
     assert (rounded.p, rounded.effect_size) == (1.0, 0.0)
-    tiny = statistics.paired([1.0 + 1e-9, 1.0 + 2e-9, 1.0 + 3e-9], [1.0, 1.0, 1.0])
+    tiny = alone([1.0 + 1e-9, 1.0 + 2e-9, 1.0 + 3e-9], [1.0, 1.0, 1.0])
     assert tiny.p == pytest.approx(1 - math.sqrt(12) / math.sqrt(14), rel=1e-3)  # t = 2 √3
 
 
-def test_paired_of_odd_values():
-    one = statistics.paired([1.5], [1.0])
+def test_what_does_not_vary_borrows_from_what_does():
+    base = np.zeros(3)
+    constant, *others = statistics.compare([(base + 1, base), *3 * [([1.0, 2.0, 3.0], base)]])
+    assert 0 < constant.spread < others[0].spread and 0 < constant.p < 0.5
+    assert math.isfinite(constant.effect_size) and constant.plain_p == 0
+    identical, *_ = statistics.compare([(base, base), *3 * [([1.0, 2.0, 3.0], base)]])
+    assert (identical.difference, identical.p, identical.effect_size) == (0, 1, 0)
+
+
+def test_comparisons_of_odd_values():
+    one = alone([1.5], [1.0])
     assert one.difference == 0.5
-    assert all(map(math.isnan, (one.interval, one.p, one.effect_size, *one.bootstrap)))
+    assert all(map(math.isnan, (one.low, one.high, one.p, one.p_holm, one.effect_size)))
     for bad in (math.nan, math.inf):
-        paired = statistics.paired([1.0, bad, 1.0], [1.0, 1.0, 2.0])
-        assert not math.isfinite(paired.difference)
-        assert all(
-            map(math.isnan, (paired.interval, paired.p, paired.effect_size, *paired.bootstrap))
+        comparison, fine = statistics.compare(
+            [([1.0, bad, 1.0], [1.0, 1.0, 2.0]), ([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])]
         )
+        assert not math.isfinite(comparison.difference)
+        assert all(map(math.isnan, (comparison.low, comparison.p, comparison.effect_size)))
+        assert fine == alone([1.0, 2.0, 3.0], [0.0, 0.0, 0.0])
+    assert statistics.compare([]) == [] and alone([], []).differences == ()
     with pytest.raises(ValueError, match="got 2 values and 3 of the base"):
-        statistics.paired([1.0, 2.0], [1.0, 2.0, 3.0])
+        alone([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+def test_variances_are_shrunk_by_smyths_formula():
+    variances, df = np.array([1.0, 2.0, 3.0, 4.0]), np.full(4, 10.0)
+    # They vary less than chance would have it, so the estimate of the prior's df is infinite:
+    # 4 is the most, and the 30 df of the others allow more.
+    shrunk, total = statistics.moderate(variances, df)
+    assert total == pytest.approx([14.0] * 4)
+    assert shrunk == pytest.approx((4 * 2.5 + 10 * variances) / 14)
+    # Few other variances lend a quarter of their degrees of freedom.
+    shrunk, total = statistics.moderate(variances[:3], np.full(3, 2.0))
+    assert total == pytest.approx([3.0] * 3)
+    assert shrunk == pytest.approx((1 * 2 + 2 * variances[:3]) / 3)
+    np.testing.assert_array_equal(
+        statistics.moderate(variances[:2], df[:2]), (variances[:2], df[:2])
+    )
+
+
+def test_the_prior_of_unequal_variances_is_that_of_smyths_sec_6_2():
+    variances, df = np.array([0.1, 1.0, 1.0, 9.0]), np.full(4, 30.0)
+    _, total = statistics.moderate(variances, df)
+    excess = np.var(np.log(variances), ddof=1) - float(special.polygamma(1, 15))
+    assert float(special.polygamma(1, (total[0] - 30) / 2)) == pytest.approx(excess)
+    assert 0 < total[0] - 30 < 4
+
+
+def test_an_outlying_variance_borrows_nothing_and_zero_lends_nothing():
+    variances, df = np.array([1.0, 1.0, 1.0, 1000.0]), np.full(4, 2.0)
+    shrunk, total = statistics.moderate(variances, df)
+    assert (shrunk[3], total[3]) == (1000.0, 2.0)
+    assert (total[:3] > 2).all()
+    assert shrunk[0] == pytest.approx(((total[0] - 2) * 13 / 4 + 2) / total[0])
+    with_zero, total = statistics.moderate(np.array([0.0, 1.0, 1.0, 1.0]), df)
+    assert (with_zero[1:] == pytest.approx(1.0)) and 0 < with_zero[0] < 1
+    assert total[0] == pytest.approx(3.5) and total[1] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("value", [1e-8, 1e-3, 0.5, 2.0, 100.0, 1e9])
+def test_the_inverse_of_trigamma(value):
+    y = statistics._inverse_trigamma(value)
+    assert special.polygamma(1, y) == pytest.approx(value, rel=1e-6)
+
+
+def excludes_zero(one):
+    """An end at zero is open where the mean is not there."""
+    return one.low >= 0 if one.difference > 0 else one.high <= 0
+
+
+def test_a_star_is_where_the_interval_excludes_zero():
+    rng = np.random.default_rng(0)
+    seen, cut = set(), 0
+    for _ in range(300):
+        seeds, cells = rng.integers(2, 6), rng.integers(1, 9)
+        base = rng.normal(size=seeds)
+        shifts = rng.choice([0, 2, 10], cells)[:, None]
+        family = statistics.compare(
+            [(base + rng.normal(size=seeds) + shift, base) for shift in shifts],
+            count=int(cells + rng.integers(0, 3)),
+            reach=rng.choice([30.0, math.inf]),
+        )
+        for one in family:
+            assert one.significant == excludes_zero(one), one
+            assert one.low <= one.difference <= one.high
+            seen.add(one.significant)
+            cut += one.significant and 0.0 in (one.low, one.high)
+    assert seen == {True, False} and cut > 5, "also where Holm has a star and Bonferroni none"
+
+
+def test_the_intervals_are_bonferronis():
+    rng = np.random.default_rng(1)
+    pairs = [(rng.normal(size=4), rng.normal(size=4)) for _ in range(5)]
+    for count in (0, 9):
+        for one in statistics.compare(pairs, count=count):
+            quantile = stats.t.ppf(1 - 0.05 / (2 * max(count, 5)), one.df)
+            assert one.high - one.difference == pytest.approx(quantile * one.spread / 2)
+    cut = statistics.compare([([0.0, 0.0, 1.0], [1.0, 0.0, 0.0])], reach=1.0)[0]
+    assert (cut.low, cut.high) == (-1.0, 1.0)
+
+
+def test_the_permutation_test_deals_all_runs():
+    """Of the 20 ways to deal six runs to two cells one is the given one, and one its mirror."""
+    (p,) = statistics.permutation_test([[0.1, 0.2, 0.3]], [[0.9, 0.8, 0.7]])
+    assert p == pytest.approx(2 / 20)
+    greater = statistics.permutation_test(
+        [[0.9, 0.8, 0.7], [0.1, 0.2, 0.3]], [[0.1, 0.2, 0.3], [0.9, 0.8, 0.7]], greater=True
+    )
+    assert greater == pytest.approx([1 / 20, 1])
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=5), rng.normal(size=5) + 1
+    expected = stats.permutation_test(
+        (a, b), lambda x, y: np.mean(x) - np.mean(y), n_resamples=math.inf
+    )
+    assert statistics.permutation_test([a], [b])[0] == pytest.approx(expected.pvalue)
+
+
+def test_the_permutation_test_of_what_learned_is_fishers():
+    for learned, others in ((5, 0), (4, 1), (5, 2), (3, 3)):
+        bimodal = [[1.0] * n + [0.0] * (5 - n) for n in (learned, others)]
+        table = [[learned, 5 - learned], [others, 5 - others]]
+        (p,) = statistics.permutation_test(bimodal[:1], bimodal[1:])
+        assert p == pytest.approx(stats.fisher_exact(table).pvalue), table
+
+
+def test_the_permutation_test_of_many_runs_samples():
+    a, b = np.arange(12.0), np.arange(12.0) + 3
+    (p,) = statistics.permutation_test([a], [b])
+    assert p == statistics.permutation_test([a], [b])[0]
+    assert p == pytest.approx(stats.ttest_ind(a, b).pvalue, abs=0.02)
+    assert statistics.permutation_test([a], [b + 100])[0] == pytest.approx(1 / 5000)
+
+
+def test_the_sign_flip_test_counts_signs():
+    assert statistics.sign_flip_test([0.1, 0.3, 0.2]) == 1 / 8
+    assert statistics.sign_flip_test([1.1, 1.3, 1.2], 2.0) == 1.0
+    assert statistics.sign_flip_test(np.full(20, 0.1)) == pytest.approx(1 / 5000)
+    assert math.isnan(statistics.sign_flip_test([0.1]))
+    assert math.isnan(statistics.sign_flip_test([0.1, math.nan]))
 
 
 def test_holm_by_hand():
@@ -153,45 +288,20 @@ def test_holm_leaves_out_what_is_no_comparison():
         statistics.holm([0.5, 1.2])
 
 
-@pytest.mark.parametrize("seeds, comparisons", [(2, 1), (3, 13), (10, 13), (5, 4)])
-def test_the_smallest_effect_is_where_holm_finds_it(seeds, comparisons):
-    smallest = statistics.smallest_effect(seeds, comparisons)
+@pytest.mark.parametrize("seeds, family", [(2, 1), (3, 13), (10, 13), (5, 4)])
+def test_the_smallest_visible_difference_is_where_holm_finds_it(seeds, family):
     pattern = np.arange(seeds) - (seeds - 1) / 2  # mean 0
-    pattern /= np.std(pattern, ddof=1)
+    smallest = statistics.smallest_visible([alone(pattern, np.zeros(seeds))], family)
     for factor, significant in ((0.999, False), (1.001, True)):
-        p = statistics.paired(pattern + factor * smallest, np.zeros(seeds)).p
-        corrected = statistics.holm([p, *[1.0] * (comparisons - 1)])
-        assert (corrected[0] < 0.05) == significant
+        (one,) = statistics.compare([(pattern + factor * smallest, np.zeros(seeds))], count=family)
+        assert one.significant == significant
+    many = statistics.smallest_visible([alone(pattern, np.zeros(seeds))], family, 4 * seeds)
+    assert many < smallest / 2, "half the error, and more degrees of freedom"
 
 
-def test_the_smallest_effect_of_too_little():
-    assert math.isnan(statistics.smallest_effect(1, 3))
-    assert math.isnan(statistics.smallest_effect(3, 0))
-
-
-def simulate(groups, shifts, seeds=6):
-    """Corrected p-values [groups, comparisons] of cells that share a base and its seeds' noise."""
-    rng = np.random.default_rng(7)
-    p_values = []
-    for _ in range(groups):
-        of_seeds = rng.normal(scale=3.0, size=seeds)
-        base = of_seeds + rng.normal(size=seeds)
-        cells = [of_seeds + rng.normal(size=seeds) + shift for shift in shifts]
-        p_values.append(statistics.holm([statistics.paired(cell, base).p for cell in cells]))
-    return np.array(p_values)
-
-
-def test_a_group_without_differences_has_a_star_in_one_of_twenty_at_most():
-    """Five comparisons at 5% each would have one in more than a tenth of the groups."""
-    p_values = simulate(400, np.zeros(5))
-    assert 0.005 <= np.mean((p_values < 0.05).any(axis=1)) <= 0.08
-
-
-def test_big_differences_are_found():
-    # The differences have a standard deviation of √2: d_z is 3.5, and −3.5.
-    p_values = simulate(100, [5.0, 0.0, 0.0, 0.0, -5.0])
-    assert np.mean(p_values[:, [0, 4]] < 0.05) > 0.9
-    assert np.mean((p_values[:, 1:4] < 0.05).any(axis=1)) <= 0.08
+def test_the_smallest_visible_difference_of_too_little():
+    assert math.isnan(statistics.smallest_visible([], 3))
+    assert math.isnan(statistics.smallest_visible([alone([1.0], [2.0])], 3))
 
 
 def runs(cube):
@@ -289,6 +399,9 @@ def test_importing_is_light():
 import sys
 from experiments.analysis import statistics
 heavy = {"scipy", "statsmodels", "pandas", "jax"} & set(sys.modules)
+assert not heavy, heavy
+statistics.compare([([1.0, 2.0], [0.0, 0.0])] * 4)
+heavy = {"scipy.stats", "statsmodels", "pandas", "jax"} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True)

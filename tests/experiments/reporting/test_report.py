@@ -126,28 +126,46 @@ def test_page_tells_everything(page, experiment):
     assert experiment.command in shown
     assert "2026-11-21T12:00:00" in shown and "0, 1, 2" in shown
     assert "0.10.2" in shown and "<two>" in shown
-    assert "additive beats the base (scaled_dot) by 0.100 ± 0.025 nats" in shown
+    assert "additive beats the base (scaled_dot) by 0.100 ± 0.044 nats" in shown
     assert "no value has a result yet (none failed)" in shown
-    assert "−0.100 ± 0.025* 0.007 −10.0 " in shown and "123,456" in shown
+    assert "−0.100 ± 0.044* 0.007 −10.0 " in shown and "123,456" in shown
     assert "<0.001 +∞ " in shown  # heads=2 differs by the same in every seed
-    assert "Too few seeds: with 3 seeds and 3 comparisons only differences above 4.4" in shown
+    assert "p-values are corrected for the 3 cells that were begun (Holm)" in shown
     assert "validation/bits" in shown  # the other metric on the same data ...
     assert "train/x" not in shown  # ... and not those on other data
 
 
-def test_tooltips_have_the_bootstrap_intervals_and_the_uncorrected_p(page, experiment):
-    titles = [value for name, value in page.attributes if name == "title"]
-    row = next(r for r in comparisons.summarize(experiment) if r.cell.id == "text.score=additive")
+def titles_of(page):
+    return [value for name, value in page.attributes if name == "title"]
+
+
+def test_tooltips_have_the_uncorrected_p_and_with_many_seeds_bootstrap_intervals(page, tmp_path):
+    assert "uncorrected: 0.003; by its own seeds alone: 0.003" in titles_of(page)
+    assert not any("bootstrap" in title for title in titles_of(page))
+    values = np.random.default_rng(0).normal(size=(2, 20))
+    cells = [(*cell[:4], x) for cell, x in zip(CELLS[:2], values + [[2], [1]], strict=True)]
+    path = write_run(tmp_path, cells, seeds=20)
+    row = comparisons.summarize(run_directory.load(path))[1]
     low, high = row.reported.comparison.bootstrap
-    assert f"better than the base; 95% bootstrap interval: {low:.3f} to {high:.3f}" in titles
-    assert "uncorrected: 0.003" in titles
+    title = f"better than the base; 95% bootstrap interval: {low:.3f} to {high:.3f}"
+    assert title in titles_of(page_of(path))
+
+
+def test_the_page_counts_the_seeds_that_learned(tmp_path):
+    cells = [(*CELLS[-3][:4], [0.99, 0.98, 0.25, 0.97, 0.99]), (*CELLS[-2][:4], [0.25] * 5)]
+    page = page_of(write_run(tmp_path, cells, seeds=5))
+    shown = " ".join("".join(page.text).split())
+    assert "cell validation/accuracy learned difference p (Holm) effect size" in shown
+    assert "recall (base) 0.836 4 of 5" in shown and "position=none 0.250 0 of 5" in shown
+    assert "95% interval of the share of seeds that learn: 28% to 99%" in titles_of(page)
+    assert "compared by a permutation test of their runs" in shown
 
 
 def test_the_page_reports_test_and_shows_what_chose(tmp_path):
     page = page_of(write_run(tmp_path, DISAGREE))
     shown = " ".join("".join(page.text).split())
     assert "cell test/loss difference p (Holm) effect size validation/loss parameters" in shown
-    assert "Values are chosen by validation/loss, never by what is reported" in shown
+    assert "chosen by validation/loss and reported by test/loss, but of the same seeds" in shown
     panel = plots.axis_plot(run_directory.load(tmp_path), "text", "score").axes[0]
     assert panel.get_xlabel() == "test/loss (lower is better)"
     colors = [bar.lines[0].get_color() for bar in panel.containers]
@@ -161,6 +179,7 @@ def test_the_page_has_the_effects_of_a_product(tmp_path):
         comparisons.summarize(run_directory.load(tmp_path / "whole")), "score×heads"
     )
     assert page.tags.count("table") == 3
+    assert "F assumes that the residuals are normal and spread equally in every cell" in shown
     assert f"term degrees of freedom F p partial η² score 1, 10 {effect.f:.2f} <0.001" in shown
     text = report.page([run_directory.load(write_run(tmp_path / "part", grid()[:-1]))], {})
     assert "No analysis of variance: it needs every cell" in text
@@ -195,7 +214,7 @@ def test_significance_is_stated_in_the_words_of_statistics(workdir, capsys):
         assert re.search(OUTDATED, " ".join(text.split())) is None
     page, markdown = texts[1:3]
     for text in (page, markdown):
-        assert "significantly different: p = 0.007, Holm" in text
+        assert "nats, significantly (p = 0.007, Holm)" in text
     assert "p < 0.05, Holm" in markdown
 
 

@@ -41,7 +41,7 @@ def test_differences_are_from_the_base_of_the_same_group(experiment):
     additive = rows["text.score=additive"].primary
     assert additive.mean == pytest.approx(2.0)
     assert additive.comparison.difference == pytest.approx(-0.1)
-    assert additive.comparison.interval == pytest.approx(T_95_OF_3 * 0.01 / math.sqrt(3))
+    assert additive.comparison.plain_interval == pytest.approx(T_95_OF_3 * 0.01 / math.sqrt(3))
     assert additive.comparison.effect_size == pytest.approx(-10)  # −0.1 over 0.01
     bits = rows["text.score=additive"].metrics["validation/bits"]
     assert bits.comparison.difference == pytest.approx(-0.2)
@@ -50,11 +50,10 @@ def test_differences_are_from_the_base_of_the_same_group(experiment):
 
 
 def test_p_values_are_corrected_within_a_group(tmp_path):
-    """t of 2 degrees of freedom has p = 1 − t / √(2 + t²); the smallest of three counts thrice."""
+    """t of 2 degrees of freedom has p = 1 − t / √(2 + t²); the smallest of two counts twice."""
     cells = [
         CELLS[0],
         ("text", "score", "a", {}, [1.9, 2.01, 2.09]),  # −0.10, −0.09, −0.11: t = 10 √3
-        ("text", "score", "b", {}, [2.1, 2.19, 2.32]),  # +0.10, +0.09, +0.12
         ("text", "heads", 2, {}, [2.5, 2.1, 2.6]),  # +0.5, 0, +0.4
         ("recall", None, None, {}, [0.9, 0.95, 0.92]),
         ("recall", "score", "a", {}, [0.8, 0.86, 0.81]),  # −0.10, −0.09, −0.11
@@ -65,10 +64,9 @@ def test_p_values_are_corrected_within_a_group(tmp_path):
         t = abs(np.mean(differences)) / (np.std(differences, ddof=1) / math.sqrt(3))
         return 1 - t / math.sqrt(2 + t**2)
 
-    a, b = p_of(-0.1, -0.09, -0.11), p_of(0.1, 0.09, 0.12)
+    a = p_of(-0.1, -0.09, -0.11)
     assert rows["text.score=a"].reported.comparison.p == pytest.approx(a, rel=1e-6)
-    assert rows["text.score=a"].p_holm == pytest.approx(3 * a, rel=1e-6)
-    assert rows["text.score=b"].p_holm == pytest.approx(2 * b, rel=1e-6)
+    assert rows["text.score=a"].p_holm == pytest.approx(2 * a, rel=1e-6)
     assert rows["text.heads=2"].p_holm == pytest.approx(p_of(0.5, 0.0, 0.4), rel=1e-6)
     assert rows["recall.score=a"].p_holm == pytest.approx(a, rel=1e-6)  # another family
     assert math.isnan(rows["text"].p_holm)
@@ -77,21 +75,30 @@ def test_p_values_are_corrected_within_a_group(tmp_path):
 def test_a_star_is_lost_to_the_number_of_comparisons(tmp_path):
     """−0.10, −0.08, −0.12 has p = 0.013: alone it is significant, one of five it is not."""
     slight = ("text", "score", "slight", {}, [1.9, 2.02, 2.08])
-    others = [("text", "score", f"x{i}", {}, [2.5, 2.1 - i / 10, 1.9]) for i in range(4)]
+    others = [("text", "score", f"x{i}", {}, [2.0, math.nan, 2.2]) for i in range(4)]
     alone = rows_of(run_directory.load(write_run(tmp_path / "a", [CELLS[0], slight])))
     among = rows_of(run_directory.load(write_run(tmp_path / "b", [CELLS[0], slight, *others])))
     assert alone["text.score=slight"].verdict == "better"
     assert among["text.score=slight"].verdict == ""
     comparison = among["text.score=slight"].reported.comparison
-    assert abs(comparison.difference) > comparison.interval  # which is not corrected
+    assert abs(comparison.difference) > comparison.plain_interval  # which is not corrected
+    assert comparison.low < 0 < comparison.high  # which is
 
 
-def test_a_diverged_cell_is_no_comparison(tmp_path):
+def test_all_cells_that_have_started_count(tmp_path):
     diverged = ("text", "score", "general", {}, [2.0, math.inf, 2.0])
-    rows = rows_of(run_directory.load(write_run(tmp_path, [*CELLS[:2], diverged])))
+    dropped = ("text", "score", "gaussian", {}, ERROR)
+    path = write_run(tmp_path, [*CELLS[:2], diverged, dropped, *CELLS[4:6]])
+    result = path / "cells/text.score=gaussian/result.json"
+    result.write_text(json.dumps({"status": "dropped", "error": "number 3 of 4 at step 10"}))
+    rows = rows_of(run_directory.load(path))
     assert math.isnan(rows["text.score=general"].p_holm)
-    row = rows["text.score=additive"]
-    assert row.p_holm == row.reported.comparison.p
+    row = rows["text.score=additive"]  # beside one that diverged, and one that halving dropped
+    assert row.p_holm == pytest.approx(3 * row.reported.comparison.p)
+    assert comparisons.family(list(rows.values())) == 3
+    assert [id for id, row in rows.items() if not row.cell.started] == [
+        *("text.position=none", "text.heads=8")  # failed while it was built, and waits
+    ]
 
 
 def test_cells_of_other_seed_counts_are_compared_by_the_seeds_both_have(tmp_path):
@@ -115,10 +122,10 @@ def test_validation_chooses_and_test_is_reported(tmp_path):
     sentence = findings.finding(experiment, summary, "score")
     assert sentence == (
         "a did best on validation; on test it is worse than the base (scaled_dot) by "
-        "0.203 ± 0.014 nats (significantly different: p < 0.001, Holm)."
+        "0.203 ± 0.021 nats, significantly (p < 0.001, Holm)."
     )
     assert formatting.metric_title(summary).startswith("test/loss (lower is better), mean ± 95%")
-    assert "+0.203 ± 0.014 *" in text_of(summary, 100)
+    assert "+0.203 ± 0.021 *" in text_of(summary, 100)
     csv_files.write_csv(summary, tmp_path / "results.csv")
     with open(tmp_path / "results.csv", newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
@@ -130,10 +137,7 @@ def test_no_value_beats_the_base_on_validation(tmp_path):
     experiment = run_directory.load(write_run(tmp_path, DISAGREE[::2]))
     sentence = findings.finding(experiment, comparisons.summarize(experiment), "score")
     assert sentence.startswith("no value beats the base (scaled_dot) on validation, test/loss 3.1")
-    assert (
-        "; b comes closest, better by 0.197 ± 0.014 nats (significantly different: p < 0.001"
-        in sentence
-    )
+    assert "; the best alternative, b, is better by 0.197 ± 0.014 nats, significantly" in sentence
 
 
 def test_a_group_is_reported_on_one_split(tmp_path):
@@ -144,12 +148,17 @@ def test_a_group_is_reported_on_one_split(tmp_path):
     assert "validation/loss (lower is better; no test split)" in formatting.metric_title(rows)
 
 
-def test_too_few_seeds_are_warned_of(tmp_path, experiment):
+def test_too_few_seeds_are_warned_of_in_units_of_the_metric(tmp_path, experiment):
     text = [row for row in comparisons.summarize(experiment) if row.cell.base == "text"]
-    # t of 2 degrees of freedom at 1 − 0.05 / 6 is 7.6488, over √3; of 9 it is 2.9333, over √10
-    assert findings.too_few_seeds(text) == (
-        "with 3 seeds and 3 comparisons only differences above 4.4 standard deviations can be "
-        "significant: take more seeds (10 seeds: 0.9)"
+    assert findings.too_few_seeds(text) == "", "two of three are starred: these seeds were enough"
+    noise = [0.02, -0.01, -0.01]  # of which the standard deviation is 0.01 · √3
+    cells = [("text", "score", f"x{i}", {}, np.roll(noise, i) + 2) for i in range(2)]
+    cells = [("text", None, None, {}, [2.0, 2.0, 2.0]), *cells]
+    rows = comparisons.summarize(run_directory.load(write_run(tmp_path / "3", cells)))
+    # t of 2 degrees of freedom at 1 − 0.05 / 4 is 6.2053; of 9 it is 2.6850, over √10
+    assert findings.too_few_seeds(rows) == (
+        "with 3 seeds and 2 comparisons, differences below about 0.06 nats cannot be seen: "
+        "take more seeds (10 seeds: about 0.015)"
     )
     cells = [(*cell[:4], np.arange(8.0) + i**2 * np.eye(8)[i]) for i, cell in enumerate(CELLS[:3])]
     many = comparisons.summarize(run_directory.load(write_run(tmp_path / "8", cells, seeds=8)))
@@ -157,6 +166,101 @@ def test_too_few_seeds_are_warned_of(tmp_path, experiment):
     one = comparisons.summarize(run_directory.load(write_run(tmp_path / "1", CELLS[:3], seeds=1)))
     assert findings.too_few_seeds(one).startswith("one seed has no spread to test")
     assert findings.too_few_seeds(many[:1]) == findings.too_few_seeds([]) == ""
+
+
+BIMODAL = [
+    ("recall", None, None, {}, [0.99, 0.98, 0.25, 0.97, 0.99]),
+    ("recall", "position", "none", {}, [0.26, 0.24, 0.25, 0.25, 0.26]),
+    ("recall", "position", "learned", {}, [0.99, 0.99, 0.98, 0.99, 1.0]),
+]
+
+
+def test_seeds_that_learned_are_counted_where_some_did_not(tmp_path):
+    experiment = run_directory.load(write_run(tmp_path, BIMODAL, seeds=5))
+    summary = comparisons.summarize(experiment)
+    rows = {row.cell.id: row.reported for row in summary}
+    assert [one.learned for one in rows.values()] == [4, 0, 5]
+    assert all(math.isnan(end) for one in rows.values() for end in (one.low, one.high))
+    loss = summary[0].metrics["validation/bits"]  # which goes with the accuracy
+    assert loss.bimodal and loss.learned == 4 and math.isnan(loss.low)
+    none = rows["recall.position=none"].comparison
+    assert none.p == pytest.approx(statistics.permutation_test([BIMODAL[1][4]], [BIMODAL[0][4]])[0])
+    assert none.p_holm == pytest.approx(2 * none.p) and math.isnan(none.low)
+    text = " ".join(text_of(summary, 100).split())
+    assert "mean over 5 seeds, of which some learned and some did not" in text
+    assert "recall (base) 0.836 4 of 5" in text and "±" not in text
+    assert findings.too_few_seeds(summary) == ""
+    assert "by a permutation test of their runs, without intervals" in findings.how_tested(summary)
+    sentence = findings.finding(experiment, summary, "position")
+    assert sentence.startswith("learned is ahead of the base by 0.154, not significantly (p")
+    assert "validation/accuracy 0.990, 5 of 5 seeds learned" in sentence
+    pairs = comparisons.pairwise(summary)
+    assert pairs[1, 2].p_holm == pytest.approx(3 * 2 / 252)
+    csv_files.write_csv(summary, tmp_path / "results.csv")
+    with open(tmp_path / "results.csv", newline="", encoding="utf-8") as file:
+        (line, *_) = csv.DictReader(file)
+    low, high = float(line["learned95_low"]), float(line["learned95_high"])
+    assert line["learned"] == "4"
+    assert (low, high) == pytest.approx((0.2836, 0.9949), abs=1e-4)  # any table of exact limits
+
+
+def test_few_seeds_of_which_some_learned_are_warned_of(tmp_path):
+    three = comparisons.summarize(run_directory.load(write_run(tmp_path / "3", BIMODAL, seeds=3)))
+    assert findings.too_few_seeds(three) == (
+        "some seeds learned and others did not, and 3 seeds and 2 comparisons are too few to say "
+        "how often: take 5 or more (--config.train.seeds=5)"
+    )
+    many = [*BIMODAL, *(("recall", "heads", i, {}, BIMODAL[0][4]) for i in range(8))]
+    rows = comparisons.summarize(run_directory.load(write_run(tmp_path / "5", many, seeds=5)))
+    assert "5 seeds and 10 comparisons are too few to say how often: take 6" in (
+        findings.too_few_seeds(rows)
+    )
+
+
+def test_intervals_of_accuracies_stay_within_0_and_1(tmp_path):
+    cells = [
+        ("recall", None, None, {}, [0.999, 0.97, 0.95]),
+        ("recall", "position", "none", {}, [0.01, 0.0, 0.05]),
+    ]
+    summary = comparisons.summarize(run_directory.load(write_run(tmp_path, cells)))
+    base, none = (row.reported for row in summary)
+    assert (base.high, none.low) == (1.0, 0.0) and base.mean + base.interval > 1
+    assert none.comparison.low == -1.0 and none.comparison.high < 0
+    text = text_of(summary, 100)
+    assert "0.973 [0.912, 1]" in text and "0.020 [0, 0.086]" in text
+    assert "intervals of accuracies end at 0 and 1" in findings.how_tested(summary)
+
+
+def test_what_the_numbers_do_not_say(tmp_path):
+    path = write_run(tmp_path, DISAGREE)
+    for file in path.glob("cells/*/config.json"):
+        config = json.loads(file.read_text()) | {"optimizer": {"learning_rate": 0.003}}
+        file.write_text(json.dumps(config))
+    rows = comparisons.summarize(run_directory.load(path))
+    assert findings.caveats(rows) == (
+        "The best value is chosen by validation/loss and reported by test/loss, but of the same "
+        "seeds (correlation within a cell 1.00): the more the two agree, the less a test split "
+        "removes of the bias of the best of several. All cells were compared at one learning rate, "
+        "0.003; with the best rate of each they may differ otherwise."
+    )
+    config["optimizer"]["learning_rate"] = 0.1
+    file.write_text(json.dumps(config))
+    rows = comparisons.summarize(run_directory.load(path))
+    assert "learning rate" not in findings.caveats(rows)
+    rows = comparisons.summarize(run_directory.load(write_run(tmp_path / "b", CELLS)))
+    assert findings.caveats(rows[:5]).startswith(
+        "The best value is chosen and reported by the same"
+    )
+    assert findings.caveats(rows[:2]) == "", "nothing was chosen"
+
+
+def test_numbers_with_uneven_intervals():
+    assert formatting.with_interval(0.5, 0.25, 0.75, 2) == "0.50 ± 0.25"
+    assert formatting.with_interval(0.5, 0.0, 0.75, 2, "+") == "+0.50 [0, +0.75]"
+    assert formatting.with_interval(-0.5, -0.75, 0.0, 2, "+") == "-0.50 [-0.75, 0]"
+    assert formatting.with_interval(0.5, math.nan, math.nan, 2) == "0.50"
+    rough = [formatting.rough(x) for x in (0.0312, 0.0149, 0.0951, 0.00196, 0.99, 3.4, 12.3, 456)]
+    assert rough == ["0.03", "0.015", "0.1", "0.002", "1", "3", "12", "5e+02"]
 
 
 def test_the_effects_of_a_product(tmp_path):
@@ -175,7 +279,8 @@ def test_no_effects_of_a_product_that_is_not_whole(tmp_path):
     gone = whole[:-1]
     diverged = [*whole[:-1], (*whole[-1][:4], [1.0, math.nan, 2.0])]
     tied = [(*cell[:3], {**cell[3], "model.mlp_dim": 8}, cell[4]) for cell in whole]
-    for name, cells in {"a": failed, "b": gone, "c": diverged, "d": tied}.items():
+    bimodal = [("recall", *cell[1:4], [0.9, 0.9, 0.1]) for cell in whole]
+    for name, cells in {"a": failed, "b": gone, "c": diverged, "d": tied, "e": bimodal}.items():
         rows = comparisons.summarize(run_directory.load(write_run(tmp_path / name, cells)))
         assert comparisons.axis_effects(rows, "score×heads") is None, name
 
@@ -209,7 +314,7 @@ def test_one_seed_has_no_interval_and_no_verdict(tmp_path):
     rows = rows_of(run_directory.load(write_run(tmp_path, seeds=1)))
     row = rows["text.score=additive"]
     assert row.primary.comparison.difference == pytest.approx(-0.1)
-    assert math.isnan(row.primary.interval) and math.isnan(row.primary.comparison.interval)
+    assert math.isnan(row.primary.interval) and math.isnan(row.primary.comparison.high)
     assert math.isnan(row.p_holm)
     assert not row.verdict
 
@@ -231,9 +336,11 @@ def test_csv(experiment, tmp_path):
         lines = list(csv.DictReader(file))
     assert list(lines[0]) == [
         *("cell", "base", "axis", "value", "status", "seeds", "metric", "mean", "interval95"),
-        *("difference", "difference_interval95", "bootstrap95_low", "bootstrap95_high"),
-        *("difference_bootstrap95_low", "difference_bootstrap95_high"),
-        *("effect_size", "p", "p_holm", "reported"),
+        *("low95", "high95", "learned", "learned95_low", "learned95_high"),
+        *("difference", "difference95_low", "difference95_high"),
+        *("effect_size", "p", "p_holm", "df", "plain_interval95", "plain_p"),
+        *("bootstrap95_low", "bootstrap95_high"),
+        *("difference_bootstrap95_low", "difference_bootstrap95_high", "reported"),
         *("num_params", "compile_seconds", "steps_per_second", "memory_bytes"),
         *("decode_ms_per_token", "cache_bytes_per_token", "error"),
     ]
@@ -242,14 +349,18 @@ def test_csv(experiment, tmp_path):
     assert (line["cell"], line["metric"]) == ("text.score=additive", "validation/loss")
     assert (line["axis"], line["value"], line["seeds"]) == ("score", "additive", "3")
     assert float(line["mean"]) == np.mean([1.9, 2.01, 2.09])
-    assert float(line["difference_interval95"]) == pytest.approx(T_95_OF_3 * 0.01 / math.sqrt(3))
-    assert -0.1101 < float(line["difference_bootstrap95_low"]) < -0.1
-    assert -0.1 < float(line["difference_bootstrap95_high"]) < -0.0899
-    assert 1.899 < float(line["bootstrap95_low"]) < 2.0 < float(line["bootstrap95_high"]) < 2.091
+    assert float(line["plain_interval95"]) == pytest.approx(T_95_OF_3 * 0.01 / math.sqrt(3))
+    assert line["bootstrap95_low"] == line["difference_bootstrap95_high"] == "", "too few seeds"
+    assert line["plain_p"] == line["p"], "two variances lend nothing"
+    half = float(line["difference95_high"]) - float(line["difference"])
+    t = 7.6488  # of 2 degrees of freedom at 1 − 0.05 / 6: three cells have started
+    assert half == pytest.approx(t * 0.01 / math.sqrt(3), rel=1e-4)
+    assert (float(line["low95"]), float(line["high95"])) == pytest.approx((1.763, 2.237), abs=1e-3)
     assert float(line["effect_size"]) == pytest.approx(-10)
     assert float(line["p_holm"]) == pytest.approx(2 * float(line["p"]))  # that of heads=2 is 0
     assert [line["reported"] for line in lines[3:6]] == ["1", "0", "0"]
     assert lines[4]["p"] != "" and lines[4]["p_holm"] == ""  # no part of the family
+    assert lines[4]["difference95_low"] == "" and line["learned"] == ""
     assert (line["num_params"], line["compile_seconds"]) == ("123456", "4.25")
     assert (lines[0]["axis"], lines[0]["difference"]) == ("", "")
     (failed,) = [line for line in lines if line["status"] == "failed"]
@@ -272,8 +383,8 @@ def test_table(experiment, width):
     assert max(map(len, text.splitlines())) <= width
     lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
     assert "2.000 ± 0.237" in lines["score=additive"]
-    assert "-0.100 ± 0.025 *" in lines["score=additive"]
-    assert "+0.300 ± 0.657 " in lines[f"score={SCRIPT}"]
+    assert "-0.100 ± 0.044 *" in lines["score=additive"]
+    assert "+0.300 ± 1.168 " in lines[f"score={SCRIPT}"]
     assert "*" not in lines[f"score={SCRIPT}"]
     assert "123,456" in lines["heads=2"] and "4.2" in lines["heads=2"]
     assert lines["heads=8"].split() == ["heads=8", "not", "run"]
@@ -284,7 +395,6 @@ def test_table(experiment, width):
         "validation/loss (lower is better; no test split), mean ± 95% interval over 3 see" in shown
     )
     assert "validation/accuracy (higher is better; no test split)" in shown
-    assert "with 3 seeds and 3 comparisons only differences above 4.4 standard" in shown
 
 
 def test_the_longest_row_of_the_quickstart_fits_into_100_columns(tmp_path):
@@ -350,12 +460,12 @@ def test_findings(tmp_path):
     text = [cell for cell in CELLS if cell[0] == "text"]
     sentences = axis_findings(tmp_path, text)
     assert sentences["score"] == (
-        "additive beats the base (scaled_dot) by 0.100 ± 0.025 nats (significantly different: "
-        "p = 0.007, Holm): validation/loss 2.000 ± 0.237 nats."
+        "additive beats the base (scaled_dot) by 0.100 ± 0.044 nats, significantly (p = 0.007, "
+        "Holm): validation/loss 2.000 ± 0.237 nats."
     )
     assert sentences["heads"] == (
-        "no value beats the base (4), validation/loss 2.100 ± 0.248 nats; 2 comes closest, worse "
-        "by 0.200 ± 0.000 nats (significantly different: p < 0.001, Holm) (8 not run)."
+        "no value beats the base (4), validation/loss 2.100 ± 0.248 nats; the best alternative, "
+        "2, is worse by 0.200 ± 0.000 nats, significantly (p < 0.001, Holm) (8 not run)."
     )
     assert sentences["position"] == "no value has a result yet (none failed)."
 
@@ -366,7 +476,7 @@ def test_findings_name_what_is_worse_and_what_is_uncertain(tmp_path):
     diverged = ("text", "score", "general", {}, [2.0, math.nan, 2.0])
     sentence = axis_findings(tmp_path, [CELLS[0], slight, clear, diverged])["score"]
     assert sentence.startswith("dot is ahead of the base by 0.033")
-    assert "(no significant difference: p = 0.667, Holm)" in sentence
+    assert "nats, not significantly (p = 1.000, Holm): validation/loss" in sentence
     assert sentence.endswith(
         "; significantly worse than the base (p < 0.05, Holm): location (general diverged)."
     )
@@ -392,7 +502,7 @@ def test_findings_without_base_or_interval(tmp_path):
 def test_findings_where_higher_is_better(tmp_path):
     experiment = run_directory.load(write_run(tmp_path, CELLS[-3:]))
     sentence = findings.finding(experiment, comparisons.summarize(experiment), "position")
-    assert sentence.startswith("learned beats the base (rope) by 0.010 ± 0.000 (significantly")
+    assert sentence.startswith("learned beats the base (rope) by 0.010 ± 0.000, significantly (")
     assert "): validation/accuracy 0.933 ± 0.063; " in sentence
     assert sentence.endswith("; significantly worse than the base (p < 0.05, Holm): none.")
 
@@ -417,14 +527,18 @@ def test_pairs_are_compared_by_seed_and_corrected_together(experiment):
     values = {row.cell.id: np.array(row.reported.values) for row in pairs.rows}
     p = np.full((4, 4), math.nan)
     for i, j in itertools.permutations(range(4), 2):
-        paired = statistics.paired(values[ids[i]], values[ids[j]])
-        assert pairs.difference[i, j] == pytest.approx(paired.difference)
-        assert pairs.interval[i, j] == pytest.approx(paired.interval)
-        p[i, j] = paired.p
+        d = values[ids[i]] - values[ids[j]]
+        one = pairs[i, j]
+        assert one.differences == pytest.approx(tuple(d)) and one.difference == pytest.approx(
+            d.mean()
+        )
+        assert one.low < one.difference < one.high
+        p[i, j] = one.p
     above = np.triu_indices(4, 1)
-    np.testing.assert_allclose(pairs.p[above], statistics.holm(p[above]))
-    np.testing.assert_array_equal(pairs.p, pairs.p.T)
-    assert np.isnan(np.diag(pairs.p)).all() and np.isnan(np.diag(pairs.difference)).all()
+    corrected = [pairs[i, j].p_holm for i, j in zip(*above, strict=True)]
+    np.testing.assert_allclose(corrected, statistics.holm(p[above]))
+    np.testing.assert_array_equal(p, p.T)
+    assert (pairs[1, 0].low, pairs[1, 0].high) == (-pairs[0, 1].high, -pairs[0, 1].low)
 
 
 def changed(cells, shift):
@@ -451,7 +565,7 @@ def test_directories_are_compared_cell_by_cell(tmp_path):
     for change in changes:
         assert change.metric == "validation/loss" and change.directory == str(tmp_path / "b")
         assert change.comparison.difference == pytest.approx(0.1)
-        assert change.p_holm == pytest.approx(2 * change.comparison.p)
+        assert change.comparison.p_holm == pytest.approx(2 * change.comparison.p)
     assert changes[0].changed == ["model.num_layers: None → 3"] and changes[1].changed == []
     assert comparisons.between([first]) == []
 
@@ -472,7 +586,9 @@ def test_pairs_are_written(tmp_path):
     assert len(lines) == 6 + 3  # of four cells with a result, and of three
     line = lines[0]
     assert (line["cell"], line["other"]) == ("text", "text.score=additive")
-    assert float(line["difference"]) == pytest.approx(0.1) and 0 < float(line["p_holm"]) < 0.05
+    assert float(line["difference"]) == pytest.approx(0.1)
+    assert 0 < float(line["plain_p"]) < 0.05 and float(line["p"]) < float(line["p_holm"])
+    assert float(line["difference95_low"]) < 0.1 < float(line["difference95_high"])
 
 
 def test_joined_directories_keep_their_groups_apart(tmp_path):

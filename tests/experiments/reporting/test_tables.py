@@ -1,5 +1,7 @@
 """Tables of a report for papers: Markdown and LaTeX."""
 
+import dataclasses
+
 from experiments.analysis import comparisons, run_directory
 from experiments.config.claims import equal, less
 from experiments.reporting import page, tables
@@ -18,7 +20,7 @@ def test_latex_has_a_row_a_cell_and_bold_what_is_best(tmp_path):
     lines = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(lines) == 1 + 4 and {line.count("&") for line in lines} == {8}
     assert r"\begin{tabular}{lrrrrrrrr}" in text
-    assert r"score=additive & \textbf{2.000 $\pm$ 0.237} & $-$0.100 $\pm$ 0.025* & 0.007" in text
+    assert r"score=additive & \textbf{2.000 $\pm$ 0.237} & $-$0.100 $\pm$ 0.044* & 0.007" in text
     assert r"text (base) & 2.100 $\pm$ 0.248 & " in text  # which is the best
     assert r"score=$<$script$>$x & 2.400 $\pm$ " in text and text.count("textbf") == 1
     assert SCRIPT not in text and r"\_" in tables._escape("a_b")
@@ -32,13 +34,29 @@ def test_markdown_tells_findings_cells_claims_and_how(tmp_path):
     experiment, _ = load(tmp_path, DISAGREE, claims=claims)
     text = tables.markdown([experiment])
     assert "## text\n\n- **score:** a did best on validation; on test it is worse" in text
-    assert "| score=a | 3.303 ± 0.249 | +0.203 ± 0.014* | <0.001 |" in text
+    assert "| score=a | 3.303 ± 0.249 | +0.203 ± 0.021* | <0.001 |" in text
     assert r"| b \| beats a | `text.score=b` and `text.score=a` | +0." in text
-    assert "| > 0 | <0.001 | holds |" in text and "| within ±0.01 |" in text
-    assert "| contradicted |" in text
+    assert "| > 0 | not recorded | <0.001 | holds |" in text and "| within ±0.01 |" in text
+    assert "| contradicted: not within the margin of 0.01 |" in text
     assert f"    {experiment.command}" in text and "jax 0.10.2" in text
     lines = [line.replace(r"\|", "") for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in lines} == {10, 7}  # of both tables
+    assert {line.count("|") for line in lines} == {10, 8}  # of both tables
+
+
+def test_it_is_told_when_a_claim_was_first_stated(tmp_path):
+    claim = less("text.score=b", "text.score=a", says="b beats a")
+    stated = {"before": 0, "after one": 1, "late": 3}
+    claims = [
+        dataclasses.replace(claim, says=says, stated="2026-11-21T12:30:00", results=results)
+        for says, results in stated.items()
+    ]
+    experiment, _ = load(tmp_path, DISAGREE, claims=claims)
+    header, *rows = tables.claims_table([experiment])
+    assert [row[header.index("first stated")] for row in rows] == [
+        "2026-11-21 12:30, before any result",
+        "2026-11-21 12:30, after 1 result",
+        "2026-11-21 12:30, after 3 results",
+    ]
 
 
 def test_what_was_reached_on_other_splits_has_a_table(tmp_path):
