@@ -16,8 +16,9 @@ from absl import flags
 from ml_collections import config_flags
 
 from attention.nn.partition import mesh_sizes
+from experiments.analysis import run_directory
 from experiments.config import sweep
-from experiments.launch import cells, cli, executors, runner
+from experiments.launch import cells, cli, confirm, executors, runner
 from experiments.launch.interrupts import Stop, Stopped
 from experiments.storage import paths
 from experiments.tasks.ranges import at_least, exactly
@@ -47,6 +48,12 @@ def main(argv):
         jax.config.update("jax_platforms", "cpu")
         if size > 1 and "xla_force_host_platform" not in os.environ.get("XLA_FLAGS", ""):
             jax.config.update("jax_num_cpu_devices", size)
+        if _CONFIRM.value:
+            if _HALVING.value:
+                raise ValueError("--confirm trains every cell to its end: leave out --halving")
+            count = flag_overrides.get("train.seeds")
+            swept, expected = confirm.cells(run_directory.load(workdir), swept, count), []
+            workdir = workdir / confirm.FOLDER
         executor = executors.create(
             _EXECUTOR.value, workdir, _WORKERS.value, size, _RESOURCES.value
         )
@@ -85,6 +92,12 @@ if __name__ == "__main__":
     _SWEEP = flags.DEFINE_string("sweep", "all", "Axes, by comma: sweep_<axis> in the config file.")
     _PRODUCT = flags.DEFINE_bool("product", False, "The grid of all axes, not one at a time.")
     _DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the cells and stop.")
+    _CONFIRM = flags.DEFINE_bool(
+        "confirm",
+        False,
+        "Train the base and the best of each axis of a finished sweep once more, on seeds that had "
+        "no part in the choice: as many as their power asks for, or --config.train.seeds.",
+    )
     _RETRY = flags.DEFINE_bool("retry_failed", False, "Train cells that failed or were dropped.")
     _MINUTES = flags.DEFINE_float("max_minutes", 0, "A cell fails that trains longer; 0: no limit.")
     _HALVING = flags.DEFINE_integer(

@@ -184,6 +184,14 @@ def _common(
     return values[:seeds], others[:seeds]
 
 
+def _of_equal_seeds(values, seeds, others, other_seeds):
+    """The values of the seeds that two run directories share."""
+    own = dict(zip(seeds, values, strict=False))
+    there = dict(zip(other_seeds, others, strict=False))
+    both = [seed for seed in own if seed in there]
+    return [own[seed] for seed in both], [there[seed] for seed in both]
+
+
 def family(rows: Sequence[Row]) -> int:
     """How many comparisons with the base a group has begun: p-values are corrected for them."""
     return sum(row.cell.started for row in rows if row.cell.axis is not None)
@@ -348,6 +356,7 @@ def between(experiments: Sequence[Experiment]) -> list[Change]:
     """Cells of the same id that several run directories have done, against the first directory."""
     by_id = [{row.cell.id: row for row in summarize(x) if row.reported} for x in experiments]
     shared: list[tuple[Experiment, Row, Row, str]] = []
+    seeds = experiments[0].seeds
     for experiment, rows in zip(experiments[1:], by_id[1:], strict=True):
         for id, row in rows.items():
             first = by_id[0].get(id)
@@ -359,7 +368,10 @@ def between(experiments: Sequence[Experiment]) -> list[Change]:
         both = [(shared[i][2].metrics[metric], shared[i][1].metrics[metric]) for i in places]
         low, high = limits(metric)
         compared = statistics.compare(
-            [_common(b.values, a.values) for b, a in both],
+            [
+                _of_equal_seeds(b.values, shared[i][0].seeds, a.values, seeds)
+                for i, (b, a) in zip(places, both, strict=True)
+            ],
             count=len(shared),
             exact=any(one.bimodal for pair in both for one in pair),
             reach=high - low,

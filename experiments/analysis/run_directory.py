@@ -38,7 +38,11 @@ def _mebi(size):
 
 @dataclasses.dataclass(frozen=True)
 class CellRun:
-    """One training run of all seeds. `config` and `result` are empty until they are written."""
+    """One training run of all seeds. `config` and `result` are empty until they are written.
+
+    Of a cell on fresh seeds, `confirms` has what chose it: the best 'among' so many, with a
+    'difference' from the base then; else it is None.
+    """
 
     id: str
     base: str
@@ -48,6 +52,7 @@ class CellRun:
     path: Path
     config: Mapping[str, Any]
     result: Mapping[str, Any]
+    confirms: Mapping[str, Any] | None = None
 
     @property
     def status(self) -> str:
@@ -142,7 +147,8 @@ def load(workdir: str | os.PathLike[str]) -> Experiment:
                     f"among its metrics: {', '.join(result['metrics'])}"
                 )
         fields = {name: spec[name] for name in ("id", "base", "axis", "value", "overrides")}
-        cells.append(CellRun(**fields, path=path, config=config, result=result))
+        run = CellRun(**fields, path=path, config=config, result=result)
+        cells.append(dataclasses.replace(run, confirms=spec.get("confirms")))
     expected = claims.read(sweep.get("claims", []))
     fields = {name: sweep[name] for name in header}
     experiment = Experiment(path=folder, **fields, cells=cells, claims=expected)

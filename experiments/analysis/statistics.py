@@ -206,6 +206,21 @@ def _padded(pairs):
     return *padded, n
 
 
+def power(effect_size: float, seeds: int, level: float = LEVEL) -> float:
+    """How often the paired t-test of `seeds` seeds rejects at `level`, two-sided: its power.
+
+    1 − F(t; n − 1, d √n) of the noncentral t distribution, t the quantile of 1 − level / 2 (Cohen
+    1988, sec. 2.2). `effect_size` d is that of the differences, their mean in standard deviations.
+    """
+    from scipy import special
+
+    if not math.isfinite(effect_size):
+        return 1.0
+    noncentral = abs(effect_size) * math.sqrt(seeds)
+    quantile = special.stdtrit(seeds - 1, 1 - level / 2)
+    return float(1 - special.nctdtr(seeds - 1, noncentral, quantile))
+
+
 def moderate(variances: np.ndarray, df: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Variances shrunk towards that of the family, and their degrees of freedom (Smyth 2004).
 

@@ -159,6 +159,7 @@ SETTINGS: dict[str, Any] = {
         "batch_size": Setting(32, at_least(1)),
         "eval_batch_size": Setting(128, at_least(1)),
         "seeds": Setting(3, at_least(1)),
+        "first_seed": Setting(0, at_least(0), "the others follow it"),
         "seeds_impl": Setting(
             "map", one_of("map", "vmap"), "in one program one after another, or side by side"
         ),

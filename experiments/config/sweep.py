@@ -25,6 +25,7 @@ class CellSpec:
       axis, value: what it varies and how, None for the base itself.
       overrides: the settings in which it differs from its base.
       config: all settings.
+      confirms: of a cell on fresh seeds, what chose it; see `launch.confirm`.
     """
 
     id: str
@@ -33,6 +34,7 @@ class CellSpec:
     value: str | None
     overrides: Mapping[str, Any]
     config: ConfigDict
+    confirms: Mapping[str, Any] | None = None
 
 
 def expand(

@@ -49,12 +49,13 @@ def open_workdir(
         known = before.get("cells", [])
         ids = {cell["id"] for cell in known}
         results = sum(bool(cells.outcome(cells.folder(workdir, id))) for id in ids)
-        fields = ("id", "base", "axis", "value", "overrides")
+        fields = ("id", "base", "axis", "value", "overrides", "confirms")
+        c = swept[0].config.train
         added = [{name: getattr(c, name) for name in fields} for c in swept if c.id not in ids]
         content = {
             "command": shlex.join(["python", "-m", "experiments.ablate", *sys.argv[1:]]),
             "created": (now := datetime.datetime.now().isoformat(timespec="seconds")),
-            "seeds": list(range(swept[0].config.train.seeds)),
+            "seeds": list(range(c.first_seed, c.first_seed + c.seeds)),
             "environment": environment(),
             "claims": claims.record(expected, before.get("claims", []), now, results),
             "cells": known + added,

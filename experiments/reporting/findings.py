@@ -21,6 +21,16 @@ from experiments.reporting.formatting import (
 _TOO_LARGE = 2.0
 
 
+def confirms(row: Row, digits: int) -> str:
+    """What chose a cell on fresh seeds, and how much of its difference then was luck."""
+    assert row.cell.confirms
+    among, difference = row.cell.confirms["among"], row.cell.confirms["difference"]
+    return (
+        f"the seeds that chose it, the best of {among}, gave a difference of "
+        f"{difference:+.{digits}f}; those here had no part in that"
+    )
+
+
 def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
     """One sentence on an axis of the group `rows`: which value did best, and is that certain?
 
@@ -75,6 +85,8 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
     worse = [str(row.cell.value) for row in done if row.verdict == "worse" and row is not best]
     if worse:
         sentence += f"; significantly worse than the base (p < 0.05, Holm): {'; '.join(worse)}"
+    if best.cell.confirms:
+        sentence += f"; {confirms(best, digits)}"
     return f"{sentence}{note}."
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments.analysis.comparisons import Row
-from experiments.reporting.findings import too_few_seeds
+from experiments.reporting import findings
 from experiments.reporting.formatting import (
     decimals,
     is_bimodal,
@@ -32,7 +32,14 @@ def table(rows: Sequence[Row]) -> list[Any]:
         group = [row for row in rows if row.cell.base == base]
         digits = decimals(group)
         title = Text(f"{base}: {metric_title(group)}", style="bold")
-        notes = [Text(warning, style="yellow")] if (warning := too_few_seeds(group)) else []
+        notes = (
+            [Text(warning, style="yellow")] if (warning := findings.too_few_seeds(group)) else []
+        )
+        notes += [
+            Text(f"{row.cell.label}: {findings.confirms(row, digits)}")
+            for row in group
+            if row.cell.confirms
+        ]
         notes += [
             Text(f"{row.cell.label} {row.cell.status}: {row.error}", style="red")
             for row in group

@@ -85,7 +85,8 @@ def prepare(config: ConfigDict) -> Run:
     task, model = build(config)
     c = config.train
     mesh = devices.mesh(config)
-    source = data.TrainSource(task, tuple(range(c.seeds)), c.batch_size, c.steps)
+    seeds = tuple(range(c.first_seed, c.first_seed + c.seeds))
+    source = data.TrainSource(task, seeds, c.batch_size, c.steps)
     whole = task.eval_splits()
     splits = {
         name: data.eval_batches(split, c.eval_batch_size, mesh.shape["data"] if mesh else 1)
