@@ -30,9 +30,21 @@ def lift(
     """
 
     def attend(
-        mechanism, params, query, key, value, *, bias, mask, data, dropout_key, aux, **options
+        mechanism,
+        params,
+        query,
+        key,
+        value,
+        *,
+        bias,
+        mask,
+        data,
+        dropout_key,
+        aux,
+        non_finite=None,
+        **options,
     ):
-        def one_head(params, query, key, value, tile, bias, mask, dropout_key):
+        def one_head(params, query, key, value, tile, bias, mask, dropout_key, non_finite):
             return attend_head(
                 mechanism,
                 params,
@@ -44,6 +56,7 @@ def lift(
                 mask=mask,
                 dropout_key=dropout_key,
                 aux=aux,
+                non_finite=non_finite,
                 **options,
             )
 
@@ -57,6 +70,7 @@ def lift(
             mask=mask,
             data=data,
             dropout_key=dropout_key,
+            non_finite=non_finite,
             chunk_size=functools.partial(chunk_size, mechanism),
         )
         extra = {
@@ -79,10 +93,11 @@ def map_heads(
     data: Mapping[str, Array],
     dropout_key: Array | None,
     chunk_size: Callable[[Any, Any], Any],
+    non_finite: tuple[Array, Array] | None = None,
 ) -> Any:
-    """function(params, query, key, value, tile, bias, mask, dropout_key) of each head: [B, H, ...].
+    """function(params, query, key, value, tile, bias, mask, dropout_key, non_finite) of each head.
 
-    Arrays as for `Kernel.attend`; `function` gets those of a head of an example, `params` of the
+    -> [B, H, ...]. Arrays as for `Kernel.attend`; `function` gets those of a head of an example, `params` of the
     head. chunk_size: (query, key) -> how many examples a vmap computes at a time.
     """
     B, T, H, _ = query.shape
@@ -105,6 +120,8 @@ def map_heads(
     }
     by_pair = {"bias": bias, "mask": mask, "dropout_key": dropout_key}
     arrays |= {name: by_group(x) for name, x in by_pair.items() if x is not None}
+    if non_finite is not None:
+        arrays["non_finite"] = tuple(jnp.swapaxes(x, 1, 2)[:, :, None] for x in non_finite)
 
     def one_head(arrays):
         rows, columns = (jnp.arange(n) if is_symbolic_dim(n) else np.arange(n) for n in (T, S))
@@ -128,7 +145,7 @@ def map_heads(
             ),
         )
         inputs = [arrays[name] for name in ("params", "query", "key", "value")]
-        return function(*inputs, tile, *map(arrays.get, by_pair))
+        return function(*inputs, tile, *map(arrays.get, (*by_pair, "non_finite")))
 
     def size_for(B):
         return chunk_size(*(jax.ShapeDtypeStruct((B, *x.shape[1:]), x.dtype) for x in (query, key)))

@@ -32,6 +32,7 @@ from jax.export import is_symbolic_dim
 from attention.kernels import blocks, dense
 from attention.kernels.blocks import Visits
 from attention.kernels.heads import lift
+from attention.kernels.products import is_bilinear
 from attention.kernels.registry import Call, Kernel, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
@@ -97,6 +98,7 @@ def attend_head(
     dropout_key: Array | None = None,
     dropout_rate: float = 0.0,
     aux: tuple[str, ...] = (),
+    non_finite: tuple[Array, Array] | None = None,
     block_sizes: tuple[int, int] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """`attention.kernels.dense.attend_head`, never holding T·S numbers.
@@ -116,7 +118,7 @@ def attend_head(
     end = int((start + block[1]).max(initial=0))
     plan, arrays, data = prepare(
         mechanism, params, query, key, value, tile, block, end, visits, bias, mask,
-        dropout_key, dropout_rate,
+        dropout_key, dropout_rate, non_finite,
     )  # fmt: skip
     attend_all = _by_whole_rows if whole_rows else by_tiles
     out, extra = attend_all(plan, arrays, data, aux)
@@ -143,9 +145,10 @@ def prepare(
     mask: Array | None,
     dropout_key: Array | None,
     dropout_rate: float,
+    non_finite: tuple[Array, Array] | None = None,
 ) -> tuple["Plan", "Arrays", "Data"]:
     """All that comes before the tiles; `end`: where the last block of columns ends."""
-    inputs, bad = dense.prepare(mechanism, params, query, key, value, tile)
+    inputs, bad = dense.prepare(mechanism, params, query, key, value, tile, non_finite)
     plan = Plan(
         mechanism,
         block,
@@ -158,7 +161,8 @@ def prepare(
     )
     arrays = _arrays(plan, inputs, bias)
     data = _data(plan, bad, tile, mask, visits, dropout_key)
-    if not isinstance(visits, RowVisits) and (visits.unknown or mask is not None):
+    by_data = not isinstance(visits, RowVisits) and (visits.unknown or mask is not None)
+    if by_data and not is_bilinear(mechanism, query.shape[1], value.shape[1]):
         arrays = _hide(plan, arrays, data)
     return plan, arrays, data
 
@@ -772,4 +776,4 @@ def outputs(
     return {"out": out, **extra}
 
 
-register(Kernel("tiled", attend, unsupported, cost, has_blocks=True))
+register(Kernel("tiled", attend, unsupported, cost, has_blocks=True, reads_non_finite=True))
