@@ -97,8 +97,8 @@ def map_heads(
 ) -> Any:
     """function(params, query, key, value, tile, bias, mask, dropout_key, non_finite) of each head.
 
-    -> [B, H, ...]. Arrays as for `Kernel.attend`; `function` gets those of a head of an example, `params` of the
-    head. chunk_size: (query, key) -> how many examples a vmap computes at a time.
+    -> [B, H, ...]. Arrays as for `Kernel.attend`; `function` gets those of a head of an example,
+    `params` of the head. chunk_size: (query, key) -> how many examples a vmap computes at a time.
     """
     B, T, H, _ = query.shape
     S, K = key.shape[1:3]

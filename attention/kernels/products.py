@@ -88,7 +88,8 @@ def depends(function: Callable[[Any, Any], Any], fixed: Any, x: Any) -> bool:
     """Whether function(fixed, x) depends on x; both are trees of `jax.ShapeDtypeStruct`s."""
     both = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), x)
     try:  # vmap refuses to return one result for two arguments where it may differ
-        jax.eval_shape(jax.vmap(function, in_axes=(None, 0), out_axes=None), fixed, both)
+        over_two = jax.vmap(function, in_axes=(None, 0), out_axes=None, axis_size=2)
+        jax.eval_shape(over_two, fixed, both)
     except ValueError:
         return True
     return False

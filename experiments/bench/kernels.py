@@ -288,8 +288,10 @@ def _decode_program(work, static, params, query, key, value):
     The cache is the first result, with those T free again, and donated, as in a loop of steps.
     """
     T, S = work.length, work.keys
-    filled = jnp.full((work.batch,), S - T, jnp.int32)
-    cache = decoding.Cache(key, value, filled)
+    cache = decoding.empty(
+        (work.batch,), S, *key.shape[2:], value.shape[-1], key.dtype, work.mechanism().position
+    )
+    cache = cache._replace(key=key, value=value, length=jnp.full((work.batch,), S - T, jnp.int32))
     new = (query, key[:, :T], value[:, :T])
     return JaxWork(_decode, static, (params, cache, *new), carry=1)
 
@@ -309,7 +311,7 @@ def _decode(static, params, cache, query, key, value):
     out = jax.nn.dot_product_attention(
         query, keys, values, key_value_seq_lengths=length, implementation=own
     )
-    return decoding.Cache(keys, values, cache.length), out
+    return decoding.Cache(keys, values, *cache[2:]), out
 
 
 # Others, on the same work.
