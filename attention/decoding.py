@@ -84,12 +84,12 @@ class Cache(_Cache):
         new = super()._replace(**fields)
         if self.non_finite is None or "non_finite" in fields:
             return new
-        known = list(self.non_finite)
-        vectors = {"key": new.key, "value": new.value}
-        for i, name in enumerate(vectors):
-            if name in fields:
-                vectors[name], known[i] = _finite(vectors[name])
-        return super(Cache, new)._replace(**vectors, non_finite=tuple(known))
+        key, value, (bad_key, bad_value) = new.key, new.value, self.non_finite
+        if "key" in fields:
+            key, bad_key = _finite(key)
+        if "value" in fields:
+            value, bad_value = _finite(value)
+        return super(Cache, new)._replace(key=key, value=value, non_finite=(bad_key, bad_value))
 
 
 def _finite(x):
@@ -184,17 +184,17 @@ def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None)
 
     for _ in batch:
         write = jax.vmap(write)
-    new: Any = {"key": key, "value": value}
     if cache.turned is not None:
-        new["key"] = _turn(cache.turned.position, key, positions(cache, T))
+        key = _turn(cache.turned.position, key, positions(cache, T))
+    non_finite = None
     if cache.non_finite is not None:
-        (new["key"], bad_key), (new["value"], bad_value) = map(_finite, new.values())
-        new["non_finite"] = (bad_key, bad_value)
-    written = {
-        name: jax.tree.map(lambda slots, x: write(slots, x, cache.length), getattr(cache, name), x)
-        for name, x in new.items()
-    }
-    return Cache(length=length, turned=cache.turned, **written)
+        (key, bad_key), (value, bad_value) = _finite(key), _finite(value)
+        non_finite = bad_key, bad_value
+    slots = cache.key, cache.value, cache.non_finite
+    written = jax.tree.map(
+        lambda old, new: write(old, new, cache.length), slots, (key, value, non_finite)
+    )
+    return Cache(written[0], written[1], length, written[2], cache.turned)
 
 
 def _turn(position, key, at):
