@@ -56,13 +56,19 @@ def is_bilinear(mechanism: Mechanism, head_dim: int, value_dim: int) -> bool:
     """Whether scores are query @ key of features, and a term that reads no query and no key."""
     params = _params_of_a_head(mechanism, head_dim, value_dim)
     x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
-    if not _is_product(mechanism.score, params["score"], x):
-        return False
+    product = _is_product(mechanism.score, params["score"], x)
+    return product and not term_reads_vectors(mechanism.position, head_dim, value_dim)
+
+
+@functools.cache
+def term_reads_vectors(position: Position, head_dim: int, value_dim: int) -> bool:
+    """Whether what a position adds to the scores depends on a query or a key."""
+    params = jax.eval_shape(lambda: position.init(jax.random.key(0), head_dim, value_dim))
 
     def term(params, vectors):
-        return mechanism.position.tile(params, vectors, vectors.T, _tile())
+        return position.tile(params, vectors, vectors.T, _tile())
 
-    return not depends(term, params["position"], x)
+    return depends(term, params, jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32))
 
 
 @functools.cache
