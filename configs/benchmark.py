@@ -9,7 +9,7 @@
 | `:compile` | depth, heads, T, seeds; scanned and unrolled; forward and backward | |
 | `:decode` | one token more, by length of what was before; grouped heads | |
 | `:models` | train steps of whole models against Flax's stock layers and torch's | torch |
-| `:peers` | every peer, on the same attention | extra `peers` |
+| `:peers` | every peer, on the same attention; any score, as torch has it | extra `peers` |
 | `:accelerator` | T from 1k to 32k in bfloat16; cuDNN, FlexAttention, tokamax | a GPU, a TPU |
 | `:tpu` | cycles of our TPU kernels and jax's, as the compiler estimates them; no TPU | libtpu |
 | `:profiles` | the time of our kernels by kind of operation | |
@@ -196,6 +196,20 @@ def peers():
             title = f"T = {length}, {derivative}"
             sizes = {"length": length, "derivative": derivative, **CAUSAL}
             yield versus(title, {}, *others, measure=measure, **sizes)
+    # What torch's fused kernel lacks is written out in torch; FlexAttention has no backward pass on
+    # a CPU.
+    alternatives = [{"library": library} for library in ("torch.eager", "torch.flex")]
+    for name, parts in {
+        "soft cap": {"score": "soft_cap(scaled_dot)"},
+        "learned bias by distance": {"position": "kerple_log"},
+        "T5": {"position": "t5(bidirectional=False)"},
+        "additive": {"score": "additive(hidden=16)", "length": 512},
+        "window 256": {"mask": "causal & sliding_window(256)"},
+        "16 packed documents": {"mask": "causal & segments", "documents": 16},
+    }.items():
+        sizes = {"length": 2048, **GRADIENT, **CAUSAL, **parts}
+        title = f"{name}, T = {sizes['length']}, gradient"
+        yield versus(title, {}, *alternatives, measure=("time", "resident"), **sizes)
 
 
 def accelerator():

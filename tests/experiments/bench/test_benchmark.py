@@ -71,6 +71,21 @@ def test_kernels_and_peers_compute_the_same():
             np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("parts", [
+    {"score": "soft_cap(scaled_dot, cap=2.0)", "position": "alibi", "kv_heads": 1},
+    {"score": "additive(hidden=3)", "position": "t5(bidirectional=False)"},
+    {"position": "kerple_log", "mask": "causal & segments", "documents": 3},
+], ids=str)  # fmt: skip
+def test_what_torch_lacks_is_written_out_in_it(parts):
+    pytest.importorskip("torch")
+    ours, theirs = (
+        compare.results(dataclasses.replace(GRADIENT, **parts, library=library))
+        for library in ("attention", "torch.eager")
+    )
+    for name in theirs:
+        np.testing.assert_allclose(theirs[name], ours[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"mask": "causal & segments", "documents": 2}, "jax.nn has no mask 'causal & segments'"),
     ({"score": "cosine"}, "jax.nn has no score 'cosine'"),
