@@ -126,6 +126,32 @@ def test_bad_works_are_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize("library", ["attention", "flax.linen"])
+def test_a_generated_text_is_the_likeliest(library):
+    work = dataclasses.replace(TINY, derivative="generate", library=library, num_layers=1)
+    program = work.build()
+    run = jax.jit(functools.partial(program.function, program.static))
+    variables, begin = program.arguments
+    text = run(variables, begin)
+    inputs = jnp.concatenate([begin, text[:-1].T], axis=1)
+    module = dataclasses.replace(work, derivative="none").module()
+    logits = jax.jit(module.apply)({"params": variables["params"]}, inputs)
+    np.testing.assert_array_equal(text.T, logits.argmax(-1))
+
+
+def test_torch_generates_the_likeliest_text():
+    torch = pytest.importorskip("torch")
+    work = dataclasses.replace(TINY, derivative="generate", library="torch")
+    text = work.build().run().T
+    inputs = torch.cat([torch.tensor(work.tokens()[:, :1]), text[:, :-1]], dim=1)
+    whole = dataclasses.replace(work, derivative="none")
+    # The same seed makes the same weights.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelWork, "tokens", lambda self: inputs.numpy())
+        logits = whole.build().run()
+    assert (logits.argmax(-1) == text).all()
+
+
 def test_a_decode_step_is_the_last_row_of_all():
     work = KernelWork(length=1, source_length=8, heads=2, width=4, derivative="decode")
     whole = dataclasses.replace(work, derivative="none", source_length=8)
