@@ -12,7 +12,14 @@ from attention.kernels.dense import row_weights
 from attention.kernels.registry import KERNELS, Call, Kernel, describe, unsupported
 from attention.mechanism import Mechanism
 from attention.parts import Array, Params, accumulator
-from attention.validation import check, check_arrays, check_aux, check_block_sizes, check_dropout
+from attention.validation import (
+    check,
+    check_arrays,
+    check_aux,
+    check_block_sizes,
+    check_dropout,
+    check_non_finite,
+)
 
 _AUX = ("weights", "row_weights", "lse", "row_max", "entropy", "column_sums")
 
@@ -39,6 +46,7 @@ def attend(
     block_sizes: tuple[int, int] | None = None,
     aux: tuple[str, ...] = (),
     weight_rows: Array | None = None,
+    non_finite: tuple[Array, Array] | None = None,
 ) -> Any:
     """Attention of every head of every example: o_i = Σ_j w_ij v_j.
 
@@ -77,6 +85,8 @@ def attend(
         'entropy' [..., T, H] = −Σ_j w_ij log w_ij in nats,
         'column_sums' [..., S, H] = Σ_i w_ij.
       weight_rows: [R] int, indices of queries; NaN for those that are traced and none.
+      non_finite: [..., S, K], [..., S, K] bool, which keys and which values were not finite, all of
+        them replaced by 0 already: the kernels do not look for them again.
 
     Returns:
       out [..., T, H, V] in the query's dtype; with `aux` the pair (out, dict of those).
@@ -113,6 +123,7 @@ def attend(
         dropout_key = jax.random.wrap_key_data(dropout_key)
     check_dropout(dropout_rate, dropout_key, query.shape)
     check_aux(aux, _AUX, weight_rows, query.shape[-3])
+    check_non_finite(non_finite, key.shape[:-1])
     aux = tuple(aux)
     call = describe(
         mechanism, query, key, value, **pairs, **data, dropout_rate=dropout_rate, aux=aux
@@ -137,6 +148,7 @@ def attend(
         block_sizes=None if block_sizes is None else tuple(map(int, block_sizes)),
         aux=aux,
         weight_rows=None if weight_rows is None else index_array("weight_rows", weight_rows),
+        non_finite=non_finite,
     )
     return (out, extra) if aux else out
 
@@ -238,6 +250,7 @@ def _attend(
     block_sizes,
     aux,
     weight_rows,
+    non_finite,
 ):
     *batch, T, H, _ = query.shape
     B = math.prod(batch)
@@ -259,6 +272,12 @@ def _attend(
             if single
             else flatten_batch(dropout_key, batch, 1)
         )
+    known = {}
+    if non_finite is not None:
+        known["non_finite"] = tuple(x.reshape(B, *x.shape[-2:]) for x in non_finite)
+    if known and not kernel.reads_non_finite:
+        for name, where in zip(("key", "value"), known.pop("non_finite"), strict=True):
+            arrays[name] = jnp.where(where[..., None], jnp.nan, arrays[name])
     out, extra = kernel.attend(
         mechanism,
         params,
@@ -266,10 +285,11 @@ def _attend(
         dropout_key=dropout_key,
         dropout_rate=dropout_rate,
         aux=tuple(name for name in aux if name != "row_weights"),
+        **known,
         **({"block_sizes": block_sizes} if kernel.has_blocks else {}),
     )
     if "row_weights" in aux:
-        extra["row_weights"] = row_weights(mechanism, params, **arrays, rows=weight_rows)
+        extra["row_weights"] = row_weights(mechanism, params, **arrays, **known, rows=weight_rows)
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), (out, extra))
 
 

@@ -2,11 +2,12 @@
 
 What a causal decoder computes at position i does not depend on later tokens, so a text can be fed
 some tokens at a time (Shazeer 2019, sec. 2.3): each new token appends its key and value to a
-`Cache` and attends to all keys in it. The keys are stored as `attend` takes them, before any
-rotation or projection of a part, so that every score and position scheme works; a step of T queries
-costs O(T·S), whatever the number of tokens before it.
+`Cache` and attends to all keys in it; a step of T queries costs O(T·S), whatever the number of
+tokens before it. What no later token changes is done once, when a key is appended: it is looked at
+for being finite, and turned where the position scheme does nothing else to keys, as rotary ones
+(`empty`). Else keys are stored as `attend` takes them, so that every score and scheme works.
 
-    cache = decoding.empty((B,), S, K, D)
+    cache = decoding.empty((B,), S, K, D, position=mechanism.position)
     cache = decoding.append(cache, key, value)                       # [B, T, K, D], [B, T, K, V]
     out = decoding.attend(mechanism, params, cache, query)           # [B, T, H, D] -> [B, T, H, V]
 
@@ -18,6 +19,7 @@ the keys they allow, those that were appended so far.
 S is the number of slots, those not filled included; other letters as in `attention.parts`.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -26,22 +28,74 @@ import numpy as np
 
 from attention.api import attend as attend_all
 from attention.integers import count_array, whole_number
+from attention.kernels.products import is_turned_by_place
 from attention.mechanism import Mechanism
-from attention.parts import Array, Params
+from attention.parts import Array, Params, Position, accumulator, check_part
 
 
-class Cache(NamedTuple):
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Turned(Position):
+    """`position` where the keys are turned already: only the queries turn."""
+
+    position: Position
+
+    @property
+    def whole_row(self):  # type: ignore[override]
+        return self.position.whole_row
+
+    def init(self, key, head_dim, value_dim):
+        return self.position.init(key, head_dim, value_dim)
+
+    def rotate(self, params, x, positions, side):
+        return x if side == "key" else self.position.rotate(params, x, positions, side)
+
+    def tile(self, params, query, key, tile):
+        return self.position.tile(params, query, key, tile)
+
+    def mix(self, params, weights, tile):
+        return self.position.mix(params, weights, tile)
+
+
+class _Cache(NamedTuple):
+    key: Array
+    value: Array
+    length: Array
+    non_finite: tuple[Array, Array] | None = None
+    turned: Turned | None = None
+
+
+class Cache(_Cache):
     """The keys and values of each example so far; a pytree whose leaves lead with the batch axes.
 
     Attributes:
       key: [..., S, K, D], of which the first `length` are filled.
       value: [..., S, K, V].
       length: [...] int32, of each example. More than S: tokens were lost, see `append`.
+      non_finite: [..., S, K] bool each: which keys and which values are not finite; 0 is stored for
+        those. None: nothing is known, every call of `attend` looks at all of them.
+      turned: static; by what the keys were turned when appended. None: they were not.
     """
 
-    key: Array
-    value: Array
-    length: Array
+    __slots__ = ()
+
+    def _replace(self, **fields: Any) -> "Cache":
+        """The cache with other fields; keys and values are looked at for what is not finite."""
+        new = super()._replace(**fields)
+        if self.non_finite is None or "non_finite" in fields:
+            return new
+        key, value, (bad_key, bad_value) = new.key, new.value, self.non_finite
+        if "key" in fields:
+            key, bad_key = _finite(key)
+        if "value" in fields:
+            value, bad_value = _finite(value)
+        return super(Cache, new)._replace(key=key, value=value, non_finite=(bad_key, bad_value))
+
+
+def _finite(x):
+    """x [..., D] with 0 for vectors that are not finite; which those are, [...]."""
+    non_finite = ~jnp.isfinite(x).all(-1)
+    return jnp.where(non_finite[..., None], 0, x), non_finite
 
 
 def empty(
@@ -51,21 +105,40 @@ def empty(
     head_dim: int,
     value_dim: int | None = None,
     dtype: Any = jnp.float32,
+    position: Position | None = None,
 ) -> Cache:
     """A cache for texts of up to S = max_length tokens: batch axes, K, D, and V (D unless given).
 
-    Raises ValueError where a size is no whole number or not positive.
+    With the `position` of the mechanism a key is turned once, when it is appended, by the slot that
+    it gets: where nothing else of that scheme reads keys, and it learns nothing for it. In a 16-bit
+    dtype the turned key is rounded once more.
+
+    Raises ValueError where a size is no whole number or not positive, or position is no part.
     """
     value_dim = head_dim if value_dim is None else value_dim
     sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
     for name, size in {"max_length": max_length, **sizes}.items():
         whole_number(name, size, 1)
     slots = (*batch, max_length, num_kv_heads)
+    turned = None
+    if position is not None:
+        check_part("position", position, Position)
+        wide_range = jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp  # xPos scales keys
+        if wide_range and is_turned_by_place(position, head_dim, value_dim):
+            turned = Turned(position)
     return Cache(
         jnp.zeros((*slots, head_dim), dtype),
         jnp.zeros((*slots, value_dim), dtype),
         jnp.zeros(batch, jnp.int32),
+        (jnp.zeros(slots, bool), jnp.zeros(slots, bool)),
+        turned,
     )
+
+
+def of_context(key: Array, value: Array, length: Array) -> Cache:
+    """The full cache of [..., S, K, D], [..., S, K, V], of which `length` [...] int32 are real."""
+    (key, bad_key), (value, bad_value) = _finite(key), _finite(value)
+    return Cache(key, value, length, (bad_key, bad_value))
 
 
 def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None) -> Cache:
@@ -111,8 +184,32 @@ def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None)
 
     for _ in batch:
         write = jax.vmap(write)
-    written = (write(cache.key, key, cache.length), write(cache.value, value, cache.length))
-    return Cache(*written, length)
+    if cache.turned is not None:
+        key = _turn(cache.turned.position, key, positions(cache, T))
+    non_finite = None
+    if cache.non_finite is not None:
+        (key, bad_key), (value, bad_value) = _finite(key), _finite(value)
+        non_finite = bad_key, bad_value
+    slots = cache.key, cache.value, cache.non_finite
+    written = jax.tree.map(
+        lambda old, new: write(old, new, cache.length), slots, (key, value, non_finite)
+    )
+    return Cache(written[0], written[1], length, written[2], cache.turned)
+
+
+def _turn(position, key, at):
+    """Keys [..., T, K, D] turned by their places at [..., T], in the keys' dtype."""
+    params = jax.eval_shape(lambda: position.init(jax.random.key(0), key.shape[-1], key.shape[-1]))
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)  # which nothing reads
+
+    def of_head(x, at):
+        wide = x.astype(accumulator(x.dtype))
+        return position.rotate(params, wide, at, "key").astype(x.dtype)
+
+    turn = jax.vmap(of_head, (1, None), 1)
+    for _ in at.shape[1:]:
+        turn = jax.vmap(turn)
+    return turn(key, at)
 
 
 def counts(name: str, lengths: Any, batch: tuple[int, ...], most: int, slots: int) -> Array:
@@ -169,6 +266,19 @@ def attend(
       ValueError: as `attention.attend`; and for query_segments without key_segments.
     """
     query = jnp.asarray(query)
+    if cache.turned is not None and isinstance(mechanism, Mechanism):
+        if mechanism.position != cache.turned.position:
+            raise ValueError(
+                f"mechanism has the position {mechanism.position}, but the cache's keys are turned "
+                f"by {cache.turned.position}: make it with decoding.empty(..., position=...) of "
+                "the mechanism, or without one"
+            )
+        if options.get("key_positions") is not None:
+            raise ValueError(
+                "key_positions were given, but the cache's keys are turned by their slots already: "
+                "make it with decoding.empty without a position"
+            )
+        mechanism = dataclasses.replace(mechanism, position=cache.turned)
     S, T = cache.key.shape[-3], query.shape[-3] if query.ndim > 2 else 0
     if options.get("query_segments") is not None and options.get("key_segments") is None:
         raise ValueError(
@@ -193,6 +303,7 @@ def attend(
         cache.value,
         query_positions=query_positions,
         mask=filled if mask is None else filled & mask,
+        non_finite=cache.non_finite,
         **options,
     )
     lost = (cache.length > S)[..., None, None, None]

@@ -129,6 +129,18 @@ def check_aux(aux, known, weight_rows, length):
             raise ValueError(f"weight_rows must be in 0 … {length - 1}, the queries; got {rows}")
 
 
+def check_non_finite(non_finite, shape):
+    """Raises ValueError unless they are None or two bool arrays of `shape`, [..., S, K]."""
+    if non_finite is None:
+        return
+    shapes = [jnp.shape(x) for x in non_finite]
+    if shapes != [shape] * 2 or any(x.dtype != bool for x in non_finite):
+        raise ValueError(
+            f"non_finite must be two bool arrays {shape}, of keys and of values; got "
+            f"{', '.join(f'{x.dtype} {x.shape}' for x in non_finite)}"
+        )
+
+
 def check_block_sizes(block_sizes, kernel):
     """Raises ValueError unless they are two sizes, for a kernel with blocks."""
     if block_sizes is None:

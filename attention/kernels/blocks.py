@@ -39,7 +39,8 @@ class Visits(NamedTuple):
     """The pairs of blocks to visit.
 
     Attributes:
-      full: those that are all visible, so that the mask need not be evaluated; None: no pair.
+      full: those that are all visible, so that the mask need not be evaluated; None: no pair, or
+        a single one, which is among `masked` then.
       masked: the others; None: no pair.
     """
 
@@ -64,6 +65,9 @@ def visits(
     beyond = start + block[1] > len(tile.key_index)
     cap = np.where(beyond | masked, PARTIAL, FULL)
     known = np.minimum(cap, mask.block(block_bounds(tile, block, row, start, look=False)))
+    if np.count_nonzero(known == FULL) == 1:
+        # A loop of its own would not pay: XLA computes its scores once for every block of rows.
+        known = np.minimum(known, PARTIAL)
     state = mask.block(block_bounds(tile, block, row, start, look=True))
     state = jnp.broadcast_to(state, row.shape) if isinstance(state, jax.Array) else None
     row_blocks = -(-len(tile.query_index) // block[0])

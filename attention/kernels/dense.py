@@ -16,6 +16,7 @@ import numpy as np
 from jax.export import is_symbolic_dim
 
 from attention.kernels.heads import lift, map_heads
+from attention.kernels.products import is_bilinear
 from attention.kernels.registry import Call, Kernel, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism, params_shape
@@ -53,6 +54,7 @@ def attend_head(
     dropout_key: Array | None = None,
     dropout_rate: float = 0.0,
     aux: tuple[str, ...] = (),
+    non_finite: tuple[Array, Array] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """Attention of one head: query [T, D], key [S, D], value [S, V] -> out [T, V], aux.
 
@@ -62,11 +64,12 @@ def attend_head(
 
     `tile` describes all T rows and S columns; `bias` and `mask` are [T, S] or broadcast to it.
     Dropout zeroes weights and divides the others by 1 − dropout_rate. Everything is computed in
-    float32, or float64 for float64 inputs; out has the dtype of the query.
+    float32, or float64 for float64 inputs; out has the dtype of the query. `non_finite`: see
+    `prepare`.
     """
     # XLA would spend minutes on folding constants.
     tile = jax.tree.map(lambda x: jnp.arange(len(x)) if isinstance(x, np.ndarray) else x, tile)
-    inputs, bad = prepare(mechanism, params, query, key, value, tile)
+    inputs, bad = prepare(mechanism, params, query, key, value, tile, non_finite)
     out, extra = attend_rows(
         mechanism,
         inputs,
@@ -92,13 +95,14 @@ def row_weights(
     mask: Array | None,
     data: Mapping[str, Array],
     rows: Array,
+    non_finite: tuple[Array, Array] | None = None,
 ) -> Array:
     """Weights [B, H, R, S] of the queries `rows` [R] int alone; NaN where a row is none.
 
     Arrays as for `Kernel.attend`.
     """
 
-    def one_head(params, query, key, value, tile, bias, mask, _):
+    def one_head(params, query, key, value, tile, bias, mask, dropout_key, non_finite):
         bias, mask = (x if x is None or x.shape[0] == 1 else x[rows] for x in (bias, mask))
         _, extra = attend_head(
             mechanism,
@@ -110,6 +114,7 @@ def row_weights(
             bias=bias,
             mask=mask,
             aux=("weights",),
+            non_finite=non_finite,
         )
         real = (rows >= 0) & (rows < query.shape[0])
         return jnp.where(real[:, None], extra["weights"], jnp.nan)
@@ -125,6 +130,7 @@ def row_weights(
         mask=mask,
         data=data,
         dropout_key=None,
+        non_finite=non_finite,
         chunk_size=lambda query, key: 1 if wide else query.shape[0],
     )
 
@@ -154,29 +160,49 @@ class NonFinite(NamedTuple):
 
 
 def prepare(
-    mechanism: Mechanism, params: Params, query: Array, key: Array, value: Array, tile: Tile
+    mechanism: Mechanism,
+    params: Params,
+    query: Array,
+    key: Array,
+    value: Array,
+    tile: Tile,
+    non_finite: tuple[Array, Array] | None = None,
 ) -> tuple[Inputs, NonFinite]:
     """`Inputs` of the arguments of `attend_head`, NaN and inf replaced by 0, and where those were.
 
     A masked vector must change nothing, even if it is NaN; but 0 · NaN is NaN, in products and in
     their gradients. So vectors that are not finite become 0, and the rows that see one are set to
     NaN at the end.
+
+    `non_finite` [S], [S] bool: which keys and values were not finite and are 0 already; those two
+    are not looked at then.
     """
     wide = accumulator(query.dtype)
     params = jax.tree.map(lambda x: x.astype(wide), params)
-    bad = [~jnp.isfinite(x).all(-1) for x in (query, key, value)]
-    vectors = [x.astype(wide) for x in (query, key, value)]
-    query, key, value = (
-        _without(non_finite, x) for non_finite, x in zip(bad, vectors, strict=True)
-    )
+    bad_query = _non_finite(query)
+    query = _without(bad_query, query.astype(wide))
+    if non_finite is None:
+        bad_key, bad_value = _non_finite(key), _non_finite(value)
+        key, value = _without(bad_key, key.astype(wide)), _without(bad_value, value.astype(wide))
+    else:
+        bad_key, bad_value = non_finite
+        key, value = key.astype(wide), value.astype(wide)
     rotate, own = mechanism.position.rotate, params["position"]
     turned = rotate(own, query, tile.query_positions, "query")
     key_turned = rotate(own, key, tile.key_positions, "key")
-    prepared = mechanism.score.prepare(params["score"], turned, key_turned)
-    for i, x in enumerate(prepared):  # the square of a huge number is not finite either
-        bad[i] |= ~jnp.isfinite(x).all(-1)
-    features, key_features = (_without(bad[i], x) for i, x in enumerate(prepared))
-    return Inputs(params, query, key.T, features, key_features.T, value), NonFinite(*bad)
+    features, key_features = mechanism.score.prepare(params["score"], turned, key_turned)
+    # The square of a huge number is not finite either.
+    bad_query |= _non_finite(features)
+    features = _without(bad_query, features)
+    if key_features is not key:
+        bad_key |= _non_finite(key_features)
+        key_features = _without(bad_key, key_features)
+    bad = NonFinite(bad_query, bad_key, bad_value)
+    return Inputs(params, query, key.T, features, key_features.T, value), bad
+
+
+def _non_finite(x):
+    return ~jnp.isfinite(x).all(-1)
 
 
 def _without(non_finite, x):
@@ -216,7 +242,7 @@ def attend_rows(
     if mask is not None:
         visible &= mask
     worst = sees(bad, visible)
-    inputs = hide(inputs, visible.any(1), visible.any(0))
+    inputs = hide(mechanism, inputs, visible.any(1), visible.any(0))
     scores = score(mechanism, inputs, dataclasses.replace(tile, visible=visible))
     if bias is not None:
         scores += bias.astype(scores.dtype)
@@ -244,11 +270,14 @@ def attend_rows(
     return out, extra
 
 
-def hide(inputs: Inputs, rows: Array, columns: Array) -> Inputs:
+def hide(mechanism: Mechanism, inputs: Inputs, rows: Array, columns: Array) -> Inputs:
     """Inputs with 0 outside `rows` [t] and `columns` [s], bool: those that see, or are seen.
 
-    A masked score may overflow where its vectors are huge, and 0 · inf is NaN in a gradient.
+    A masked score may overflow where its vectors are huge, and 0 · inf is NaN in a gradient; but
+    not in that of a product of finite numbers.
     """
+    if is_bilinear(mechanism, len(inputs.key), inputs.value.shape[1]):
+        return inputs
     return inputs._replace(
         query=jnp.where(rows[:, None], inputs.query, 0),
         key=jnp.where(columns, inputs.key, 0),
@@ -324,4 +353,5 @@ def chunk_size(mechanism: Mechanism, query: Array, key: Array) -> int:
     return query.shape[0]
 
 
-register(Kernel("dense", lift(attend_head, chunk_size), lambda call: None, cost))
+attend = lift(attend_head, chunk_size)
+register(Kernel("dense", attend, lambda call: None, cost, reads_non_finite=True))

@@ -30,9 +30,21 @@ def lift(
     """
 
     def attend(
-        mechanism, params, query, key, value, *, bias, mask, data, dropout_key, aux, **options
+        mechanism,
+        params,
+        query,
+        key,
+        value,
+        *,
+        bias,
+        mask,
+        data,
+        dropout_key,
+        aux,
+        non_finite=None,
+        **options,
     ):
-        def one_head(params, query, key, value, tile, bias, mask, dropout_key):
+        def one_head(params, query, key, value, tile, bias, mask, dropout_key, non_finite):
             return attend_head(
                 mechanism,
                 params,
@@ -44,10 +56,18 @@ def lift(
                 mask=mask,
                 dropout_key=dropout_key,
                 aux=aux,
+                non_finite=non_finite,
                 **options,
             )
 
-        out, extra = map_heads(
+        def rows_first(results):
+            out, extra = results
+            own = {
+                name: x if name == "weights" else jnp.swapaxes(x, 0, 1) for name, x in extra.items()
+            }
+            return jnp.swapaxes(out, 0, 1), own
+
+        return map_heads(
             one_head,
             params,
             query,
@@ -57,12 +77,10 @@ def lift(
             mask=mask,
             data=data,
             dropout_key=dropout_key,
+            non_finite=non_finite,
             chunk_size=functools.partial(chunk_size, mechanism),
+            finish=rows_first,
         )
-        extra = {
-            name: x if name == "weights" else jnp.swapaxes(x, 1, 2) for name, x in extra.items()
-        }
-        return jnp.swapaxes(out, 1, 2), extra
 
     return attend
 
@@ -79,32 +97,52 @@ def map_heads(
     data: Mapping[str, Array],
     dropout_key: Array | None,
     chunk_size: Callable[[Any, Any], Any],
+    non_finite: tuple[Array, Array] | None = None,
+    finish: Callable[[Any], Any] = lambda results: results,
 ) -> Any:
-    """function(params, query, key, value, tile, bias, mask, dropout_key) of each head: [B, H, ...].
+    """function(params, query, key, value, tile, bias, mask, dropout_key, non_finite) of each head.
 
-    Arrays as for `Kernel.attend`; `function` gets those of a head of an example, `params` of the
-    head. chunk_size: (query, key) -> how many examples a vmap computes at a time.
+    -> [B, H, ...]. Arrays as for `Kernel.attend`; `function` gets those of a head of an example,
+    `params` of the head. chunk_size: (query, key) -> how many examples a vmap computes at a time.
+    `finish` is applied to the results of an example, [H, ...].
     """
     B, T, H, _ = query.shape
     S, K = key.shape[1:3]
     G = H // K
 
-    def by_group(x):
-        """[B or 1, H or 1, ...] -> with the two axes that stand for the heads."""
-        return x.reshape(x.shape[0], *((1, 1) if x.shape[1] == 1 else (K, G)), *x.shape[2:])
-
-    # Every array gets three leading axes: example, key head, query head of its group. Those of
-    # size 1 are shared, not repeated.
+    # Every array leads with the examples; one of size 1 is shared, not repeated.
     arrays = {
-        "query": jnp.swapaxes(query, 1, 2).reshape(B, K, G, T, -1),
-        "key": jnp.swapaxes(key, 1, 2)[:, :, None],
-        "value": jnp.swapaxes(value, 1, 2)[:, :, None],
-        "params": jax.tree.map(lambda x: x.reshape(1, K, G, *x.shape[1:]), params),
-        "head": jnp.arange(H).reshape(1, K, G),
-        "data": {name: x[:, None, None] for name, x in data.items()},
+        "query": query,
+        "key": key,
+        "value": value,
+        "params": jax.tree.map(lambda x: x[None], params),
+        "data": dict(data),
     }
     by_pair = {"bias": bias, "mask": mask, "dropout_key": dropout_key}
-    arrays |= {name: by_group(x) for name, x in by_pair.items() if x is not None}
+    arrays |= {name: x for name, x in by_pair.items() if x is not None}
+    if non_finite is not None:
+        arrays["non_finite"] = non_finite
+
+    def by_group(x):
+        """[H or 1, ...] -> with two axes that stand for the heads: key head, query head of it."""
+        return x.reshape(*((1, 1) if x.shape[0] == 1 else (K, G)), *x.shape[1:])
+
+    def one_example(arrays):
+        # Heads come first within the loop over examples: before it, that would be a copy of all.
+        split = {
+            "query": jnp.swapaxes(arrays["query"], 0, 1).reshape(K, G, T, -1),
+            "key": jnp.swapaxes(arrays["key"], 0, 1)[:, None],
+            "value": jnp.swapaxes(arrays["value"], 0, 1)[:, None],
+            "params": jax.tree.map(lambda x: x.reshape(K, G, *x.shape[1:]), arrays["params"]),
+            "head": jnp.arange(H).reshape(K, G),
+            "data": {name: x[None, None] for name, x in arrays["data"].items()},
+        }
+        split |= {name: by_group(arrays[name]) for name in by_pair if name in arrays}
+        if "non_finite" in arrays:
+            flags = arrays["non_finite"]
+            split["non_finite"] = tuple(jnp.swapaxes(x, 0, 1)[:, None] for x in flags)
+        results = vmap_axes(one_head, split, (K, G))
+        return finish(jax.tree.map(lambda x: x.reshape(H, *x.shape[2:]), results))
 
     def one_head(arrays):
         rows, columns = (jnp.arange(n) if is_symbolic_dim(n) else np.arange(n) for n in (T, S))
@@ -128,17 +166,16 @@ def map_heads(
             ),
         )
         inputs = [arrays[name] for name in ("params", "query", "key", "value")]
-        return function(*inputs, tile, *map(arrays.get, by_pair))
+        return function(*inputs, tile, *map(arrays.get, (*by_pair, "non_finite")))
 
     def size_for(B):
         return chunk_size(*(jax.ShapeDtypeStruct((B, *x.shape[1:]), x.dtype) for x in (query, key)))
 
     parts = data_parts(B) if size_for(B) != B else 1
     mapped = functools.partial(
-        vmap_heads, one_head, sizes=(B // parts, K, G), chunk_size=size_for(B // parts)
+        vmap_axes, one_example, sizes=(B // parts,), chunk_size=size_for(B // parts)
     )
-    results = on_each_part(mapped, arrays) if parts > 1 else mapped(arrays)
-    return jax.tree.map(lambda x: x.reshape(B, H, *x.shape[3:]), results)
+    return on_each_part(mapped, arrays) if parts > 1 else mapped(arrays)
 
 
 def data_parts(size: Any) -> int:
@@ -198,10 +235,10 @@ def on_each_part(function: Callable[[Any], Any], arrays: Any) -> Any:
     )(arrays)
 
 
-def vmap_heads(function, arrays, sizes, chunk_size):
+def vmap_axes(function, arrays, sizes, chunk_size=None):
     """vmaps over the leading axes, one for each of `sizes`; an array may have 1 instead of it.
 
-    Of the first axis over `chunk_size` at a time.
+    Of the first axis over `chunk_size` at a time, all unless given.
     """
     if not sizes:
         return function(arrays)
@@ -211,11 +248,11 @@ def vmap_heads(function, arrays, sizes, chunk_size):
     leaves = [x[0] if same else x for x, same in zip(leaves, shared, strict=True)]
 
     def inner(leaves):
-        return vmap_heads(function, jax.tree.unflatten(structure, leaves), rest, rest and rest[0])
+        return vmap_axes(function, jax.tree.unflatten(structure, leaves), rest)
 
     if size == 1:
         return jax.tree.map(lambda x: x[None], inner(leaves))
-    if chunk_size == size:
+    if chunk_size in (None, size):
         axes = [None if same else 0 for same in shared]
         return jax.vmap(inner, in_axes=(axes,), axis_size=size)(leaves)
 

@@ -1,9 +1,10 @@
-"""Which mechanisms are a softmax over dot products: those that a vendor's kernel can compute.
+"""Which mechanisms compute dot products, alone or under a softmax, as vendors' kernels do.
 
 The parts are asked by tracing what they compute, so a part of one's own is recognised as well.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,8 +37,7 @@ def product_of(mechanism: Mechanism, head_dim: int, value_dim: int) -> Product |
     score, position = mechanism.score, mechanism.position
     if type(mechanism.normalizer) is not Softmax:
         return f"it computes a softmax, not {mechanism.normalizer}"
-    params = params_shape(mechanism, 1, head_dim, value_dim)
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
+    params = _params_of_a_head(mechanism, head_dim, value_dim)
     x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
     if position.whole_row or _has_terms(position, params["position"], x):
         return f"it knows no term of the scores or the output, as {position} has"
@@ -51,13 +51,69 @@ def product_of(mechanism: Mechanism, head_dim: int, value_dim: int) -> Product |
     return Product(cap, scale)
 
 
+@functools.cache
+def is_bilinear(mechanism: Mechanism, head_dim: int, value_dim: int) -> bool:
+    """Whether scores are query @ key of features, and a term that reads no query and no key."""
+    params = _params_of_a_head(mechanism, head_dim, value_dim)
+    x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
+    product = _is_product(mechanism.score, params["score"], x)
+    return product and not term_reads_vectors(mechanism.position, head_dim, value_dim)
+
+
+@functools.cache
+def term_reads_vectors(position: Position, head_dim: int, value_dim: int) -> bool:
+    """Whether what a position adds to the scores depends on a query or a key."""
+    params = jax.eval_shape(lambda: position.init(jax.random.key(0), head_dim, value_dim))
+
+    def term(params, vectors):
+        return position.tile(params, vectors, vectors.T, _tile())
+
+    return depends(term, params, jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32))
+
+
+@functools.cache
+def is_turned_by_place(position: Position, head_dim: int, value_dim: int) -> bool:
+    """Whether keys and their places alone say how they turn, and no term reads them besides."""
+    params = jax.eval_shape(lambda: position.init(jax.random.key(0), head_dim, value_dim))
+    x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
+
+    def turned(key, params):
+        return position.rotate(params, key, np.arange(_SIZE), "key")
+
+    def term(fixed, key):
+        params, query = fixed
+        return position.tile(params, query, key.T, _tile())
+
+    if depends(turned, x, params) or depends(term, (params, x), x):
+        return False
+    traced = jax.make_jaxpr(turned)(x, params).jaxpr
+    return traced.outvars[0] is not traced.invars[0]
+
+
+def depends(function: Callable[[Any, Any], Any], fixed: Any, x: Any) -> bool:
+    """Whether function(fixed, x) depends on x; both are trees of `jax.ShapeDtypeStruct`s."""
+    both = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), x)
+    try:  # vmap refuses to return one result for two arguments where it may differ
+        over_two = jax.vmap(function, in_axes=(None, 0), out_axes=None, axis_size=2)
+        jax.eval_shape(over_two, fixed, both)
+    except ValueError:
+        return True
+    return False
+
+
 _SIZE = 8
+
+
+def _params_of_a_head(mechanism, head_dim, value_dim):
+    params = params_shape(mechanism, 1, head_dim, value_dim)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
 
 
 def _tile():
     index: Any = np.arange(_SIZE)
     head: Any = np.int32(0)
-    return Tile(*(index,) * 4, head, 1, consecutive=True)
+    all_pairs: Any = np.ones((_SIZE, _SIZE), bool)
+    return Tile(*(index,) * 4, head, 1, consecutive=True, visible=all_pairs)
 
 
 def _has_terms(position: Position, params, x):

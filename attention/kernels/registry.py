@@ -71,6 +71,7 @@ class Kernel(NamedTuple):
         dropout_key: None or keys [B or 1, H or 1]; dropout_rate
         aux: tuple of names
         block_sizes: None or two sizes, where `has_blocks`
+        non_finite: None or two [B, S, K] bool, where `reads_non_finite`: see `attention.attend`
 
     `heads.lift` makes it of a function of one head of one example.
 
@@ -81,6 +82,7 @@ class Kernel(NamedTuple):
         unit is a number of scores that the dense kernel holds.
       platforms: of `Device`, those it runs on; None: all.
       has_blocks: `attend` takes block_sizes.
+      reads_non_finite: `attend` takes non_finite.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Kernel(NamedTuple):
     cost: Callable[[Call], tuple[float, str]]
     platforms: tuple[str, ...] | None = None
     has_blocks: bool = False
+    reads_non_finite: bool = False
 
 
 def register(kernel: Kernel) -> None:

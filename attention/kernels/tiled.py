@@ -32,6 +32,7 @@ from jax.export import is_symbolic_dim
 from attention.kernels import blocks, dense
 from attention.kernels.blocks import Visits
 from attention.kernels.heads import lift
+from attention.kernels.products import is_bilinear, term_reads_vectors
 from attention.kernels.registry import Call, Kernel, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
@@ -97,6 +98,7 @@ def attend_head(
     dropout_key: Array | None = None,
     dropout_rate: float = 0.0,
     aux: tuple[str, ...] = (),
+    non_finite: tuple[Array, Array] | None = None,
     block_sizes: tuple[int, int] | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """`attention.kernels.dense.attend_head`, never holding T·S numbers.
@@ -116,7 +118,7 @@ def attend_head(
     end = int((start + block[1]).max(initial=0))
     plan, arrays, data = prepare(
         mechanism, params, query, key, value, tile, block, end, visits, bias, mask,
-        dropout_key, dropout_rate,
+        dropout_key, dropout_rate, non_finite,
     )  # fmt: skip
     attend_all = _by_whole_rows if whole_rows else by_tiles
     out, extra = attend_all(plan, arrays, data, aux)
@@ -143,9 +145,10 @@ def prepare(
     mask: Array | None,
     dropout_key: Array | None,
     dropout_rate: float,
+    non_finite: tuple[Array, Array] | None = None,
 ) -> tuple["Plan", "Arrays", "Data"]:
     """All that comes before the tiles; `end`: where the last block of columns ends."""
-    inputs, bad = dense.prepare(mechanism, params, query, key, value, tile)
+    inputs, bad = dense.prepare(mechanism, params, query, key, value, tile, non_finite)
     plan = Plan(
         mechanism,
         block,
@@ -158,7 +161,8 @@ def prepare(
     )
     arrays = _arrays(plan, inputs, bias)
     data = _data(plan, bad, tile, mask, visits, dropout_key)
-    if not isinstance(visits, RowVisits) and (visits.unknown or mask is not None):
+    by_data = not isinstance(visits, RowVisits) and (visits.unknown or mask is not None)
+    if by_data and not is_bilinear(mechanism, query.shape[1], value.shape[1]):
         arrays = _hide(plan, arrays, data)
     return plan, arrays, data
 
@@ -362,10 +366,16 @@ class Piece(NamedTuple):
 
 
 def _piece(plan, arrays, row, start):
+    t, s = plan.block
+    D = len(arrays.key)
+    if term_reads_vectors(plan.mechanism.position, D, D):
+        query, key = _at(arrays.query, row), _from(arrays.key, start, plan)
+    else:  # neither they nor their gradients pass the branches and loops
+        query, key = jnp.zeros((t, D), arrays.key.dtype), jnp.zeros((D, s), arrays.key.dtype)
     inputs = dense.Inputs(
         arrays.params,
-        _at(arrays.query, row),
-        _from(arrays.key, start, plan),
+        query,
+        key,
         _at(arrays.features, row),
         _from(arrays.key_features, start, plan),
         _from(arrays.value, start, plan).T,
@@ -477,7 +487,7 @@ def worst_seen(plan: Plan, data: Data) -> Array:
         def of_tile(row, start):
             tile = _tile(plan, data, row, start)
             visible = _visible(plan, data, tile, row, start) if masked else None
-            return _bad(plan, data.bad, row, start, visible)
+            return _bad(plan, data.bad, row, start, visible).astype(jnp.int32)
 
         return bad.at[row].max(_when_visible(state, of_tile, row, start)), None
 
@@ -503,17 +513,16 @@ def attend_tiles(plan, arrays, data):
 
     def attend_row(row):
         def visit(start, masked, carry):
-            state, out, bad = carry
+            state, out = carry
             piece, tile = _piece(plan, arrays, row, start), _tile(plan, data, row, start)
             visible = _visible(plan, data, tile, row, start) if masked else None
             logits = tile_logits(plan, piece, tile, visible)
             state, weights, factor = normalizer.update(params, state, logits)
             out = out if factor is None else out * factor[:, None]
-            out += tile_output(plan, piece.inputs, weights, tile, data.dropout_key)
-            return state, out, jnp.maximum(bad, _bad(plan, data.bad, row, start, visible))
+            return state, out + tile_output(plan, piece.inputs, weights, tile, data.dropout_key)
 
         state = normalizer.start(params, jnp.zeros(t, dtype))
-        carry = (state, jnp.zeros((t, value_dim), dtype), jnp.zeros(t, jnp.int32))
+        carry = state, jnp.zeros((t, value_dim), dtype)
         for schedule, masked in data.visits.schedules():
 
             def step(i, carry, schedule=schedule, masked=masked):
@@ -525,11 +534,11 @@ def attend_tiles(plan, arrays, data):
                 )
 
             carry = jax.lax.fori_loop(schedule.first[row], schedule.first[row + 1], step, carry)
-        state, out, bad = carry
+        state, out = carry
         statistic, factor = normalizer.finish(params, state)
-        return out if factor is None else out * factor[:, None], statistic, bad
+        return out if factor is None else out * factor[:, None], statistic
 
-    return jax.lax.map(attend_row, jnp.arange(len(arrays.query)))
+    return *jax.lax.map(attend_row, jnp.arange(len(arrays.query))), worst_seen(plan, data)
 
 
 def _bad(plan, bad, row, start, visible):
@@ -564,6 +573,9 @@ def _attend_tiles_jvp(plan, primals, tangents):
 
         def step(sums, pair, masked=masked):
             row, start, state = pair
+            if state is not None:
+                # Of an EMPTY pair zeros are added somewhere: where the caches hold the numbers.
+                row, start = (jnp.where(state == EMPTY, 0, x) for x in (row, start))
 
             # The inner checkpoint keeps the tile out of the residuals of a branch, the outer one
             # those residuals, two pieces, out of the scan's memory.
@@ -772,4 +784,4 @@ def outputs(
     return {"out": out, **extra}
 
 
-register(Kernel("tiled", attend, unsupported, cost, has_blocks=True))
+register(Kernel("tiled", attend, unsupported, cost, has_blocks=True, reads_non_finite=True))

@@ -336,6 +336,7 @@ class Stack(nn.Module):
             c.num_kv_heads or c.num_heads,
             c.head_dim or c.model_dim // c.num_heads,
             dtype=c.dtype,
+            position=self.mechanism.position,
         )
         if memory is None:
             return DecoderState(cache)

@@ -150,7 +150,7 @@ class MultiHeadAttention(nn.Module):
         parts = self._parts(context.shape[-1])
         *batch, S, _ = context.shape
         length = decoding.counts("lengths", S if lengths is None else lengths, tuple(batch), S, S)
-        return Cache(parts.key(context), parts.value(context), length)
+        return decoding.of_context(parts.key(context), parts.value(context), length)
 
     def keep(self, context: Array, lengths: Array | None = None) -> Cache:
         """The old name of `precompute_kv`, until release 0.3."""

@@ -288,8 +288,10 @@ def _decode_program(work, static, params, query, key, value):
     The cache is the first result, with those T free again, and donated, as in a loop of steps.
     """
     T, S = work.length, work.keys
-    filled = jnp.full((work.batch,), S - T, jnp.int32)
-    cache = decoding.Cache(key, value, filled)
+    cache = decoding.empty(
+        (work.batch,), S, *key.shape[2:], value.shape[-1], key.dtype, work.mechanism().position
+    )
+    cache = cache._replace(key=key, value=value, length=jnp.full((work.batch,), S - T, jnp.int32))
     new = (query, key[:, :T], value[:, :T])
     return JaxWork(_decode, static, (params, cache, *new), carry=1)
 
@@ -309,7 +311,7 @@ def _decode(static, params, cache, query, key, value):
     out = jax.nn.dot_product_attention(
         query, keys, values, key_value_seq_lengths=length, implementation=own
     )
-    return decoding.Cache(keys, values, cache.length), out
+    return decoding.Cache(keys, values, *cache[2:]), out
 
 
 # Others, on the same work.
@@ -462,6 +464,84 @@ def _torch_sdpa(work: KernelWork) -> Foreign:
     return _torch_run(work, attend)
 
 
+def _torch_eager(work: KernelWork) -> Foreign:
+    """All scores written out, as torch's users write a score that its fused kernels lack."""
+    check_plain(work, "score", "position", "mask")
+    lib, mechanism = torch(), work.mechanism()
+    initial = mechanism.init(jax.random.key(0), num_heads=work.heads, head_dim=work.width)
+
+    def tensor(x):
+        x = lib.tensor(np.asarray(x), device=torch_device())
+        return x.to(getattr(lib, work.dtype)) if x.is_floating_point() else x
+
+    def learned(x):
+        return tensor(x).requires_grad_(work.derivative == "gradient")
+
+    params = jax.tree.map(learned, initial)
+    score = _eager_score(work, lib, mechanism.score, params["score"])
+    term = _eager_term(work, mechanism.position, params["position"], tensor)
+    rows, columns = np.arange(work.length), np.arange(work.keys)
+    visible = tensor(np.broadcast_to(_all_pairs(work, rows, columns), (work.length, work.keys)))
+
+    def attend(query, key, value):
+        groups = work.heads // (work.kv_heads or work.heads)
+        if groups > 1:
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        scores = score(query, key)
+        if term is not None:
+            scores = scores + term()
+        return lib.softmax(scores.masked_fill(~visible, -lib.inf), dim=-1) @ value
+
+    return _torch_run(work, attend)
+
+
+def _all_pairs(work, rows, columns):
+    """Which pairs are visible, as the mask's own `tile` says."""
+    data = {name: x for name, x in work.data().items() if name.endswith("segments")}
+    segments = {"query_segments": None, "key_segments": data.get("query_segments")} | data
+    tile = Tile(rows, columns, rows, columns, np.int32(0), 1, consecutive=True, **segments)
+    return np.asarray(work.mechanism().mask.tile(tile))
+
+
+def _eager_score(work, lib, score, params):
+    """(query [B, H, T, D], key [B, H, S, D]) -> scores [B, H, T, S], in torch."""
+    if isinstance(score, scores.SoftCap):
+        inner = _eager_score(work, lib, score.score, params)
+        return lambda query, key: score.cap * lib.tanh(inner(query, key) / score.cap)
+    if score == scores.ScaledDot():
+        return lambda query, key: query @ key.transpose(-1, -2) * work.width**-0.5
+    if isinstance(score, scores.Additive):
+
+        def additive(query, key):
+            units = (query @ params["query"])[:, :, :, None] + (key @ params["key"])[:, :, None]
+            return (lib.tanh(units) @ params["out"][:, None, :, None])[..., 0]
+
+        return additive
+    raise Unavailable(f"{work.library} is not given the score {work.score!r}")
+
+
+def _eager_term(work, position, params, tensor):
+    """() -> what the position adds to the scores, [H, T, S], in torch; None: nothing."""
+    distance = np.arange(work.length)[:, None] - np.arange(work.keys)
+    if position == positions.ALiBi():
+        bias = tensor(-np.asarray(position.slopes(work.heads))[:, None, None] * abs(distance))
+        return lambda: bias
+    if position == positions.KerpleLog():
+        far = tensor(1.0 * abs(distance))
+
+        def logarithm():
+            a, b = (params[name].exp()[:, None, None] for name in ("log_a", "log_b"))
+            return -a * (1 + b * far).log()
+
+        return logarithm
+    if isinstance(position, positions.T5):
+        bucket = tensor(np.asarray(position.bucket(jnp.asarray(distance)))).long()
+        return lambda: params["table"][:, bucket]
+    if position == positions.NoPE():
+        return None
+    raise Unavailable(f"{work.library} is not given the position {work.position!r}")
+
+
 def _torch_flex(work: KernelWork) -> Foreign:
     check_plain(work, "score", "position", "mask")
     lib = torch()
@@ -534,5 +614,6 @@ PEERS: dict[str, Callable[[KernelWork], Any]] = {
     "flax.nnx": _nnx,
     "tokamax": _tokamax,
     "torch": _torch_sdpa,
+    "torch.eager": _torch_eager,
     "torch.flex": _torch_flex,
 }

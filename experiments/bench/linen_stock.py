@@ -3,6 +3,7 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 
@@ -11,11 +12,14 @@ class StockBlock(nn.Module):
 
     num_heads: int
     dtype: Any
+    decode: bool = False
 
     @nn.compact
     def __call__(self, x, memory=None, mask=None):
         def attend(x, context, mask=None):
-            attention = nn.MultiHeadDotProductAttention(self.num_heads, dtype=self.dtype)
+            attention = nn.MultiHeadDotProductAttention(
+                self.num_heads, dtype=self.dtype, decode=self.decode
+            )
             return attention(x, context, mask=mask)
 
         y = nn.LayerNorm(dtype=self.dtype)(x)
@@ -33,16 +37,20 @@ class StockStack(nn.Module):
     num_layers: int
     num_heads: int
     dtype: Any
+    decode: bool = False
 
     @nn.compact
     def __call__(self, x, memory=None, mask=None):
         for _ in range(self.num_layers):
-            x = StockBlock(self.num_heads, self.dtype)(x, memory, mask)
+            x = StockBlock(self.num_heads, self.dtype, self.decode)(x, memory, mask)
         return nn.LayerNorm(dtype=self.dtype)(x)
 
 
 class Transformer(nn.Module):
-    """Tokens [B, T], before them a source [B, S] if it has an encoder -> logits [B, T, vocab]."""
+    """Tokens [B, T], before them a source [B, S] if it has an encoder -> logits [B, T, vocab].
+
+    With `decode`, `init` takes a whole text, makes its cache, and each call goes on by a token.
+    """
 
     vocab_size: int
     model_dim: int
@@ -50,6 +58,7 @@ class Transformer(nn.Module):
     num_heads: int
     context: int
     dtype: Any
+    decode: bool = False
 
     @nn.compact
     def __call__(self, *inputs):
@@ -57,14 +66,23 @@ class Transformer(nn.Module):
         embedding = nn.Embed(self.vocab_size, self.model_dim, dtype=self.dtype)
         place = self.param("place", nn.initializers.normal(0.02), (self.context, self.model_dim))
 
+        start = 0
+        if self.decode:
+            index = self.variable("cache", "index", lambda: jnp.zeros((), jnp.int32))
+            start = index.value
+            if not self.is_initializing():
+                index.value += tokens.shape[1]
+
         def embed(tokens):
-            return embedding(tokens) + place[: tokens.shape[1]].astype(self.dtype)
+            places = jax.lax.dynamic_slice_in_dim(place, start, tokens.shape[1])
+            return embedding(tokens) + places.astype(self.dtype)
 
         def stack(*args):
-            return StockStack(self.num_layers, self.num_heads, self.dtype)(*args)
+            return StockStack(self.num_layers, self.num_heads, self.dtype, self.decode)(*args)
 
         memory = stack(embed(source[0])) if source else None
-        x = stack(embed(tokens), memory, nn.make_causal_mask(tokens))
+        mask = None if self.decode else nn.make_causal_mask(tokens)
+        x = stack(embed(tokens), memory, mask)
         return embedding.attend(x).astype(jnp.float32)
 
 
@@ -77,4 +95,5 @@ def build(work: Any) -> Transformer:
         work.num_heads,
         work.context,
         jnp.dtype(work.dtype),
+        work.derivative == "generate",
     )

@@ -34,7 +34,7 @@ class ModelWork(Work):
       architecture: 'decoder', or 'encoder_decoder' with as many layers each, which reads a source
         as long as its target.
       derivative: 'none', the logits; 'train', a step of AdamW; 'decode', one token more for texts
-        that are `context` − 1 tokens long.
+        that are `context` − 1 tokens long; 'generate', the likeliest text of `context` tokens.
       num_layers, model_dim, num_heads, num_kv_heads, vocab_size: as of
         `attention.nn.TransformerConfig`; the MLP is 4 times as wide as the model.
       context, batch: T and B.
@@ -70,7 +70,7 @@ class ModelWork(Work):
             self,
             library=("attention", "flax.linen", "torch"),
             architecture=("decoder", "encoder_decoder"),
-            derivative=("none", "train", "decode"),
+            derivative=("none", "train", "decode", "generate"),
             seeds_impl=("map", "vmap"),
         )
         for kind in ("score", "position", "normalizer"):
@@ -83,6 +83,8 @@ class ModelWork(Work):
             return _torch(self)
         module = self.module()
         tokens = self.tokens()
+        if self.derivative == "generate":
+            return _generation(self, module)
         inputs = (tokens, tokens) if self.architecture == "encoder_decoder" else (tokens,)
         seeds = jnp.arange(self.seeds)
         init = jax.jit(jax.vmap(lambda seed: module.init(jax.random.key(seed), *inputs)))
@@ -139,7 +141,7 @@ class ModelWork(Work):
 
     def flops(self) -> float | None:
         """Of all matrix products; three times as many with the gradient."""
-        if self.derivative == "decode" or self.architecture != "decoder":
+        if self.derivative in ("decode", "generate") or self.architecture != "decoder":
             return None
         M, T = self.model_dim, self.context
         heads = (self.num_kv_heads or self.num_heads) / self.num_heads
@@ -224,6 +226,75 @@ def _decode(static, params, state, tokens):
     return _over_seeds(seeds_impl, step, params, state)
 
 
+def _generation(work, module):
+    if work.architecture != "decoder" or work.seeds != 1:
+        raise Unavailable("derivative='generate' is for one decoder")
+    tokens = work.tokens()
+    variables = jax.jit(module.init)(jax.random.key(0), tokens)
+    return JaxWork(_generate, (module, work), (variables, tokens[:, :1]))
+
+
+def _generate(static, variables, begin):
+    """Tokens [context, B], each the likeliest after those before it."""
+    module, work = static
+
+    if work.library == "attention":
+        state = module.apply(variables, work.batch, work.context, method="start")
+
+        def next_logits(state, tokens):
+            return module.apply(variables, state, tokens, method="step")
+
+    else:
+        state, params = variables["cache"], variables["params"]
+
+        def next_logits(state, tokens):
+            own = {"params": params, "cache": state}
+            logits, changed = module.apply(own, tokens, mutable=["cache"])
+            return logits, changed["cache"]
+
+    def step(carry, _):
+        state, tokens = carry
+        logits, state = next_logits(state, tokens)
+        tokens = jnp.argmax(logits, axis=-1).astype(tokens.dtype)
+        return (state, tokens), tokens[:, 0]
+
+    return jax.lax.scan(step, (state, begin), None, length=work.context)[1]
+
+
+def _torch_generation(work, model):
+    """() -> tokens [context, B], by a loop over tokens with a cache of keys and values."""
+    lib = torch()
+    functional, layers = lib.nn.functional, model.stack.layers
+    heads, width = work.num_heads, work.model_dim // work.num_heads
+    caches = lib.zeros(len(layers), 2, work.batch, heads, work.context, width)
+    caches = caches.to(torch_device())
+    begin = lib.tensor(work.tokens()[:, 0], dtype=lib.long, device=torch_device())
+
+    def attend(layer, cache, x, t):
+        own = layer.self_attn
+        projected = functional.linear(x, own.in_proj_weight, own.in_proj_bias)
+        query, cache[0, :, :, t], cache[1, :, :, t] = projected.view(-1, 3, heads, width).unbind(1)
+        keys, values = cache[:, :, :, : t + 1]
+        out = functional.scaled_dot_product_attention(query[:, :, None], keys, values)
+        return own.out_proj(out.flatten(1))
+
+    def run():
+        tokens, found = begin, []
+        with lib.inference_mode():
+            for t in range(work.context):
+                x = model.embedding(tokens) + model.place[t]
+                for layer, cache in zip(layers, caches, strict=True):
+                    x = x + attend(layer, cache, layer.norm1(x), t)
+                    hidden = layer.activation(layer.linear1(layer.norm2(x)))
+                    x = x + layer.linear2(hidden)
+                logits = model.stack.norm(x) @ model.embedding.weight.T
+                tokens = logits.argmax(-1)
+                found.append(tokens)
+        return lib.stack(found)
+
+    return run
+
+
 def _torch(work):
     if work.derivative == "decode" or work.seeds != 1:
         raise Unavailable("torch's own layers neither decode step by step nor train several seeds")
@@ -265,6 +336,10 @@ def _torch(work):
             return x @ self.embedding.weight.T
 
     model = TorchModel().to(device).train(work.derivative == "train")
+    if work.derivative == "generate":
+        if work.architecture != "decoder":
+            raise Unavailable("derivative='generate' is for one decoder")
+        return Foreign(_torch_generation(work, model))
     tokens = lib.tensor(work.tokens(), dtype=lib.long, device=device)
     targets = tokens.roll(-1, 1)
     optimizer = lib.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)

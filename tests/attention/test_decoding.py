@@ -12,6 +12,7 @@ import pytest
 
 import attention.nn.blocks
 from attention import Mechanism, decoding, masks, normalizers, positions, scores, search
+from attention.kernels.registry import KERNELS
 from attention.mechanism import PART_KINDS, params_shape
 from attention.models import EncoderDecoder, LanguageModel
 from attention.nn import MultiHeadAttention, Stack, TransformerConfig
@@ -114,7 +115,10 @@ def needs(mechanism, name):
     ids=str,
 )
 def test_decoding_equals_the_full_pass(mechanism, prompts, x64):
-    """Prompts of different lengths, then one by one; `prompts`: looks at those rows as well."""
+    """Prompts of different lengths, then one by one.
+
+    `prompts`: looks at those rows as well, and leaves keys to be turned at each step.
+    """
     query, key, value = arrays = [
         random(shape, i) for i, shape in enumerate([(B, T, H, D), (B, T, K, D), (B, T, K, V)])
     ]
@@ -137,7 +141,8 @@ def test_decoding_equals_the_full_pass(mechanism, prompts, x64):
 
     @jax.jit
     def run(params):
-        cache = decoding.empty((B,), S, K, D, V, dtype=jnp.float64)
+        position = None if prompts else mechanism.position
+        cache = decoding.empty((B,), S, K, D, V, dtype=jnp.float64, position=position)
         # What is not filled yet must not be looked at.
         cache = cache._replace(key=cache.key * jnp.nan, value=cache.value * jnp.nan)
         at, rows = jnp.broadcast_to(jnp.arange(3), (B, 3)), [x[:, :3] for x in arrays]
@@ -245,11 +250,111 @@ def test_a_full_cache_keeps_what_it_holds_and_is_seen():
     (lambda c, p, x: decoding.attend(Mechanism(mask=masks.Segments()), p, c, x), "query_segments"),
     (lambda c, p, x: decoding.attend(Mechanism(mask=masks.Prefix()), p, c, x), "prefix_lengths"),
     (lambda c, p, x: decoding.attend("dot", p, c, x), "must be an attention.Mechanism"),
+    (lambda c, p, x: decoding.attend(Mechanism(), p, turned(), x), "keys are turned by RoPE"),
+    (lambda c, p, x: decoding.attend(
+        Mechanism(position=positions.RoPE()), p, turned(), x, key_positions=jnp.zeros(1, int)
+    ), "turned by their slots already"),
+    (lambda c, p, x: decoding.empty((1,), 1, 1, 2, position="rope"), "position must be an"),
+    (lambda c, p, x: attention.attend(
+        Mechanism(), p, x, x, x, non_finite=(jnp.zeros((1, 1)), jnp.zeros((1, 1), bool))
+    ), "non_finite must be two bool arrays"),
 ])  # fmt: skip
 def test_what_does_not_fit_a_cache_is_refused(call, message):
     params = params_of(Mechanism(), K, D)
     with pytest.raises(ValueError, match=message):
         call(decoding.empty((1,), 1, K, D), params, random((1, 1, K, D), 0))
+
+
+def turned():
+    return decoding.empty((1,), 1, K, D, position=positions.RoPE())
+
+
+@pytest.mark.parametrize("position, expected", [
+    (positions.RoPE(), True),
+    (positions.Sinusoidal() + positions.XPos(), True),
+    (positions.RoPE() + positions.T5(), True),
+    (positions.ALiBi(), False),
+    (positions.RoPE() + positions.CoPE(3), False),
+], ids=str)  # fmt: skip
+def test_keys_are_turned_once_where_nothing_else_reads_them(position, expected):
+    cache = decoding.empty((1,), 3, K, D, position=position)
+    assert (cache.turned is not None) == expected
+    assert decoding.empty((1,), 3, K, D, dtype=jnp.float16, position=position).turned is None
+    x = random((1, 2, K, D), 0)
+    stored = decoding.append(cache, x, x).key[:, :2]
+    assert bool(jnp.allclose(stored[:, 1], x[:, 1])) != expected
+
+
+@pytest.mark.parametrize("score, implementation", [
+    (scores.ScaledDot(), "dense"),
+    (scores.ScaledDot(), "tiled"),
+    (scores.ScaledDot(), "one that does not read flags"),
+    (scores.Additive(3), "dense"),
+], ids=str)  # fmt: skip
+def test_what_is_not_finite_is_seen_where_it_is_visible(score, implementation, monkeypatch):
+    if implementation not in KERNELS:
+        monkeypatch.setitem(KERNELS, "dense", KERNELS["dense"]._replace(reads_non_finite=False))
+        implementation = "dense"
+    mechanism = Mechanism(score, positions.RoPE(), CAUSAL & masks.SlidingWindow(1, 0))
+    params = params_of(mechanism, K, D)
+    key, value = random((1, 4, K, D), 0), random((1, 4, K, D), 1)
+    key, value = key.at[0, 0, 0, 1].set(jnp.inf), value.at[0, 2, 1, 0].set(jnp.nan)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, query, params):
+        cache = decoding.empty((1,), 5, K, D, position=mechanism.position)
+        cache = decoding.append(cache, key, value)
+        options = {"implementation": implementation}
+        out = decoding.attend(mechanism, params, cache, query, **options)
+        return jnp.where(jnp.isnan(out), 0, out).sum(), out
+
+    of_all = jax.value_and_grad(functools.partial(run, implementation), (0, 1), has_aux=True)
+    (_, out), gradients = of_all(random((1, 4, K, D), 2), params)
+    seen = np.isnan(np.asarray(out))[0].all(-1)
+    np.testing.assert_array_equal(seen, np.array([[1, 0], [1, 0], [0, 1], [0, 1]], bool))
+    assert np.isfinite(out[0][~seen]).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
+
+
+def test_keys_and_values_put_into_a_cache_by_hand_are_looked_at():
+    cache = decoding.empty((1,), 2, K, D)
+    cache = cache._replace(key=cache.key.at[0, 1, 0, 0].set(jnp.nan), value=cache.value + 1)
+    bad_key, bad_value = cache.non_finite
+    assert bad_key.sum() == 1 and bad_key[0, 1, 0] and not bad_value.any()
+    assert not cache.key.any() and (cache.value == 1).all()
+
+
+def test_a_step_moves_keys_and_values_and_little_else():
+    """What jax.nn moves and a few bytes a slot, whether the position is rotary or not."""
+    width, x = 64, jnp.ones((1, 1, K, 64))
+
+    def ours(position):
+        mechanism = Mechanism(position=position)
+
+        def step(cache):
+            cache = decoding.append(cache, x, x)
+            return cache, decoding.attend(mechanism, params_of(mechanism, K, width), cache, x)
+
+        return step
+
+    def theirs(cache):
+        slots = (0, cache.length[0], 0, 0)
+        key, value = (jax.lax.dynamic_update_slice(y, x, slots) for y in (cache.key, cache.value))
+        lengths = cache.length + 1
+        out = jax.nn.dot_product_attention(x, key, value, key_value_seq_lengths=lengths)
+        return decoding.Cache(key, value, lengths), out
+
+    def bytes_per_slot(step, position=None):
+        def moved(slots):
+            cache = decoding.empty((1,), slots, K, width, position=position)
+            compiled = jax.jit(step, donate_argnums=0).lower(cache).compile()
+            return compiled.cost_analysis()["bytes accessed"]
+
+        return (moved(2048) - moved(1024)) / 1024 / K
+
+    limit = bytes_per_slot(theirs) + 64  # a look at the keys would be 256
+    for position in (positions.NoPE(), positions.RoPE()):
+        assert bytes_per_slot(ours(position), position) < limit
 
 
 def test_a_step_costs_the_slots_and_not_the_tokens():

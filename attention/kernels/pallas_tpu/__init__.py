@@ -71,7 +71,19 @@ def cost(call: Call) -> tuple[float, str]:
 
 
 def attend(
-    mechanism, params, query, key, value, *, bias, mask, data, dropout_key, block_sizes, **options
+    mechanism,
+    params,
+    query,
+    key,
+    value,
+    *,
+    bias,
+    mask,
+    data,
+    dropout_key,
+    block_sizes,
+    non_finite=None,
+    **options,
 ):
     """`Kernel.attend`: each device of an axis 'data' for its own examples."""
     from attention.kernels.pallas_tpu import limits
@@ -90,6 +102,7 @@ def attend(
         "mask": mask,
         "data": data,
         "dropout_key": dropout_key,
+        "non_finite": non_finite,
     }
 
     def run(params, arrays):
@@ -98,4 +111,14 @@ def attend(
     return on_data_parts(run, params, arrays)
 
 
-register(Kernel("pallas_tpu", attend, unsupported, cost, platforms=("tpu", "cpu"), has_blocks=True))
+register(
+    Kernel(
+        "pallas_tpu",
+        attend,
+        unsupported,
+        cost,
+        platforms=("tpu", "cpu"),
+        has_blocks=True,
+        reads_non_finite=True,
+    )
+)

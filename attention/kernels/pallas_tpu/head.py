@@ -27,6 +27,7 @@ def attend_head(
     dropout_key: Array | None = None,
     dropout_rate: float = 0.0,
     aux: tuple[str, ...] = (),
+    non_finite: tuple[Array, Array] | None = None,
     block_sizes: tuple[int, int],
     interpret: bool | None = None,
 ) -> tuple[Array, dict[str, Array]]:
@@ -46,7 +47,7 @@ def attend_head(
     visits = blocks.visits(mechanism.mask, tile, block, row, start, masked)
     plan, arrays, data = tiled.prepare(
         mechanism, params, query, key, value, tile, block, -(-S // s) * s, visits, bias, mask,
-        dropout_key, dropout_rate,
+        dropout_key, dropout_rate, non_finite,
     )  # fmt: skip
     setting = TpuSetting(
         plan, query.dtype == jnp.bfloat16, interpret, vmem=fast_memory(device.kind)

@@ -22,6 +22,7 @@ from support.mechanisms import (
     EPS,
     LEARNED,
     MECHANISMS,
+    NO_PARAMS,
     NORMALIZERS,
     POSITIONS,
     SCORES,
@@ -608,6 +609,32 @@ def test_visits(size):
         # In proportion to the length.
         more = visited(mask, 2 * length, (size, size)) - few
         assert more <= n * (2 + -(-window // size))
+
+
+def test_a_single_full_pair_goes_with_the_masked_ones():
+    def schedules(length):
+        index = np.arange(length)
+        tile = Tile(*(index,) * 4, np.int32(0), 1, consecutive=True)
+        row, start = blocks.visible_blocks(masks.Causal(), tile, (64, 64))
+        pairs = blocks.visits(masks.Causal(), tile, (64, 64), row, start, False).schedules()
+        return [(len(schedule.row), masked) for schedule, masked in pairs]
+
+    assert schedules(128) == [(3, True)]
+    assert schedules(192) == [(3, False), (3, True)]
+
+
+def test_a_loop_over_examples_copies_one_at_a_time():
+    """Temporary memory of a chunk, not of the batch: the heads of others are not moved yet."""
+
+    def temporary(batch):
+        x = jax.ShapeDtypeStruct((batch, 256, 2, 16), jnp.float32)
+        run = jax.jit(functools.partial(attend, Mechanism(), NO_PARAMS, implementation="tiled"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention.kernels.tiled, "_CACHED", 1)
+            return run.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    one_example = 4 * 256 * 2 * 16
+    assert temporary(9) - temporary(5) < 4 * 2 * one_example
 
 
 # Parts of one's own, and what a score costs.

@@ -71,6 +71,21 @@ def test_kernels_and_peers_compute_the_same():
             np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("parts", [
+    {"score": "soft_cap(scaled_dot, cap=2.0)", "position": "alibi", "kv_heads": 1},
+    {"score": "additive(hidden=3)", "position": "t5(bidirectional=False)"},
+    {"position": "kerple_log", "mask": "causal & segments", "documents": 3},
+], ids=str)  # fmt: skip
+def test_what_torch_lacks_is_written_out_in_it(parts):
+    pytest.importorskip("torch")
+    ours, theirs = (
+        compare.results(dataclasses.replace(GRADIENT, **parts, library=library))
+        for library in ("attention", "torch.eager")
+    )
+    for name in theirs:
+        np.testing.assert_allclose(theirs[name], ours[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"mask": "causal & segments", "documents": 2}, "jax.nn has no mask 'causal & segments'"),
     ({"score": "cosine"}, "jax.nn has no score 'cosine'"),
@@ -109,6 +124,32 @@ def test_peers_say_what_they_cannot(change, message):
 def test_bad_works_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("library", ["attention", "flax.linen"])
+def test_a_generated_text_is_the_likeliest(library):
+    work = dataclasses.replace(TINY, derivative="generate", library=library, num_layers=1)
+    program = work.build()
+    run = jax.jit(functools.partial(program.function, program.static))
+    variables, begin = program.arguments
+    text = run(variables, begin)
+    inputs = jnp.concatenate([begin, text[:-1].T], axis=1)
+    module = dataclasses.replace(work, derivative="none").module()
+    logits = jax.jit(module.apply)({"params": variables["params"]}, inputs)
+    np.testing.assert_array_equal(text.T, logits.argmax(-1))
+
+
+def test_torch_generates_the_likeliest_text():
+    torch = pytest.importorskip("torch")
+    work = dataclasses.replace(TINY, derivative="generate", library="torch")
+    text = work.build().run().T
+    inputs = torch.cat([torch.tensor(work.tokens()[:, :1]), text[:, :-1]], dim=1)
+    whole = dataclasses.replace(work, derivative="none")
+    # The same seed makes the same weights.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelWork, "tokens", lambda self: inputs.numpy())
+        logits = whole.build().run()
+    assert (logits.argmax(-1) == text).all()
 
 
 def test_a_decode_step_is_the_last_row_of_all():
