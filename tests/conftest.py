@@ -1,6 +1,7 @@
 """Settings of the property tests, and float64 for the tests that compare with it."""
 
 import gc
+import os
 
 import hypothesis
 import jax
@@ -39,8 +40,15 @@ def x64():
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_folder(tmp_path_factory):
-    """Commands that a test runs keep what they compile for each other, not among the user's."""
-    folder = tmp_path_factory.mktemp("compiled")
+    """What takes long to compile is kept for all processes of the run, not among the user's.
+
+    For commands that a test starts all is kept, as they ask for.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    folder.mkdir(exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
         yield folder

@@ -75,10 +75,18 @@ def qkv(batch=(2,), T=5, S=6, H=2, K=1, D=4, V=3, dtype="float32", seed=0):
     )
 
 
+def random_params(init, *args, seed=0, scale=0.5, **kwargs):
+    """Normal numbers in the shapes of init(key, *args, **kwargs): none is 0, nothing is compiled."""
+    shapes = jax.eval_shape(functools.partial(init, **kwargs), jax.random.key(0), *args)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: (scale * rng.normal(size=x.shape)).astype(x.dtype), shapes)
+
+
 @functools.cache
 def init(mechanism, H=2, D=4, V=3):
-    params = mechanism.init(jax.random.key(7), num_heads=H, head_dim=D, value_dim=V)
-    return jax.tree.map(np.asarray, params)
+    """Parameters in float32, as `random_params`."""
+    params = random_params(mechanism.init, num_heads=H, head_dim=D, value_dim=V)
+    return jax.tree.map(np.float32, params)
 
 
 def put(x, place, number):
