@@ -14,14 +14,10 @@ from hypothesis import strategies as st
 from jax import export
 
 from attention import attend, dot_product_attention
+from support.mechanisms import normal, random_params
 
 THEIRS = inspect.signature(jax.nn.dot_product_attention).parameters
 OURS = inspect.signature(dot_product_attention).parameters
-
-
-def normal(seed, *shape, dtype="float32"):
-    x = np.random.default_rng(seed).normal(size=shape)
-    return x.astype(jnp.bfloat16).astype(jnp.dtype(dtype))
 
 
 def close(got, want, tolerance=2e-6):
@@ -232,7 +228,7 @@ def test_dropout():
         ),
         (r"dropout_rate=0.5 needs dropout_(rng|key)", {"dropout_rate": 0.5}),
         (r"mask is float32 .*negative.*bias", {"mask": np.float32([0, -1e9, 0, 0, 0, 0, 0])}),
-        (r"mask is int.*negative.*bias", {"mask": jnp.full((T, 1), -1)}),
+        (r"mask is int.*negative.*bias", {"mask": np.full((T, 1), -1)}),
         (r"bias is bool.*mask", {"bias": np.ones((T, S), bool)}),
         (r"bias must be .*floating.* got complex64", {"bias": np.ones((T, S), "complex64")}),
         (r"query must be .* got \(5, 4\)", {"query": np.ones((T, D)), "scale": np.ones(1)}),
@@ -432,16 +428,17 @@ MASK = normal(2, 2, 1, 5, 7) > -1
         ((X,), None),
         ((X, Y), None),
         ((X, Y, 2 * Y), MASK),
-        ((X,), nn.make_causal_mask(X[..., 0])),
-        ((X,), nn.make_attention_mask(X[..., 0] > -1, X[..., 0] > -1)),
-        ((X,), nn.make_attention_mask(X[..., 0] > -1, X[..., 0] > -1, dtype=bool)),
+        ((X,), lambda: nn.make_causal_mask(X[..., 0])),
+        ((X,), lambda: nn.make_attention_mask(X[..., 0] > -1, X[..., 0] > -1)),
+        ((X,), lambda: nn.make_attention_mask(X[..., 0] > -1, X[..., 0] > -1, dtype=bool)),
     ],
     ids=["self", "cross", "mask", "causal", "padding", "bool"],
 )
 def test_linen(inputs, mask):
     """Self and cross attention under every kind of mask that Flax makes; gradients too."""
+    mask = jax.jit(mask)() if callable(mask) else mask
     own, ours = linen(), linen(dot_product_attention)
-    variables = jax.jit(own.init)(jax.random.key(0), *inputs)
+    variables = random_params(own.init, *inputs)
 
     def run(module):
         def loss(variables, *inputs):
@@ -465,8 +462,9 @@ def test_linen(inputs, mask):
 def test_linen_decodes():
     """Step by step through Flax's cache is the same as all at once under a causal mask."""
     module, ours = linen(decode=True), linen(dot_product_attention, decode=True)
-    variables = jax.jit(module.init)(jax.random.key(0), X)
-    params, cache, steps = variables["params"], variables["cache"], []
+    shapes = jax.eval_shape(module.init, jax.random.key(0), X)
+    cache = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes["cache"])
+    params, steps = random_params(module.init, X)["params"], []
     for t in range(5):
         out, state = ours.apply(
             {"params": params, "cache": cache}, X[:, t : t + 1], mutable=["cache"]
@@ -479,7 +477,7 @@ def test_linen_decodes():
 
 def test_linen_dropout():
     own, ours = (linen(f, dropout_rate=0.4) for f in (None, dot_product_attention))
-    variables = jax.jit(linen().init)(jax.random.key(0), X)
+    variables = random_params(linen().init, X)
     want = own.apply(variables, X, deterministic=True)
     close(ours.apply(variables, X, deterministic=True), want)
 
@@ -504,7 +502,7 @@ def test_linen_dropout():
 
 def test_linen_in_bfloat16():
     own, ours = (linen(f, dtype=jnp.bfloat16) for f in (None, dot_product_attention))
-    variables = jax.jit(own.init)(jax.random.key(0), X)
+    variables = random_params(own.init, X)
     out = ours.apply(variables, X)
     assert out.dtype == jnp.bfloat16
     close(out, own.apply(variables, X), 0.05)
@@ -546,7 +544,7 @@ def test_linen_broadcasts_dropout(broadcast):
     """By default, as Flax does: equal examples then come out equal."""
     module = linen(dot_product_attention, dropout_rate=0.5, broadcast_dropout=broadcast)
     x = np.repeat(X[:1], 3, 0)
-    variables = jax.jit(linen().init)(jax.random.key(0), x)
+    variables = random_params(linen().init, x)
     rngs = {"dropout": jax.random.key(1)}
     out = module.apply(variables, x, deterministic=False, rngs=rngs)
     assert (abs(out - out[:1]).max() < 1e-6) == broadcast
