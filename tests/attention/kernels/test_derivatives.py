@@ -206,8 +206,11 @@ def test_keys_and_missing_arrays():
             (None, None),
             r"half must return a cotangent float32\[5, 3\] of args\[0\]\['k'\], got none",
         ),
-        (({"q": jnp.ones((2, 3)), "k": jnp.ones((5, 3))}, None), r"\['q'\], got float32\[2, 3\]"),
-        (({"q": None, "k": jnp.ones((5, 3), "bfloat16")}, None), r"\['k'\], got bfloat16\[5, 3\]"),
+        (
+            ({"q": np.ones((2, 3), "f"), "k": np.ones((5, 3), "f")}, None),
+            r"\['q'\], got float32\[2, 3\]",
+        ),
+        (({"q": None, "k": np.ones((5, 3), jnp.bfloat16)}, None), r"\['k'\], got bfloat16\[5, 3\]"),
     ],
     ids=["none", "shape", "dtype"],
 )
