@@ -343,7 +343,7 @@ def derivative_case(mechanism):
 
     Row 3 sees nothing, and key 4 is masked and holds a NaN.
     """
-    params = jax.tree.map(lambda x: wide(x) + 0.1 * normal(5, *x.shape), init(mechanism))
+    params = jax.tree.map(wide, init(mechanism))
     query, key, value = (wide(x) for x in qkv((), T=4, S=5))
     mechanism = dataclasses.replace(mechanism, mask=masks.SlidingWindow(3))
     mask = np.ones((4, 5), bool)
@@ -872,7 +872,7 @@ def test_own_score():
     """Ten lines make a score that learns, by itself and by its dotted name."""
     mechanism = Mechanism(Manhattan(0.5), mask=masks.Causal())
     query, key, value = qkv((), H=3, K=3)
-    params = init(mechanism, H=3)
+    params = mechanism.init(jax.random.key(0), num_heads=3, head_dim=4)
     assert_same(params["score"]["a"], np.full((3, 4), 0.5))
     params["score"]["a"] = a = abs(normal(5, 3, 4))
     distance = abs(wide(query)[:, None] - wide(key)[None])
