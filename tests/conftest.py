@@ -1,10 +1,12 @@
 """Settings of the property tests, and float64 for the tests that compare with it."""
 
 import gc
+import os
 
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 pytest.register_assert_rewrite("support")
 
@@ -38,12 +40,22 @@ def x64():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_folder(tmp_path_factory):
-    """Commands that a test runs keep what they compile for each other, not among the user's."""
-    folder = tmp_path_factory.mktemp("compiled")
+def keep_compiled(tmp_path_factory):
+    """All processes of a run keep for each other what takes long to compile, not among the user's.
+
+    Those that the tests start have a folder of their own: killed, they may leave half a file there,
+    and a warning is an error here. A limit of size has JAX write under a lock.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(folder / "by tests"))
+    jax.config.update("jax_compilation_cache_max_size", 2**32)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    compilation_cache.reset_cache()  # where collecting the tests has compiled without one
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-        yield folder
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "by commands"))
+        patch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**32))
+        yield
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def test_every_part_is_decoded_here():
 def random(shape, seed, dtype=None):
     """NumPy's: JAX would compile for each shape."""
     numbers = np.random.default_rng(seed).standard_normal(shape)
-    return jnp.asarray(numbers, dtype)
+    return numbers.astype(dtype or jnp.result_type(float))
 
 
 def filled(shapes, seed=0, scale=0.5):
@@ -175,7 +175,7 @@ def test_bias_mask_and_positions_of_the_slots_are_passed_on():
         random(s, i) for i, s in enumerate([(1, 3, H, D), (1, 3, K, D), (1, 3, K, V)])
     )
     params = params_of(mechanism, H, D, V)
-    bias, mask = random((H, 3, S), 4), (random((3, S), 5) > 0).at[:, 0].set(True)
+    bias, mask = random((H, 3, S), 4), (random((3, S), 5) > 0) | (np.arange(S) == 0)
     at = jnp.array([5, 1, 3])
 
     @jax.jit
@@ -572,6 +572,7 @@ NODES = sum(VOCAB**t for t in range(HORIZON))
 
 def tree_step(table):
     """A model whose logits depend on all tokens so far: the node of a tree, begin at its root."""
+    table = jnp.asarray(table)
 
     def step(state, tokens):
         node = jnp.where(state["node"] < 0, 0, VOCAB * state["node"] + tokens + 1)
@@ -669,7 +670,7 @@ def test_a_wide_beam_enumerates_all_sequences(alpha):
 def test_stopping_early_changes_no_result(alpha, beam):
     # Once begun all but certain: so that a live sequence comes from behind, by its length.
     table = 6 * random((100, NODES, VOCAB), 6)
-    table = table.at[:50, 0].multiply(0.2)
+    table[:50, 0] *= 0.2
     expected = [beam_by_hand(each, beam, alpha) for each in np.asarray(table, np.float64)]
     # Each example in a loop of its own, which no other keeps going.
     alone = jax.vmap(functools.partial(run_beam, beam=beam), (0, None))(table[:, None], alpha)
@@ -825,10 +826,10 @@ def test_what_a_row_samples_does_not_depend_on_the_others():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"begin": jnp.ones((2, 1), int)}, "begin must be"),
-    ({"begin": jnp.ones(2)}, "begin must be"),
+    ({"begin": np.ones((2, 1), int)}, "begin must be"),
+    ({"begin": np.ones(2)}, "begin must be"),
     ({"max_length": 0}, "max_length must be"),
-    ({"state": {"node": jnp.zeros(()), "example": jnp.arange(2)}}, r"state\['node'\] is \(\)"),
+    ({"state": {"node": np.zeros(()), "example": np.arange(2)}}, r"state\['node'\] is \(\)"),
     ({"step": lambda state, tokens: (jnp.ones((2, 1, 3)), state)}, "step must return"),
     ({"temperature": 0.0}, "temperature must be"),
     ({"top_k": 0}, "top_k must be"),

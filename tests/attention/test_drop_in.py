@@ -14,18 +14,20 @@ from hypothesis import strategies as st
 from jax import export
 
 from attention import attend, dot_product_attention
+from support.mechanisms import compiled, normal, random_params
 
 THEIRS = inspect.signature(jax.nn.dot_product_attention).parameters
 OURS = inspect.signature(dot_product_attention).parameters
 
 
-def normal(seed, *shape, dtype="float32"):
-    x = np.random.default_rng(seed).normal(size=shape)
-    return x.astype(jnp.bfloat16).astype(jnp.dtype(dtype))
-
-
 def close(got, want, tolerance=2e-6):
     np.testing.assert_allclose(np.float64(got), np.float64(want), rtol=tolerance, atol=tolerance)
+
+
+def ours_and_theirs(*arrays, **options):
+    """What both functions return for arrays."""
+    functions = dot_product_attention, jax.nn.dot_product_attention
+    return compiled(lambda *arrays: [f(*arrays, **options) for f in functions])(*arrays)
 
 
 def test_signature():
@@ -113,7 +115,7 @@ def test_jax_nn(options, heads, bias, mask, dtype, seed):
         out, pull, lse = jax.vjp(call, *arrays, has_aux=True)
         return out, lse, pull(cotangent)
 
-    both = jax.jit(
+    both = compiled(
         lambda *x: (run(dot_product_attention, *x), run(jax.nn.dot_product_attention, *x))
     )
     (got, lse, gradients), (want, their_lse, their_gradients) = both(*arrays)
@@ -133,16 +135,16 @@ def test_empty_rows():
     """Ours are absent (0, −inf, no gradient); jax.nn's are the mean of the values."""
     query, key, value = normal(0, 1, 2, 1, D), normal(1, 1, S, 1, D), normal(2, 1, S, 1, D)
     mask = np.array([True, False])[:, None]
-    out, lse = dot_product_attention(query, key, value, mask=mask, return_residual=True)
-    assert (out[0, 1] == 0).all() and lse[0, 1] == -jnp.inf
-    theirs = jax.nn.dot_product_attention(query, key, value, mask=mask)
-    close(theirs[0, 1, 0], value.mean((0, 1, 2)))
-    close(out[0, 0], theirs[0, 0])
 
     def loss(value):
-        return dot_product_attention(query, key, value, mask=mask)[0, 1].sum()
+        out, lse = dot_product_attention(query, key, value, mask=mask, return_residual=True)
+        theirs = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        return out[0, 1].sum(), (out, lse, theirs)
 
-    assert (jax.grad(loss)(value) == 0).all()
+    gradient, (out, lse, theirs) = compiled(jax.grad(loss, has_aux=True))(value)
+    assert (out[0, 1] == 0).all() and lse[0, 1] == -np.inf and (gradient == 0).all()
+    close(theirs[0, 1, 0], value.mean((0, 1, 2)))
+    close(out[0, 0], theirs[0, 0])
 
 
 def test_without_a_batch():
@@ -155,8 +157,7 @@ def test_without_a_batch():
         {"query_seq_lengths": np.array([3], np.int32), "local_window_size": 4},
         {"key_value_seq_lengths": np.array([3], np.int32)},
     ):
-        got = dot_product_attention(*arrays, **options)
-        want = jax.nn.dot_product_attention(*arrays, **options)
+        got, want = ours_and_theirs(*arrays, **options)
         empty = (got == 0).all(-1, keepdims=True)
         assert got.shape == want.shape and not empty.all()
         close(got, np.where(empty, 0, want))
@@ -180,9 +181,8 @@ def test_scale_that_is_no_python_number(kind, dtype):
         out = function(*arrays, scale=scale)
         return jnp.sum(out.astype(jnp.float32) * normal(5, *out.shape))
 
-    want, slope = jax.value_and_grad(loss)(0.3, jax.nn.dot_product_attention,
-                                           *(np.float32(x) for x in arrays))  # fmt: skip
     both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    want, slope = both(0.3, jax.nn.dot_product_attention, *(np.float32(x) for x in arrays))
     got, our_slope = both(kind(0.3), dot_product_attention, *arrays)
     # bfloat16: 4 · 64 · 2 · 16 outputs, each rounded by at most 2^−9 of itself.
     close(got, want, 1e-4 if dtype == "float32" else 0.2)
@@ -232,7 +232,7 @@ def test_dropout():
         ),
         (r"dropout_rate=0.5 needs dropout_(rng|key)", {"dropout_rate": 0.5}),
         (r"mask is float32 .*negative.*bias", {"mask": np.float32([0, -1e9, 0, 0, 0, 0, 0])}),
-        (r"mask is int.*negative.*bias", {"mask": jnp.full((T, 1), -1)}),
+        (r"mask is int.*negative.*bias", {"mask": np.full((T, 1), -1)}),
         (r"bias is bool.*mask", {"bias": np.ones((T, S), bool)}),
         (r"bias must be .*floating.* got complex64", {"bias": np.ones((T, S), "complex64")}),
         (r"query must be .* got \(5, 4\)", {"query": np.ones((T, D)), "scale": np.ones(1)}),
@@ -345,15 +345,16 @@ def test_sizes_of_0(empty):
     arrays = np.ones((b, t, 4, D), "float32"), *np.ones((2, b, s, 2, D), "float32")
     options = {"bias": np.ones((b, 1, t, s)), "mask": np.ones((t, s)) > 0,
                "key_value_seq_lengths": np.ones(b, "int32"), "is_causal": True}  # fmt: skip
-    want = jax.nn.dot_product_attention(*arrays, **options)
+    run = functools.partial(dot_product_attention, **options)
+    want = compiled(lambda *x: jax.nn.dot_product_attention(*x, **options))(*arrays)
     for implementation in None, "xla", "dense", "tiled":
-        out, lse = dot_product_attention(
-            *arrays, **options, implementation=implementation, return_residual=True
-        )
+        out, lse = compiled(
+            functools.partial(run, implementation=implementation, return_residual=True)
+        )(*arrays)
         assert out.dtype == want.dtype
         np.testing.assert_array_equal(out, want)
         assert lse.shape == want.shape[:-1] and np.isneginf(lse).all()
-    gradients = jax.grad(lambda *x: dot_product_attention(*x, **options).sum(), (0, 1, 2))(*arrays)
+    gradients = compiled(jax.grad(lambda *x: run(*x).sum(), (0, 1, 2)))(*arrays)
     for x, gradient in zip(arrays, gradients, strict=True):
         np.testing.assert_array_equal(gradient, np.zeros_like(x))
 
@@ -366,7 +367,7 @@ def test_dropout_of_all(implementation, rate):
     def loss(*arrays):
         return dot_product_attention(*arrays, dropout_rate=rate, **options).sum()
 
-    value, gradients = jax.value_and_grad(loss, (0, 1, 2))(*ARRAYS)
+    value, gradients = compiled(jax.value_and_grad(loss, (0, 1, 2)))(*ARRAYS)
     assert value == 0 and not any(map(np.any, gradients))
 
 
@@ -375,6 +376,7 @@ def test_broadcast_dropout(implementation):
     """Flax's option: the same weights are dropped in all heads of all examples."""
     arrays = [np.repeat(normal(n, 1, T, 1, D), 2, 2).repeat(3, 0) for n in range(3)]
 
+    @compiled
     def run(key):
         return dot_product_attention(
             *arrays, dropout_rng=key, dropout_rate=0.5, broadcast_dropout=True,
@@ -432,16 +434,17 @@ MASK = normal(2, 2, 1, 5, 7) > -1
         ((X,), None),
         ((X, Y), None),
         ((X, Y, 2 * Y), MASK),
-        ((X,), nn.make_causal_mask(X[..., 0])),
-        ((X,), nn.make_attention_mask(X[..., 0] > -1, X[..., 0] > -1)),
-        ((X,), nn.make_attention_mask(X[..., 0] > -1, X[..., 0] > -1, dtype=bool)),
+        ((X,), lambda: nn.make_causal_mask(X[..., 0])),
+        ((X,), lambda: nn.make_attention_mask(X[..., 0] > -1, X[..., 0] > -1)),
+        ((X,), lambda: nn.make_attention_mask(X[..., 0] > -1, X[..., 0] > -1, dtype=bool)),
     ],
     ids=["self", "cross", "mask", "causal", "padding", "bool"],
 )
 def test_linen(inputs, mask):
     """Self and cross attention under every kind of mask that Flax makes; gradients too."""
+    mask = jax.jit(mask)() if callable(mask) else mask
     own, ours = linen(), linen(dot_product_attention)
-    variables = jax.jit(own.init)(jax.random.key(0), *inputs)
+    variables = random_params(own.init, *inputs)
 
     def run(module):
         def loss(variables, *inputs):
@@ -465,8 +468,9 @@ def test_linen(inputs, mask):
 def test_linen_decodes():
     """Step by step through Flax's cache is the same as all at once under a causal mask."""
     module, ours = linen(decode=True), linen(dot_product_attention, decode=True)
-    variables = jax.jit(module.init)(jax.random.key(0), X)
-    params, cache, steps = variables["params"], variables["cache"], []
+    shapes = jax.eval_shape(module.init, jax.random.key(0), X)
+    cache = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes["cache"])
+    params, steps = random_params(module.init, X)["params"], []
     for t in range(5):
         out, state = ours.apply(
             {"params": params, "cache": cache}, X[:, t : t + 1], mutable=["cache"]
@@ -479,7 +483,7 @@ def test_linen_decodes():
 
 def test_linen_dropout():
     own, ours = (linen(f, dropout_rate=0.4) for f in (None, dot_product_attention))
-    variables = jax.jit(linen().init)(jax.random.key(0), X)
+    variables = random_params(linen().init, X)
     want = own.apply(variables, X, deterministic=True)
     close(ours.apply(variables, X, deterministic=True), want)
 
@@ -504,7 +508,7 @@ def test_linen_dropout():
 
 def test_linen_in_bfloat16():
     own, ours = (linen(f, dtype=jnp.bfloat16) for f in (None, dot_product_attention))
-    variables = jax.jit(own.init)(jax.random.key(0), X)
+    variables = random_params(own.init, X)
     out = ours.apply(variables, X)
     assert out.dtype == jnp.bfloat16
     close(out, own.apply(variables, X), 0.05)
@@ -546,7 +550,7 @@ def test_linen_broadcasts_dropout(broadcast):
     """By default, as Flax does: equal examples then come out equal."""
     module = linen(dot_product_attention, dropout_rate=0.5, broadcast_dropout=broadcast)
     x = np.repeat(X[:1], 3, 0)
-    variables = jax.jit(linen().init)(jax.random.key(0), x)
+    variables = random_params(linen().init, x)
     rngs = {"dropout": jax.random.key(1)}
     out = module.apply(variables, x, deterministic=False, rngs=rngs)
     assert (abs(out - out[:1]).max() < 1e-6) == broadcast

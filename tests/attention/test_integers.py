@@ -10,8 +10,8 @@ from attention.integers import difference
 from attention.models import EncoderDecoder, LanguageModel, RNNEncoderDecoder, rnn
 from attention.nn import Embedding, MultiHeadAttention, TransformerConfig
 from attention.parts import EMPTY, FULL, BlockBounds, Range, Tile
+from support.mechanisms import NO_PARAMS, random_params
 
-NO_PARAMS = {"score": {}, "position": {}, "normalizer": {}}
 LOW, HIGH = -(2**31), 2**31 - 1
 KERNELS = {
     "dense": {"implementation": "dense"},
@@ -94,7 +94,7 @@ def test_positional_schemes_of_any_dtype(position):
     """What NumPy computes of a table of distances is in test_positions.py, of int32."""
     x = np.random.default_rng(0).normal(size=(3, 1, 4)).astype("f")
     for mechanism in Mechanism(position=position), Mechanism(scores.Location(256), position):
-        params = mechanism.init(jax.random.key(0), num_heads=1, head_dim=4)
+        params = random_params(mechanism.init, num_heads=1, head_dim=4)
         for dtype, places in ("uint8", [0, 128, 255]), ("uint32", [9, 0, 200]):
             for kernel in KERNELS.values():
                 wide, narrow = (
@@ -107,10 +107,11 @@ def test_positional_schemes_of_any_dtype(position):
 def test_module_with_unsigned_positions():
     module = MultiHeadAttention(1, Mechanism(position=positions.ALiBi(), mask=masks.Causal()))
     x = np.random.default_rng(0).normal(size=(3, 4)).astype("f")
-    variables = module.init(jax.random.key(0), x)
-    expected = module.apply(variables, x)
+    variables = random_params(module.init, x)
+    apply = jax.jit(module.apply)
+    expected = apply(variables, x)
     for dtype in "uint8", "uint16", "uint32":
-        out = module.apply(variables, x, query_positions=np.arange(3, dtype=dtype))
+        out = apply(variables, x, query_positions=np.arange(3, dtype=dtype))
         np.testing.assert_allclose(out, expected, atol=1e-6)
 
 
@@ -180,13 +181,17 @@ def test_blocks_of_far_positions(mask):
     """EMPTY and FULL stay promises at the ends of int32."""
     pool = np.array([LOW, LOW + 1, -(2**29) - 1, -1, 0, 3, 5, 8, 2**29, HIGH - 1, HIGH])
     rng, absent = np.random.default_rng(0), Range(np.array(0), np.array(0))
-    for _ in range(60):
-        i, j = (np.sort(rng.choice(pool, rng.integers(1, 4))) for _ in "ij")
-        ranges = [Range(*jnp.array(x)[jnp.array([0, -1]), None].astype(jnp.int32)) for x in (i, j)]
-        bounds = BlockBounds(absent, absent, *ranges, *[absent] * 5)
-        i, j = jnp.asarray(i, jnp.int32), jnp.asarray(j, jnp.int32)
-        allowed = mask.tile(Tile(i, j, i, j, jnp.int32(0), 1))
-        state = int(np.squeeze(mask.block(bounds)))
+    i, j = np.sort(rng.choice(pool, (2, 60, 3))).astype(np.int32)
+    i[::2], j[::3] = i[::2, :1], j[::3, 2:]  # a single position
+
+    @jax.jit
+    @jax.vmap
+    def tile_and_block(i, j):
+        bounds = BlockBounds(absent, absent, *(Range(x[0], x[2]) for x in (i, j)), *[absent] * 5)
+        tile = mask.tile(Tile(i, j, i, j, 0, 1))
+        return jnp.broadcast_to(tile, (3, 3)), mask.block(bounds)
+
+    for allowed, state in zip(*map(np.asarray, tile_and_block(i, j)), strict=True):
         assert state != EMPTY or not np.any(allowed)
         assert state != FULL or np.all(allowed)
 
@@ -270,8 +275,8 @@ def test_a_cache_keeps_its_dtype_under_x64(x64):
 
 def test_kept_contexts_check_their_lengths():
     module = MultiHeadAttention(1)
-    x = jnp.ones((2, 3, 4))
-    variables = module.init(jax.random.key(0), x)
+    x = np.ones((2, 3, 4), "f")
+    variables = random_params(module.init, x)
     for lengths in [4, 1], [0, -1], [0.5, 1]:
         with pytest.raises(ValueError, match="lengths must be"):
             module.apply(variables, x, np.array(lengths), method="precompute_kv")
@@ -296,7 +301,7 @@ def translators():
 )
 def test_models_check_the_lengths_of_sources(model):
     source = np.ones((2, 3), int)
-    variables = model.init(jax.random.key(0), source, source)
+    variables = random_params(model.init, source, source)
 
     def logits(lengths):
         state = model.apply(variables, source, lengths, 4, method="start")
@@ -312,7 +317,7 @@ def test_models_check_the_lengths_of_sources(model):
 def test_a_language_model_checks_the_lengths_of_what_comes_next():
     model = LanguageModel(TransformerConfig(7, model_dim=4, num_layers=1, num_heads=1))
     tokens = np.ones((2, 3), int)
-    variables = model.init(jax.random.key(0), tokens)
+    variables = random_params(model.init, tokens)
 
     def logits(lengths):
         state = model.apply(variables, 2, 8, method="start")
@@ -326,7 +331,7 @@ def test_a_language_model_checks_the_lengths_of_what_comes_next():
 
 def test_tokens_that_are_none():
     embedding = Embedding(300, 2, positions.NoPE())
-    variables = embedding.init(jax.random.key(0), np.arange(3))
+    variables = random_params(embedding.init, np.arange(3))
     table = variables["params"]["table"]
     x = embedding.apply(variables, np.array([0, 200, 255], "uint8"))
     np.testing.assert_array_equal(x, table[np.array([0, 200, 255])])

@@ -8,7 +8,7 @@ import pytest
 
 from attention import attend
 from attention.kernels.registry import DATA, KERNELS, describe, device_of, unsupported
-from support.mechanisms import init, normal, qkv, wide
+from support.mechanisms import compiled, init, normal, qkv
 
 T, S, H, K, D, V = 13, 17, 4, 2, 4, 3
 BLOCKS = (4, 8)
@@ -43,12 +43,13 @@ def by_kernel(implementation, mechanism, *, size=BLOCKS, **options):
 
 @functools.cache
 def pulled(implementation, mechanism, **options):
-    """jitted (params, q, k, v, bias, cotangent, data) -> (out, aux), gradients of all but data.
+    """(params, q, k, v, bias, cotangent, data) -> (out, aux), gradients of all but data.
 
-    The cotangents of aux are ones; that of the output is given, as nothing is as blind as ones.
+    It is `compiled`. The cotangents of aux are ones; that of the output is given, as nothing is as
+    blind as ones.
     """
 
-    @jax.jit
+    @compiled
     def both(params, query, key, value, bias, cotangent, data):
         def run(*args):
             attended = by_kernel(implementation, mechanism, **options, **data)
@@ -64,9 +65,8 @@ def pulled(implementation, mechanism, **options):
 
 
 def arrays(mechanism, *, batch=(), T=T, S=S, H=H, K=K, dtype="float32", seed=0):
-    """params, query, key, value, bias, cotangent; the learned arrays a little off their start."""
-    params = jax.tree.map(lambda x: wide(x) + 0.1 * normal(5, *x.shape), init(mechanism, H=H))
+    """params, query, key, value, bias, cotangent: random numbers."""
     inputs = *qkv(batch, T, S, H, K, dtype=dtype, seed=seed), normal(4, H, T, S, dtype=dtype)
     kind = "float64" if dtype == "float64" else "float32"
-    params = jax.tree.map(lambda x: x.astype(kind), params)
+    params = jax.tree.map(lambda x: x.astype(kind), init(mechanism, H=H))
     return params, *inputs, normal(9, *batch, T, H, V)

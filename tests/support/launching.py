@@ -17,7 +17,7 @@ from experiments.config import settings
 
 def get_config():
     config = settings.config("recall", vocab_size=16, length=8, num_pairs=2, num_eval=20)
-    config.model.update(model_dim=8, num_layers=1, num_heads=2)
+    config.model.update(model_dim=8, num_layers=1, num_heads=2, dropout_rate=0.1)
     config.train.update(steps=20, batch_size=4, seeds=2, eval_every=10, log_every=5)
     config.train.checkpoint_every = 5
     return config

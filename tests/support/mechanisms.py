@@ -75,10 +75,24 @@ def qkv(batch=(2,), T=5, S=6, H=2, K=1, D=4, V=3, dtype="float32", seed=0):
     )
 
 
+def random_params(init, *args, seed=0, scale=0.5, **kwargs):
+    """Normal numbers in the shapes of init(key, *args, **kwargs), which is not compiled for it."""
+    shapes = jax.eval_shape(functools.partial(init, **kwargs), jax.random.key(0), *args)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: (scale * rng.normal(size=x.shape)).astype(x.dtype), shapes)
+
+
 @functools.cache
 def init(mechanism, H=2, D=4, V=3):
-    params = mechanism.init(jax.random.key(7), num_heads=H, head_dim=D, value_dim=V)
-    return jax.tree.map(np.asarray, params)
+    """Parameters in float32, as `random_params`."""
+    params = random_params(mechanism.init, num_heads=H, head_dim=D, value_dim=V)
+    return jax.tree.map(np.float32, params)
+
+
+def compiled(function):
+    """Jitted, with results of NumPy: JAX would compile each thing that a test does with them."""
+    jitted = jax.jit(function)
+    return lambda *args, **kwargs: jax.device_get(jitted(*args, **kwargs))
 
 
 def put(x, place, number):
@@ -109,9 +123,9 @@ def assert_close(got, want, tolerance=1e-5):
 
 
 def value_and_vjp(function):
-    """jitted (*args) -> function(*args), and its vjp with cotangents of one."""
+    """(*args) -> function(*args), and its vjp with cotangents of one; `compiled`."""
 
-    @jax.jit
+    @compiled
     def both(*args):
         out, pull = jax.vjp(function, *args)
         return out, pull(jax.tree.map(jnp.ones_like, out))

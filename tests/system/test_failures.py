@@ -98,10 +98,16 @@ def test_a_cell_whose_process_dies_is_tried_once_more_and_then_a_failure(config,
     assert "died of signal 9 (SIGKILL, out of memory?)" in result["error"]
     assert "base (base) failed: its process died" in output
 
-    again = ablate(*flags, "--retry_failed", "--max_minutes=0.01")
-    assert again.returncode == 1 and again.stderr.startswith("error: 1 of 1 cells failed")
-    result = read(work / "cells/base/result.json")
-    assert result["status"] == "failed" and "TimeoutError: at step" in result["error"]
+
+@pytest.mark.slow
+def test_a_cell_that_takes_too_long_fails_and_is_tried_again_on_request(config, tmp_path):
+    work = tmp_path / "work"
+    flags = [f"--config={config}", "--sweep=", f"--workdir={work}", "--config.train.steps=100000"]
+    for again in ([], ["--retry_failed"]):
+        done = ablate(*flags, *again, "--max_minutes=0.01")
+        assert done.returncode == 1 and done.stderr.startswith("error: 1 of 1 cells failed")
+        result = read(work / "cells/base/result.json")
+        assert result["status"] == "failed" and "TimeoutError: at step" in result["error"]
 
 
 @pytest.mark.slow

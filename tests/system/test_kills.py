@@ -47,11 +47,11 @@ def kill(config, work, instant, seconds, sweep="all"):
 
 
 def test_killed_while_it_saves_and_writes_it_ends_in_the_same_bits(tmp_path):
-    config, expected, _ = quiet(tmp_path, "position", "--workers=2")
+    config, expected, _ = quiet(tmp_path, "rate", "--workers=2")
     work = tmp_path / "cut"
     for instant in ("save", "done"):
-        assert kill(config, work, instant, 0, "position"), instant
-    finish(launch(config, work, "position", "--workers=2"))
+        assert kill(config, work, instant, 0, "rate"), instant
+    finish(launch(config, work, "rate", "--workers=2"))
     assert left(work) == expected
     assert not list(work.glob("cells/*/checkpoints/*tmp*"))
 

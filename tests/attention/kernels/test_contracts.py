@@ -18,6 +18,7 @@ from support.mechanisms import (
     NORMALIZERS,
     assert_close,
     assert_same,
+    compiled,
     init,
     normal,
     put,
@@ -99,7 +100,7 @@ def test_absent_keys(kernel, mechanism, data, places):
 
 
 def early_rows(kernel):
-    """jitted (query, key, value, mask) -> what comes out, and gradients of rows before 6."""
+    """(query, key, value, mask) -> what comes out, and gradients of rows before 6; `compiled`."""
     aux = ("lse", "entropy", "weights")
     call = describe(Mechanism(mask=masks.Causal()), *qkv((), T, S), aux=aux)
     if unsupported(KERNELS[kernel], call):
@@ -111,7 +112,7 @@ def early_rows(kernel):
         read = out[:6], jnp.where(jnp.isfinite(extra["lse"]), extra["lse"], 0)[:6]
         return sum(x.sum() for x in read), (out, extra)
 
-    return jax.jit(jax.value_and_grad(early, (0, 1, 2), has_aux=True))
+    return compiled(jax.value_and_grad(early, (0, 1, 2), has_aux=True))
 
 
 @every_kernel
@@ -180,7 +181,7 @@ def test_rows_see_nothing_however_they_come_to(kernel, mask, options, rows):
     n, i = np.array(rows).T
     query, key, value = qkv()
 
-    @jax.jit
+    @compiled
     def run(*arrays):
         both = functools.partial(
             by_kernel(kernel, Mechanism(mask=mask), size=(2, 4), aux=("lse",), **options), NO_PARAMS

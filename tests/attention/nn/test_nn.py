@@ -15,6 +15,7 @@ from attention import Mechanism, masks, normalizers, positions, scores
 from attention.models import Encoder, EncoderDecoder, LanguageModel
 from attention.nn import MLP, Embedding, MultiHeadAttention, Stack, TransformerConfig
 from support import ROOT
+from support.mechanisms import normal, put, random_params
 
 KEY = jax.random.key(0)
 SMALL = TransformerConfig(vocab_size=11, model_dim=16, num_layers=2, num_heads=4, init_stddev=0.3)
@@ -22,7 +23,7 @@ SMALL = TransformerConfig(vocab_size=11, model_dim=16, num_layers=2, num_heads=4
 
 def run(module, *args, **kwargs):
     """Parameters and output."""
-    variables = jax.jit(functools.partial(module.init, **kwargs))(KEY, *args)
+    variables = random_params(module.init, *args, scale=0.3, **kwargs)
     return variables, apply(module, variables, *args, **kwargs)
 
 
@@ -39,11 +40,16 @@ def compiled(module, **static):
 
 
 def tokens(*shape, vocab=11):
-    return jax.random.randint(KEY, shape, 0, vocab)
+    return np.random.default_rng(0).integers(vocab, size=shape)
+
+
+def other(text, *place):
+    """With another token at one place."""
+    return put(text, place, (text[place] + 1) % 11)
 
 
 def test_multi_head_attention_is_the_equation_of_the_paper():
-    x = np.asarray(jax.random.normal(KEY, (2, 5, 12)))
+    x = normal(0, 2, 5, 12)
     variables, out = run(MultiHeadAttention(3, Mechanism(mask=masks.Causal())), x)
     p = jax.tree.map(np.asarray, variables["params"])
     expected = np.zeros_like(x)
@@ -57,7 +63,7 @@ def test_multi_head_attention_is_the_equation_of_the_paper():
 
 
 def test_multi_head_attention_agrees_with_flax():
-    x, context = jax.random.normal(KEY, (2, 5, 12)), jax.random.normal(KEY, (2, 7, 12))
+    x, context = normal(0, 2, 5, 12), normal(0, 2, 7, 12)
     ours, theirs = MultiHeadAttention(3, use_bias=True), nn.MultiHeadDotProductAttention(3)
     variables, out = run(ours, x, context)
     params = variables["params"]
@@ -73,26 +79,26 @@ def test_multi_head_attention_agrees_with_flax():
     Mechanism(scores.Temperature(scores.General()), positions.RoPE(), masks.SlidingWindow(2)),
 ])  # fmt: skip
 def test_every_learned_array_of_a_mechanism_is_a_parameter_with_a_gradient(mechanism):
-    x = jax.random.normal(KEY, (2, 6, 16))
+    x = normal(0, 2, 6, 16)
     module = MultiHeadAttention(4, mechanism, num_kv_heads=2, value_dim=3)
     variables, _ = run(module, x)
-    weights = jax.random.normal(jax.random.key(1), x.shape)
+    weights = normal(1, *x.shape)
     grads = jax.jit(jax.grad(lambda v: jnp.sum(weights * module.apply(v, x))))(variables)
-    expected = mechanism.init(KEY, num_heads=4, head_dim=4, value_dim=3)
+    expected = random_params(mechanism.init, num_heads=4, head_dim=4, value_dim=3)
     got = grads["params"]["mechanism"]
     assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, expected)
     assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(grads))
 
 
 def test_what_learns_nothing_adds_no_parameters():
-    variables, _ = run(MultiHeadAttention(2), jnp.ones((1, 3, 4)))
+    variables, _ = run(MultiHeadAttention(2), np.ones((1, 3, 4)))
     assert set(variables["params"]) == {"query", "key", "value", "out"}
     variables, _ = run(Embedding(5, 4, positions.Sinusoidal()), tokens(1, 3, vocab=5))
     assert set(variables["params"]) == {"table"}
 
 
 def test_grouped_heads_have_smaller_keys_and_values():
-    variables, _ = run(MultiHeadAttention(4, num_kv_heads=1), jnp.ones((1, 3, 16)))
+    variables, _ = run(MultiHeadAttention(4, num_kv_heads=1), np.ones((1, 3, 16)))
     shapes = jax.tree.map(jnp.shape, variables["params"])
     assert shapes["query"]["kernel"] == (16, 16)
     assert shapes["key"]["kernel"] == shapes["value"]["kernel"] == (16, 4)
@@ -100,7 +106,7 @@ def test_grouped_heads_have_smaller_keys_and_values():
 
 def test_weights_are_sown_when_asked_for():
     module = MultiHeadAttention(2, Mechanism(mask=masks.Causal()))
-    x = jax.random.normal(KEY, (3, 5, 8))
+    x = normal(0, 3, 5, 8)
     variables, _ = run(module, x)
     _, sown = apply(module, variables, x, mutable=("intermediates",))
     (weights,) = sown["intermediates"]["weights"]
@@ -115,14 +121,14 @@ def test_sown_weights_are_in_the_dtype_of_the_module(implementation):
     def sown(x):
         return module.apply(module.init(KEY, x), x, mutable=["intermediates"])[1]
 
-    (weights,) = jax.eval_shape(sown, jnp.ones((3, 5, 8)))["intermediates"]["weights"]
+    (weights,) = jax.eval_shape(sown, np.ones((3, 5, 8)))["intermediates"]["weights"]
     assert weights.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("implementation", ["dense", "tiled"])
 def test_multi_head_attention_exports_with_a_symbolic_batch(implementation):
     module = MultiHeadAttention(2, Mechanism(mask=masks.Padding()), implementation=implementation)
-    x, lengths = jax.random.normal(KEY, (3, 5, 8)), np.array([1, 5, 0], np.int32)
+    x, lengths = normal(0, 3, 5, 8), np.array([1, 5, 0], np.int32)
     variables, want = run(module, x, query_lengths=lengths)
 
     @jax.jit
@@ -149,7 +155,7 @@ def test_a_language_model_exports_with_a_symbolic_batch():
 
 def test_dropout_acts_only_when_not_deterministic():
     module = MultiHeadAttention(2, dropout_rate=0.5)
-    x = jax.random.normal(KEY, (1, 6, 8))
+    x = normal(0, 1, 6, 8)
     variables, out = run(module, x)
     np.testing.assert_array_equal(out, apply(module, variables, x, deterministic=True))
 
@@ -169,7 +175,7 @@ def test_dropout_acts_only_when_not_deterministic():
 ])  # fmt: skip
 def test_bad_sizes_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
-        run(make(), jnp.ones((1, 3, 8)))
+        run(make(), np.ones((1, 3, 8)))
 
 
 @pytest.mark.parametrize("change", [
@@ -183,30 +189,29 @@ def test_bad_configs_are_refused(change):
 
 
 def test_mlp_and_norms_of_a_block_are_where_the_config_says():
-    x = jax.random.normal(KEY, (1, 4, 16))
+    x = normal(0, 1, 4, 16)
     for norm in ("pre", "post"):
         config = dataclasses.replace(SMALL, norm=norm, num_layers=1, scan_layers=False)
         variables, out = run(Stack(config, config.decoder), x)
         p = variables["params"]["layer_0"]
-        mix = MultiHeadAttention(4, config.decoder)
-        mlp = MLP(64)
 
-        def attend(y, p=p, mix=mix):
-            return mix.apply({"params": p["self_attention"]}, y)
+        def attend(y, p=p):
+            module = MultiHeadAttention(4, SMALL.decoder)
+            return apply(module, {"params": p["self_attention"]}, y)
 
-        def feed(y, p=p, mlp=mlp):
-            return mlp.apply({"params": p["mlp"]}, y)
+        def feed(y, p=p):
+            return apply(MLP(64), {"params": p["mlp"]}, y)
 
-        def ln(y):
-            mean, variance = y.mean(-1, keepdims=True), y.var(-1, keepdims=True)
-            return (y - mean) / jnp.sqrt(variance + 1e-6)
+        def ln(y, name, p=p | variables["params"]):
+            y = y - np.mean(y, -1, keepdims=True)
+            return p[name]["scale"] * y / np.sqrt(np.mean(y**2, -1, keepdims=True) + 1e-6)
 
         if norm == "pre":
-            y = x + attend(ln(x))
-            expected = ln(y + feed(ln(y)))
+            y = x + attend(ln(x, "self_attention_norm"))
+            expected = ln(y + feed(ln(y, "mlp_norm")), "norm")
         else:
-            y = ln(x + attend(x))
-            expected = ln(y + feed(y))
+            y = ln(x + attend(x), "self_attention_norm")
+            expected = ln(y + feed(y), "mlp_norm")
         np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
@@ -240,7 +245,7 @@ def test_remat_keeps_less_and_computes_the_same(scan):
     for remat in (False, True):
         config = dataclasses.replace(SMALL, num_layers=4, scan_layers=scan, remat_layers=remat)
         model = LanguageModel(dataclasses.replace(config, dropout_rate=0.1))
-        variables = model.init(KEY, text)
+        variables = random_params(model.init, text, scale=0.3)
 
         def loss(variables, model=model):
             logits = model.apply(variables, text, deterministic=False, rngs={"dropout": KEY})
@@ -260,7 +265,7 @@ def test_a_language_model_does_not_look_ahead_and_counts_order():
     model = LanguageModel(SMALL)
     text = tokens(1, 8)
     variables, logits = run(model, text)
-    changed = apply(model, variables, text.at[0, 5].add(1))
+    changed = apply(model, variables, other(text, 0, 5))
     np.testing.assert_array_equal(logits[:, :5], changed[:, :5])
     assert not np.allclose(logits[:, 5], changed[:, 5])
     assert logits.shape == (1, 8, 11) and logits.dtype == jnp.float32
@@ -271,22 +276,22 @@ def test_packed_documents_do_not_see_each_other():
     config = dataclasses.replace(SMALL, decoder=Mechanism(position=positions.RoPE(), mask=mask))
     model = LanguageModel(config)
     first, second = tokens(1, 4), tokens(1, 3) + 1
-    packed = jnp.concatenate([first, second], axis=1)
-    segments = jnp.array([[0] * 4 + [1] * 3])
-    at = jnp.array([[0, 1, 2, 3, 0, 1, 2]])
+    packed = np.concatenate([first, second], axis=1)
+    segments = np.array([[0] * 4 + [1] * 3])
+    at = np.array([[0, 1, 2, 3, 0, 1, 2]])
     variables, logits = run(model, packed, segments=segments, positions=at)
     alone = [apply(model, variables, x, segments=jnp.zeros_like(x)) for x in (first, second)]
-    np.testing.assert_allclose(logits, jnp.concatenate(alone, axis=1), atol=1e-5)
+    np.testing.assert_allclose(logits, np.concatenate(alone, axis=1), atol=1e-5)
 
 
 def test_an_encoder_decoder_ignores_padding_and_sees_the_source():
     model = EncoderDecoder(SMALL)
-    source, target, lengths = tokens(2, 6), tokens(2, 5), jnp.array([6, 3])
+    source, target, lengths = tokens(2, 6), tokens(2, 5), np.array([6, 3])
     variables, logits = run(model, source, target, lengths)
     assert logits.shape == (2, 5, 11)
-    padded = apply(model, variables, source.at[1, 4].add(1), target, lengths)
+    padded = apply(model, variables, other(source, 1, 4), target, lengths)
     np.testing.assert_array_equal(logits, padded)
-    changed = apply(model, variables, source.at[1, 2].add(1), target, lengths)
+    changed = apply(model, variables, other(source, 1, 2), target, lengths)
     np.testing.assert_array_equal(logits[0], changed[0])
     assert not np.allclose(logits[1], changed[1])
     memory = apply(model, variables, source, lengths, method="encode")
@@ -296,11 +301,11 @@ def test_an_encoder_decoder_ignores_padding_and_sees_the_source():
 
 def test_an_encoder_sees_both_ways_up_to_the_length():
     model = Encoder(SMALL)
-    text, lengths = tokens(1, 6), jnp.array([4])
+    text, lengths = tokens(1, 6), np.array([4])
     variables, out = run(model, text, lengths)
     assert out.shape == (1, 6, 16)
-    assert not np.allclose(out[:, 0], apply(model, variables, text.at[0, 3].add(1), lengths)[:, 0])
-    ignored = apply(model, variables, text.at[0, 4].add(1), lengths)
+    assert not np.allclose(out[:, 0], apply(model, variables, other(text, 0, 3), lengths)[:, 0])
+    ignored = apply(model, variables, other(text, 0, 4), lengths)
     np.testing.assert_array_equal(out[:, :4], ignored[:, :4])
 
 
@@ -362,7 +367,7 @@ def test_the_nnx_example_agrees_with_the_linen_module():
     path = ROOT / "examples/nnx_attention.py"
     mechanism = Mechanism(position=positions.RoPE(), mask=masks.Causal())
     module = runpy.run_path(str(path))["MultiHeadAttention"](16, 4, mechanism, rngs=nnx.Rngs(0))
-    x = jax.random.normal(KEY, (2, 5, 16))
+    x = normal(0, 2, 5, 16)
     kernels = jnp.split(module.qkv.kernel[...], 3, axis=1)
     params = {n: {"kernel": k} for n, k in zip(("query", "key", "value"), kernels, strict=True)}
     params["out"] = {"kernel": module.out.kernel[...]}

@@ -88,6 +88,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(config, tmp_path, flags, messa
      "--process_id=2 must be below --num_processes=2"),
     ("train", ["--config.model.norm=middle"], "model.norm='middle' must be one of pre, post"),
     ("trained", ["--output=out", "--seed=-1"], "--seed=-1: must be a whole number of at least 0"),
+    ("translate", ["--text="], "nothing to translate: give --text, --input or lines on"),
     ("translate", ["--text=a", "--beam_size=0"], "--beam_size=0: must be a whole number of at"),
     ("translate", ["--text=a", "--input=b"], "--text and --input both say what to translate"),
     ("translate", ["--text=a", "--layer=1"], "say what to draw: give --heatmap"),

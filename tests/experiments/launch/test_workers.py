@@ -14,10 +14,10 @@ from support.kills import finish, launch, left, quiet
 
 
 def test_the_number_of_workers_changes_no_bit(tmp_path):
-    config, expected, _ = quiet(tmp_path, "position", "--workers=1", "--config.threads=1")
+    config, expected, _ = quiet(tmp_path, "rate", "--workers=1", "--config.threads=1")
     for workers in (2, 3):
         work = tmp_path / f"workers{workers}"
-        finish(launch(config, work, "position", f"--workers={workers}", "--config.threads=1"))
+        finish(launch(config, work, "rate", f"--workers={workers}", "--config.threads=1"))
         assert left(work) == expected, workers
 
 
