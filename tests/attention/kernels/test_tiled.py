@@ -629,7 +629,9 @@ def test_a_loop_over_examples_copies_one_at_a_time():
 
     def temporary(batch):
         x = jax.ShapeDtypeStruct((batch, 256, 2, 16), jnp.float32)
-        run = jax.jit(functools.partial(attend, Mechanism(), NO_PARAMS, implementation="tiled"))
+        run = jax.jit(
+            functools.partial(attention.attend, Mechanism(), NO_PARAMS, implementation="tiled")
+        )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(attention.kernels.tiled, "_CACHED", 1)
             return run.lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
