@@ -145,9 +145,9 @@ def halving_errors(counted: bool, seeds: int = 3, sweeps: int = 2000) -> tuple[f
         base, *cells = SCENARIOS["equal"].values(rng, seeds)
         shared = np.mean(cells, axis=0)
         score = [np.mean(0.9 * (cell - shared) + 0.44 * rng.normal(size=seeds)) for cell in cells]
-        kept = [cells[i] for i in np.argsort(score)[:3]]
+        survivors = [cells[i] for i in np.argsort(score)[:3]]
         count = len(cells) if counted else 0
-        results = statistics.compare([(cell, base) for cell in kept], count=count)
+        results = statistics.compare([(cell, base) for cell in survivors], count=count)
         plain = statistics.holm([one.plain_p for one in results] + [1.0] * max(0, count - 3))
         star = np.array([one.significant for one in results])
         stars.append([star.any(), (plain < statistics.LEVEL).any()])
