@@ -373,7 +373,8 @@ def test_rounding(mechanism, dtype):
 
 def test_lse_beside_another_softmax(x64):
     """`lse` knows of no sink, and of no value that positions add; its gradients are right too."""
-    agree(LEARNED[1], aux=("lse",))
+    position = positions.Shaw(clip=2, value_side=True)
+    agree(Mechanism(position=position, normalizer=normalizers.LearnedSink()), aux=("lse",))
 
 
 @pytest.mark.parametrize(
