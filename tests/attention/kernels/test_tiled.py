@@ -314,7 +314,7 @@ def test_every_pair_of_parts(name, x64):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ANY)
 def test_every_mechanism(name, x64):
-    """The full product of parts."""
+    """The full product of parts: thousands of mechanisms, by two kernels, take minutes."""
     parts = ANY[name]
     check_any(parts, itertools.product(*map(range, map(len, parts))), SUMMARIES)
 
