@@ -227,8 +227,8 @@ def test_a_full_cache_keeps_what_it_holds_and_is_seen():
 
     new, out = step(cache)
     np.testing.assert_array_equal(new.length, [4, 3])
-    np.testing.assert_array_equal(new.key[0], jnp.concatenate([x[0], 2 * x[0, :1]]))
-    np.testing.assert_array_equal(new.key[1], jnp.concatenate([x[1, :1], 2 * x[1]]))
+    np.testing.assert_array_equal(new.key[0], np.concatenate([x[0], 2 * x[0, :1]]))
+    np.testing.assert_array_equal(new.key[1], np.concatenate([x[1, :1], 2 * x[1]]))
     assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
     assert np.isnan(step(new)[1]).all()
     # Padding beyond the last slot is no token: a prompt that fits is whole.
@@ -585,8 +585,13 @@ def tree_state(batch):
     return {"node": jnp.full(batch, -1), "example": jnp.arange(batch)}
 
 
-@functools.partial(jax.jit, static_argnames=("beam",))
 def run_beam(table, alpha, beam):
+    """The beams, NumPy's."""
+    return jax.device_get(_run_beam(table, alpha, beam))
+
+
+@functools.partial(jax.jit, static_argnames=("beam",))
+def _run_beam(table, alpha, beam):
     batch = len(table)
     return search.beam_search(
         tree_step(table), tree_state(batch), jnp.ones(batch, int), HORIZON, END, beam, alpha
@@ -673,7 +678,7 @@ def test_stopping_early_changes_no_result(alpha, beam):
     table[:50, 0] *= 0.2
     expected = [beam_by_hand(each, beam, alpha) for each in np.asarray(table, np.float64)]
     # Each example in a loop of its own, which no other keeps going.
-    alone = jax.vmap(functools.partial(run_beam, beam=beam), (0, None))(table[:, None], alpha)
+    alone = jax.vmap(functools.partial(_run_beam, beam=beam), (0, None))(table[:, None], alpha)
     assert_beams(jax.tree.map(lambda x: x[:, 0], alone), expected)
     assert_beams(run_beam(table, alpha, beam), expected)
 
@@ -694,7 +699,7 @@ def test_a_beam_of_one_is_greedy():
 
 
 def test_ties_go_to_the_earlier_and_the_lower():
-    got = run_beam(jnp.zeros((1, NODES, VOCAB)), 0.0, 3)
+    got = run_beam(np.zeros((1, NODES, VOCAB), "f"), 0.0, 3)
     np.testing.assert_array_equal(got.tokens[0], [[2, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0]])
     np.testing.assert_allclose(got.scores[0], -np.log(3) * np.arange(1, 4), rtol=1e-6)
     zeros = jnp.zeros((1, NODES, VOCAB))
@@ -704,7 +709,8 @@ def test_ties_go_to_the_earlier_and_the_lower():
 
 def test_impossible_tokens_are_never_found():
     # After 1 comes the end; nothing else is possible, but in one example nothing is at all.
-    table = jnp.full((2, NODES, VOCAB), -jnp.inf).at[0, 0, 1].set(3.0).at[0, 2, END].set(-4.0)
+    table = np.full((2, NODES, VOCAB), -np.inf, "f")
+    table[0, 0, 1], table[0, 2, END] = 3.0, -4.0
     got = run_beam(table, 0.6, 3)
     np.testing.assert_array_equal(got.tokens[0], [[1, 2, 0, 0], [0] * 4, [0] * 4])
     np.testing.assert_array_equal(got.scores, [[0, -np.inf, -np.inf], [-np.inf] * 3])
@@ -722,7 +728,7 @@ def test_impossible_tokens_are_never_found():
 
 
 def test_nan_is_seen():
-    got = run_beam(jnp.full((1, NODES, VOCAB), jnp.nan), 0.6, 2)
+    got = run_beam(np.full((1, NODES, VOCAB), np.nan, "f"), 0.6, 2)
     assert np.isnan(got.scores).any()
     step, begin = tree_step(jnp.full((1, NODES, VOCAB), jnp.nan)), jnp.ones(1, int)
     assert np.isnan(search.greedy(step, tree_state(1), begin, 2, END).log_probs).all()

@@ -90,7 +90,7 @@ def test_a_cell_whose_process_dies_is_tried_once_more_and_then_a_failure(config,
         os.kill(held, signal.SIGKILL)
         if not deaths:
             wait_for(lambda held=held: read(work / "cells/base/lease.json")["pid"] != held, run)
-    output, errors = run.communicate(timeout=60)
+    output, errors = run.communicate(timeout=200)
     assert run.returncode == 1 and errors.startswith("error: 1 of 1 cells failed"), errors
     assert "once more, from the last checkpoint" in output
     result = read(work / "cells/base/result.json")

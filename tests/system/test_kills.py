@@ -58,6 +58,7 @@ def test_killed_while_it_saves_and_writes_it_ends_in_the_same_bits(tmp_path):
 
 @pytest.mark.slow
 def test_killed_a_hundred_times_at_random_it_ends_in_the_same_bits(tmp_path):
+    """Minutes: the launcher starts more than a hundred times, and each start imports and trains."""
     config, expected, _ = quiet(tmp_path, "all", "--workers=2")
     began = time.monotonic()
     finish(launch(config, tmp_path / "again", "all", "--workers=2"))  # its programs are kept by now

@@ -40,7 +40,7 @@ def compiled(module, **static):
 
 
 def tokens(*shape, vocab=11):
-    return np.random.default_rng(0).integers(vocab, size=shape)
+    return np.random.default_rng(0).integers(vocab, size=shape, dtype=np.int32)
 
 
 def other(text, *place):
