@@ -279,7 +279,7 @@ def _torch_generation(work, model):
         return own.out_proj(out.flatten(1))
 
     def run():
-        tokens, found = begin, []
+        tokens, text = begin, []
         with lib.inference_mode():
             for t in range(work.context):
                 x = model.embedding(tokens) + model.place[t]
@@ -289,8 +289,8 @@ def _torch_generation(work, model):
                     x = x + layer.linear2(hidden)
                 logits = model.stack.norm(x) @ model.embedding.weight.T
                 tokens = logits.argmax(-1)
-                found.append(tokens)
-        return lib.stack(found)
+                text.append(tokens)
+        return lib.stack(text)
 
     return run
 
