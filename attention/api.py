@@ -272,11 +272,11 @@ def _attend(
             if single
             else flatten_batch(dropout_key, batch, 1)
         )
-    known = {}
+    flags = {}
     if non_finite is not None:
-        known["non_finite"] = tuple(x.reshape(B, *x.shape[-2:]) for x in non_finite)
-    if known and not kernel.reads_non_finite:
-        for name, where in zip(("key", "value"), known.pop("non_finite"), strict=True):
+        flags["non_finite"] = tuple(x.reshape(B, *x.shape[-2:]) for x in non_finite)
+    if flags and not kernel.reads_non_finite:
+        for name, where in zip(("key", "value"), flags.pop("non_finite"), strict=True):
             arrays[name] = jnp.where(where[..., None], jnp.nan, arrays[name])
     out, extra = kernel.attend(
         mechanism,
@@ -285,11 +285,11 @@ def _attend(
         dropout_key=dropout_key,
         dropout_rate=dropout_rate,
         aux=tuple(name for name in aux if name != "row_weights"),
-        **known,
+        **flags,
         **({"block_sizes": block_sizes} if kernel.has_blocks else {}),
     )
     if "row_weights" in aux:
-        extra["row_weights"] = row_weights(mechanism, params, **arrays, **known, rows=weight_rows)
+        extra["row_weights"] = row_weights(mechanism, params, **arrays, **flags, rows=weight_rows)
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), (out, extra))
 
 

@@ -28,15 +28,15 @@ import numpy as np
 
 from attention.api import attend as attend_all
 from attention.integers import count_array, whole_number
-from attention.kernels.products import is_turned_by_place
+from attention.kernels.products import rotates_by_place
 from attention.mechanism import Mechanism
 from attention.parts import Array, Params, Position, accumulator, check_part
 
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Turned(Position):
-    """`position` where the keys are turned already: only the queries turn."""
+class QueryRotation(Position):
+    """`position` for keys that it has turned already: of its rotations only that of queries."""
 
     position: Position
 
@@ -62,7 +62,7 @@ class _Cache(NamedTuple):
     value: Array
     length: Array
     non_finite: tuple[Array, Array] | None = None
-    turned: Turned | None = None
+    rotation: QueryRotation | None = None
 
 
 class Cache(_Cache):
@@ -74,7 +74,7 @@ class Cache(_Cache):
       length: [...] int32, of each example. More than S: tokens were lost, see `append`.
       non_finite: [..., S, K] bool each: which keys and which values are not finite; 0 is stored for
         those. None: nothing is known, every call of `attend` looks at all of them.
-      turned: static; by what the keys were turned when appended. None: they were not.
+      rotation: static; the position that turned the keys when they were appended. None: none did.
     """
 
     __slots__ = ()
@@ -120,18 +120,18 @@ def empty(
     for name, size in {"max_length": max_length, **sizes}.items():
         whole_number(name, size, 1)
     slots = (*batch, max_length, num_kv_heads)
-    turned = None
+    rotation = None
     if position is not None:
         check_part("position", position, Position)
         wide_range = jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp  # xPos scales keys
-        if wide_range and is_turned_by_place(position, head_dim, value_dim):
-            turned = Turned(position)
+        if wide_range and rotates_by_place(position, head_dim, value_dim):
+            rotation = QueryRotation(position)
     return Cache(
         jnp.zeros((*slots, head_dim), dtype),
         jnp.zeros((*slots, value_dim), dtype),
         jnp.zeros(batch, jnp.int32),
         (jnp.zeros(slots, bool), jnp.zeros(slots, bool)),
-        turned,
+        rotation,
     )
 
 
@@ -184,8 +184,8 @@ def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None)
 
     for _ in batch:
         write = jax.vmap(write)
-    if cache.turned is not None:
-        key = _turn(cache.turned.position, key, positions(cache, T))
+    if cache.rotation is not None:
+        key = _rotate(cache.rotation.position, key, positions(cache, T))
     non_finite = None
     if cache.non_finite is not None:
         (key, bad_key), (value, bad_value) = _finite(key), _finite(value)
@@ -194,10 +194,10 @@ def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None)
     written = jax.tree.map(
         lambda old, new: write(old, new, cache.length), slots, (key, value, non_finite)
     )
-    return Cache(written[0], written[1], length, written[2], cache.turned)
+    return Cache(written[0], written[1], length, written[2], cache.rotation)
 
 
-def _turn(position, key, at):
+def _rotate(position, key, at):
     """Keys [..., T, K, D] turned by their places at [..., T], in the keys' dtype."""
     params = jax.eval_shape(lambda: position.init(jax.random.key(0), key.shape[-1], key.shape[-1]))
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)  # which nothing reads
@@ -206,10 +206,10 @@ def _turn(position, key, at):
         wide = x.astype(accumulator(x.dtype))
         return position.rotate(params, wide, at, "key").astype(x.dtype)
 
-    turn = jax.vmap(of_head, (1, None), 1)
+    rotate = jax.vmap(of_head, (1, None), 1)
     for _ in at.shape[1:]:
-        turn = jax.vmap(turn)
-    return turn(key, at)
+        rotate = jax.vmap(rotate)
+    return rotate(key, at)
 
 
 def counts(name: str, lengths: Any, batch: tuple[int, ...], most: int, slots: int) -> Array:
@@ -266,11 +266,11 @@ def attend(
       ValueError: as `attention.attend`; and for query_segments without key_segments.
     """
     query = jnp.asarray(query)
-    if cache.turned is not None and isinstance(mechanism, Mechanism):
-        if mechanism.position != cache.turned.position:
+    if cache.rotation is not None and isinstance(mechanism, Mechanism):
+        if mechanism.position != cache.rotation.position:
             raise ValueError(
                 f"mechanism has the position {mechanism.position}, but the cache's keys are turned "
-                f"by {cache.turned.position}: make it with decoding.empty(..., position=...) of "
+                f"by {cache.rotation.position}: make it with decoding.empty(..., position=...) of "
                 "the mechanism, or without one"
             )
         if options.get("key_positions") is not None:
@@ -278,7 +278,7 @@ def attend(
                 "key_positions were given, but the cache's keys are turned by their slots already: "
                 "make it with decoding.empty without a position"
             )
-        mechanism = dataclasses.replace(mechanism, position=cache.turned)
+        mechanism = dataclasses.replace(mechanism, position=cache.rotation)
     S, T = cache.key.shape[-3], query.shape[-3] if query.ndim > 2 else 0
     if options.get("query_segments") is not None and options.get("key_segments") is None:
         raise ValueError(

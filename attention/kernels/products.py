@@ -72,7 +72,7 @@ def term_reads_vectors(position: Position, head_dim: int, value_dim: int) -> boo
 
 
 @functools.cache
-def is_turned_by_place(position: Position, head_dim: int, value_dim: int) -> bool:
+def rotates_by_place(position: Position, head_dim: int, value_dim: int) -> bool:
     """Whether keys and their places alone say how they turn, and no term reads them besides."""
     params = jax.eval_shape(lambda: position.init(jax.random.key(0), head_dim, value_dim))
     x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)

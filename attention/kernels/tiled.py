@@ -575,7 +575,8 @@ def _attend_tiles_jvp(plan, primals, tangents):
             row, start, state = pair
             if state is not None:
                 # Of an EMPTY pair zeros are added somewhere: where the caches hold the numbers.
-                row, start = (jnp.where(state == EMPTY, 0, x) for x in (row, start))
+                visible = _in_any_example(state != EMPTY)
+                row, start = (jnp.where(visible, x, 0) for x in (row, start))
 
             # The inner checkpoint keeps the tile out of the residuals of a branch, the outer one
             # those residuals, two pieces, out of the scan's memory.

@@ -250,9 +250,9 @@ def test_a_full_cache_keeps_what_it_holds_and_is_seen():
     (lambda c, p, x: decoding.attend(Mechanism(mask=masks.Segments()), p, c, x), "query_segments"),
     (lambda c, p, x: decoding.attend(Mechanism(mask=masks.Prefix()), p, c, x), "prefix_lengths"),
     (lambda c, p, x: decoding.attend("dot", p, c, x), "must be an attention.Mechanism"),
-    (lambda c, p, x: decoding.attend(Mechanism(), p, turned(), x), "keys are turned by RoPE"),
+    (lambda c, p, x: decoding.attend(Mechanism(), p, rotary_cache(), x), "keys are turned by RoPE"),
     (lambda c, p, x: decoding.attend(
-        Mechanism(position=positions.RoPE()), p, turned(), x, key_positions=jnp.zeros(1, int)
+        Mechanism(position=positions.RoPE()), p, rotary_cache(), x, key_positions=jnp.zeros(1, int)
     ), "turned by their slots already"),
     (lambda c, p, x: decoding.empty((1,), 1, 1, 2, position="rope"), "position must be an"),
     (lambda c, p, x: attention.attend(
@@ -265,7 +265,7 @@ def test_what_does_not_fit_a_cache_is_refused(call, message):
         call(decoding.empty((1,), 1, K, D), params, random((1, 1, K, D), 0))
 
 
-def turned():
+def rotary_cache():
     return decoding.empty((1,), 1, K, D, position=positions.RoPE())
 
 
@@ -278,8 +278,8 @@ def turned():
 ], ids=str)  # fmt: skip
 def test_keys_are_turned_once_where_nothing_else_reads_them(position, expected):
     cache = decoding.empty((1,), 3, K, D, position=position)
-    assert (cache.turned is not None) == expected
-    assert decoding.empty((1,), 3, K, D, dtype=jnp.float16, position=position).turned is None
+    assert (cache.rotation is not None) == expected
+    assert decoding.empty((1,), 3, K, D, dtype=jnp.float16, position=position).rotation is None
     x = random((1, 2, K, D), 0)
     stored = decoding.append(cache, x, x).key[:, :2]
     assert bool(jnp.allclose(stored[:, 1], x[:, 1])) != expected
