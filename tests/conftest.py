@@ -59,6 +59,16 @@ def keep_compiled(tmp_path_factory):
 
 
 @pytest.fixture
+def nothing_kept():
+    """What is compiled is not kept on disk, so that compiling again does not load it."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    yield
+    jax.config.update(name, before)
+
+
+@pytest.fixture
 def config(tmp_path):
     """The file of a small sweep."""
     path = tmp_path / "config.py"

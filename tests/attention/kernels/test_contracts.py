@@ -253,7 +253,7 @@ def test_large_scores(kernel, normalizer):
 @pytest.mark.parametrize(
     "kernel, dtype", [*of_every_kernel("float32", quick=True), *of_every_kernel("bfloat16")]
 )
-def test_same_bits(kernel, dtype):
+def test_same_bits(kernel, dtype, nothing_kept):
     """Run again and compiled again, forward and backward, with dropout."""
     mechanism = Mechanism(scores.Additive(hidden=3), mask=masks.Causal() & masks.Padding())
     inputs = arrays(mechanism, T=33, S=33, dtype=dtype)

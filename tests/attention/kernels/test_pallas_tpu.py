@@ -176,7 +176,7 @@ def test_a_gaussian_of_rounded_features(x64):
 
 
 @pytest.mark.slow
-def test_same_bits():
+def test_same_bits(nothing_kept):
     """Run again and compiled again: what several blocks add to is added in one order."""
     given = arrays(QUICK, dtype="bfloat16")
 
