@@ -70,6 +70,8 @@ def attend_head(
     # XLA would spend minutes on folding constants.
     tile = jax.tree.map(lambda x: jnp.arange(len(x)) if isinstance(x, np.ndarray) else x, tile)
     inputs, bad = prepare(mechanism, params, query, key, value, tile, non_finite)
+    # Asked of caches alone, where a pass over all keys is most of a step: it traces the score.
+    overflows = non_finite is None or not is_bilinear(mechanism, key.shape[1], value.shape[1])
     out, extra = attend_rows(
         mechanism,
         inputs,
@@ -80,6 +82,7 @@ def attend_head(
         dropout_key=dropout_key,
         dropout_rate=dropout_rate,
         aux=aux,
+        overflows=overflows,
     )
     return out.astype(query.dtype), extra
 
@@ -235,14 +238,19 @@ def attend_rows(
     dropout_key: Array | None = None,
     dropout_rate: float = 0.0,
     aux: tuple[str, ...] = (),
+    overflows: bool = True,
 ) -> tuple[Array, dict[str, Array]]:
-    """`attend_head` of any rows, and of all columns visible from them, after `prepare`."""
+    """`attend_head` of any rows, and of all columns visible from them, after `prepare`.
+
+    `overflows`: the derivative of a masked score may, so that its vectors are hidden.
+    """
     shape = (*tile.query_index.shape, *tile.key_index.shape)
     visible = jnp.broadcast_to(mechanism.mask.tile(tile), shape)
     if mask is not None:
         visible &= mask
     worst = sees(bad, visible)
-    inputs = hide(mechanism, inputs, visible.any(1), visible.any(0))
+    if overflows:
+        inputs = hide(inputs, visible.any(1), visible.any(0))
     scores = score(mechanism, inputs, dataclasses.replace(tile, visible=visible))
     if bias is not None:
         scores += bias.astype(scores.dtype)
@@ -270,14 +278,12 @@ def attend_rows(
     return out, extra
 
 
-def hide(mechanism: Mechanism, inputs: Inputs, rows: Array, columns: Array) -> Inputs:
+def hide(inputs: Inputs, rows: Array, columns: Array) -> Inputs:
     """Inputs with 0 outside `rows` [t] and `columns` [s], bool: those that see, or are seen.
 
     A masked score may overflow where its vectors are huge, and 0 · inf is NaN in a gradient; but
-    not in that of a product of finite numbers.
+    not in that of a product of finite numbers (`products.is_bilinear`).
     """
-    if is_bilinear(mechanism, len(inputs.key), inputs.value.shape[1]):
-        return inputs
     return inputs._replace(
         query=jnp.where(rows[:, None], inputs.query, 0),
         key=jnp.where(columns, inputs.key, 0),
