@@ -3,6 +3,7 @@
 The parts are asked by tracing what they compute, so a part of one's own is recognised as well.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def term_reads_vectors(position: Position, head_dim: int, value_dim: int) -> boo
     params = jax.eval_shape(lambda: position.init(jax.random.key(0), head_dim, value_dim))
 
     def term(params, vectors):
-        return position.tile(params, vectors, vectors.T, _tile())
+        return [position.tile(params, vectors, vectors.T, tile) for tile in _tiles()]
 
     return depends(term, params, jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32))
 
@@ -82,7 +83,7 @@ def rotates_by_place(position: Position, head_dim: int, value_dim: int) -> bool:
 
     def term(fixed, key):
         params, query = fixed
-        return position.tile(params, query, key.T, _tile())
+        return [position.tile(params, query, key.T, tile) for tile in _tiles()]
 
     if depends(turned, x, params) or depends(term, (params, x), x):
         return False
@@ -91,12 +92,15 @@ def rotates_by_place(position: Position, head_dim: int, value_dim: int) -> bool:
 
 
 def depends(function: Callable[[Any, Any], Any], fixed: Any, x: Any) -> bool:
-    """Whether function(fixed, x) depends on x; both are trees of `jax.ShapeDtypeStruct`s."""
+    """Whether function(fixed, x) may depend on x; both are trees of `jax.ShapeDtypeStruct`s.
+
+    It may where `function` raises, as a part of one's own that needs lengths does without them.
+    """
     both = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), x)
     try:  # vmap refuses to return one result for two arguments where it may differ
         over_two = jax.vmap(function, in_axes=(None, 0), out_axes=None, axis_size=2)
         jax.eval_shape(over_two, fixed, both)
-    except ValueError:
+    except Exception:
         return True
     return False
 
@@ -109,29 +113,45 @@ def _params_of_a_head(mechanism, head_dim, value_dim):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
 
 
-def _tile():
+def _tiles():
+    """One that knows no lengths and segments, and one that knows all: a part may ask for either."""
     index: Any = np.arange(_SIZE)
-    head: Any = np.int32(0)
+    zero: Any = np.int32(0)
     all_pairs: Any = np.ones((_SIZE, _SIZE), bool)
-    return Tile(*(index,) * 4, head, 1, consecutive=True, visible=all_pairs)
+    bare = Tile(*(index,) * 4, zero, 1, consecutive=True, visible=all_pairs)
+    numbers = dict.fromkeys(("query_length", "key_length", "prefix_length"), zero)
+    segments = dict.fromkeys(("query_segments", "key_segments"), index)
+    return bare, dataclasses.replace(bare, **numbers, **segments)
 
 
 def _has_terms(position: Position, params, x):
-    """Whether a position adds to the scores or to the output."""
+    """Whether a position adds to the scores or to the output, or may do so: it raises."""
 
     def terms(params, x):
         weights = jnp.zeros((_SIZE, _SIZE))
-        term = position.tile(params, x, x.T, _tile())
-        return term, position.mix(params, weights, _tile())
+        return [
+            (position.tile(params, x, x.T, tile), position.mix(params, weights, tile))
+            for tile in _tiles()
+        ]
 
-    return bool(jax.tree.leaves(jax.eval_shape(terms, params, x)))
+    try:
+        return bool(jax.tree.leaves(jax.eval_shape(terms, params, x)))
+    except Exception:
+        return True
 
 
 def _is_product(score, params, x):
-    """Whether `score.tile` is query @ key and nothing else."""
+    """Whether `score.tile` is query @ key and nothing else, and raises nowhere."""
     query, key = jax.eval_shape(score.prepare, params, x, x)
     key = jax.ShapeDtypeStruct(key.shape[::-1], key.dtype)
-    traced = jax.make_jaxpr(lambda *args: score.tile(*args, _tile()))(params, query, key).jaxpr
+    return all(_is_product_on(tile, score, params, query, key) for tile in _tiles())
+
+
+def _is_product_on(tile, score, params, query, key):
+    try:
+        traced = jax.make_jaxpr(lambda *args: score.tile(*args, tile))(params, query, key).jaxpr
+    except Exception:
+        return False
     if [equation.primitive.name for equation in traced.eqns] != ["dot_general"]:
         return False
     (product,) = traced.eqns

@@ -16,7 +16,7 @@ import attention
 from attention import Mechanism, masks, normalizers, positions, scores
 from attention.kernels import blocks
 from attention.nn import MultiHeadAttention
-from attention.parts import PARTIAL, Tile
+from attention.parts import PARTIAL, Position, Tile
 from support.kernels import D, H, S, T, arrays, by_kernel, pulled
 from support.mechanisms import (
     EPS,
@@ -642,6 +642,25 @@ def test_a_loop_over_examples_copies_one_at_a_time():
 
 
 # Parts of one's own, and what a score costs.
+
+
+@dataclasses.dataclass(frozen=True)
+class LastKey(Position):
+    """A term for the last real key: it cannot do without lengths."""
+
+    def tile(self, params, query, key, tile):
+        last = tile.key_index == tile.key_length - 1
+        return jnp.broadcast_to(3.0 * last, (len(tile.query_index), len(tile.key_index)))
+
+
+def test_a_part_may_need_lengths():
+    mechanism = Mechanism(position=LastKey(), mask=masks.Padding())
+    params, query, key, value, _, _ = arrays(mechanism, batch=(2,))
+    run = functools.partial(attention.attend, mechanism, params, query, key, value)
+    lengths = np.array([3, S])
+    tiled = run(key_lengths=lengths, implementation="tiled", block_sizes=(4, 4))
+    dense = run(key_lengths=lengths, implementation="dense")
+    np.testing.assert_allclose(tiled, dense, atol=1e-5)
 
 
 def test_numbers_per_pair():
