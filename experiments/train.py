@@ -35,7 +35,7 @@ def main(argv):
         config, changed = cli.config(_CONFIG)
         directory = paths.as_path(_WORKDIR.value)
         cores = machine.threads(machine.cores())
-        devices.use_threads(loop.threads(directory, config) or cores)
+        devices.use_threads(config.threads or loop.recorded_threads(directory) or cores)
         if _DISTRIBUTED.value or _COORDINATOR.value:
             devices.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         elif (_NUM_PROCESSES.value, _PROCESS_ID.value) != (None, None):

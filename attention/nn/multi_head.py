@@ -28,8 +28,8 @@ class Dense(nn.Dense):
     """x W + b of `flax.linen.Dense`, over one flat axis of rows.
 
     XLA's CPU compiler runs the gradient of a product over several leading axes at a third of the
-    speed, and that of a kernel with more rows than columns at half of it; elsewhere the reshape is
-    free.
+    speed, and that of a kernel with more rows than columns slower than its transpose; elsewhere
+    the reshape is free.
     """
 
     dot_general: Any = _product

@@ -256,6 +256,12 @@ def check_read(config: ConfigDict, changed: Collection[str] = ()) -> None:
                 )
 
 
+def seeds(config: ConfigDict) -> tuple[int, ...]:
+    """The seeds of a run."""
+    first = config.train.first_seed
+    return tuple(range(first, first + config.train.seeds))
+
+
 def get(config: ConfigDict, name: str) -> Any:
     """The setting of a dotted name."""
     for part in name.split("."):

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from experiments.config import settings
 from experiments.launch import cli
 from experiments.training import loop
-from experiments.training.compilation import compile_program
+from experiments.training.compilation import compile_program, kept_in
 
 
 class Ahead:
@@ -70,10 +70,7 @@ class Ahead:
         return time.perf_counter() - began
 
     def _begin(self, config, program):
-        persistent = (
-            jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache
-        )
-        if program in self._known or not persistent or jax.default_backend() != "cpu":
+        if program in self._known or not kept_in() or jax.default_backend() != "cpu":
             return
         self._child = self._child or _start()
         print(json.dumps(settings.describe(config)), file=self._child.orders, flush=True)

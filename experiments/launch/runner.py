@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.analysis import comparisons, run_directory
-from experiments.config import claims, sweep
+from experiments.config import claims, settings, sweep
 from experiments.launch import cells, cli, halving
 from experiments.launch.executors import Executor
 from experiments.launch.interrupts import Stop, Stopped
@@ -50,12 +50,11 @@ def open_workdir(
         ids = {cell["id"] for cell in known}
         results = sum(bool(cells.outcome(cells.folder(workdir, id))) for id in ids)
         fields = ("id", "base", "axis", "value", "overrides", "confirms")
-        c = swept[0].config.train
         added = [{name: getattr(c, name) for name in fields} for c in swept if c.id not in ids]
         content = {
             "command": shlex.join(["python", "-m", "experiments.ablate", *sys.argv[1:]]),
             "created": (now := datetime.datetime.now().isoformat(timespec="seconds")),
-            "seeds": list(range(c.first_seed, c.first_seed + c.seeds)),
+            "seeds": list(settings.seeds(swept[0].config)),
             "environment": environment(),
             "claims": claims.record(expected, before.get("claims", []), now, results),
             "cells": known + added,

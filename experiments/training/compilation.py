@@ -182,10 +182,17 @@ class _Compiler:
         return {key: future.result() for key, future in self._futures.items()}
 
 
+def kept_in() -> str | None:
+    """The folder, or the address, where JAX keeps compiled programs; None where it keeps none."""
+    config: Any = jax.config  # which tells type checkers of few of its settings
+    on = config.jax_enable_compilation_cache
+    return config.jax_compilation_cache_dir if on else None
+
+
 def _compile(lowered, options):
     """Compiles, but waits where another process compiles the same, and takes it from the cache."""
-    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if not folder or "://" in folder or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+    folder = kept_in()
+    if not folder or "://" in folder:
         return lowered.compile(compiler_options=options)
     locks = Path(folder) / "locks"
     locks.mkdir(parents=True, exist_ok=True)

@@ -85,8 +85,7 @@ def prepare(config: ConfigDict) -> Run:
     task, model = build(config)
     c = config.train
     mesh = devices.mesh(config)
-    seeds = tuple(range(c.first_seed, c.first_seed + c.seeds))
-    source = data.TrainSource(task, seeds, c.batch_size, c.steps)
+    source = data.TrainSource(task, settings.seeds(config), c.batch_size, c.steps)
     whole = task.eval_splits()
     splits = {
         name: data.eval_batches(split, c.eval_batch_size, mesh.shape["data"] if mesh else 1)
@@ -305,10 +304,9 @@ def check_directory(directory: Any, config: ConfigDict) -> None:
             )
 
 
-def threads(directory: Any, config: ConfigDict) -> int:
-    """XLA's threads of a run: what `config` sets, else what `directory` has recorded, else 0."""
-    there = json.loads(paths.read(directory / "config.json") or "{}")
-    return config.threads or there.get("threads", 0)
+def recorded_threads(directory: Any) -> int:
+    """XLA's threads that the run in `directory` has recorded, 0 where it has not."""
+    return json.loads(paths.read(directory / "config.json") or "{}").get("threads", 0)
 
 
 def claim(directory: Any, config: ConfigDict, cores: int = 0) -> None:
@@ -317,7 +315,7 @@ def claim(directory: Any, config: ConfigDict, cores: int = 0) -> None:
     A run that begins records `cores` as its threads, where `config` sets none.
     """
     described = settings.describe(config)
-    described["threads"] = threads(directory, config) or cores
+    described["threads"] = config.threads or recorded_threads(directory) or cores
     paths.make(directory)
     write(directory / "config.json", json.dumps(described, indent=2))
 

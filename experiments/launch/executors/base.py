@@ -11,6 +11,7 @@ from experiments.launch import cells, cli
 from experiments.launch.interrupts import Stop, Stopped
 from experiments.launch.progress import Progress, Reported
 from experiments.storage import leases, paths
+from experiments.training import devices, loop
 
 TRIES = 3  # of a cell whose task ends without an outcome
 _PATIENCE = 120.0  # seconds for a lease of a machine that is gone, and for what is asked to stop
@@ -138,6 +139,7 @@ def train_cell(workdir: str, job: dict, signals: tuple = (signal.SIGINT, signal.
     """Trains a cell here; -> 'done', 'taken' by another process, or the signal that ended it."""
     cli.keep_compiled()
     place = paths.as_path(workdir)
+    devices.use_threads(loop.recorded_threads(cells.folder(place, job["id"])))
     progress = Reported(lambda *_, **__: None)
     until = time.monotonic() + _PATIENCE
     stop = Stop(signals)

@@ -20,7 +20,7 @@ from experiments.launch import cells, machine
 from experiments.launch.executors import base
 from experiments.launch.interrupts import Stop, Stopped
 from experiments.launch.progress import Progress
-from experiments.storage import paths
+from experiments.training import loop
 
 _TRIES = 2  # of a cell whose process dies
 _PROCESS_BYTES = 2**30  # of a worker without its cell: JAX, and XLA while it compiles
@@ -108,14 +108,19 @@ class Local(base.Executor):
                 "following": following,
                 "alone": len(self._workers) == 1,
             }
-            worker.use_threads(_threads(cells.folder(self._workdir, job.id)) or self.threads)
+            directory = cells.folder(self._workdir, job.id)
+            worker.use_threads(loop.recorded_threads(directory) or self.threads)
             step = 0
             limit = job.max_minutes * 60 + 60 if job.max_minutes else None
             for event in worker.work(order, limit):
                 match event:
                     case {"kind": "memory", "bytes": size}:
+                        # Not a minute of the cell's own, and it may die as it waits.
+                        worker.limit(None)
                         self._memory.take(worker, size, lambda: stop.signal or self._problem)
-                        worker.say("go")
+                        worker.limit(limit)
+                        with contextlib.suppress(BrokenPipeError):
+                            worker.say("go")
                     case {"kind": "start", "steps": steps, "at": step}:
                         cell.start(steps, step)
                     case {"kind": "step", "step": step, "loss": loss}:
@@ -181,6 +186,7 @@ class _Worker:
 
     def __init__(self, place: "Place", threads: int):
         self._place, self._threads = place, threads
+        self._timer: threading.Timer | None = None
         self.start()
 
     def use_threads(self, number: int) -> None:
@@ -212,18 +218,24 @@ class _Worker:
         After `limit` seconds it is killed, and `late`.
         """
         self.late = False
-        timer = threading.Timer(limit or 0, self._kill)
-        timer.daemon = True
         try:
             self.say(json.dumps(order))
-            if limit:
-                timer.start()
+            self.limit(limit)
             for line in self._events:
                 yield json.loads(line)
         except BrokenPipeError:
             return
         finally:
-            timer.cancel()
+            self.limit(None)
+
+    def limit(self, seconds: float | None) -> None:
+        """Kills it so many seconds from now, in place of an earlier limit; None: never."""
+        if self._timer:
+            self._timer.cancel()
+        self._timer = threading.Timer(seconds, self._kill) if seconds else None
+        if self._timer:
+            self._timer.daemon = True
+            self._timer.start()
 
     def say(self, line: str) -> None:
         """Writes a line to its standard input.  BrokenPipeError where it is dead."""
@@ -246,11 +258,6 @@ class _Worker:
             with contextlib.suppress(BrokenPipeError):  # what it was not there to read
                 pipe.close()
         return self._process.wait()
-
-
-def _threads(directory):
-    """The threads that a cell has recorded, 0 where it has not."""
-    return json.loads(paths.read(directory / "config.json") or "{}").get("threads", 0)
 
 
 def _died(code):

@@ -3,6 +3,7 @@
 import json
 import threading
 
+import psutil
 import pytest
 
 from experiments.config import settings
@@ -30,7 +31,7 @@ def test_a_run_goes_on_with_the_threads_that_it_began_with(tmp_path):
     for cores in (3, 1):
         loop.check_directory(tmp_path, config)
         loop.claim(tmp_path, config, cores)
-        assert recorded() == loop.threads(tmp_path, config) == 3
+        assert recorded() == loop.recorded_threads(tmp_path) == 3
     other = settings.override(config, {"threads": 2})
     with one_line(ValueError, "threads is 3 there, 2 here"):
         loop.check_directory(tmp_path, other)
@@ -64,6 +65,25 @@ def test_a_worker_has_physical_cores_of_its_own(cpus, monkeypatch):
     assert machine.cores() == [{1}, {2}], "only what this process may use"
     monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
     assert local.places(0, 1) == [local.Place()], "who takes a TPU takes all of it"
+
+
+def test_a_worker_has_as_many_threads_as_its_cell_began_with():
+    def threads():
+        return psutil.Process(worker._process.pid).environ()["NPROC"]
+
+    worker = local._Worker(local.Place(), 3)
+    try:
+        assert threads() == "3"
+        first = worker._process.pid
+        worker.use_threads(3)
+        assert worker._process.pid == first
+        worker.use_threads(2)
+        assert worker._process.pid != first and threads() == "2"
+        worker.limit(0.1)
+        worker._process.wait(20)
+        assert worker.late, "what does not end in time is killed"
+    finally:
+        worker.end()
 
 
 def test_a_container_limits_time_and_memory(cpus, monkeypatch):
