@@ -33,8 +33,8 @@ def threads(of: Sequence[set[int]]) -> int:
 def huge_pages() -> dict[str, str]:
     """Variables by which glibc puts a new process's large arrays on huge pages of memory.
 
-    XLA takes the memory of a step anew each time, and the first touch of each page costs. Pages of
-    2 MB save a quarter of a step that takes 600 MB, and a twentieth of one that takes 30.
+    XLA takes the memory of a step anew each time, and the first touch of each page costs; pages of
+    2 MB are few. docs/launching.md has what that saves.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if "glibc.malloc.hugetlb" in tunables:
