@@ -16,15 +16,19 @@ from experiments.training import attention_maps
 
 COSTS: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
     "parameters": lambda result: result.get("num_params"),
+    "steps": lambda result: result.get("steps"),
+    "GFLOP per step": lambda result: _per_step(result),
+    "TFLOP in all": lambda result: _scaled(result.get("flops"), 1e12),
     "ms per step": lambda result: _inverse(result.get("steps_per_second")),
-    "memory, MiB": lambda result: _mebi(result.get("memory_bytes")),
+    "memory, MiB": lambda result: _scaled(result.get("memory_bytes"), 2**20),
     "cache, bytes per token": lambda result: result.get("cache_bytes_per_token"),
     "ms per decoded token": lambda result: result.get("decode_ms_per_token"),
 }
 """Costs of a cell by name, from its result; None where the result has no such cost.
 
-A step is one of all its seeds, memory that of a step as XLA counts it, a decoded token one of each
-of `generation.TEXTS` texts.
+A step is one of all its seeds, of which one has so many GFLOP; memory is that of a step as XLA
+counts it, a decoded token one of each of `generation.TEXTS` texts. FLOPs are those of products, and
+what a mask leaves out may count as well; see `training.flops.count`.
 """
 
 
@@ -32,8 +36,14 @@ def _inverse(rate):
     return 1000 / rate if rate else None
 
 
-def _mebi(size):
-    return size / 2**20 if size else None
+def _scaled(number, unit):
+    return number / unit if number else None
+
+
+def _per_step(result):
+    """Of one seed."""
+    runs = result.get("steps", 0) * len(result.get("metrics", {}).get(result.get("primary"), ()))
+    return _scaled(result.get("flops"), 1e9 * runs) if runs else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -160,6 +160,8 @@ SETTINGS: dict[str, Any] = {
         "eval_batch_size": Setting(128, at_least(1)),
         "seeds": Setting(3, at_least(1)),
         "first_seed": Setting(0, at_least(0), "the others follow it"),
+        "data_seed": Setting(int, at_least(0), "draws the batches of all seeds; each its own"),
+        "init_seed": Setting(int, at_least(0), "draws the parameters of all seeds; each its own"),
         "seeds_impl": Setting(
             "map", one_of("map", "vmap"), "in one program one after another, or side by side"
         ),
@@ -170,7 +172,10 @@ SETTINGS: dict[str, Any] = {
             10.0, above(1.0) | exactly(0), "a loss so many times the first is a failure; 0: NaN is"
         ),
         "patience": Setting(
-            0, at_least(0), "evaluations without a better one that end a run; 0: never"
+            0,
+            at_least(0),
+            "evaluations without a better one that end a run, whose result is then that of its "
+            "best parameters, not its last; 0: never",
         ),
     },
 }
@@ -221,6 +226,13 @@ def check(config: ConfigDict) -> None:
             setting.range.check(name, value)
     if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError("model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment")
+    c, model = config.train, config.model
+    if None not in (c.data_seed, c.init_seed) and c.seeds > 1:
+        if not (model.dropout_rate or model.attention_dropout_rate):
+            raise ValueError(
+                f"train.data_seed={c.data_seed} and train.init_seed={c.init_seed} leave nothing in "
+                f"which {c.seeds} seeds differ: leave one of them out, or set train.seeds=1"
+            )
 
 
 def check_read(config: ConfigDict, changed: Collection[str] = ()) -> None:
@@ -256,10 +268,11 @@ def check_read(config: ConfigDict, changed: Collection[str] = ()) -> None:
                 )
 
 
-def seeds(config: ConfigDict) -> tuple[int, ...]:
-    """The seeds of a run."""
-    first = config.train.first_seed
-    return tuple(range(first, first + config.train.seeds))
+def seeds(config: ConfigDict, of: str = "") -> tuple[int, ...]:
+    """The seeds of a run; `of` 'data' those that draw the batches, of 'init' the parameters."""
+    first, count = config.train.first_seed, config.train.seeds
+    fixed = config.train[f"{of}_seed"] if of else None
+    return tuple(range(first, first + count)) if fixed is None else (fixed,) * count
 
 
 def get(config: ConfigDict, name: str) -> Any:

@@ -12,7 +12,7 @@ from experiments.storage.paths import replace
 
 _NAN = float("nan")
 _FACTS = (
-    *("num_params", "compile_seconds", "steps_per_second", "memory_bytes"),
+    *("num_params", "steps", "flops", "compile_seconds", "steps_per_second", "memory_bytes"),
     *("decode_ms_per_token", "cache_bytes_per_token"),
 )
 _COLUMNS = (

@@ -179,6 +179,11 @@ def caveats(rows: Sequence[Row]) -> str:
             f"All cells were compared at one learning rate, {rates.pop():g}; with the best rate of "
             "each they may differ otherwise."
         )
+    if any(row.cell.config.get("train", {}).get("patience") for row in done):
+        sentences.append(
+            "A run ends where validation gets no better, and its result is that of its best "
+            "parameters there, not of its last: on validation it looks better than it is."
+        )
     return " ".join(sentences)
 
 

@@ -10,11 +10,24 @@ from experiments.analysis.comparisons import Estimate, Row
 from experiments.analysis.run_directory import COSTS
 
 
+def costs(rows: Sequence[Row]) -> list[str]:
+    """The names of those of `COSTS` that a cell of the group has; steps only where they differ."""
+    results = [row.cell.result for row in rows if row.reported]
+    values = {name: {cost(result) for result in results} for name, cost in COSTS.items()}
+    return [
+        name
+        for name, own in values.items()
+        if own - {None} and not (name == "steps" and len(own) == 1)
+    ]
+
+
 def cost_text(name: str, result: Mapping[str, Any]) -> str:
     """One of `COSTS` of a result, '' where it is not known."""
     value = COSTS[name](result)
-    if name in ("parameters", "cache, bytes per token"):
+    if name in ("parameters", "steps", "cache, bytes per token"):
         return number(value, ",.0f")
+    if name.split()[0] in ("GFLOP", "TFLOP"):
+        return number(value, ".3g" if value and value < 1000 else ",.0f")
     return number(value, ".2f" if value and value < 10 else ".1f")
 
 

@@ -163,11 +163,7 @@ def _group(
         "others": {
             name: formatting.decimals(rows, name) for name in comparisons.other_metrics(rows)
         },
-        "costs": [
-            name
-            for name, cost in run_directory.COSTS.items()
-            if any(cost(row.cell.result) is not None for row in done)
-        ],
+        "costs": formatting.costs(rows),
         "splits": tables.splits_table(rows),
         "effects": [(axis, comparisons.axis_effects(rows, axis)) for axis in products],
         "pairs": comparisons.pairwise(rows),

@@ -84,11 +84,7 @@ def _columns(rows, plus_minus, bold, escape=str):
     done = [row for row in rows if row.reported]
     metric = done[0].metric if done else "mean"
     others = comparisons.other_metrics(rows)
-    costs = [
-        name
-        for name, cost in run_directory.COSTS.items()
-        if any(cost(row.cell.result) for row in done)
-    ]
+    costs = formatting.costs(rows)
     counted = ["learned"] if formatting.is_bimodal(rows) else []
     header = ["cell", metric, *counted, "difference", "p", *others, *costs, "status"]
 

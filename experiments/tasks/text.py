@@ -24,7 +24,9 @@ class Text:
     The text is that of `path`, or of `tfds`, or else the source code of the running Python's
     standard library: real text that every machine has (another Python version, another text; see
     `fingerprint`).  Unless a TFDS set brings its own validation split, the first int(0.9 · size)
-    tokens are for training and the rest for validation, as in nanoGPT (Karpathy 2022).
+    tokens are for training, as in nanoGPT (Karpathy 2022); of the rest the first half is for
+    validation and the second for testing, but all of it for validation beside a set's own test
+    split.
 
     A training example is a window of `context` tokens at a random place.  An evaluation split is a
     whole part of the text in consecutive windows, without the incomplete last one.
@@ -39,7 +41,8 @@ class Text:
       level: 'byte' (vocabulary 256) or 'char' (the sorted characters of the whole text).
       context: T, tokens of a window.
       max_eval_examples: take at most so many windows of each split, evenly spaced; None for all.
-      eval_lengths: for each n, a split 'length_<n>': the validation part in windows of n tokens.
+      eval_lengths: for each n, a split 'length_<n>': the part that is reported, test where there is
+        one and else validation, in windows of n tokens.
 
     Raises ValueError for fields that make no sense together.  Everything that needs the text raises
     FileNotFoundError or another OSError if it cannot be read, and ValueError if it is not UTF-8
@@ -88,6 +91,11 @@ class Text:
         """16 hexadecimal digits that change with any token of any part: which text this was."""
         return self._corpus.fingerprint
 
+    @property
+    def former_fingerprint(self) -> str:
+        """What `fingerprint` was before a text had a test part: that of models trained then."""
+        return self._corpus.former_fingerprint
+
     def batch(self, seed: int, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Windows of the training part at places hashed from (seed, index)."""
         tokens = self._corpus.train
@@ -96,12 +104,14 @@ class Text:
         return _windows(tokens, hashing.integers(bits, len(tokens) - self.context), self.context)
 
     def eval_splits(self) -> dict[str, dict[str, np.ndarray]]:
-        """'validation', 'test' where a TFDS set has one, and 'length_<n>' for n in eval_lengths."""
+        """'validation', 'test' unless a TFDS set has none, 'length_<n>' for n in eval_lengths."""
         self._require(self._corpus.train, "training", self.context)
-        parts = {"validation": (self._corpus.validation, self.context)}
-        if self._corpus.test is not None:
-            parts["test"] = (self._corpus.test, self.context)
-        parts |= {f"length_{n}": (self._corpus.validation, n) for n in self.eval_lengths}
+        validation, test = self._corpus.validation, self._corpus.test
+        parts = {"validation": (validation, self.context)}
+        if test is not None:
+            parts["test"] = (test, self.context)
+        reported = validation if test is None else test
+        parts |= {f"length_{n}": (reported, n) for n in self.eval_lengths}
         return {name: self._consecutive(name, *part) for name, part in parts.items()}
 
     def tokens(self, ids: np.ndarray) -> list[str]:
@@ -139,6 +149,7 @@ class _Corpus(typing.NamedTuple):
     test: np.ndarray | None
     characters: str | None
     fingerprint: str
+    former_fingerprint: str
 
 
 @functools.lru_cache(maxsize=8)
@@ -157,17 +168,27 @@ def _load(path, tfds, tfds_records, data_dir, level):
     if "validation" not in codes:
         size = int(0.9 * len(codes["train"]))
         codes["train"], codes["validation"] = codes["train"][:size], codes["train"][size:]
-    digest = hashlib.sha256(repr((level, characters)).encode())
-    for name, tokens in sorted(codes.items()):
-        digest.update(f"{name} {len(tokens)}".encode() + tokens.astype("<i4").tobytes())
+    former = _digest(level, characters, codes)
+    if codes.keys() == {"train", "validation"} and len(texts) == 1:
+        size = (len(codes["validation"]) + 1) // 2
+        codes["validation"], codes["test"] = codes["validation"][:size], codes["validation"][size:]
+    for tokens in codes.values():
         tokens.flags.writeable = False
     return _Corpus(
         codes["train"],
         codes["validation"],
         codes.get("test"),
         characters,
-        digest.hexdigest()[:16],
+        _digest(level, characters, codes),
+        former,
     )
+
+
+def _digest(level, characters, codes):
+    digest = hashlib.sha256(repr((level, characters)).encode())
+    for name, tokens in sorted(codes.items()):
+        digest.update(f"{name} {len(tokens)}".encode() + tokens.astype("<i4").tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _codes(text, level):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments.training import decode, devices, sharding, steps
+from experiments.training import decode, devices, flops, sharding, steps
 from experiments.training.data import fill, model_inputs, shapes, sources
 from experiments.training.decode import Decoding
 from experiments.training.optimizer import Recipe
@@ -25,14 +25,15 @@ class Program(NamedTuple):
 
     Attributes:
       state: shapes of a state (see `steps`), with shardings on a mesh.
-      init: seeds [R] -> state.
+      init: seeds [R], those of the parameters [R] -> state.
       step: state, batch [R, b, ...], learning rate [] -> state, metrics, each [R].
       evaluate: by split, params, batches [n, b, ...] -> sums of loss, hits, weights [n, R] each.
       translate: by split and `Decoding`, params, source batches [n, b, ...] -> tokens [n, R, b, T].
-      keep_best: best, params, score [R] -> best; see `steps.keep_best`. None without searches.
+      keep_best: best, params, score [R] -> best; see `steps.keep_best`. None where the last count.
       attention_stats: params, examples -> statistics and weights; see `steps.measure_attention`.
       memory_bytes: the most that a step takes, of arguments, results and what is between them, as
         XLA counts it; on a mesh, of one device. None where XLA does not tell.
+      flops: by `data.shapes` of a training batch, of a step of all seeds; see `flops.count`.
     """
 
     state: Any
@@ -43,6 +44,7 @@ class Program(NamedTuple):
     keep_best: Callable | None
     attention_stats: Callable
     memory_bytes: int | None
+    flops: dict[tuple, float]
 
 
 @functools.cache
@@ -54,6 +56,7 @@ def compile_program(
     splits: tuple,
     examples: tuple,
     searches: tuple = (),
+    has_best: bool = False,
     mesh: Mesh | None = None,
     fully_sharded: bool = False,
 ) -> Program:
@@ -61,17 +64,17 @@ def compile_program(
 
     `batches` are the `shapes` of all training batches, `splits` pairs of a name and `shapes`,
     `examples` the `shapes` of those whose attention is measured, `searches` pairs of a split and
-    how to translate it. The best of a run are kept where there are searches.
+    how to translate it. With `has_best` the best parameters of a run are kept.
 
     On a `mesh` the state lies as `attention.nn.partition` says, and the b examples of a batch are
     split over 'data'; training batches of another number are filled up. The functions still take
     NumPy batches, all of them in every process, and metrics, tokens and weights are everywhere.
     """
     shape_of = dict(splits)
-    init, step, evaluate = _functions(model, recipe, seeds_impl, batches[0], bool(searches))
+    init, step, evaluate = _functions(model, recipe, seeds_impl, batches[0], has_best)
     seeds = jax.ShapeDtypeStruct(batch_structs(batches[0])["inputs"].shape[:1], jnp.int32)
     inputs = model_inputs(_one_example(batches[0]))
-    state = jax.eval_shape(jax.jit(init), seeds)
+    state = jax.eval_shape(jax.jit(init), seeds, seeds)
     layout = sharding.layout(state, recipe.transformation(), model, inputs, mesh, fully_sharded)
     if mesh:
         state = jax.tree.map(lambda x, place: x.update(sharding=place), state, layout.state)
@@ -80,13 +83,18 @@ def compile_program(
     def structs(shapes):
         return batch_structs(shapes, layout.by_example)
 
+    def step_of(model):
+        return _functions(model, recipe, seeds_impl, batches[0], has_best)[1]
+
+    flops_of = {}
     with _Compiler(sharded=mesh is not None) as compiler:
         with splitting_batches(mesh):
             rate, out = jax.ShapeDtypeStruct((), jnp.float32), (layout.state, everywhere)
             for batch in batches:
                 arguments: tuple = state, structs(batch), rate
-                compiler.begin(("step", batch), step, arguments, out, donate_argnums=0)
-        compiler.begin("init", init, (seeds,), layout.state, once=True)
+                traced = compiler.begin(("step", batch), step, arguments, out, donate_argnums=0)
+                flops_of[batch] = flops.count(step_of, model, arguments, traced)
+        compiler.begin("init", init, (seeds, seeds), layout.state, once=True)
         with splitting_batches(mesh):
             for shape in shape_of.values():
                 compiler.begin(("evaluate", shape), evaluate, (params, structs(shape)), everywhere)
@@ -94,7 +102,7 @@ def compile_program(
                 translate = functools.partial(decode.translate, model, search, seeds_impl)
                 arguments = params, sources(structs(shape_of[split]))
                 compiler.begin((search, shape_of[split]), translate, arguments, everywhere)
-        if searches:
+        if has_best:
             score = jax.ShapeDtypeStruct(seeds.shape, jnp.float32)
             arguments, out = (state["best"], params, score), layout.state and layout.state["best"]
             compiler.begin("keep_best", steps.keep_best, arguments, out)
@@ -116,6 +124,7 @@ def compile_program(
         keep_best=compiled.get("keep_best"),
         attention_stats=compiled["attention_stats"],
         memory_bytes=max(filter(None, sizes), default=None),
+        flops=flops_of,
     )
 
 
@@ -124,8 +133,11 @@ def _functions(model, recipe, seeds_impl, batch, has_best):
     over_seeds = steps.seed_map(seeds_impl)
     row = _one_example(batch)
 
-    def init(seeds):
-        return over_seeds(lambda seed: steps.init_state(model, recipe, seed, row, has_best))(seeds)
+    def init(seeds, init_seeds):
+        def of_seed(seed, init_seed):
+            return steps.init_state(model, recipe, seed, init_seed, row, has_best)
+
+        return over_seeds(of_seed)(seeds, init_seeds)
 
     def step(state, batch, rate):
         return over_seeds(lambda s, b: steps.train_step(model, recipe, s, b, rate))(state, batch)
@@ -163,19 +175,20 @@ class _Compiler:
 
     def begin(
         self, key: Hashable, function: Callable, arguments: tuple, out: Any, once=False, **options
-    ) -> None:
-        """Traces and begins to compile a function, unless one of that key has begun.
+    ) -> Any:
+        """Traces and begins to compile a function -> its trace; None if one of that key has begun.
 
         `out` are the shardings of what it returns, for a mesh. What runs only `once` is not worth
         XLA's effort. `options` are those of `jax.jit`.
         """
         if key in self._futures:
-            return
+            return None
         if self._sharded:
             options["out_shardings"] = out
-        lowered = jax.jit(function, **options).lower(*arguments)
+        traced = jax.jit(function, **options).trace(*arguments)
         quick: dict[str, Any] | None = {"xla_backend_optimization_level": 0} if once else None
-        self._futures[key] = self._pool.submit(_compile, lowered, quick)
+        self._futures[key] = self._pool.submit(_compile, traced.lower(), quick)
+        return traced
 
     def results(self) -> dict[Hashable, Any]:
         """The compiled functions by key, when all are there."""

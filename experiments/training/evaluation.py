@@ -64,8 +64,8 @@ def bleu_by_length(
     return by_split
 
 
-def score(task: Any, metrics: Mapping[str, np.ndarray]) -> float:
-    """The mean over seeds of what a task is judged by on validation; lower is better."""
+def scores(task: Any, metrics: Mapping[str, np.ndarray]) -> np.ndarray:
+    """What a task is judged by on validation, of each seed [R]; lower is better."""
     split, _, name = task.primary.partition("/")
     values = metrics[task.primary] if split == "validation" else metrics[f"validation/{name}"]
-    return float(np.mean(values)) * (1 if task.lower_is_better else -1)
+    return np.asarray(values, np.float32) * (1 if task.lower_is_better else -1)

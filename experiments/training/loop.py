@@ -67,7 +67,9 @@ class Run(NamedTuple):
     Attributes:
       task, source, splits: the task, its training batches and its evaluation batches by split.
       examples: those of the validation split that attention maps are made of.
+      seeds, init_seeds: of each run, and what its parameters are drawn by, [R].
       greedy, beam: how a task that translates is judged on the way and in the end, else None.
+      has_best: whether the parameters that were best on the way are the result.
       program: the arguments of `compile_program`; runs of equal ones share a program.
     """
 
@@ -75,8 +77,11 @@ class Run(NamedTuple):
     source: data.TrainSource
     splits: dict[str, dict[str, np.ndarray]]
     examples: dict[str, np.ndarray]
+    seeds: np.ndarray
+    init_seeds: np.ndarray
     greedy: Decoding | None
     beam: Decoding | None
+    has_best: bool
     program: tuple
 
 
@@ -85,7 +90,7 @@ def prepare(config: ConfigDict) -> Run:
     task, model = build(config)
     c = config.train
     mesh = devices.mesh(config)
-    source = data.TrainSource(task, settings.seeds(config), c.batch_size, c.steps)
+    source = data.TrainSource(task, settings.seeds(config, "data"), c.batch_size, c.steps)
     whole = task.eval_splits()
     splits = {
         name: data.eval_batches(split, c.eval_batch_size, mesh.shape["data"] if mesh else 1)
@@ -97,6 +102,7 @@ def prepare(config: ConfigDict) -> Run:
     if isinstance(task, tasks.Translates):
         greedy, beam = (decode.from_config(config, task, beam) for beam in (False, True))
         searches = (("validation", greedy), *((name, beam) for name in splits))
+    has_best = bool(greedy) or c.patience > 0
     program = (
         model,
         Recipe(*(config.optimizer[name] for name in Recipe._fields)),
@@ -105,10 +111,12 @@ def prepare(config: ConfigDict) -> Run:
         tuple((name, data.shapes(split)) for name, split in splits.items()),
         data.shapes(examples),
         searches,
+        has_best,
         mesh,
         config.fully_sharded,
     )
-    return Run(task, source, splits, examples, greedy, beam, program)
+    seeds, init_seeds = (np.array(settings.seeds(config, own), np.int32) for own in ("", "init"))
+    return Run(task, source, splits, examples, seeds, init_seeds, greedy, beam, has_best, program)
 
 
 def train(
@@ -124,7 +132,8 @@ def train(
     """Trains all seeds of a config, from where `directory` left off; returns its result.
 
     A task that translates is judged by greedy translations on the way, and in the end by beam
-    search with the parameters of each seed that were best on the way.
+    search. There, and with `train.patience`, the result is that of the parameters of each seed that
+    were best on the way.
 
     With `until` it trains to that step only; the result is then {'status': 'paused', 'score': the
     primary metric's mean on the validation split}, and a later call goes on.
@@ -148,13 +157,15 @@ def train(
         began = time.perf_counter()
         while step < end and not record.ended:
             step += 1
-            state, metrics = program.step(state, next(iterator), rates[step - 1])
+            batch = next(iterator)
+            state, metrics = program.step(state, batch, rates[step - 1])
+            record.count(program.flops[data.shapes(batch)])
             stop.unsaved = True
             record.pending.append(metrics)
             progress.step(step)
             last = step == c.steps
             at_log = last or step % c.log_every == 0
-            at_eval = bool(run.greedy) if last else step % c.eval_every == 0
+            at_eval = run.has_best if last else step % c.eval_every == 0
             if at_log:
                 loss = _log(log, record, step, rates[step - 1], c.explosion)
                 progress.step(step, loss)
@@ -162,7 +173,7 @@ def train(
                 record.seconds += _lap(state, began)
                 metrics, state = _judge(run, program, state)
                 log.write(step, metrics)
-                record.judge(evaluation.score(run.task, metrics), c.patience)
+                record.judge(step, evaluation.scores(run.task, metrics), c.patience)
                 began = time.perf_counter()
             if stop.error:
                 raise stop.error
@@ -185,7 +196,8 @@ def train(
         )  # a process that ends alone leaves the others waiting
         if until is not None and step < c.steps and not record.ended:
             metrics, _ = _judge(run, program, state)
-            return {"status": "paused", "score": evaluation.score(run.task, metrics), "step": step}
+            score = float(np.mean(evaluation.scores(run.task, metrics)))
+            return {"status": "paused", "score": score, "step": step}
         params = final_params(state)
         metrics, details = _finish(config, run, program, params, directory)
         log.write(step, metrics)
@@ -200,6 +212,8 @@ def train(
         "steps_per_second": round(step / record.seconds, 2),
         "train_seconds": round(record.seconds, 2),
         "steps": step,
+        "flops": record.flops,
+        **({"best_steps": record.best_steps} if run.has_best else {}),
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         **details,
     }
@@ -216,7 +230,7 @@ def _restore(manager, run, program, iterator):
     if restored := checkpoints.restore(manager, program.state, iterator):
         step, state, described = restored
         return step, state, RunRecord.read(described)
-    return 0, program.init(np.asarray(run.source.seeds, np.int32)), RunRecord()
+    return 0, program.init(run.seeds, run.init_seeds), RunRecord()
 
 
 def _log(log, record, step, rate, explosion):
@@ -244,8 +258,9 @@ def _judge(run, program, state):
     if run.greedy:
         texts = evaluation.translations(program, run.task, run.greedy, params, validation)
         metrics |= evaluation.translation_metrics(run.task, texts)
-        primary = np.asarray(metrics[run.task.primary], np.float32)
-        state = {**state, "best": program.keep_best(state["best"], params, primary)}
+    if run.has_best:
+        scores = evaluation.scores(run.task, metrics)
+        state = {**state, "best": program.keep_best(state["best"], params, -scores)}
     return metrics, state
 
 

@@ -26,10 +26,19 @@ def _map(function):
 
 
 def init_state(
-    model: Any, recipe: Recipe, seed: jax.Array, row: Mapping[str, Any], has_best: bool
+    model: Any,
+    recipe: Recipe,
+    seed: jax.Array,
+    init_seed: jax.Array,
+    row: Mapping[str, Any],
+    has_best: bool,
 ) -> dict[str, Any]:
-    """The state of a run before its first step; `row` is a batch of one example."""
-    for_params, for_dropout = jax.random.split(jax.random.key(seed))
+    """The state of a run before its first step; `row` is a batch of one example.
+
+    Parameters are drawn by `init_seed`, what is dropped by `seed`.
+    """
+    for_params, _ = jax.random.split(jax.random.key(init_seed))
+    _, for_dropout = jax.random.split(jax.random.key(seed))
     params = model.init(for_params, *model_inputs(row))
     state = {
         "params": params,

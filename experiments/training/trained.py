@@ -46,7 +46,7 @@ def load(workdir: str | Path, seed: int = 0) -> Trained:
     config = settings.read(described)
     task, model = loop.build(config)
     there, here = described["task"].get("fingerprint"), getattr(task, "fingerprint", None)
-    if there != here:
+    if there not in (here, getattr(task, "former_fingerprint", None)):
         raise ValueError(
             f"the vocabulary or text of {folder} has changed since it was trained (fingerprint "
             f"{there} there, {here} here): give it the data of its training"

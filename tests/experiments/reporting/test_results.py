@@ -341,7 +341,7 @@ def test_csv(experiment, tmp_path):
         *("effect_size", "p", "p_holm", "df", "plain_interval95", "plain_p"),
         *("bootstrap95_low", "bootstrap95_high"),
         *("difference_bootstrap95_low", "difference_bootstrap95_high", "reported"),
-        *("num_params", "compile_seconds", "steps_per_second", "memory_bytes"),
+        *("num_params", "steps", "flops", "compile_seconds", "steps_per_second", "memory_bytes"),
         *("decode_ms_per_token", "cache_bytes_per_token", "error"),
     ]
     assert len(lines) == 7 * 3 + 2  # three metrics of each cell that is done
@@ -573,9 +573,26 @@ def test_directories_are_compared_cell_by_cell(tmp_path):
 def test_costs_are_those_of_the_result():
     result = {"num_params": 1234567, "steps_per_second": 4.0, "memory_bytes": 3 * 2**19}
     result |= {"cache_bytes_per_token": 2048.0, "decode_ms_per_token": 1.25}
+    result |= {"steps": 1000, "flops": 5e12, "primary": "a", "metrics": {"a": [1.0, 2.0]}}
     shown = [formatting.cost_text(name, result) for name in run_directory.COSTS]
-    assert shown == ["1,234,567", "250.0", "1.50", "2,048", "1.25"]
-    assert [formatting.cost_text(name, {}) for name in run_directory.COSTS] == [""] * 5
+    assert shown == ["1,234,567", "1,000", "2.5", "5", "250.0", "1.50", "2,048", "1.25"]
+    assert [formatting.cost_text(name, {}) for name in run_directory.COSTS] == [""] * 8
+
+
+def test_steps_are_shown_where_they_differ(experiment):
+    rows = comparisons.summarize(experiment)
+    assert "steps" not in formatting.costs(rows) and "parameters" in formatting.costs(rows)
+    fewer = dataclasses.replace(rows[1].cell, result={**rows[1].cell.result, "steps": 50})
+    other = [rows[0], dataclasses.replace(rows[1], cell=fewer), *rows[2:]]
+    assert "steps" in formatting.costs(other)
+
+
+def test_patience_is_a_caveat(experiment):
+    rows = comparisons.summarize(experiment)
+    assert "its best parameters" not in findings.caveats(rows)
+    config = {**rows[0].cell.config, "train": {"patience": 3}}
+    waited = dataclasses.replace(rows[0], cell=dataclasses.replace(rows[0].cell, config=config))
+    assert "that of its best parameters there, not of its last" in findings.caveats([waited])
 
 
 def test_pairs_are_written(tmp_path):

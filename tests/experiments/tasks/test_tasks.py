@@ -169,7 +169,7 @@ def test_seeds_and_indices_give_different_examples(name, tmp_path):
         ("copy", "f758d0d467d2ef14", "e356123ac69cb18c"),
         ("reverse", "8d346faecfceeca4", "38833595a280cab2"),
         ("sort", "f558e67f590c86f1", "705a25d54572e4d7"),
-        ("text", "16b84f9569f0ed67", "859ad3e7bdf77de6"),
+        ("text", "16b84f9569f0ed67", "24e801510ae2eec1"),
     ],
 )
 def test_numbers_are_the_same_everywhere(name, train, evaluation, tmp_path):
@@ -360,15 +360,20 @@ def test_text_split_and_windows(level, tmp_path):
         symbols, tokens = len(alphabet), [alphabet.index(c) for c in text]
     assert task.vocab_size == symbols
     size = int(0.9 * len(tokens))
-    train, validation = tokens[:size], tokens[size:]
+    middle = size + (len(tokens) - size + 1) // 2
+    train, validation, test = tokens[:size], tokens[size:middle], tokens[middle:]
 
     splits = task.eval_splits()
-    assert list(splits) == ["validation", "length_22"]
-    for name, n in (("validation", 15), ("length_22", 22)):
-        starts = range(0, len(validation) - n, n)
+    assert list(splits) == ["validation", "test", "length_22"]
+    for name, part, n in (
+        ("validation", validation, 15),
+        ("test", test, 15),
+        ("length_22", test, 22),
+    ):
+        starts = range(0, len(part) - n, n)
         inputs, targets = splits[name]["inputs"].tolist(), splits[name]["targets"].tolist()
-        assert inputs == [validation[i : i + n] for i in starts]
-        assert targets == [validation[i + 1 : i + n + 1] for i in starts]
+        assert inputs == [part[i : i + n] for i in starts]
+        assert targets == [part[i + 1 : i + n + 1] for i in starts]
         assert np.all(splits[name]["weights"] == 1)
 
     batch = task.batch(0, np.arange(20_000))
@@ -381,14 +386,14 @@ def test_text_split_and_windows(level, tmp_path):
 
 
 def test_text_exact_window_at_the_end(tmp_path):
-    # 100 bytes: 10 for validation, 9 predictions, so windows of 3 fit three times and none is lost.
+    # 200 tokens: 10 for testing, 9 predictions, so windows of 3 fit three times and none is lost.
     file = tmp_path / "a.txt"
-    file.write_bytes(bytes(range(1, 101)))
-    task = tasks.Text(path=str(file), context=3)
-    assert task.eval_splits()["validation"]["targets"].tolist() == [
-        [92, 93, 94],
-        [95, 96, 97],
-        [98, 99, 100],
+    file.write_text("".join(map(chr, range(300, 500))), "utf-8")
+    task = tasks.Text(path=str(file), level="char", context=3)
+    assert task.eval_splits()["test"]["targets"].tolist() == [
+        [191, 192, 193],
+        [194, 195, 196],
+        [197, 198, 199],
     ]
 
 
@@ -414,7 +419,7 @@ def test_text_evenly_spaced_windows(tmp_path):
 def tokens_of(**fields):
     """All bytes of a text, from its parts."""
     corpus = tasks.Text(**fields)._corpus
-    return b"".join(part.tobytes() for part in (corpus.train, corpus.validation))
+    return b"".join(part.tobytes() for part in (corpus.train, corpus.validation, corpus.test))
 
 
 def test_text_of_a_folder_is_its_files_in_order(tmp_path):
@@ -573,11 +578,13 @@ def test_text_empty_folder(tmp_path):
 
 def test_text_too_short(tmp_path):
     file = tmp_path / "a.txt"
-    file.write_text("x" * 100)
+    file.write_text("x" * 199)
     with one_line(ValueError, "validation", "has 10 bytes", "window of 10 needs 11"):
         tasks.Text(path=str(file), context=10).eval_splits()
-    with one_line(ValueError, "training", "has 90 bytes", "needs 91"):
-        tasks.Text(path=str(file), context=90).batch(0, np.arange(1))
+    file = tmp_path / "b.txt"
+    file.write_text("x" * 200)
+    with one_line(ValueError, "training", "has 180 bytes", "needs 181"):
+        tasks.Text(path=str(file), context=180).batch(0, np.arange(1))
     with one_line(ValueError, "length_20", "needs 21"):
         tasks.Text(path=str(file), context=9, eval_lengths=(20,)).eval_splits()
     assert len(tasks.Text(path=str(file), context=9).eval_splits()["validation"]["inputs"]) == 1
@@ -644,10 +651,12 @@ def test_tfds_set_with_its_own_splits(builders, tmp_path):
 def test_tfds_set_with_a_single_split_and_another_name(builders, tmp_path):
     task = tasks.Text(tfds="verses_whole", data_dir=str(tmp_path), context=8)
     corpus = task._corpus
-    assert list(task.eval_splits()) == ["validation"]
-    size = len(corpus.train) + len(corpus.validation)
+    assert list(task.eval_splits()) == ["validation", "test"]
+    parts = [corpus.train, corpus.validation, corpus.test]
+    text = np.concatenate(parts).tobytes().decode()
+    size = len(text.encode())
     assert len(corpus.train) == int(0.9 * size)
-    text = np.concatenate([corpus.train, corpus.validation]).tobytes().decode()
+    assert abs(len(corpus.validation) - len(corpus.test)) <= 1
     assert set(text.split("\n")) == {f"train poem vérse {i}" for i in range(30)}
 
 
@@ -696,7 +705,7 @@ def test_tfds_own_builder_without_tensorflow(tfds, tmp_path, monkeypatch):
 def test_tfds_mock_data(tfds, tmp_path):
     with tfds.testing.mock_data(num_examples=40):
         task = tasks.Text(tfds="tiny_shakespeare", data_dir=str(tmp_path / "mock"), context=16)
-        assert list(task.eval_splits()) == ["validation"]
+        assert list(task.eval_splits()) == ["validation", "test"]
     assert set(tokens_of(tfds=task.tfds, data_dir=task.data_dir)) <= set(b" abcdefghij\n")
 
 

@@ -77,6 +77,21 @@ def test_cells_of_a_sweep_start_alike_and_see_the_same(train_and_record):
     assert not np.array_equal(*ours["params"]["params"]["embedding"]["table"])
 
 
+@pytest.mark.parametrize("fixed", ["data", "init"])
+def test_the_seeds_of_batches_and_of_parameters_are_set_apart(train_and_record, fixed):
+    changes = {"model.num_layers": 1, "train.steps": 2, f"train.{fixed}_seed": 1}
+    state, batches, _ = train_and_record(tiny(**changes), fixed)
+    whole, whole_batches, _ = train_and_record(tiny(**changes | {f"train.{fixed}_seed": None}), "")
+    table, whole_table = (x["params"]["params"]["embedding"]["table"] for x in (state, whole))
+    inputs, whole_inputs = batches[0]["inputs"], whole_batches[0]["inputs"]
+    if fixed == "init":
+        table, whole_table, inputs, whole_inputs = inputs, whole_inputs, table, whole_table
+    np.testing.assert_array_equal(table, whole_table)
+    for own in inputs:
+        np.testing.assert_array_equal(own, whole_inputs[1])
+    np.testing.assert_array_equal(state["dropout"], whole["dropout"])
+
+
 @functools.cache
 def initial(task, **change):
     task, model = build(tiny(task, **change))

@@ -13,7 +13,7 @@ import safetensors.numpy
 from experiments import tasks
 from experiments.config import settings
 from experiments.launch import interrupts
-from experiments.training import attention_maps, checkpoints, data, loop, optimizer, trained
+from experiments.training import attention_maps, checkpoints, data, loop, optimizer, steps, trained
 from experiments.training import compilation as programs
 from experiments.training.run_record import RunRecord
 from support import ROOT, launching
@@ -113,6 +113,39 @@ def test_patience_ends_a_run_that_gets_no_better(tmp_path):
     assert run(config, tmp_path)["metrics"] == result["metrics"], "ended is ended"
 
 
+def test_with_patience_the_best_parameters_of_each_seed_are_the_result(tmp_path):
+    changes = {"train.steps": 40, "train.eval_every": 2, "train.patience": 4}
+    changes |= {"optimizer.learning_rate": 0.5, "optimizer.final_learning_rate": 0.5}
+    result = run(tiny(**changes), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    *judged, final = [line for line in lines if "validation/accuracy" in line]
+    by_step = {line["step"]: line["validation/accuracy"] for line in judged}
+    for seed, step in enumerate(result["best_steps"]):
+        own = {step: values[seed] for step, values in by_step.items()}
+        assert step == max(own, key=own.get), "the first of the best"
+        assert result["metrics"]["validation/accuracy"][seed] == pytest.approx(own[step])
+    assert final["step"] == result["steps"] and result["steps"] not in result["best_steps"]
+    state = checkpoints.read_state(tmp_path / "checkpoints")
+    best = steps.final_params(state)
+    assert any((a != b).any() for a, b in zip(leaves(best), leaves(state["params"]), strict=True))
+
+
+@pytest.mark.parametrize("kernel", ["dense", "tiled"])
+def test_flops_are_those_of_the_products(tmp_path, kernel):
+    changes = {"model.implementation": kernel, "model.num_layers": 1, "model.mlp_dim": 12}
+    config = tiny(**changes)
+    result = run(config, tmp_path)
+    source = loop.prepare(config).source
+    (_, (shape, _)), *_ = source.shapes[0]
+    tokens, length, width = shape[1] * shape[2], shape[2], config.model.model_dim
+    vocabulary = source.task.vocab_size
+    forward = 2 * tokens * width * (4 * width + 2 * 12 + 2 * length + vocabulary)
+    # The backward pass has two products for each; the dense kernel has one more, of where values
+    # are not finite.
+    expected = 3 * forward * config.train.steps * config.train.seeds
+    assert expected < result["flops"] < 1.02 * expected
+
+
 def test_a_loss_that_explodes_ends_the_run(tmp_path):
     changes = {"optimizer.learning_rate": 30.0, "optimizer.warmup_steps": 0, "train.steps": 60}
     changes |= {"train.explosion": 2.0, "train.checkpoint_every": 100}
@@ -174,14 +207,17 @@ def test_a_record_is_read_as_it_was_described_in_a_checkpoint():
     record = RunRecord(seconds=1.5, pending=[{"loss": np.array([0.1, 0.2], np.float32)}])
     described = json.loads(json.dumps(record.describe()))
     names = "seconds log_bytes pending first_loss best since ended"  # also in older checkpoints
-    assert set(described) == set(names.split())
+    assert set(described) == {*names.split(), "best_scores", "best_steps", "flops"}
+    old = RunRecord.read({name: described[name] for name in names.split()})
+    assert old.flops is None, "not known of the steps before"
     restored = RunRecord.read(described)
     np.testing.assert_array_equal(restored.pending[0]["loss"], record.pending[0]["loss"])
-    restored.judge(2.0, patience=2)
-    restored.judge(2.0, patience=2)
+    for step, scores in ((1, [1.0, 3.0]), (2, [2.0, 2.0])):
+        restored.judge(step, np.array(scores), patience=2)
     assert not restored.ended
-    restored.judge(3.0, patience=2)
+    restored.judge(3, np.array([0.0, np.nan]), patience=2)
     assert restored.ended and restored.best == 2.0
+    assert restored.best_steps == [3, 2] and restored.best_scores == [0.0, 2.0]
 
 
 def restored_params(config, directory):
@@ -317,7 +353,8 @@ def test_a_step_smooths_the_targets_and_averages_the_parameters():
     task, model = loop.build(config)
     batch = data.TrainSource(task, (0,), config.train.batch_size, 2)[0]
     built = program(config)
-    state = built.init(np.array([0], np.int32))
+    seeds = np.array([0], np.int32)
+    state = built.init(seeds, seeds)
     params = jax.tree.map(np.array, state["params"])  # the step takes the state's own
     after, metrics = built.step(state, batch, np.float32(0.1))
     one = jax.tree.map(lambda x: x[0], params)
