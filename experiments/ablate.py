@@ -10,6 +10,7 @@ trained by this machine's devices, by a Ray cluster or by SLURM: see
 
 import math
 import os
+import sys
 
 import jax
 from absl import flags
@@ -18,18 +19,24 @@ from ml_collections import config_flags
 from attention.nn.partition import mesh_sizes
 from experiments.analysis import run_directory
 from experiments.config import sweep
-from experiments.launch import cells, cli, confirm, executors, runner
+from experiments.launch import cells, cli, confirm, executors, match, runner, tune
 from experiments.launch.interrupts import Stop, Stopped
 from experiments.storage import paths
 from experiments.tasks.ranges import at_least, exactly
 from experiments.training import loop
 
 
-def list_cells(swept):
+def list_cells(swept, tuning):
     """What --dry_run prints."""
-    for cell in swept:
+    for cell in [*tuning, *swept]:
         loop.check(cell.config)
-        print(cell.id, *(f"{k}={v}" for k, v in cell.overrides.items()))
+    for cell in swept:
+        changes = dict(cell.overrides)
+        if cell.matched:
+            changes[cell.matched["setting"]] = cell.matched["width"]
+        print(cell.id, *(f"{k}={v}" for k, v in changes.items()))
+    if tuning:
+        print(f"after {len(tuning)} cells of {tuning[0].config.train.seeds} seeds that tune them:")
     print(f"{len(swept)} cells of {swept[0].config.train.seeds} seeds; nothing was run")
 
 
@@ -48,31 +55,46 @@ def main(argv):
         jax.config.update("jax_platforms", "cpu")
         if size > 1 and "xla_force_host_platform" not in os.environ.get("XLA_FLAGS", ""):
             jax.config.update("jax_num_cpu_devices", size)
+        for name, wanted in (("--confirm", _CONFIRM.value), ("--tune", _TUNE.value)):
+            if wanted and _HALVING.value:
+                raise ValueError(f"{name} trains every cell to its end: leave out --halving")
+        if _MATCH.value:
+            swept = match.match(swept, _MATCH.value)
+        grid = tune.grid(_TUNE.value, config)
+        tuning = tune.cells(swept, grid, _TUNING_SEEDS.value) if grid else []
         if _CONFIRM.value:
-            if _HALVING.value:
-                raise ValueError("--confirm trains every cell to its end: leave out --halving")
+            if grid:
+                swept = tune.choose(workdir / tune.FOLDER, swept, grid, _TUNING_SEEDS.value)
+                tuning = []
             count = flag_overrides.get("train.seeds")
             swept, expected = confirm.cells(run_directory.load(workdir), swept, count), []
             workdir = workdir / confirm.FOLDER
-        executor = executors.create(
-            _EXECUTOR.value, workdir, _WORKERS.value, size, _RESOURCES.value
+        executor, tuner = (
+            executors.create(_EXECUTOR.value, place, _WORKERS.value, size, _RESOURCES.value)
+            for place in (workdir, workdir / tune.FOLDER)
         )
         runner.say_untested(swept, expected)
         if _DRY_RUN.value:
-            return list_cells(swept)
+            return list_cells(swept, tuning)
     stop = Stop(leave=cli.leave)
+    options = {
+        "retry_failed": _RETRY.value,
+        "max_minutes": _MINUTES.value,
+        "tensorboard": _TENSORBOARD.value,
+    }
     try:
         with stop:
-            runner.train_sweep(
-                workdir,
-                swept,
-                expected,
-                executor,
-                stop,
-                retry_failed=_RETRY.value,
-                eta=_HALVING.value,
-                max_minutes=_MINUTES.value,
-                tensorboard=_TENSORBOARD.value,
+            if tuning:
+                folder = workdir / tune.FOLDER
+                runner.train_sweep(folder, tuning, [], tuner, stop, **options)
+                swept = tune.choose(folder, swept, grid, _TUNING_SEEDS.value)
+                runner.fail(workdir, swept, expected, tune.failures(swept))
+            failed = runner.train_sweep(
+                workdir, swept, expected, executor, stop, eta=_HALVING.value, **options
+            )
+        if failed:
+            sys.exit(
+                f"error: {failed} of {len(swept)} cells failed; --retry_failed tries them again"
             )
     except (Stopped, KeyboardInterrupt):
         cli.leave(stop)
@@ -98,6 +120,19 @@ if __name__ == "__main__":
         "Train the base and the best of each axis of a finished sweep once more, on seeds that had "
         "no part in the choice: as many as their power asks for, or --config.train.seeds.",
     )
+    _TUNE = flags.DEFINE_multi_string(
+        "tune",
+        [],
+        "A setting and its values, optimizer.learning_rate:1e-3,2e-3,4e-3: the best for each cell "
+        "is chosen on validation and on seeds of its own; given twice, of all pairs.",
+    )
+    _TUNING_SEEDS = flags.DEFINE_integer("tuning_seeds", 1, "Seeds of each value of --tune.")
+    _MATCH = flags.DEFINE_enum(
+        "match",
+        None,
+        list(match.COSTS),
+        "Hold each cell to the parameters or to the FLOPs of its base by the width of its MLP.",
+    )
     _RETRY = flags.DEFINE_bool("retry_failed", False, "Train cells that failed or were dropped.")
     _MINUTES = flags.DEFINE_float("max_minutes", 0, "A cell fails that trains longer; 0: no limit.")
     _HALVING = flags.DEFINE_integer(
@@ -116,4 +151,5 @@ if __name__ == "__main__":
     cli.limit(_MINUTES, at_least(0.0))
     cli.limit(_HALVING, exactly(0) | at_least(2))
     cli.limit(_WORKERS, at_least(0))
+    cli.limit(_TUNING_SEEDS, at_least(1))
     cli.run(main)

@@ -51,7 +51,8 @@ class CellRun:
     """One training run of all seeds. `config` and `result` are empty until they are written.
 
     Of a cell on fresh seeds, `confirms` has what chose it: the best 'among' so many, with a
-    'difference' from the base then; else it is None.
+    'difference' from the base then; else it is None. `matched` and `tuned` are those of
+    `launch.match` and `launch.tune`, empty of a cell that is neither.
     """
 
     id: str
@@ -63,6 +64,8 @@ class CellRun:
     config: Mapping[str, Any]
     result: Mapping[str, Any]
     confirms: Mapping[str, Any] | None = None
+    matched: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tuned: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def status(self) -> str:
@@ -157,8 +160,8 @@ def load(workdir: str | os.PathLike[str]) -> Experiment:
                     f"among its metrics: {', '.join(result['metrics'])}"
                 )
         fields = {name: spec[name] for name in ("id", "base", "axis", "value", "overrides")}
-        run = CellRun(**fields, path=path, config=config, result=result)
-        cells.append(dataclasses.replace(run, confirms=spec.get("confirms")))
+        later = {name: spec[name] for name in ("confirms", "matched", "tuned") if name in spec}
+        cells.append(CellRun(**fields, **later, path=path, config=config, result=result))
     expected = claims.read(sweep.get("claims", []))
     fields = {name: sweep[name] for name in header}
     experiment = Experiment(path=folder, **fields, cells=cells, claims=expected)

@@ -26,6 +26,8 @@ class CellSpec:
       overrides: the settings in which it differs from its base.
       config: all settings.
       confirms: of a cell on fresh seeds, what chose it; see `launch.confirm`.
+      matched: of a cell that is held to the cost of its base, what is changed; see `launch.match`.
+      tuned: of a cell with settings chosen for it, the grid and the choice; see `launch.tune`.
     """
 
     id: str
@@ -35,6 +37,14 @@ class CellSpec:
     overrides: Mapping[str, Any]
     config: ConfigDict
     confirms: Mapping[str, Any] | None = None
+    matched: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tuned: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def describe(cell: CellSpec) -> dict[str, Any]:
+    """All of a cell but its config, for JSON."""
+    fields = [field.name for field in dataclasses.fields(cell) if field.name != "config"]
+    return {name: getattr(cell, name) for name in fields}
 
 
 def expand(
@@ -79,7 +89,7 @@ def expand(
             # Flags about the task mean the config's, not one that a base puts in its place.
             if "task" not in base_overrides or not key.startswith("task.")
         }
-        start = _override(config, {**base_overrides, **own})
+        start = override(config, {**base_overrides, **own})
         id = paths.file_name(base)
         if id in cells or id.strip(".") == "":
             raise ValueError(
@@ -95,7 +105,7 @@ def expand(
             variants = [(axis, *value) for axis, values in swept.items() for value in values]
         meanings: list[tuple[str, str, dict]] = []
         for axis, value, change in variants:
-            varied = _override(start, change)
+            varied = override(start, change)
             meaning = _meaning(varied)
             if meaning == _meaning(start) and id in cells:
                 continue
@@ -115,8 +125,11 @@ def expand(
     return list(cells.values())
 
 
-def _override(config, changes):
-    """A checked copy of `config` with some settings replaced."""
+def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A checked copy of `config` with some settings replaced.
+
+    Raises ValueError where one of them does not exist, is out of its range or is read by nothing.
+    """
     changed = settings.override(config, changes)
     settings.check(changed)
     settings.check_read(changed, changes)

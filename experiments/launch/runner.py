@@ -15,7 +15,7 @@ from typing import Any
 
 from experiments.analysis import comparisons, run_directory
 from experiments.config import claims, settings, sweep
-from experiments.launch import cells, cli, halving
+from experiments.launch import cells, cli, halving, tune
 from experiments.launch.executors import Executor
 from experiments.launch.interrupts import Stop, Stopped
 from experiments.launch.progress import Progress
@@ -39,7 +39,8 @@ def open_workdir(
     """
     path = workdir / "sweep.json"
     # In this order: a launcher that starts just now writes sweep.json before all else.
-    if list(workdir.glob("[!.]*")) and not path.exists():
+    others = [file for file in workdir.glob("[!.]*") if file.name != tune.FOLDER]
+    if others and not path.exists():
         raise ValueError(f"{workdir} is not empty and holds no sweep; choose another --workdir")
     paths.make(workdir)
     with leases.alone(workdir):  # another launcher may add cells of its own
@@ -49,8 +50,7 @@ def open_workdir(
         known = before.get("cells", [])
         ids = {cell["id"] for cell in known}
         results = sum(bool(cells.outcome(cells.folder(workdir, id))) for id in ids)
-        fields = ("id", "base", "axis", "value", "overrides", "confirms")
-        added = [{name: getattr(c, name) for name in fields} for c in swept if c.id not in ids]
+        added = [sweep.describe(cell) for cell in swept if cell.id not in ids]
         content = {
             "command": shlex.join(["python", "-m", "experiments.ablate", *sys.argv[1:]]),
             "created": (now := datetime.datetime.now().isoformat(timespec="seconds")),
@@ -64,6 +64,22 @@ def open_workdir(
         for cell in swept:  # a mesh may be another than before
             if not cells.outcome(directory := cells.folder(workdir, cell.id)):
                 loop.claim(directory, cell.config, threads)
+
+
+def fail(
+    workdir: Any,
+    swept: Sequence[sweep.CellSpec],
+    expected: Sequence[claims.Claim],
+    errors: Mapping[str, str],
+) -> None:
+    """Writes why cells, by id, fail before they are trained, where they have no outcome yet."""
+    if not errors:
+        return
+    open_workdir(workdir, swept, expected)
+    for id, error in errors.items():
+        directory = cells.folder(workdir, id)
+        if not cells.outcome(directory):
+            cells.write_result(directory, {"status": "failed", "error": error})
 
 
 def environment() -> dict[str, str]:
@@ -157,12 +173,11 @@ def train_sweep(
     eta: int = 0,
     max_minutes: float = 0.0,
     tensorboard: bool = False,
-) -> None:
-    """Trains what is left of a sweep and writes its report.
+) -> int:
+    """Trains what is left of a sweep, writes its report, and returns how many cells have failed.
 
     `eta` is that of successive halving, 0: none; the others are flags of `experiments.ablate`.
-    Ends the program with status 1 where cells have failed, and in one line where a setting is
-    wrong.
+    Ends the program in one line where a setting is wrong.
     """
     with cli.user_errors():
         for cell in swept:
@@ -177,7 +192,7 @@ def train_sweep(
     if not todo and (workdir / "report.html").exists():
         terminal.show(comparisons.summarize(run_directory.load(workdir)))
         print(f"all {len(swept)} cells were done already: {workdir / 'report.html'}")
-        return _end(workdir, jobs)
+        return _failures(workdir, jobs)
     if todo:
         with executor:
             with cli.user_errors():
@@ -193,11 +208,9 @@ def train_sweep(
             run_until_done(workdir, jobs, executor, stop)
             stop.unsaved = False
     page.publish(workdir)
-    _end(workdir, jobs)
+    return _failures(workdir, jobs)
 
 
-def _end(workdir, jobs):
-    """Ends the program with status 1 where cells have failed."""
+def _failures(workdir, jobs):
     outcomes = [_outcome(workdir, job) for job in jobs]
-    if failed := sum(outcome["status"] == "failed" for outcome in outcomes if outcome):
-        sys.exit(f"error: {failed} of {len(jobs)} cells failed; --retry_failed tries them again")
+    return sum(outcome["status"] == "failed" for outcome in outcomes if outcome)

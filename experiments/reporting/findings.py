@@ -174,17 +174,61 @@ def caveats(rows: Sequence[Row]) -> str:
                 "the best of several."
             )
     rates = {row.cell.config.get("optimizer", {}).get("learning_rate") for row in done}
-    if len(done) > 1 and len(rates) == 1 and None not in rates:
+    tuned = any(row.cell.tuned for row in done)
+    if len(done) > 1 and len(rates) == 1 and None not in rates and not tuned:
         sentences.append(
             f"All cells were compared at one learning rate, {rates.pop():g}; with the best rate of "
             "each they may differ otherwise."
         )
+    for row in done:
+        if held := row.cell.matched:
+            unit = {"params": "parameters", "flops": "FLOP per step"}[held["by"]]
+            sentences.append(
+                f"{row.cell.label} has {held['setting']}={held['width']}, not {held['before']}, so "
+                f"that its {held['cost']:,.0f} {unit} are near the {held['target']:,.0f} of the "
+                "base."
+            )
     if any(row.cell.config.get("train", {}).get("patience") for row in done):
         sentences.append(
             "A run ends where validation gets no better, and its result is that of its best "
             "parameters there, not of its last: on validation it looks better than it is."
         )
     return " ".join(sentences)
+
+
+def tuning(rows: Sequence[Row]) -> str:
+    """How the settings of the cells of a group were chosen, and whether the grid is too narrow."""
+    cells = [row.cell for row in rows if row.cell.tuned]
+    if not cells:
+        return ""
+    first = cells[0].tuned
+    names = list(first["points"][0]["settings"])
+    runs = sum(len(cell.tuned["points"]) * cell.tuned["seeds"] for cell in cells)
+    seeds = f"{first['seeds']} seed{'s' if first['seeds'] > 1 else ''}"
+    metric = next((cell.tuned["metric"] for cell in cells if cell.tuned["metric"]), "nothing")
+    sentence = (
+        f"{' and '.join(names)} of each cell {'was' if len(names) == 1 else 'were'} chosen by "
+        f"{metric} among {len(first['points'])} points, of {seeds} each that had no part in the "
+        f"results: {runs} runs beside those of the results."
+    )
+    for name in names:
+        if at_end := [(cell, end) for cell in cells if (end := _end(cell.tuned, name))]:
+            texts = [f"{cell.label} ({end})" for cell, end in at_end]
+            sentence += (
+                f" The best {name} is at an end of the grid for {'; '.join(texts)}: a better one "
+                "may lie beyond, so widen the grid."
+            )
+    return sentence
+
+
+def _end(tuned, name):
+    """'0.004, the largest' where the choice of a setting is an end of its grid of numbers."""
+    values = [point["settings"][name] for point in tuned["points"]]
+    if not tuned["choice"] or not all(type(value) in (int, float) for value in values):
+        return ""
+    value = tuned["choice"][name]
+    ends = {min(values): "the smallest", max(values): "the largest"}
+    return f"{value:g}, {ends[value]}" if value in ends else ""
 
 
 def _finite(row):

@@ -70,9 +70,13 @@ def decimals(rows: Sequence[Row], metric: str = "") -> int:
     Of the reported metric unless another one is named.
     """
     estimates = [row.metrics.get(metric) if metric else row.reported for row in rows]
-    means = [abs(estimate.mean) for estimate in estimates if estimate]
-    means = [mean for mean in means if math.isfinite(mean) and mean > 0]
-    typical = float(np.median(means)) if means else 1.0
+    return decimals_of([estimate.mean for estimate in estimates if estimate])
+
+
+def decimals_of(values: Sequence[float]) -> int:
+    """`decimals` of some values."""
+    sizes = [abs(value) for value in values if math.isfinite(value) and value != 0]
+    typical = float(np.median(sizes)) if sizes else 1.0
     exponent = math.floor(math.log10(typical))
     return min(max((3 if exponent >= 0 else 2) - exponent, 0), 6)
 

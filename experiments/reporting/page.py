@@ -165,6 +165,8 @@ def _group(
         },
         "costs": formatting.costs(rows),
         "splits": tables.splits_table(rows),
+        "tuning": findings.tuning(rows),
+        "tuned": tables.tuning_table(rows),
         "effects": [(axis, comparisons.axis_effects(rows, axis)) for axis in products],
         "pairs": comparisons.pairwise(rows),
         "digits": digits,

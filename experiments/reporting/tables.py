@@ -37,6 +37,8 @@ def markdown(experiments: Sequence[run_directory.Experiment]) -> str:
             parts.append(f"Too few seeds: {warning}.")
         if table := splits_table(group):
             parts.append(markdown_table(*table))
+        if table := tuning_table(group):
+            parts += [findings.tuning(group), markdown_table(*table)]
     if any(one.claims for one in experiments):
         parts += ["## Expectations", CLAIMS_NOTE, markdown_table(*claims_table(experiments))]
     if changes := comparisons.between(experiments):
@@ -115,6 +117,32 @@ def _columns(rows, plus_minus, bold, escape=str):
         cells += [formatting.cost_text(name, row.cell.result) for name in costs]
         table.append([*cells, row.cell.status])
     return table
+
+
+def tuning_table(rows: Sequence[comparisons.Row]) -> list[list[str]]:
+    """Header and rows of what chose the settings of each cell; nothing where none were chosen."""
+    rows = [row for row in rows if row.cell.tuned]
+    if not rows:
+        return []
+    names = [_point(point["settings"]) for point in rows[0].cell.tuned["points"]]
+    table = [["cell", *names, "chosen", "runs", "TFLOP"]]
+    for row in rows:
+        tuned = row.cell.tuned
+        digits = formatting.decimals_of([point["score"] or math.nan for point in tuned["points"]])
+        scores = [
+            "failed" if point["score"] is None else f"{point['score']:.{digits}f}"
+            for point in tuned["points"]
+        ]
+        chosen = _point(tuned["choice"]) if tuned["choice"] else ""
+        flops = sum(point["flops"] or math.nan for point in tuned["points"])
+        cost = "" if math.isnan(flops) else f"{flops / 1e12:.3g}"
+        runs = str(tuned["seeds"] * len(names))
+        table.append([row.cell.label, *scores, chosen, runs, cost])
+    return table
+
+
+def _point(settings):
+    return ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in settings.items())
 
 
 def splits_table(rows: Sequence[comparisons.Row]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""How many floating-point operations a step takes, counted in its trace."""
+"""What a config costs, before it is trained: parameters, and FLOPs counted in a step's trace."""
 
 import dataclasses
 import math
@@ -6,7 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
+from ml_collections import ConfigDict
+
+from experiments.config.models import build
+from experiments.training import data, steps
+from experiments.training.optimizer import Recipe
 
 _UNCOUNTABLE = ("while", "pallas_call", "ffi_call", "dot_product_attention")
 
@@ -25,6 +32,37 @@ def count(function: Callable[[Any], Callable], model: Any, arguments: tuple, tra
         return flops
     dense = model.clone(config=dataclasses.replace(model.config, implementation="dense"))
     return products(jax.make_jaxpr(function(dense))(*arguments).jaxpr)
+
+
+def of_step(config: ConfigDict) -> float:
+    """`count` of a training step of one seed, of the largest batch; compiles nothing."""
+    task, model = build(config)
+    source = data.TrainSource(task, (0,), config.train.batch_size, 1)
+    shapes = [{name: shape for name, (shape, _) in batch} for batch in source.shapes]
+    largest = max(range(len(shapes)), key=lambda i: math.prod(shapes[i]["inputs"]))
+    batch = {
+        name: jax.ShapeDtypeStruct(shape[1:], dtype)
+        for name, (shape, dtype) in source.shapes[largest]
+    }
+    recipe = Recipe(*(config.optimizer[name] for name in Recipe._fields))
+
+    def step_of(model):
+        return lambda *arguments: steps.train_step(model, recipe, *arguments)
+
+    def init():
+        row = {name: np.zeros((1, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+        return steps.init_state(model, recipe, np.int32(0), np.int32(0), row, False)
+
+    arguments = jax.eval_shape(init), batch, jax.ShapeDtypeStruct((), jnp.float32)
+    return count(step_of, model, arguments, jax.jit(step_of(model)).trace(*arguments))
+
+
+def parameters(config: ConfigDict) -> int:
+    """How many parameters a model has; compiles nothing."""
+    task, model = build(config)
+    inputs = data.model_inputs(task.batch(0, np.arange(1)))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs))
+    return sum(x.size for x in jax.tree.leaves(shapes))
 
 
 def products(jaxpr: core.Jaxpr) -> float:
