@@ -19,25 +19,36 @@ from ml_collections import config_flags
 from attention.nn.partition import mesh_sizes
 from experiments.analysis import run_directory
 from experiments.config import sweep
-from experiments.launch import cells, cli, confirm, executors, match, runner, tune
+from experiments.launch import (
+    cells,
+    cli,
+    confirm,
+    executors,
+    looks,
+    match,
+    phases,
+    runner,
+    tune,
+)
 from experiments.launch.interrupts import Stop, Stopped
 from experiments.storage import paths
 from experiments.tasks.ranges import at_least, exactly
 from experiments.training import loop
 
 
-def list_cells(swept, tuning):
+def list_cells(todo):
     """What --dry_run prints."""
-    for cell in [*tuning, *swept]:
+    for cell in [*todo.tuning, *todo.swept]:
         loop.check(cell.config)
-    for cell in swept:
+    for cell in todo.swept:
         changes = dict(cell.overrides)
         if cell.matched:
             changes[cell.matched["setting"]] = cell.matched["width"]
         print(cell.id, *(f"{k}={v}" for k, v in changes.items()))
-    if tuning:
-        print(f"after {len(tuning)} cells of {tuning[0].config.train.seeds} seeds that tune them:")
-    print(f"{len(swept)} cells of {swept[0].config.train.seeds} seeds; nothing was run")
+    if todo.tuning:
+        print(f"after {len(todo.tuning)} cells of {todo.tuning_seeds} seeds that tune them:")
+    seeds = " or ".join(map(str, todo.looks or [todo.swept[0].config.train.seeds]))
+    print(f"{len(todo.swept)} cells of {seeds} seeds; nothing was run")
 
 
 def main(argv):
@@ -55,42 +66,45 @@ def main(argv):
         jax.config.update("jax_platforms", "cpu")
         if size > 1 and "xla_force_host_platform" not in os.environ.get("XLA_FLAGS", ""):
             jax.config.update("jax_num_cpu_devices", size)
-        for name, wanted in (("--confirm", _CONFIRM.value), ("--tune", _TUNE.value)):
+        for name, wanted in (
+            ("--confirm", _CONFIRM.value),
+            ("--tune", _TUNE.value),
+            ("--looks", _LOOKS.value),
+        ):
             if wanted and _HALVING.value:
                 raise ValueError(f"{name} trains every cell to its end: leave out --halving")
         if _MATCH.value:
             swept = match.match(swept, _MATCH.value)
-        grid = tune.grid(_TUNE.value, config)
-        tuning = tune.cells(swept, grid, _TUNING_SEEDS.value) if grid else []
+        grid, seeds = tune.grid(_TUNE.value, config), _TUNING_SEEDS.value
+        tuning = tune.cells(swept, grid, seeds) if grid else []
+        planned = looks.plan(_LOOKS.value, swept) if _LOOKS.value else ()
         if _CONFIRM.value:
             if grid:
-                swept = tune.choose(workdir / tune.FOLDER, swept, grid, _TUNING_SEEDS.value)
-                tuning = []
+                swept = tune.choose(workdir / tune.FOLDER, swept, grid, seeds)
             count = flag_overrides.get("train.seeds")
-            swept, expected = confirm.cells(run_directory.load(workdir), swept, count), []
-            workdir = workdir / confirm.FOLDER
-        executor, tuner = (
-            executors.create(_EXECUTOR.value, place, _WORKERS.value, size, _RESOURCES.value)
-            for place in (workdir, workdir / tune.FOLDER)
-        )
+            swept = confirm.cells(run_directory.load(workdir), swept, count)
+            workdir, expected, tuning, planned = workdir / confirm.FOLDER, [], [], ()
+        todo = phases.Phases(swept, expected, tuning, grid, seeds, planned)
+
+        def executor_in(place):
+            return executors.create(_EXECUTOR.value, place, _WORKERS.value, size, _RESOURCES.value)
+
+        executor_in(workdir)  # which checks the flags
         runner.say_untested(swept, expected)
         if _DRY_RUN.value:
-            return list_cells(swept, tuning)
+            return list_cells(todo)
     stop = Stop(leave=cli.leave)
-    options = {
-        "retry_failed": _RETRY.value,
-        "max_minutes": _MINUTES.value,
-        "tensorboard": _TENSORBOARD.value,
-    }
     try:
         with stop:
-            if tuning:
-                folder = workdir / tune.FOLDER
-                runner.train_sweep(folder, tuning, [], tuner, stop, **options)
-                swept = tune.choose(folder, swept, grid, _TUNING_SEEDS.value)
-                runner.fail(workdir, swept, expected, tune.failures(swept))
-            failed = runner.train_sweep(
-                workdir, swept, expected, executor, stop, eta=_HALVING.value, **options
+            failed = phases.train(
+                workdir,
+                todo,
+                executor_in,
+                stop,
+                retry_failed=_RETRY.value,
+                eta=_HALVING.value,
+                max_minutes=_MINUTES.value,
+                tensorboard=_TENSORBOARD.value,
             )
         if failed:
             sys.exit(
@@ -127,6 +141,12 @@ if __name__ == "__main__":
         "is chosen on validation and on seeds of its own; given twice, of all pairs.",
     )
     _TUNING_SEEDS = flags.DEFINE_integer("tuning_seeds", 1, "Seeds of each value of --tune.")
+    _LOOKS = flags.DEFINE_list(
+        "looks",
+        [],
+        "Numbers of seeds, 3,5,10: a cell that differs significantly ends there, the others go on "
+        "to the next; tests are corrected for it.",
+    )
     _MATCH = flags.DEFINE_enum(
         "match",
         None,

@@ -67,12 +67,14 @@ def test(
     claims: Sequence[Claim],
     values: Mapping[tuple[str, str], Sequence[float]],
     bimodal: Container[tuple[str, str]] = (),
+    looks: Sequence[int] = (),
 ) -> list[Finding]:
     """Tests claims by paired one-sided t-tests; 'equal' by two of them (TOST, Schuirmann 1987).
 
     `values` are the metrics of the seeds by cell and name; '' is the name of the reported one.
     `bimodal` names those of groups with seeds that learned and seeds that did not. A claim about
-    one is tested by `statistics.permutation_test`, or by `sign_flip_test` against a number.
+    one is tested by `statistics.permutation_test`, or by `sign_flip_test` against a number. p is
+    corrected for the `looks` that were planned, by `statistics.repeated_p`.
     """
     sides = []
     for claim in claims:
@@ -80,8 +82,10 @@ def test(
         names = _names(claim, claim.left) + _names(claim, claim.right)
         sides.append(_Sides(left, right, any(name in bimodal for name in names)))
     pairs = list(zip(claims, sides, strict=True))
-    p_for = statistics.holm([_p(*pair) for pair in pairs])
-    p_against = statistics.holm([_p_against(*pair) for pair in pairs])
+    p_for, p_against = (
+        statistics.holm(statistics.repeated_p([test(*pair) for pair in pairs], looks, 1))
+        for test in (_p, _p_against)
+    )
     findings = []
     for (claim, both), p, against in zip(pairs, p_for, p_against, strict=True):
         d = both.difference

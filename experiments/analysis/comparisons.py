@@ -151,7 +151,9 @@ def _group(cells: Sequence[CellRun]) -> list[Row]:
         bimodal = accuracy in thresholds or (name != accuracy and bool(thresholds))
         compared = [id for id in variants if id in by_cell and name in base]
         pairs = [_common(by_cell[id], base[name]) for id in compared]
-        results = statistics.compare(pairs, count=started, exact=bimodal, reach=high - low)
+        results = statistics.compare(
+            pairs, count=started, exact=bimodal, reach=high - low, looks=cells[0].looks
+        )
         comparisons = dict(zip(compared, results, strict=True))
         for id, own in by_cell.items():
             mean, interval = statistics.mean_interval(own)
@@ -225,7 +227,8 @@ def findings(experiment: Experiment) -> list[claim_tests.Finding]:
     }
     values = {key: estimate.values for key, estimate in estimates.items()}
     bimodal = {key for key, estimate in estimates.items() if estimate.bimodal}
-    return claim_tests.test(experiment.claims, values, bimodal)
+    looks = experiment.cells[0].looks
+    return claim_tests.test(experiment.claims, values, bimodal, looks)
 
 
 def other_metrics(rows: Sequence[Row]) -> list[str]:
@@ -327,6 +330,7 @@ def pairwise(rows: Sequence[Row]) -> PairwiseComparisons:
         count=math.comb(started, 2),
         exact=any(estimate.bimodal for estimate in estimates),
         reach=high - low,
+        looks=rows[0].cell.looks if rows else (),
     )
     return PairwiseComparisons(rows, dict(zip(places, results, strict=True)))
 

@@ -14,7 +14,11 @@ from experiments.config.claims import Claim
 from experiments.storage import paths
 from experiments.training import attention_maps
 
+LOOKS = "looks"
+"""Of a work directory: where the seeds that were added by a plan are, see `launch.looks`."""
+
 COSTS: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
+    "seeds": lambda result: len(result.get("metrics", {}).get(result.get("primary"), ())) or None,
     "parameters": lambda result: result.get("num_params"),
     "steps": lambda result: result.get("steps"),
     "GFLOP per step": lambda result: _per_step(result),
@@ -52,7 +56,8 @@ class CellRun:
 
     Of a cell on fresh seeds, `confirms` has what chose it: the best 'among' so many, with a
     'difference' from the base then; else it is None. `matched` and `tuned` are those of
-    `launch.match` and `launch.tune`, empty of a cell that is neither.
+    `launch.match` and `launch.tune`, empty of a cell that is neither. `looks` are the numbers of
+    seeds at which it was planned to look and to end; see `launch.looks`.
     """
 
     id: str
@@ -66,6 +71,7 @@ class CellRun:
     confirms: Mapping[str, Any] | None = None
     matched: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tuned: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    looks: Sequence[int] = ()
 
     @property
     def status(self) -> str:
@@ -136,6 +142,8 @@ class Experiment:
 def load(workdir: str | os.PathLike[str]) -> Experiment:
     """Reads `sweep.json` and of each cell `config.json` and `result.json`, where there.
 
+    Seeds that a plan of looks has added to a cell are those of its result, too.
+
     Raises:
       ValueError: `workdir` is not a run directory, or one of its files is damaged.
     """
@@ -161,15 +169,37 @@ def load(workdir: str | os.PathLike[str]) -> Experiment:
                 )
         fields = {name: spec[name] for name in ("id", "base", "axis", "value", "overrides")}
         later = {name: spec[name] for name in ("confirms", "matched", "tuned") if name in spec}
+        later["looks"] = tuple(sweep.get("looks", ()))
         cells.append(CellRun(**fields, **later, path=path, config=config, result=result))
+    seeds = list(sweep["seeds"])
+    for look in sweep.get("looks", ())[1:]:
+        if paths.read((place := folder / LOOKS / str(look)) / "sweep.json"):
+            added = load(place)
+            results = {cell.id: cell.result for cell in added.cells if cell.status == "done"}
+            cells = [_with_seeds(cell, results.get(cell.id)) for cell in cells]
+            seeds += added.seeds
     expected = claims.read(sweep.get("claims", []))
     fields = {name: sweep[name] for name in header}
+    fields["seeds"] = seeds
     experiment = Experiment(path=folder, **fields, cells=cells, claims=expected)
     devices = dict.fromkeys(cell.result["device"] for cell in cells if "device" in cell.result)
     if not devices:
         return experiment
     environment = {**experiment.environment, "device": ", ".join(devices)}
     return dataclasses.replace(experiment, environment=environment)
+
+
+def _with_seeds(cell, added):
+    """The cell with the seeds of another result."""
+    if not added or cell.status != "done":
+        return cell
+    result = dict(cell.result)
+    both = result["metrics"].keys() & added["metrics"].keys()
+    result["metrics"] = {name: [*result["metrics"][name], *added["metrics"][name]] for name in both}
+    for name in ("train_seconds", "flops"):
+        if None not in (result.get(name), added.get(name)):
+            result[name] += added[name]
+    return dataclasses.replace(cell, result=result)
 
 
 def read_curves(cell: CellRun) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -155,6 +155,31 @@ def halving_errors(counted: bool, seeds: int = 3, sweeps: int = 2000) -> tuple[f
     return share, plain_share
 
 
+def looks_rates(
+    scenario: Scenario, looks: Sequence[int], planned: bool, sweeps: int = 2000
+) -> tuple[float, float, float]:
+    """Error, power (see `Rates`) and seeds of a cell, where seeds are added until it has a star.
+
+    Without a plan each look is taken for the only one, and a star stays; with one it is that of
+    `launch.looks`.
+    """
+    rng = np.random.default_rng(0)
+    differs = np.asarray(scenario.shifts) != 0
+    counts = []
+    for _ in range(sweeps):
+        base, *cells = scenario.values(rng, looks[-1])
+        star, seeds = np.zeros(len(cells), bool), np.zeros(len(cells), int)
+        for look in looks:
+            seeds[~star] = look
+            pairs = [(cell[:n], base[:n]) for cell, n in zip(cells, seeds, strict=True)]
+            results = statistics.compare(pairs, looks=looks if planned else ())
+            now = np.array([one.significant for one in results])
+            star = now if planned else star | now
+        counts.append([_any(star[~differs]), _mean(star[differs]), seeds.mean()])
+    error, power, mean_seeds = np.mean(counts, axis=0).tolist()
+    return error, power, mean_seeds
+
+
 def bimodal_rates(
     shares: Sequence[float], seeds: int, sweeps: int = 1000
 ) -> tuple[float, float, float]:
@@ -211,6 +236,23 @@ def tables() -> Iterator[list[list[str]]]:
         ["3 seeds, corrected for", "error", "plain error"],
         ["the cells that halving left", *map(_percent, halving_errors(False))],
         ["all that were begun", *map(_percent, halving_errors(True))],
+    ]
+    yield [
+        ["looks at 3, 5 and 10 seeds", "nothing differs: error", "one cell differs by 3: power"]
+        + ["seeds of a cell"],
+        *(
+            [name, _percent(none[0]), _percent(one[1]), f"{one[2]:.1f}"]
+            for name, planned in (("without a plan", False), ("planned", True))
+            for none, one in [
+                [looks_rates(SCENARIOS[x], (3, 5, 10), planned) for x in ("equal", "one")]
+            ]
+        ),
+        [
+            "all have 10 seeds",
+            _percent(rates(SCENARIOS["equal"], 10).error),
+            _percent(rates(SCENARIOS["one"], 10).power),
+            "10",
+        ],
     ]
     rows = [["share of seeds that learn", "seeds", "plain error", "error", "power"]]
     for name, shares in BIMODAL.items():

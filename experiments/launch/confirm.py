@@ -103,7 +103,8 @@ def cells(
             f"seeds {', '.join(map(str, overlap))} chose the cells of {experiment.path} already: "
             f"give --config.train.first_seed={experiment.seeds[-1] + 1} or more"
         )
-    old = {"train.first_seed": experiment.seeds[0], "train.seeds": len(experiment.seeds)}
+    together = experiment.cells[0].config["train"]["seeds"]  # others came by a plan of looks
+    old = {"train.first_seed": experiment.seeds[0], "train.seeds": together}
     fresh = {"train.first_seed": first, "train.seeds": count}
     folders = {cell.id: cell.path for cell in experiment.cells}
 

@@ -29,17 +29,19 @@ def open_workdir(
     swept: Sequence[sweep.CellSpec],
     expected: Sequence[claims.Claim] = (),
     threads: int = 0,
+    looks: Sequence[int] = (),
 ) -> None:
     """Writes sweep.json and each cell's config.json, or adds cells to those already there.
 
     `expected` takes the place of what was claimed there before. `threads` are those of a new cell
-    that sets none.
+    that sets none, `looks` a plan to add seeds, see `launch.looks`.
 
-    Raises ValueError, before anything is written, where a cell there has other settings.
+    Raises ValueError, before anything is written, where a cell there has other settings, and where
+    another plan was made before results came.
     """
     path = workdir / "sweep.json"
     # In this order: a launcher that starts just now writes sweep.json before all else.
-    others = [file for file in workdir.glob("[!.]*") if file.name != tune.FOLDER]
+    others = [x for x in workdir.glob("[!.]*") if x.name != tune.FOLDER]
     if others and not path.exists():
         raise ValueError(f"{workdir} is not empty and holds no sweep; choose another --workdir")
     paths.make(workdir)
@@ -50,12 +52,19 @@ def open_workdir(
         known = before.get("cells", [])
         ids = {cell["id"] for cell in known}
         results = sum(bool(cells.outcome(cells.folder(workdir, id))) for id in ids)
+        if results and list(looks) != before.get("looks", []):
+            planned = ",".join(map(str, before.get("looks", []))) or "none"
+            raise ValueError(
+                f"the plan of {workdir} has {results} results, with --looks={planned}; it cannot "
+                f"change after them to {','.join(map(str, looks)) or 'none'}"
+            )
         added = [sweep.describe(cell) for cell in swept if cell.id not in ids]
         content = {
             "command": shlex.join(["python", "-m", "experiments.ablate", *sys.argv[1:]]),
             "created": (now := datetime.datetime.now().isoformat(timespec="seconds")),
             "seeds": list(settings.seeds(swept[0].config)),
             "environment": environment(),
+            "looks": list(looks),
             "claims": claims.record(expected, before.get("claims", []), now, results),
             "cells": known + added,
         }
@@ -71,11 +80,12 @@ def fail(
     swept: Sequence[sweep.CellSpec],
     expected: Sequence[claims.Claim],
     errors: Mapping[str, str],
+    looks: Sequence[int] = (),
 ) -> None:
     """Writes why cells, by id, fail before they are trained, where they have no outcome yet."""
     if not errors:
         return
-    open_workdir(workdir, swept, expected)
+    open_workdir(workdir, swept, expected, looks=looks)
     for id, error in errors.items():
         directory = cells.folder(workdir, id)
         if not cells.outcome(directory):
@@ -173,10 +183,13 @@ def train_sweep(
     eta: int = 0,
     max_minutes: float = 0.0,
     tensorboard: bool = False,
+    looks: Sequence[int] = (),
+    report: bool = True,
 ) -> int:
     """Trains what is left of a sweep, writes its report, and returns how many cells have failed.
 
-    `eta` is that of successive halving, 0: none; the others are flags of `experiments.ablate`.
+    `eta` is that of successive halving, 0: none; `looks` is the plan that the cells begin; the
+    others are flags of `experiments.ablate`. No report is written unless `report`.
     Ends the program in one line where a setting is wrong.
     """
     with cli.user_errors():
@@ -189,6 +202,8 @@ def train_sweep(
     jobs = [cells.Job(cell.id, **options) for cell in swept]
     status = {job: (_outcome(workdir, job) or {}).get("status") for job in jobs}
     todo = [job for job in jobs if status[job] in (None, *retried)]
+    if not todo and not report:
+        return _failures(workdir, jobs)
     if not todo and (workdir / "report.html").exists():
         terminal.show(comparisons.summarize(run_directory.load(workdir)))
         print(f"all {len(swept)} cells were done already: {workdir / 'report.html'}")
@@ -200,14 +215,15 @@ def train_sweep(
                     loop.check(cell.config)
                 for cell in swept:
                     cells.forget(cells.folder(workdir, cell.id), retried)
-                open_workdir(workdir, swept, expected, executor.threads)
+                open_workdir(workdir, swept, expected, executor.threads, looks)
             print(f"{len(todo)} of {len(swept)} cells to train in {workdir}", flush=True)
             stop.unsaved = True  # those who train are asked to save
             if eta:
                 halve(workdir, swept, executor, stop, eta, options)
             run_until_done(workdir, jobs, executor, stop)
             stop.unsaved = False
-    page.publish(workdir)
+    if report:
+        page.publish(workdir)
     return _failures(workdir, jobs)
 
 

@@ -134,6 +134,7 @@ def how_tested(rows: Sequence[Row]) -> str:
         f"p-values are corrected for the {family} cells that were begun (Holm), and a star marks "
         "p < 0.05."
     )
+    corrected += _planned(rows)
     if is_bimodal(rows):
         return (
             "Some seeds learned, with an accuracy above half-way between the lowest and the "
@@ -149,6 +150,17 @@ def how_tested(rows: Sequence[Row]) -> str:
         f"is shrunk towards those of the group (Smyth 2004). {corrected} The intervals of the "
         "differences are simultaneous (95%, Bonferroni), and exclude zero where there is a star. "
         f"{ends}. A mean's interval is its own (95%, Student)."
+    )
+
+
+def _planned(rows):
+    if not (looks := rows[0].cell.looks):
+        return ""
+    numbers = f"{', '.join(map(str, looks[:-1]))} and {looks[-1]}"
+    return (
+        f" Seeds were added by a plan: looks at {numbers} seeds, until a cell has a star. p-values "
+        "and intervals of differences are corrected for these looks (repeated significance tests, "
+        "Armitage et al. 1969; Pocock 1977); a difference that ended early looks larger than it is."
     )
 
 

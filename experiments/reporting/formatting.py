@@ -11,20 +11,20 @@ from experiments.analysis.run_directory import COSTS
 
 
 def costs(rows: Sequence[Row]) -> list[str]:
-    """The names of those of `COSTS` that a cell of the group has; steps only where they differ."""
+    """The names of those of `COSTS` that a cell has; seeds and steps only where they differ."""
     results = [row.cell.result for row in rows if row.reported]
     values = {name: {cost(result) for result in results} for name, cost in COSTS.items()}
     return [
         name
         for name, own in values.items()
-        if own - {None} and not (name == "steps" and len(own) == 1)
+        if own - {None} and not (name in ("seeds", "steps") and len(own) == 1)
     ]
 
 
 def cost_text(name: str, result: Mapping[str, Any]) -> str:
     """One of `COSTS` of a result, '' where it is not known."""
     value = COSTS[name](result)
-    if name in ("parameters", "steps", "cache, bytes per token"):
+    if name in ("seeds", "parameters", "steps", "cache, bytes per token"):
         return number(value, ",.0f")
     if name.split()[0] in ("GFLOP", "TFLOP"):
         return number(value, ".3g" if value and value < 1000 else ",.0f")
@@ -40,12 +40,15 @@ def metric_title(rows: Sequence[Row]) -> str:
     done = [row for row in rows if row.reported]
     if not done:
         return "no results yet"
-    metric, seeds = done[0].metric, len(done[0].metrics[done[0].metric].values)
+    metric = done[0].metric
+    counts = {len(row.reported.values) for row in done if row.reported}
+    seeds = max(counts)
+    number = f"{seeds}" if len(counts) == 1 else f"{min(counts)} to {seeds}"
     direction = "lower" if done[0].cell.result["lower_is_better"] else "higher"
     split = "; no test split" if metric.startswith("validation/") else ""
-    over = f"mean ± 95% interval over {seeds} seeds" if seeds > 1 else "one seed, no interval"
+    over = f"mean ± 95% interval over {number} seeds" if seeds > 1 else "one seed, no interval"
     if is_bimodal(rows):
-        over = f"mean over {seeds} seeds, of which some learned and some did not"
+        over = f"mean over {number} seeds, of which some learned and some did not"
     return f"{metric} ({direction} is better{split}), {over}"
 
 

@@ -313,6 +313,8 @@ def of_report(experiment: run_directory.Experiment) -> Iterator[tuple[str, "Figu
         if not axes:
             yield f"{base}-curves", learning_curves(experiment, base, "")
         for cost in run_directory.COSTS:
+            if cost == "seeds":  # those of a cell cost nothing to a user of it
+                continue
             if figure := cost_plot(experiment, base, cost):
                 yield f"{base}-cost-{cost}", figure
         if figure := split_plot(experiment, base):

@@ -405,3 +405,32 @@ heavy = {"scipy.stats", "statsmodels", "pandas", "jax"} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "looks, level", [((1, 2), 0.0294), ((1, 2, 3), 0.0221), ((1, 2, 3, 4, 5), 0.0158)]
+)
+def test_levels_of_equal_looks_are_those_of_pocock(looks, level):
+    """Pocock 1977, table 1; the looks may be at any multiple of these."""
+    times_seven = tuple(7 * n for n in looks)
+    assert statistics.nominal_level(0.05, times_seven) == pytest.approx(level, abs=5e-5)
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_a_repeated_p_is_that_of_the_largest_of_correlated_statistics(sides):
+    from scipy import stats
+
+    looks = (3, 5, 10)
+    n = np.array(looks, float)
+    correlation = np.sqrt(np.minimum.outer(n, n) / np.maximum.outer(n, n))
+    for p in (0.3, 0.05, 0.001):
+        z = np.full(3, stats.norm.isf(p / sides))
+        low = -z if sides == 2 else np.full(3, -np.inf)
+        rng = np.random.default_rng(0)
+        inside = stats.multivariate_normal.cdf(
+            z, cov=correlation, lower_limit=low, abseps=1e-7, rng=rng
+        )
+        assert statistics.repeated_p(p, looks, sides) == pytest.approx(1 - inside, rel=2e-3)
+    ends = statistics.repeated_p([0.0, 1.0, np.nan, 1e-12], looks)
+    assert ends[0] == 0 and ends[1] == 1 and np.isnan(ends[2]) and 1e-12 < ends[3] <= 3e-12
+    assert statistics.repeated_p(0.02, (3,)) == 0.02

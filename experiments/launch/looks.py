@@ -1,0 +1,67 @@
+"""Seeds added by a plan: look at the results at 3, 5 and 10 seeds and end where they are clear.
+
+Who adds seeds until a star appears has a star in one of five sweeps in which nothing differs. A
+plan that is made before the results can be corrected for: see `statistics.repeated_p`.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from experiments.analysis import comparisons
+from experiments.analysis.run_directory import LOOKS, Experiment
+from experiments.config import settings, sweep
+
+FOLDER = LOOKS
+
+
+def plan(texts: Sequence[str], swept: Sequence[sweep.CellSpec]) -> tuple[int, ...]:
+    """The numbers of seeds to look at.
+
+    Raises ValueError where they do not ascend from two or more, and where there is no base.
+    """
+    try:
+        looks = tuple(int(text) for text in texts)
+    except ValueError:
+        looks = ()
+    if len(looks) < 2 or looks[0] < 2 or any(a >= b for a, b in itertools.pairwise(looks)):
+        raise ValueError(
+            f"--looks={','.join(texts)} must be two or more numbers of seeds that ascend from 2 or "
+            "more: 3,5,10"
+        )
+    if any(cell.axis is None for cell in swept) and len(swept) > 1:
+        return looks
+    raise ValueError("--looks ends a cell where it differs from the base: sweep axes, no --product")
+
+
+def first(swept: Sequence[sweep.CellSpec], looks: Sequence[int]) -> list[sweep.CellSpec]:
+    """The cells of the first look."""
+    return [_with_seeds(cell, 0, looks[0]) for cell in swept]
+
+
+def following(
+    experiment: Experiment, swept: Sequence[sweep.CellSpec], looks: Sequence[int], seeds: int
+) -> dict[int, list[sweep.CellSpec]]:
+    """The cells that go on to the look at `seeds` seeds, by all looks after the first up to it.
+
+    These are the cells that do not differ significantly from their base in `experiment`, and these
+    bases; none that has failed. What other cells vary by may take a star away again, and then a
+    cell has earlier looks to catch up with.
+    """
+    rows = comparisons.summarize(experiment)
+    going_on = {
+        row.cell.id for row in rows if row.cell.axis and row.reported and not row.significant
+    }
+    bases = {row.cell.base for row in rows if row.cell.id in going_on}
+    left = [cell for cell in swept if cell.id in going_on or (cell.base in bases and not cell.axis)]
+    return {
+        look: [_with_seeds(cell, before, look) for cell in left]
+        for before, look in itertools.pairwise(looks)
+        if look <= seeds
+    }
+
+
+def _with_seeds(cell, before, seeds):
+    start = cell.config.train.first_seed + before
+    change = {"train.first_seed": start, "train.seeds": seeds - before}
+    return dataclasses.replace(cell, config=settings.override(cell.config, change))
