@@ -1,7 +1,8 @@
 """Seeds added by a plan: look at the results at 3, 5 and 10 seeds and end where they are clear.
 
-Who adds seeds until a star appears has a star in one of five sweeps in which nothing differs. A
-plan that is made before the results can be corrected for: see `statistics.repeated_p`.
+Who adds seeds until a star appears finds one too often where nothing differs; docs/statistics.md
+has how often. A plan that is made before the results can be corrected for: see
+`statistics.repeated_p`.
 """
 
 import dataclasses

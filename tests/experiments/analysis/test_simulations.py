@@ -52,6 +52,16 @@ def test_stars_are_wrong_as_rarely_as_the_page_says(seeds):
 
 
 @pytest.mark.slow
+def test_planned_looks_make_no_stars():
+    for name, looks, planned in simulate.LOOKS:
+        *rates, _ = simulate.looks_rates(simulate.SCENARIOS["one"], looks, planned, SWEEPS)
+        row = ("looks at", name, "yes" if planned else "no")
+        (printed,) = (own for key, own in page().items() if key[:3] == row)
+        assert close(rates, printed), name
+        assert not planned or rates[0] < 0.06
+
+
+@pytest.mark.slow
 def test_halving_makes_no_stars():
     for counted, row in ((False, "the cells that halving left"), (True, "all that were begun")):
         rates = simulate.halving_errors(counted, sweeps=SWEEPS)

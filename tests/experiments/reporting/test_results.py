@@ -575,8 +575,8 @@ def test_costs_are_those_of_the_result():
     result |= {"cache_bytes_per_token": 2048.0, "decode_ms_per_token": 1.25}
     result |= {"steps": 1000, "flops": 5e12, "primary": "a", "metrics": {"a": [1.0, 2.0]}}
     shown = [formatting.cost_text(name, result) for name in run_directory.COSTS]
-    assert shown == ["1,234,567", "1,000", "2.5", "5", "250.0", "1.50", "2,048", "1.25"]
-    assert [formatting.cost_text(name, {}) for name in run_directory.COSTS] == [""] * 8
+    assert shown == ["2", "1,234,567", "1,000", "2.5", "5", "250.0", "1.50", "2,048", "1.25"]
+    assert [formatting.cost_text(name, {}) for name in run_directory.COSTS] == [""] * 9
 
 
 def test_steps_are_shown_where_they_differ(experiment):
