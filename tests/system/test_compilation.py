@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.bench import first_step
+from experiments.bench import first_step, throughput
 from experiments.config import settings, sweep
 from experiments.launch import cells, precompile
 from experiments.launch.precompile import Ahead
@@ -198,3 +198,10 @@ def test_the_first_step_is_timed_with_and_without_programs_kept(monkeypatch):
     (cold,), (warm,) = seconds["cold"], seconds["warm"]
     assert cold[0] > cold[1] > 0 and warm[0] > warm[1] > 0
     assert warm[1] < cold[1]
+
+
+@pytest.mark.slow
+def test_the_throughput_of_sweeps_is_timed():
+    seconds = throughput.measure(cells=2, steps=2, repeats=1)
+    assert list(seconds) == ["one worker", "one for each core"]
+    assert all(len(times) == 1 and times[0] > 0 for times in seconds.values())
