@@ -23,3 +23,14 @@ def get_config():
 def sweep_position():
     for position in ("rope", "none", "alibi", "sinusoidal(scale=0.02)"):
         yield {"model.position": position}
+
+
+def sweep_layers():
+    """Rotary layers that look back 16 characters, and after three of them one that sees all."""
+    local = "3*sliding_window(16)"
+    for name, layers in (
+        ("local", "sliding_window(16)"),
+        ("3 local, 1 global", f"{local} + full"),
+        ("3 local, 1 global without positions", f"{local} + layer(position=none)"),
+    ):
+        yield {"name": name, "model.position": "rope", "model.layers": layers}

@@ -188,6 +188,11 @@ def read_attention(cell: CellRun) -> list[dict[str, attention_maps.Map]]:
     return attention_maps.load(path) if cell.status == "done" and path.exists() else []
 
 
+def layer_names(cell: CellRun, kind: str) -> list[str]:
+    """What each layer of a cell is in a kind of attention; none where all are alike."""
+    return cell.result.get("layers", {}).get(kind, [])
+
+
 def join(experiments: Sequence[Experiment]) -> Experiment:
     """One experiment with the groups and cells of several, named after their run directories.
 
