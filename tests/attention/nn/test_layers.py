@@ -207,19 +207,19 @@ def test_a_pattern_of_the_models_own_layer_is_none(scan):
 
 
 def test_compiled_size_does_not_grow_with_the_repetitions():
-    def size(num_layers, **changes):
-        config = dataclasses.replace(SMALL, num_layers=num_layers, **changes)
-        model, text = LanguageModel(config), tokens(1, 4)
+    def size(num_layers):
+        model = LanguageModel(dataclasses.replace(SMALL, num_layers=num_layers))
+        text = tokens(1, 4)
         apply = functools.partial(model.apply, segments=SEGMENTS[:1, :4])
         shapes = jax.eval_shape(
             functools.partial(model.init, segments=SEGMENTS[:1, :4]), jax.random.key(0), text
         )
         return len(jax.jit(apply).lower(shapes, text).as_text())
 
-    assert size(12) < 1.02 * size(6) < 0.6 * size(12, scan_layers=False)
+    assert size(24) < 1.02 * size(6)
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_gradients_reach_every_parameter(scan):
     model = LanguageModel(dataclasses.replace(SMALL, scan_layers=scan, remat_layers=scan))
     text = tokens(2, 10)
@@ -247,13 +247,14 @@ def test_axes_have_names():
     assert names["layers"]["layer_0"]["mlp"]["out"]["kernel"] == P("layers", "mlp", "embed")
 
 
-PIECES = ([5, 3], [2, 2], [1, 1], [1, 0], [1, 1])  # tokens of each text in each step
+PIECES = ([5, 3], [2, 2], [1, 0])  # tokens of each text in each step
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_a_pattern_is_decoded_by_small_caches(scan):
+@pytest.mark.parametrize("scan, repetitions", [(True, 2), (False, 1)])
+def test_a_pattern_is_decoded_by_small_caches(scan, repetitions):
     """A prompt longer than the windows, of two lengths, then in pieces."""
-    model, text = LanguageModel(dataclasses.replace(SMALL, scan_layers=scan)), tokens(2, 10)
+    sizes = {"scan_layers": scan, "num_layers": 3 * repetitions}
+    model, text = LanguageModel(dataclasses.replace(SMALL, **sizes)), tokens(2, 10)
     variables = random_params(model.init, text, segments=SEGMENTS, scale=0.3)
 
     @compiled
@@ -269,9 +270,10 @@ def test_a_pattern_is_decoded_by_small_caches(scan):
 
     logits, state, full = run(variables)
     shapes = [cache.key.shape for cache in state.caches]
-    assert shapes == [(2, 2, 3, 1, 6), (2, 2, 3, 2, 4), (2, 2, 10, 2, 4)]
-    assert all(leaf.shape[:2] == (2, 2) for leaf in jax.tree.leaves(state))
-    for b, count in enumerate([10, 7]):
+    lead = (2, repetitions)
+    assert shapes == [(*lead, 3, 1, 6), (*lead, 3, 2, 4), (*lead, 10, 2, 4)]
+    assert all(leaf.shape[:2] == lead for leaf in jax.tree.leaves(state))
+    for b, count in enumerate([8, 5]):
         pieces = [x[b, : lengths[b]] for x, lengths in zip(logits, PIECES, strict=True)]
         np.testing.assert_allclose(np.concatenate(pieces), full[b, :count], atol=2e-5)
 
@@ -281,7 +283,7 @@ def test_beams_of_a_pattern_score_as_the_full_pass():
     decoder = Mechanism(position=positions.RoPE(), mask=masks.Causal())
     model = EncoderDecoder(dataclasses.replace(SMALL, decoder=decoder, num_layers=3))
     source, lengths = tokens(2, 5), np.array([5, 3])
-    horizon, beam = 6, 3
+    horizon, beam = 5, 3
     variables = random_params(model.init, source, tokens(2, horizon), lengths, scale=0.3)
 
     @compiled
