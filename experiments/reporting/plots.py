@@ -277,7 +277,7 @@ def attention_maps(cell: run_directory.CellRun) -> "Figure | None":
     rows = maps.heads(one)
     names = [f"layer {i + 1}" for i in range(len(rows))]
     if labels := run_directory.layer_names(cell, kind):
-        names = [textwrap.fill(f"{x}: {y}", 24) for x, y in zip(names, labels, strict=True)]
+        names = [f"{name}: {label}" for name, label in zip(names, labels, strict=True)]
     return heat_maps(rows, names, one.query, one.key, f"{cell.label}: attention weights")
 
 
@@ -403,7 +403,8 @@ def heat_maps(
                     panel.set_yticks([])
                 if panel not in panels[-1]:
                     panel.set_xticks([])
-            panels[i, 0].set_ylabel(_plain(name), rotation=0, ha="right", va="center", fontsize=8)
+            beside = {"rotation": 0, "ha": "right", "va": "center", "fontsize": 8}
+            panels[i, 0].set_ylabel(wrapped(name, 28), **beside)
             if labelled:
                 panels[i, 0].set_yticks(range(len(query)), [_token(token) for token in query])
         for panel in panels[-1] if labelled else ():
