@@ -151,12 +151,13 @@ def reach(mask: Mask, max_length: int) -> int:
     unknown, length = Range(-FAR, FAR), Range(0, FAR)
 
     def bounded_by(distance):
-        i = np.arange(distance + 1, max_length)
+        i = np.arange(distance + 1, max_length)[:, None]
         bounds = BlockBounds(
             *(unknown, unknown, Range(i, i), Range(0, i - distance - 1)),
             *(length, length, unknown, unknown, length),
         )
-        return bool(np.all(np.equal(mask.block(bounds), EMPTY)))
+        state = mask.block(bounds)
+        return not isinstance(state, jax.Array) and bool(np.all(np.equal(state, EMPTY)))
 
     low, high = 0, max_length - 1
     while low < high:
@@ -268,30 +269,31 @@ def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None)
     if cache.non_finite is not None:
         (key, bad_key), (value, bad_value) = _finite(key), _finite(value)
         non_finite = bad_key, bad_value
-    held = None if cache.window is None else jnp.where(jnp.arange(T) < added[..., None], places, -1)
-    by_slot, by_token = _by_slot(cache), (key, value, non_finite, held)
+    tokens = (key, value, non_finite)
     if cache.window is None:
-        return _replace_slots(cache, _write(by_slot, by_token, places, is_sorted=True), length)
-    by_slot = jax.tree.map(lambda *x: jnp.concatenate(x, len(batch)), by_slot, by_token)
+        by_slot = _write(_by_slot(cache), (*tokens, None), places, is_sorted=True)
+        return _replace_slots(cache, by_slot, length)
+    places = jnp.where(jnp.arange(T) < added[..., None], places, -1)
+    by_slot = jax.tree.map(
+        lambda *x: jnp.concatenate(x, len(batch)), _by_slot(cache), (*tokens, places)
+    )
     longer = _replace_slots(cache, by_slot, length)
-    return longer if T > 1 else trim(longer)
+    return longer if T > 1 else trim(longer)  # a single query sees no key that this drops
 
 
 def trim(cache: Cache) -> Cache:
     """The cache of S slots again: without the keys that no query after the last one can see."""
     if cache.window is None or cache.key.shape[-3] == cache.window.slots:
         return cache
-    S, by_slot, axis = cache.window.slots, _by_slot(cache), cache.length.ndim
-    old, new = (
-        jax.tree.map(lambda x, part=part: x[(slice(None),) * axis + (part,)], by_slot)
+    S, axis = cache.window.slots, cache.length.ndim
+    by_slot, added = (
+        jax.tree.map(lambda x, part=part: x[(slice(None),) * axis + (part,)], _by_slot(cache))
         for part in (slice(None, S), slice(S, None))
     )
-    places = new[-1]
-    last = (places >= 0) & (places >= cache.length[..., None] - S)
-    beyond = S + jnp.arange(places.shape[-1])  # is not written
-    return _replace_slots(
-        cache, _write(old, new, jnp.where(last, places % S, beyond)), cache.length
-    )
+    places = added[-1]
+    stays = (places >= 0) & (places >= cache.length[..., None] - S)
+    slot = jnp.where(stays, places % S, S + jnp.arange(places.shape[-1]))  # S and more: nowhere
+    return _replace_slots(cache, _write(by_slot, added, slot), cache.length)
 
 
 def _by_slot(cache):
@@ -301,8 +303,8 @@ def _by_slot(cache):
 
 
 def _replace_slots(cache, by_slot, length):
-    key, value, non_finite, held = by_slot
-    window = None if held is None else dataclasses.replace(cache.window, positions=held)
+    key, value, non_finite, places = by_slot
+    window = None if places is None else dataclasses.replace(cache.window, positions=places)
     return Cache(key, value, length, non_finite, cache.rotation, window)
 
 

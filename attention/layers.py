@@ -117,8 +117,8 @@ def unparse_layers(layers: Iterable[Layer]) -> str:
 
 
 def _repeated(text, count, mask):
-    joined = isinstance(mask, And | Or) and not text.startswith("layer(")
-    text = f"({text})" if joined else text
+    has_operator = isinstance(mask, And | Or) and not text.startswith("layer(")
+    text = f"({text})" if has_operator else text
     return text if count == 1 else f"{count}*{text}"
 
 

@@ -371,12 +371,24 @@ class Stack(nn.Module):
     pattern: tuple[Layer, ...] = ()
 
     def __call__(
-        self, x: Array, memory: Array | None = None, *, state: DecoderState | None = None, **kwargs
+        self,
+        x: Array,
+        memory: Array | None = None,
+        *,
+        state: DecoderState | None = None,
+        data: dict | None = None,
+        **kwargs,
     ) -> Any:
-        """As `Block`: -> x, or (x, state) with a state, which `start` makes."""
+        """As `Block`: -> x, or (x, state) with a state, which `start` makes.
+
+        Of `data` a layer gets what its mask reads, and what that of no layer does.
+        """
+        of_all = set().union(*(_mask_inputs(self.mechanism, layer) for layer in self._period))
 
         def layer(block, x, state):
-            out = block(x, memory, state=state, **kwargs)
+            of_others = of_all - _mask_inputs(self.mechanism, block.layer)
+            own = {name: value for name, value in (data or {}).items() if name not in of_others}
+            out = block(x, memory, state=state, data=own, **kwargs)
             return (out, None) if state is None else out
 
         blocks, norm = self._parts()
@@ -384,7 +396,7 @@ class Stack(nn.Module):
         x = norm(x) if self.config.norm == "pre" else x
         if state is None:
             return x
-        return x, DecoderState(*(self._joined(caches) for caches in zip(*states, strict=True)))
+        return x, DecoderState(*(self._field(caches) for caches in zip(*states, strict=True)))
 
     def start(
         self,
@@ -413,7 +425,7 @@ class Stack(nn.Module):
                 mask=mechanism.mask,
             )
 
-        caches = self._joined([cache(layer) for layer in self._period])
+        caches = self._field([cache(layer) for layer in self._period])
         if memory is None:
             return DecoderState(caches)
 
@@ -422,13 +434,13 @@ class Stack(nn.Module):
 
         blocks, _ = self._parts()
         _, memory_caches = self._layers(blocks, layer, (), self._by_layer(None), axis=len(batch))
-        return DecoderState(caches, self._joined(memory_caches))
+        return DecoderState(caches, self._field(memory_caches))
 
     @property
     def _period(self):
         return self.pattern or (Layer(),)
 
-    def _joined(self, of_layers):
+    def _field(self, of_layers):
         """The field of a `DecoderState` of what belongs to each layer of the pattern."""
         first, *more = of_layers
         return first if first is None or not more else tuple(of_layers)
@@ -488,6 +500,11 @@ class Stack(nn.Module):
         if len(layers) > 1:
             return _Period(c, self.mechanism, layers, name="layers"), norm
         return Block(c, self.mechanism, *layers, name="layers"), norm
+
+
+def _mask_inputs(mechanism, layer):
+    """The names of the data that the mask of a layer reads."""
+    return set().union(*layer.mechanism(mechanism).mask.required_inputs)
 
 
 def _at(index, axis, leaf):

@@ -115,7 +115,7 @@ def _with_all_heads(layers):
 def heads(one: Map) -> list[np.ndarray]:
     """The weights of each layer, [·, T, S] of the heads that it has."""
     absent = np.isnan(one.weights).all((2, 3))
-    return [w[~gone] if not gone.all() else w for w, gone in zip(one.weights, absent, strict=True)]
+    return [w if no.all() else w[~no] for w, no in zip(one.weights, absent, strict=True)]
 
 
 def dump(maps: Sequence[Mapping[str, Map]]) -> bytes:
