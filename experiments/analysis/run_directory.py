@@ -110,14 +110,14 @@ class Experiment:
     def base_value(self, base: str, axis: str) -> str:
         """The base cell's own setting of what `axis` changes, such as 'rope' for position.
 
-        'base' where that is not a single number or name of its config.
+        'base' where that is empty, or not a single number or name of its config.
         """
         group = self.group(base, axis)
         keys = {key for cell in group if cell.axis == axis for key in cell.overrides}
         node: Any = next((cell.config for cell in group if cell.axis is None), {})
         for name in ".".join(keys).split(".") if len(keys) == 1 else ():
             node = node.get(name) if isinstance(node, Mapping) else None
-        return str(node) if isinstance(node, str | int | float) else "base"
+        return str(node) or "base" if isinstance(node, str | int | float) else "base"
 
 
 def load(workdir: str | os.PathLike[str]) -> Experiment:

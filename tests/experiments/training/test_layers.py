@@ -150,6 +150,14 @@ def test_a_report_names_the_layers(tmp_path):
     json.dumps(packed, allow_nan=False)
 
 
+def test_a_base_without_a_pattern_is_called_the_base(tmp_path):
+    cells = [
+        ("text", None, None, {"model.layers": ""}, [2.0, 2.1]),
+        ("text", "layers", "full", {"model.layers": "full"}, [2.0, 2.1]),
+    ]
+    assert run_directory.load(write_run(tmp_path, cells)).base_value("text", "layers") == "base"
+
+
 def test_a_directory_from_before_there_were_patterns_is_of_none():
     described = settings.describe(text())
     del described["model"]["layers"]
