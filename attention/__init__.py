@@ -8,6 +8,7 @@ import warnings
 from attention import decoding, masks, normalizers, positions, scores, search
 from attention.api import attend, explain
 from attention.drop_in import dot_product_attention
+from attention.layers import Layer, parse_layers
 from attention.mechanism import Mechanism
 from attention.parsing import parse
 from attention.parts import (
@@ -23,6 +24,7 @@ from attention.parts import (
 
 __all__ = [
     "BlockBounds",
+    "Layer",
     "Mask",
     "Mechanism",
     "Normalizer",
@@ -38,6 +40,7 @@ __all__ = [
     "masks",
     "normalizers",
     "parse",
+    "parse_layers",
     "positions",
     "scores",
     "search",

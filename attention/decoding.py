@@ -16,10 +16,19 @@ lets no query see a key that is appended after it. That holds for `Causal()`, fo
 and for `Causal() | Prefix(n)` where one call appends the whole prefix. Other masks mean here: of
 the keys they allow, those that were appended so far.
 
+Where the mask bounds how far a query looks back, as a sliding window does, a cache needs no more
+keys than that (Beltagy et al. 2020):
+
+    cache = decoding.empty((B,), S, K, D, position=mechanism.position, mask=mechanism.mask)
+    cache = decoding.append(cache, key, value)
+    out = decoding.attend(mechanism, params, cache, query)
+    cache = decoding.trim(cache)                   # drops the keys that no later query reads
+
 S is the number of slots, those not filled included; other letters as in `attention.parts`.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +39,18 @@ from attention.api import attend as attend_all
 from attention.integers import count_array, whole_number
 from attention.kernels.products import rotates_by_place
 from attention.mechanism import Mechanism
-from attention.parts import Array, Params, Position, accumulator, check_part
+from attention.parts import (
+    EMPTY,
+    FAR,
+    Array,
+    BlockBounds,
+    Mask,
+    Params,
+    Position,
+    Range,
+    accumulator,
+    check_part,
+)
 
 
 @jax.tree_util.register_static
@@ -57,24 +77,43 @@ class QueryRotation(Position):
         return self.position.mix(params, weights, tile)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Which keys a cache of the last ones holds: key p is in slot p mod `slots`.
+
+    Attributes:
+      positions: [..., S] int32, of the key in each slot; −1: the slot is empty.
+      slots: static; S, but for what `append` has added since `trim`.
+      max_length: static; the most tokens of a text.
+    """
+
+    positions: Array
+    slots: int = dataclasses.field(metadata={"static": True})
+    max_length: int = dataclasses.field(metadata={"static": True})
+
+
 class _Cache(NamedTuple):
     key: Array
     value: Array
     length: Array
     non_finite: tuple[Array, Array] | None = None
     rotation: QueryRotation | None = None
+    window: Window | None = None
 
 
 class Cache(_Cache):
     """The keys and values of each example so far; a pytree whose leaves lead with the batch axes.
 
     Attributes:
-      key: [..., S, K, D], of which the first `length` are filled.
+      key: [..., S, K, D], of which the first `length` are filled; with a `window` those it says.
       value: [..., S, K, V].
-      length: [...] int32, of each example. More than S: tokens were lost, see `append`.
+      length: [...] int32, tokens of each example. More than max_length: some were lost, see
+        `append`.
       non_finite: [..., S, K] bool each: which keys and which values are not finite; 0 is stored for
         those. None: nothing is known, every call of `attend` looks at all of them.
       rotation: static; the position that turned the keys when they were appended. None: none did.
+      window: where only the last keys are kept, which those are. None: key p is in slot p.
     """
 
     __slots__ = ()
@@ -91,11 +130,40 @@ class Cache(_Cache):
             value, bad_value = _finite(value)
         return super(Cache, new)._replace(key=key, value=value, non_finite=(bad_key, bad_value))
 
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a text."""
+        return self.key.shape[-3] if self.window is None else self.window.max_length
+
 
 def _finite(x):
     """x [..., D] with 0 for vectors that are not finite; which those are, [...]."""
     non_finite = ~jnp.isfinite(x).all(-1)
     return jnp.where(non_finite[..., None], 0, x), non_finite
+
+
+@functools.cache
+def reach(mask: Mask, max_length: int) -> int:
+    """How far back a query of a text of max_length tokens may look: the largest i − j, 0 or more.
+
+    By what `mask.block` promises; max_length − 1 where that bounds nothing.
+    """
+    unknown, length = Range(-FAR, FAR), Range(0, FAR)
+
+    def bounded_by(distance):
+        i = np.arange(distance + 1, max_length)[:, None]
+        bounds = BlockBounds(
+            *(unknown, unknown, Range(i, i), Range(0, i - distance - 1)),
+            *(length, length, unknown, unknown, length),
+        )
+        state = mask.block(bounds)
+        return not isinstance(state, jax.Array) and bool(np.all(np.equal(state, EMPTY)))
+
+    low, high = 0, max_length - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if bounded_by(middle) else (middle + 1, high)
+    return high
 
 
 def empty(
@@ -106,32 +174,45 @@ def empty(
     value_dim: int | None = None,
     dtype: Any = jnp.float32,
     position: Position | None = None,
+    mask: Mask | None = None,
 ) -> Cache:
-    """A cache for texts of up to S = max_length tokens: batch axes, K, D, and V (D unless given).
+    """A cache for texts of up to max_length tokens: batch axes, K, D, and V (D unless given).
 
-    With the `position` of the mechanism a key is turned once, when it is appended, by the slot that
-    it gets: where nothing else of that scheme reads keys, and it learns nothing for it. In a 16-bit
-    dtype the turned key is rounded once more.
+    With the `position` of the mechanism a key is turned once, when it is appended, by its place in
+    the text: where nothing else of that scheme reads keys, and it learns nothing for it. In a
+    16-bit dtype the turned key is rounded once more.
 
-    Raises ValueError where a size is no whole number or not positive, or position is no part.
+    With the `mask` of the mechanism S is what it lets a query look back and 1, if that is less than
+    max_length: older keys are overwritten. A position with `whole_row` reads keys in their order,
+    so that all are kept.
+
+    Raises ValueError where a size is no whole number or not positive, or a part is none.
     """
     value_dim = head_dim if value_dim is None else value_dim
     sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
     for name, size in {"max_length": max_length, **sizes}.items():
         whole_number(name, size, 1)
-    slots = (*batch, max_length, num_kv_heads)
-    rotation = None
+    rotation = window = None
     if position is not None:
         check_part("position", position, Position)
         wide_range = jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp  # xPos scales keys
         if wide_range and rotates_by_place(position, head_dim, value_dim):
             rotation = QueryRotation(position)
+    S = max_length
+    if mask is not None:
+        check_part("mask", mask, Mask)
+        last = reach(mask, max_length) + 1
+        if last < max_length and not (position is not None and position.whole_row):
+            S = last
+            window = Window(jnp.full((*batch, S), -1, jnp.int32), S, max_length)
+    slots = (*batch, S, num_kv_heads)
     return Cache(
         jnp.zeros((*slots, head_dim), dtype),
         jnp.zeros((*slots, value_dim), dtype),
         jnp.zeros(batch, jnp.int32),
         (jnp.zeros(slots, bool), jnp.zeros(slots, bool)),
         rotation,
+        window,
     )
 
 
@@ -148,13 +229,17 @@ def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None)
     it a batch of prompts of different lengths is appended at once. Slots after those are
     invisible and the next call overwrites them.
 
-    A cache never wraps around: tokens beyond slot S are lost. Where that is known (T > S, or the
-    lengths are not traced) it raises; otherwise `length` exceeds S and `attend` returns NaN for the
+    Of a cache with a `window` the result has S + T slots where T > 1, so that the first of T
+    queries sees what the last one does not; `trim` returns to S.
+
+    Tokens beyond max_length are lost. Where that is known (T > max_length, or the lengths are not
+    traced) it raises; otherwise `length` exceeds max_length and `attend` returns NaN for the
     example from then on. So it does for traced `lengths` that are not 0 to T.
 
     Raises ValueError where the shapes or dtypes do not fit, lengths are known not to be 0 to T, or
     the cache is known to be too short.
     """
+    cache = trim(cache)
     key, value = jnp.asarray(key), jnp.asarray(value)
     *batch, S, _, _ = cache.key.shape
     T = key.shape[-3] if key.ndim > 2 else 0
@@ -166,35 +251,72 @@ def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None)
                 f"batch axes {tuple(batch)}, as the cache, and T ≥ 1 as in the other; got "
                 f"{new.dtype} {new.shape}"
             )
-    added = jnp.int32(T) if lengths is None else counts("lengths", lengths, tuple(batch), T, S)
+    most = cache.max_length
+    added = jnp.int32(T) if lengths is None else counts("lengths", lengths, tuple(batch), T, most)
     length = cache.length + added
     longest = 0 if lengths is not None else T
     if not isinstance(length, jax.core.Tracer):
         longest = int(np.max(length))
-    if longest > S:
+    if longest > most:
+        room = f"{S} slots" if cache.window is None else f"room for {most} tokens"
         raise ValueError(
-            f"the cache has {S} slots, but would hold {longest} keys: make it with a larger "
-            "max_length"
+            f"the cache has {room}, but would hold {longest} keys: make it with a larger max_length"
         )
-
-    def write(slots, new, start):
-        return slots.at[start + jnp.arange(T)].set(
-            new, mode="drop", unique_indices=True, indices_are_sorted=True
-        )
-
-    for _ in batch:
-        write = jax.vmap(write)
+    places = positions(cache, T)
     if cache.rotation is not None:
-        key = _rotate(cache.rotation.position, key, positions(cache, T))
+        key = _rotate(cache.rotation.position, key, places)
     non_finite = None
     if cache.non_finite is not None:
         (key, bad_key), (value, bad_value) = _finite(key), _finite(value)
         non_finite = bad_key, bad_value
-    slots = cache.key, cache.value, cache.non_finite
-    written = jax.tree.map(
-        lambda old, new: write(old, new, cache.length), slots, (key, value, non_finite)
+    tokens = (key, value, non_finite)
+    if cache.window is None:
+        by_slot = _write(_by_slot(cache), (*tokens, None), places, is_sorted=True)
+        return _replace_slots(cache, by_slot, length)
+    places = jnp.where(jnp.arange(T) < added[..., None], places, -1)
+    by_slot = jax.tree.map(
+        lambda *x: jnp.concatenate(x, len(batch)), _by_slot(cache), (*tokens, places)
     )
-    return Cache(written[0], written[1], length, written[2], cache.rotation)
+    longer = _replace_slots(cache, by_slot, length)
+    return longer if T > 1 else trim(longer)  # a single query sees no key that this drops
+
+
+def trim(cache: Cache) -> Cache:
+    """The cache of S slots again: without the keys that no query after the last one can see."""
+    if cache.window is None or cache.key.shape[-3] == cache.window.slots:
+        return cache
+    S, axis = cache.window.slots, cache.length.ndim
+    by_slot, added = (
+        jax.tree.map(lambda x, part=part: x[(slice(None),) * axis + (part,)], _by_slot(cache))
+        for part in (slice(None, S), slice(S, None))
+    )
+    places = added[-1]
+    stays = (places >= 0) & (places >= cache.length[..., None] - S)
+    slot = jnp.where(stays, places % S, S + jnp.arange(places.shape[-1]))  # S and more: nowhere
+    return _replace_slots(cache, _write(by_slot, added, slot), cache.length)
+
+
+def _by_slot(cache):
+    """The arrays of a cache whose axis after the batch axes is that of slots."""
+    window = cache.window
+    return cache.key, cache.value, cache.non_finite, None if window is None else window.positions
+
+
+def _replace_slots(cache, by_slot, length):
+    key, value, non_finite, places = by_slot
+    window = None if places is None else dataclasses.replace(cache.window, positions=places)
+    return Cache(key, value, length, non_finite, cache.rotation, window)
+
+
+def _write(old, new, at, is_sorted=False):
+    """Trees of [..., S, ·] and [..., T, ·], at [..., T]: old with new in the slots `at` below S."""
+
+    def write(old, new, at):
+        return old.at[at].set(new, mode="drop", unique_indices=True, indices_are_sorted=is_sorted)
+
+    for _ in at.shape[1:]:
+        write = jax.vmap(write)
+    return jax.tree.map(lambda old, new: write(old, new, at), old, new)
 
 
 def _rotate(position, key, at):
@@ -247,25 +369,29 @@ def attend(
       cache: after `append`.
       query: [..., T, H, D], those that belong to the keys of the last `append`.
       lengths: [...] int, what `append` was given.
-      query_positions: [..., T] int; unless given, the slots of the last T (or `lengths`) keys. For
+      query_positions: [..., T] int; unless given, those of the last T (or `lengths`) keys. For
         queries that appended nothing (cross-attention to a kept context) they must be given
         wherever the mechanism looks at them.
       mask: bool, broadcastable to [..., H, T, S], True = may attend; slots not filled are invisible
         in any case.
       options: the other arguments of `attention.attend`. Those about keys are about all S slots:
-        bias [..., H, T, S], key_positions and key_segments [..., S]. The cache only counts keys:
-        key_positions are 0, 1, 2 ... unless given, key_lengths are `cache.length` where the mask
+        bias [..., H, T, S], key_positions and key_segments [..., S]; of a cache with a `window`
+        those that `append` has added as well. The cache only counts keys: key_positions are 0, 1,
+        2 ... unless given, or those of the window, key_lengths are `cache.length` where the mask
         reads them, and segments of keys must be given with those of the queries, for tokens
         appended earlier too.
 
     Returns:
       What `attention.attend` does: out [..., T, H, V], or (out, aux). NaN for an example with more
-      tokens than slots.
+      tokens than max_length.
 
     Raises:
-      ValueError: as `attention.attend`; and for query_segments without key_segments.
+      ValueError: as `attention.attend`; for query_segments without key_segments; and where the
+        cache was made for another position or mask.
     """
     query = jnp.asarray(query)
+    if cache.window is not None and isinstance(mechanism, Mechanism):
+        _check_window(mechanism, cache, options)
     if cache.rotation is not None and isinstance(mechanism, Mechanism):
         if mechanism.position != cache.rotation.position:
             raise ValueError(
@@ -287,14 +413,23 @@ def attend(
         )
     if query_positions is None:
         batch = cache.length.shape
-        start = cache.length - (T if lengths is None else counts("lengths", lengths, batch, T, S))
+        most = cache.max_length
+        start = cache.length - (
+            T if lengths is None else counts("lengths", lengths, batch, T, most)
+        )
         query_positions = positions(cache._replace(length=start), T)
+    if cache.window is None:
+        places, real = jnp.arange(S, dtype=jnp.int32), cache.length
+        filled = places < cache.length[..., None]
+    else:
+        places, real = cache.window.positions, jnp.full(cache.length.shape, S)
+        filled = places >= 0
     if options.get("key_positions") is None:
-        options["key_positions"] = jnp.arange(S, dtype=jnp.int32)
+        options["key_positions"] = places
     if options.get("key_lengths") is None and isinstance(mechanism, Mechanism):
         if any("key_lengths" in names for names in mechanism.mask.required_inputs):
-            options["key_lengths"] = cache.length
-    filled = jnp.arange(S) < cache.length[..., None, None, None]
+            options["key_lengths"] = real
+    filled = filled[..., None, None, :]
     done = attend_all(
         mechanism,
         params,
@@ -306,8 +441,24 @@ def attend(
         non_finite=cache.non_finite,
         **options,
     )
-    lost = (cache.length > S)[..., None, None, None]
+    lost = (cache.length > cache.max_length)[..., None, None, None]
     if options.get("aux"):
         out, aux = done
         return jnp.where(lost, jnp.nan, out), aux
     return jnp.where(lost, jnp.nan, done)
+
+
+def _check_window(mechanism, cache, options):
+    """Raises ValueError where a mechanism may read keys that the cache drops, or their order."""
+    window = cache.window
+    if options.get("key_positions") is not None:
+        raise ValueError(
+            "key_positions were given, but the cache keeps those of its last keys: make it with "
+            "decoding.empty without a mask"
+        )
+    if mechanism.position.whole_row or reach(mechanism.mask, window.max_length) >= window.slots:
+        raise ValueError(
+            f"the cache keeps the last {window.slots} keys, but {mechanism.mask} with "
+            f"{mechanism.position} reads earlier ones or their order: make it with "
+            "decoding.empty(..., position=..., mask=...) of the mechanism"
+        )

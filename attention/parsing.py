@@ -1,4 +1,4 @@
-"""Parts from text, as configs and flags name them."""
+"""Parts from text, as configs and flags name them, and text from parts."""
 
 import ast
 import dataclasses
@@ -6,11 +6,12 @@ import difflib
 import importlib
 import inspect
 import operator
+import re
 from typing import Any
 
 from attention import masks, normalizers, positions, scores
 from attention.mechanism import PART_KINDS
-from attention.parts import Mask, Normalizer, Position, Score
+from attention.parts import And, Mask, Normalizer, Not, Or, Position, Score, Sum
 
 _MODULES = {
     "score": (scores, "ScaledDot"),
@@ -123,3 +124,41 @@ def _find(kind: str, name: str) -> type:
     near = difflib.get_close_matches(plain, [p.lower() for p in parts], n=3, cutoff=0.4)
     parts.sort(key=lambda p: near.index(p.lower()) if p.lower() in near else len(near))
     raise ValueError(f"{kind}: unknown {name!r}; known are {', '.join(parts)}, none")
+
+
+def unparse(part: Any) -> str:
+    """The text that `parse` reads as this part: 'causal & sliding_window(128)'.
+
+    Hyper-parameters at their defaults are left out.
+    """
+    match part:
+        case And():
+            return f"{_in_brackets(part.left, Or)} & {_in_brackets(part.right, And, Or)}"
+        case Or():
+            return f"{unparse(part.left)} | {_in_brackets(part.right, Or)}"
+        case Not():
+            return f"~{_in_brackets(part.mask, And, Or)}"
+        case Sum():
+            return " + ".join(map(unparse, part.parts))
+        case _ if not isinstance(part, _NAMEABLE):
+            return repr(part)
+    arguments, positional = [], True
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if value == field.default:
+            positional = False
+        else:
+            arguments.append(("" if positional else f"{field.name}=") + unparse(value))
+    return _name(type(part)) + (f"({', '.join(arguments)})" if arguments else "")
+
+
+def _in_brackets(part, *kinds):
+    return f"({unparse(part)})" if isinstance(part, kinds) else unparse(part)
+
+
+def _name(cls):
+    if not any(getattr(module, cls.__name__, None) is cls for module, _ in _MODULES.values()):
+        return f"{cls.__module__}:{cls.__qualname__}"
+    acronym = re.match("[A-Z]{2}", cls.__name__)
+    words = cls.__name__ if acronym else re.sub("(?<=[a-z0-9])(?=[A-Z][a-z])", "_", cls.__name__)
+    return "none" if cls is positions.NoPE else words.lower()

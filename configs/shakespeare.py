@@ -7,6 +7,7 @@
 `--config.task.tfds=tiny_shakespeare` downloads it. Validation loss in nats over the whole
 validation part, expected at the trained length of 64: learned 1.90 (published: 1.88), rope 1.79,
 alibi 1.86, none 2.05. At lengths never trained on: configs/reference/extrapolation.py.
+`--sweep=layers` compares patterns of layers that look back 16 characters and layers that see all.
 """
 
 from experiments.config import settings
@@ -23,3 +24,14 @@ def get_config():
 def sweep_position():
     for position in ("rope", "none", "alibi", "sinusoidal(scale=0.02)"):
         yield {"model.position": position}
+
+
+def sweep_layers():
+    """Rotary layers that look back 16 characters, and after three of them one that sees all."""
+    local = "3*sliding_window(16)"
+    for name, layers in (
+        ("local", "sliding_window(16)"),
+        ("3 local, 1 global", f"{local} + full"),
+        ("3 local, 1 global without positions", f"{local} + layer(position=none)"),
+    ):
+        yield {"name": name, "model.position": "rope", "model.layers": layers}

@@ -27,14 +27,14 @@ def _embedding(config: TransformerConfig, mechanism: Mechanism, name: str) -> Em
     )
 
 
-def _step(model, state, tokens, lengths, **kwargs):
+def _step(model, state, tokens, lengths):
     """The tokens [..., T] that come next -> logits of those after each, state."""
-    cache = state.self_attention  # all layers have the same length
+    cache, *_ = state.caches  # all layers have the same length
     if lengths is not None:
         lengths = count_array("lengths", lengths, tokens.shape[:-1], tokens.shape[-1])
     at = decoding.positions(cache._replace(length=cache.length[..., 0]), tokens.shape[-1])
     x = model.embedding(tokens, at)
-    x, state = model.decoder(x, state=state, lengths=lengths, **kwargs)
+    x, state = model.decoder(x, state=state, lengths=lengths)
     return model.embedding.logits(x), state
 
 
@@ -52,7 +52,7 @@ class LanguageModel(nn.Module):
     def setup(self):
         c = self.config
         self.embedding = _embedding(c, c.decoder, None)
-        self.decoder = Stack(c, c.decoder)
+        self.decoder = Stack(c, c.decoder, c.layers)
         self.dropout = nn.Dropout(c.dropout_rate)
 
     def __call__(
@@ -87,14 +87,7 @@ class LanguageModel(nn.Module):
         `lengths` [...] are real. Each row is one text: for `masks.Segments()` it is one segment.
         NaN for a text longer than max_length.
         """
-        data = {}
-        if any("query_segments" in names for names in self.config.decoder.mask.required_inputs):
-            slots = state.self_attention.key.shape[-3]
-            data = {
-                "query_segments": jnp.zeros(tokens.shape[-1], jnp.int32),
-                "key_segments": jnp.zeros(slots, jnp.int32),
-            }
-        return _step(self, state, tokens, lengths, data=data)
+        return _step(self, state, tokens, lengths)
 
 
 class Encoder(nn.Module):
@@ -129,7 +122,7 @@ class EncoderDecoder(nn.Module):
         c = self.config
         self.encoder = Encoder(c)
         self.embedding = _embedding(c, c.decoder, None)
-        self.decoder = Stack(c, c.decoder)
+        self.decoder = Stack(c, c.decoder, c.layers)
         self.dropout = nn.Dropout(c.dropout_rate)
 
     def __call__(

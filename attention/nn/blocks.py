@@ -13,6 +13,7 @@ import numpy as np
 from attention import decoding, masks
 from attention.decoding import Cache
 from attention.integers import index_array
+from attention.layers import Layer, unparse_layers
 from attention.mechanism import Mechanism
 from attention.nn.multi_head import Dense, MultiHeadAttention, param_if_any
 from attention.nn.partition import by_batch, named
@@ -31,6 +32,8 @@ class TransformerConfig:
       mlp_dim: hidden width of the MLP, 4 M unless given.
       encoder, decoder, cross: the mechanism of the encoder's self-attention, of the decoder's, and
         of the decoder's attention to the encoder.
+      layers: what the layers of the decoder have of their own in their self-attention, repeated to
+        fill num_layers; see `attention.layers`. (): all are alike.
       norm: 'pre' x + f(norm(x)), or 'post' norm(x + f(x)) (Xiong et al. 2020).
       dropout_rate: of embeddings and of each residual branch.
       attention_dropout_rate: of the attention weights.
@@ -39,7 +42,8 @@ class TransformerConfig:
       init_stddev: of every matrix and embedding; the last matrix of each residual branch gets
         1/√(number of branches) of it (Radford et al. 2019).
       scan_layers: run the blocks by `nn.scan`: compile time is flat in depth and the parameters
-        have a leading L axis. False: one after another, parameters by layer.
+        have a leading L axis. The scan is over the repetitions of `layers`, of which the parameters
+        then lead with the number. False: one after another, parameters by layer.
       remat_layers: of a block keep its input only and compute the rest once more in the backward
         pass: memory for the activations of one block instead of all (Chen et al. 2016). On a CPU
         with scan_layers only: otherwise XLA removes the second computation.
@@ -59,6 +63,7 @@ class TransformerConfig:
     encoder: Mechanism = Mechanism(mask=masks.Padding())
     decoder: Mechanism = Mechanism(mask=masks.Causal())
     cross: Mechanism = Mechanism(mask=masks.Padding())
+    layers: tuple[Layer, ...] = ()
     norm: Literal["pre", "post"] = "pre"
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
@@ -79,16 +84,43 @@ class TransformerConfig:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm must be 'pre' or 'post', got {self.norm!r}")
-        if self.head_dim is None and self.model_dim % self.num_heads:
+        _check_heads(self, Layer())
+        if not all(isinstance(layer, Layer) for layer in self.layers):
             raise ValueError(
-                f"num_heads must divide model_dim, or head_dim be given: got num_heads="
-                f"{self.num_heads}, model_dim={self.model_dim}"
+                f"layers must be a tuple of attention.Layer, got {self.layers!r}; a text becomes "
+                "one with attention.parse_layers"
             )
-        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        for layer in self.layers:
+            _check_heads(self, layer)
+        if self.layers and self.num_layers % (count := len(self.layers)):
+            more = self.num_layers + -self.num_layers % count
             raise ValueError(
-                f"num_kv_heads must divide num_heads: got num_kv_heads={self.num_kv_heads}, "
-                f"num_heads={self.num_heads}"
+                f"num_layers={self.num_layers} is no multiple of the {count} layers of layers="
+                f"{unparse_layers(self.layers)!r}: take num_layers={more}, or another pattern"
             )
+
+
+def _heads(config, layer):
+    """The heads of a layer's self-attention: its own, or those of the config."""
+    return {
+        name: getattr(config, name) if getattr(layer, name) is None else getattr(layer, name)
+        for name in ("num_heads", "num_kv_heads", "head_dim")
+    }
+
+
+def _check_heads(config, layer):
+    H, K, head_dim = _heads(config, layer).values()
+    where = "" if layer == Layer() else f" in {layer} of layers"
+    if head_dim is None and config.model_dim % H:
+        raise ValueError(
+            f"num_heads must divide model_dim, or head_dim be given: got num_heads={H}, "
+            f"model_dim={config.model_dim}{where}"
+        )
+    if K is not None and H % K:
+        raise ValueError(
+            f"num_kv_heads must divide num_heads: got num_kv_heads={K}, num_heads={H}{where}"
+        )
 
 
 class Embedding(nn.Module):
@@ -167,15 +199,25 @@ class MLP(nn.Module):
 
 
 class DecoderState(NamedTuple):
-    """The state of a decoder within a text; of a `Stack`, every leaf has an L axis after the batch.
+    """The state of a decoder within a text.
+
+    Of a `Stack` each field is one cache where all layers are alike, and its leaves have an L axis
+    after the batch; else a tuple with one for each layer of the pattern, and the axis is that of
+    the repetitions.
 
     Attributes:
-      self_attention: keys and values of the text so far.
-      cross_attention: those of the memory, or None where there is none.
+      self_attention: `decoding.Cache`, keys and values of the text so far.
+      cross_attention: `decoding.Cache`, those of the memory, or None where there is none.
     """
 
-    self_attention: Cache
-    cross_attention: Cache | None = None
+    self_attention: Any
+    cross_attention: Any = None
+
+    @property
+    def caches(self) -> tuple[Cache, ...]:
+        """Those of self-attention, by layer of the pattern."""
+        own = self.self_attention
+        return (own,) if isinstance(own, Cache) else own
 
 
 class Block(nn.Module):
@@ -184,10 +226,12 @@ class Block(nn.Module):
     Attributes:
       config: sizes and choices.
       mechanism: of the self-attention.
+      layer: what of it this layer has of its own.
     """
 
     config: TransformerConfig
     mechanism: Mechanism
+    layer: Layer = Layer()
 
     def __call__(
         self,
@@ -252,10 +296,11 @@ class Block(nn.Module):
     @nn.compact
     def _parts(self, cross: bool) -> dict[str, Any]:
         c = self.config
-        mechanisms = {"self_attention": self.mechanism}
+        own = self.layer
+        attentions = {"self_attention": (own.mechanism(self.mechanism), _heads(c, own))}
         if cross:
-            mechanisms["cross_attention"] = c.cross
-        branches = c.num_layers * (1 + len(mechanisms))
+            attentions["cross_attention"] = c.cross, _heads(c, Layer())
+        branches = c.num_layers * (1 + len(attentions))
         settings = {
             "use_bias": c.use_bias,
             "dtype": c.dtype,
@@ -265,16 +310,14 @@ class Block(nn.Module):
         }
         parts: dict[str, Any] = {
             name: MultiHeadAttention(
-                c.num_heads,
-                mechanism,
-                num_kv_heads=c.num_kv_heads,
-                head_dim=c.head_dim,
+                mechanism=mechanism,
                 dropout_rate=c.attention_dropout_rate,
                 implementation=c.implementation,
                 name=name,
+                **heads,
                 **settings,
             )
-            for name, mechanism in mechanisms.items()
+            for name, (mechanism, heads) in attentions.items()
         }
         parts["mlp"] = MLP(c.mlp_dim or 4 * c.model_dim, name="mlp", **settings)
         for name in tuple(parts):
@@ -295,28 +338,65 @@ def layer_norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
     )
 
 
+class _Period(nn.Module):
+    """The blocks of a pattern, which `Stack` scans over its repetitions."""
+
+    config: TransformerConfig
+    mechanism: Mechanism
+    pattern: tuple[Layer, ...]
+
+    @nn.compact
+    def blocks(self):
+        return _blocks(self.config, self.mechanism, self.pattern)
+
+
+def _blocks(config, mechanism, layers):
+    return [Block(config, mechanism, own, name=f"layer_{i}") for i, own in enumerate(layers)]
+
+
 class Stack(nn.Module):
     """config.num_layers blocks, and a last norm where norm='pre': [..., T, M] -> [..., T, M].
 
-    Takes the arguments of `Block`. What the blocks sow has a leading L axis when scanned.
+    Takes the arguments of `Block`. What the blocks sow has a leading L axis when scanned, or for
+    each layer of the pattern an axis of its repetitions.
+
+    Attributes:
+      config: sizes and choices.
+      mechanism: of the self-attention.
+      pattern: what the layers have of their own, repeated to fill num_layers; (): all are alike.
     """
 
     config: TransformerConfig
     mechanism: Mechanism
+    pattern: tuple[Layer, ...] = ()
 
     def __call__(
-        self, x: Array, memory: Array | None = None, *, state: DecoderState | None = None, **kwargs
+        self,
+        x: Array,
+        memory: Array | None = None,
+        *,
+        state: DecoderState | None = None,
+        data: dict | None = None,
+        **kwargs,
     ) -> Any:
-        """As `Block`: -> x, or (x, state) with a state, which `start` makes."""
+        """As `Block`: -> x, or (x, state) with a state, which `start` makes.
+
+        Of `data` a layer gets what its mask reads, and what that of no layer does.
+        """
+        of_all = set().union(*(_mask_inputs(self.mechanism, layer) for layer in self._period))
 
         def layer(block, x, state):
-            out = block(x, memory, state=state, **kwargs)
+            of_others = of_all - _mask_inputs(self.mechanism, block.layer)
+            own = {name: value for name, value in (data or {}).items() if name not in of_others}
+            out = block(x, memory, state=state, data=own, **kwargs)
             return (out, None) if state is None else out
 
         blocks, norm = self._parts()
-        x, state = self._layers(blocks, layer, x, state, axis=x.ndim - 2)
+        x, states = self._layers(blocks, layer, x, self._by_layer(state), axis=x.ndim - 2)
         x = norm(x) if self.config.norm == "pre" else x
-        return x if state is None else (x, state)
+        if state is None:
+            return x
+        return x, DecoderState(*(self._field(caches) for caches in zip(*states, strict=True)))
 
     def start(
         self,
@@ -327,57 +407,104 @@ class Stack(nn.Module):
     ) -> DecoderState:
         """The state before any token, for texts of up to max_length.
 
-        The memory [..., S, M], of which `lengths` [...] are real, is projected here, once.
+        Each layer has the cache that its heads and its mask need. The memory [..., S, M], of which
+        `lengths` [...] are real, is projected here, once.
         """
         c = self.config
-        cache = decoding.empty(
-            (*batch, c.num_layers),
-            max_length,
-            c.num_kv_heads or c.num_heads,
-            c.head_dim or c.model_dim // c.num_heads,
-            dtype=c.dtype,
-            position=self.mechanism.position,
-        )
+
+        def cache(layer):
+            H, K, head_dim = _heads(c, layer).values()
+            mechanism = layer.mechanism(self.mechanism)
+            return decoding.empty(
+                (*batch, c.num_layers // len(self._period)),
+                max_length,
+                K or H,
+                head_dim or c.model_dim // H,
+                dtype=c.dtype,
+                position=mechanism.position,
+                mask=mechanism.mask,
+            )
+
+        caches = self._field([cache(layer) for layer in self._period])
         if memory is None:
-            return DecoderState(cache)
+            return DecoderState(caches)
 
         def layer(block, carry, _):
             return carry, block.precompute_kv(memory, lengths)
 
         blocks, _ = self._parts()
-        _, memory_cache = self._layers(blocks, layer, (), None, axis=len(batch))
-        return DecoderState(cache, memory_cache)
+        _, memory_caches = self._layers(blocks, layer, (), self._by_layer(None), axis=len(batch))
+        return DecoderState(caches, self._field(memory_caches))
 
-    def _layers(self, blocks, layer, x, state, axis):
-        """layer(block, x, state of the layer) -> x, state, one after another."""
+    @property
+    def _period(self):
+        return self.pattern or (Layer(),)
+
+    def _field(self, of_layers):
+        """The field of a `DecoderState` of what belongs to each layer of the pattern."""
+        first, *more = of_layers
+        return first if first is None or not more else tuple(of_layers)
+
+    def _by_layer(self, state):
+        """The state of each layer of the pattern."""
+        count = len(self._period)
+        if state is None or count == 1:
+            return [state] * count
+        return [
+            DecoderState(*own)
+            for own in zip(state.caches, state.cross_attention or (None,) * count, strict=True)
+        ]
+
+    def _layers(self, blocks, layer, x, states, axis):
+        """layer(block, x, state of the layer) -> x, state, one after another.
+
+        `states` are by layer of the pattern; their leaves have the repetitions at `axis`.
+        """
+        count = len(states)
         if self.config.remat_layers:
             layer = nn.remat(layer, prevent_cse=not self.config.scan_layers)
         if self.config.scan_layers:
+
+            def period(module, x, states):
+                own_blocks = module.blocks() if isinstance(module, _Period) else [module]
+                new = []
+                for block, state in zip(own_blocks, states, strict=True):
+                    x, state = layer(block, x, state)
+                    new.append(state)
+                return x, new
+
             scan = nn.scan(
-                layer,
+                period,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True},
-                length=self.config.num_layers,
+                length=self.config.num_layers // count,
                 in_axes=axis,
                 out_axes=axis,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            return scan(blocks, x, state)
-        states = []
+            return scan(blocks, x, states)
+        new: list[list] = [[] for _ in states]
         for i, block in enumerate(blocks):
-            own = jax.tree.map(functools.partial(_at, i, axis), state)
+            repetition, which = divmod(i, count)
+            own = jax.tree.map(functools.partial(_at, repetition, axis), states[which])
             x, own = layer(block, x, own)
-            states.append(own)
-        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *states)
+            new[which].append(own)
+        return x, [jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *own) for own in new]
 
     @nn.compact
     def _parts(self):
-        c = self.config
+        c, layers = self.config, self._period
         norm = layer_norm(c, "norm")
-        if c.scan_layers:
-            return Block(c, self.mechanism, name="layers"), norm
-        names = (f"layer_{i}" for i in range(c.num_layers))
-        return [Block(c, self.mechanism, name=name) for name in names], norm
+        if not c.scan_layers:
+            return _blocks(c, self.mechanism, layers * (c.num_layers // len(layers))), norm
+        if len(layers) > 1:
+            return _Period(c, self.mechanism, layers, name="layers"), norm
+        return Block(c, self.mechanism, *layers, name="layers"), norm
+
+
+def _mask_inputs(mechanism, layer):
+    """The names of the data that the mask of a layer reads."""
+    return set().union(*layer.mechanism(mechanism).mask.required_inputs)
 
 
 def _at(index, axis, leaf):

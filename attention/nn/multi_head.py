@@ -101,8 +101,8 @@ class MultiHeadAttention(nn.Module):
 
         With a `cache` x continues a text: its keys and values are appended, its queries attend to
         all keys in it, and the result is (out, cache). `lengths` [...] is then how many of an
-        example's T are real; `data` about keys are about all slots (see `attention.decoding`). A
-        context may be the result of `precompute_kv`.
+        example's T are real; `data` about keys are about all slots (see `attention.decoding`), and
+        without segments the text is one. A context may be the result of `precompute_kv`.
 
         Raises ValueError where the widths and head counts do not fit, and as `attend` and
         `decoding.append` do.
@@ -121,9 +121,13 @@ class MultiHeadAttention(nn.Module):
             options["aux"] = ("weights",)
         if cache is not None:
             cache = self._append(cache, parts, x, context, lengths, data)
+            if self._reads("query_segments") and data.get("query_segments") is None:
+                options["query_segments"] = jnp.zeros(query.shape[-3], jnp.int32)
+                options["key_segments"] = jnp.zeros(cache.key.shape[-3], jnp.int32)
             out = decoding.attend(
                 self.mechanism, parts.mechanism, cache, query, lengths=lengths, **options
             )
+            cache = decoding.trim(cache)
         elif isinstance(context, Cache):
             out = decoding.attend(self.mechanism, parts.mechanism, context, query, **options)
         else:
@@ -156,6 +160,9 @@ class MultiHeadAttention(nn.Module):
         """The old name of `precompute_kv`, until release 0.3."""
         warnings.warn("keep is precompute_kv now", DeprecationWarning, stacklevel=2)
         return self.precompute_kv(context, lengths)
+
+    def _reads(self, name):
+        return any(name in names for names in self.mechanism.mask.required_inputs)
 
     def _append(self, cache, parts, x, context, lengths, data):
         if context is not None:

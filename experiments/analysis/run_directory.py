@@ -129,14 +129,14 @@ class Experiment:
     def base_value(self, base: str, axis: str) -> str:
         """The base cell's own setting of what `axis` changes, such as 'rope' for position.
 
-        'base' where that is not a single number or name of its config.
+        'base' where that is empty, or not a single number or name of its config.
         """
         group = self.group(base, axis)
         keys = {key for cell in group if cell.axis == axis for key in cell.overrides}
         node: Any = next((cell.config for cell in group if cell.axis is None), {})
         for name in ".".join(keys).split(".") if len(keys) == 1 else ():
             node = node.get(name) if isinstance(node, Mapping) else None
-        return str(node) if isinstance(node, str | int | float) else "base"
+        return str(node) or "base" if isinstance(node, str | int | float) else "base"
 
 
 def load(workdir: str | os.PathLike[str]) -> Experiment:
@@ -229,6 +229,11 @@ def read_attention(cell: CellRun) -> list[dict[str, attention_maps.Map]]:
     """The attention maps of the first seed by example and kind; none of a cell that is not done."""
     path = cell.path / "attention.npz"
     return attention_maps.load(path) if cell.status == "done" and path.exists() else []
+
+
+def layer_names(cell: CellRun, kind: str) -> list[str]:
+    """What each layer of a cell is in a kind of attention; none where all are alike."""
+    return cell.result.get("layers", {}).get(kind, [])
 
 
 def join(experiments: Sequence[Experiment]) -> Experiment:

@@ -38,7 +38,7 @@ class ModelWork(Work):
       num_layers, model_dim, num_heads, num_kv_heads, vocab_size: as of
         `attention.nn.TransformerConfig`; the MLP is 4 times as wide as the model.
       context, batch: T and B.
-      score, position, normalizer, implementation: of our attention.
+      score, position, normalizer, layers, implementation: of our attention.
       scan_layers, remat_layers: of our stack.
       seeds, seeds_impl: that many models at once, by 'vmap' or one after another by 'map'.
       dtype: of the computation.
@@ -57,6 +57,7 @@ class ModelWork(Work):
     score: str = "scaled_dot"
     position: str = "learned"
     normalizer: str = "softmax"
+    layers: str = ""
     implementation: str | None = None
     scan_layers: bool = False
     remat_layers: bool = False
@@ -75,6 +76,7 @@ class ModelWork(Work):
         )
         for kind in ("score", "position", "normalizer"):
             attention.parse(kind, getattr(self, kind))  # raises where a part cannot be parsed
+        attention.parse_layers(self.layers)
 
     def build(self) -> JaxWork | Foreign:
         if self.library != "attention":
@@ -126,6 +128,7 @@ class ModelWork(Work):
             cross=attention.Mechanism(
                 parts["score"], mask=attention.masks.Padding(), normalizer=parts["normalizer"]
             ),
+            layers=attention.parse_layers(self.layers),
             use_bias=True,
             dtype=jnp.dtype(self.dtype),
             **{name: getattr(self, name) for name in sizes},
@@ -141,7 +144,8 @@ class ModelWork(Work):
 
     def flops(self) -> float | None:
         """Of all matrix products; three times as many with the gradient."""
-        if self.derivative in ("decode", "generate") or self.architecture != "decoder":
+        plain = self.architecture == "decoder" and not self.layers
+        if self.derivative in ("decode", "generate") or not plain:
             return None
         M, T = self.model_dim, self.context
         heads = (self.num_kv_heads or self.num_heads) / self.num_heads
@@ -162,10 +166,13 @@ class ModelWork(Work):
 
 def _plain(work):
     """Raises `Unavailable` where a peer's stock blocks have no such option."""
-    options = ("score", "position", "normalizer", "implementation", "scan_layers", "remat_layers")
+    options = (
+        *("score", "position", "normalizer", "layers", "implementation"),
+        *("scan_layers", "remat_layers", "num_kv_heads"),
+    )
     for field in dataclasses.fields(work):
         value = getattr(work, field.name)
-        if field.name in (*options, "num_kv_heads") and value != field.default:
+        if field.name in options and value != field.default:
             raise Unavailable(f"{work.library} has no {field.name} {value!r} here")
 
 
@@ -219,9 +226,12 @@ def _decode(static, params, state, tokens):
 
     def step(params, state):
         logits, new = module.apply(params, state, tokens, method="step")
-        cache = new.self_attention  # the token's slot is free again, so that runs are alike
-        new = new._replace(self_attention=cache._replace(length=state.self_attention.length))
-        return new, logits
+        caches = jax.tree.map(  # the token's slot is free again, so that runs are alike
+            lambda cache, old: cache._replace(length=old.length),
+            *(new.self_attention, state.self_attention),
+            is_leaf=lambda x: isinstance(x, attention.decoding.Cache),
+        )
+        return new._replace(self_attention=caches), logits
 
     return _over_seeds(seeds_impl, step, params, state)
 

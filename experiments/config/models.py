@@ -1,5 +1,6 @@
 """From the settings `model` and a task to a Linen model: where a new architecture is named."""
 
+from collections.abc import Collection
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,7 +37,11 @@ def build(config: ConfigDict) -> tuple[tasks.Task, Any]:
 
 
 def transformer(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
-    """The Transformer of the settings `model`: a decoder or an encoder-decoder, as the task is."""
+    """The Transformer of the settings `model`: a decoder or an encoder-decoder, as the task is.
+
+    `model.mask` and `model.layers` are of the decoder's self-attention: an encoder sees all of the
+    source, and so does every layer of the decoder.
+    """
     padded = {**parts, "mask": attention.masks.Padding()}
     # The encoder adds positions to the source; i − j between two texts means nothing.
     crossed = {**padded, "position": attention.positions.NoPE()}
@@ -50,10 +55,19 @@ def transformer(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
         decoder=attention.Mechanism(**parts),
         encoder=attention.Mechanism(**padded),
         cross=attention.Mechanism(**crossed),
+        layers=attention.parse_layers(m.layers),
         dtype=jnp.dtype(m.dtype),
         **{name: m[name] for name in sizes},
     )
     return {"decoder": LanguageModel, "encoder_decoder": EncoderDecoder}[task.architecture](config)
+
+
+def layer_names(m: ConfigDict, kinds: Collection[str]) -> dict[str, list[str]]:
+    """What each layer is, by kind of attention, of those that have a pattern; see `Layer.label`."""
+    pattern = attention.parse_layers(m.layers)
+    mechanism = attention.Mechanism(mask=attention.parse("mask", m.mask))
+    names = [layer.label(mechanism) for layer in pattern] * (m.num_layers // (len(pattern) or 1))
+    return {kind: names for kind in kinds if names and kind in ("self", "decoder")}
 
 
 def rnn(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:

@@ -19,8 +19,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 import attention
-from attention.parts import Position
-from attention.positions import Sum
+from attention.layers import embeds
 from experiments import tasks
 from experiments.tasks.ranges import (
     FRACTION,
@@ -102,6 +101,12 @@ SETTINGS: dict[str, Any] = {
         "score": Setting("scaled_dot", PART, reader=ATTENTION),
         "position": Setting("rope", PART, reader=ATTENTION),
         "mask": Setting("causal", PART, "of a decoder", TRANSFORMER),
+        "layers": Setting(
+            "",
+            ValueRange("a text that `attention.parse_layers` reads", TEXT.holds),
+            "what the layers of a decoder have of their own, repeated to num_layers",
+            TRANSFORMER,
+        ),
         "normalizer": Setting("softmax", PART, reader=ATTENTION),
         "num_layers": Setting(2, at_least(1), "of encoder and decoder each"),
         "model_dim": Setting(64, at_least(1)),
@@ -258,14 +263,12 @@ def check_read(config: ConfigDict, changed: Collection[str] = ()) -> None:
                     f"and tfds: leave it at {defaults[name]!r}"
                 )
     if config.model.architecture == "rnn" and ATTENTION.reads(config):
-        position = attention.parse("position", config.model.position)
-        for part in position.parts if isinstance(position, Sum) else (position,):
-            if type(part).embed is not Position.embed:
-                raise ValueError(
-                    f"model.position={config.model.position!r} is added to embeddings, which is "
-                    "read only with model.architecture='transformer': choose 'none', or one that "
-                    "acts on query, key or scores"
-                )
+        if embeds(attention.parse("position", config.model.position)):
+            raise ValueError(
+                f"model.position={config.model.position!r} is added to embeddings, which is "
+                "read only with model.architecture='transformer': choose 'none', or one that "
+                "acts on query, key or scores"
+            )
 
 
 def seeds(config: ConfigDict, of: str = "") -> tuple[int, ...]:

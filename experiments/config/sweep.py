@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import attention
+from attention.mechanism import PART_KINDS
 from experiments.config import settings
 from experiments.config.claims import Claim
 from experiments.storage import paths
@@ -139,7 +140,7 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 def _meaning(config):
     """A value that is equal for configs that mean the same, 'rope' and 'RoPE()'."""
     model = config.model.to_dict()
-    for kind in ("score", "position", "mask", "normalizer"):
+    for kind in PART_KINDS:
         model[kind] = attention.parse(kind, model[kind])
     sizes = {
         "num_kv_heads": config.model.num_heads,
@@ -147,7 +148,23 @@ def _meaning(config):
         "mlp_dim": 4 * config.model.model_dim,
     }
     model |= {name: size for name, size in sizes.items() if model[name] is None}
+    model["layers"] = _layers(config.model, model)
     return {**config.to_dict(), "model": model}
+
+
+def _layers(m, parts):
+    """What each layer of a decoder is, in a form that two spellings of a pattern share."""
+    pattern = attention.parse_layers(m.layers)
+    if not pattern or m.num_layers % len(pattern):
+        return pattern
+    mechanism = attention.Mechanism(**{kind: parts[kind] for kind in PART_KINDS})
+    sizes = [(layer.num_heads, layer.num_kv_heads, layer.head_dim) for layer in pattern]
+    layers = [
+        (layer.mechanism(mechanism), *of_layer)
+        for layer, of_layer in zip(pattern, sizes, strict=True)
+    ]
+    same = all(layer == (mechanism, None, None, None) for layer in layers)
+    return () if same else tuple(layers) * (m.num_layers // len(pattern))
 
 
 def load(

@@ -26,9 +26,9 @@ def pack(
     """The maps of groups of cells, as JSON:
 
     - 'cells': by cell and example {kind of attention: map}. A map has 'shape' [L, H, T, S], 'query'
-      and 'key', numbers in 'tokens', 'entropy' [L, H] (`heads.means`, of all that the example had),
-      'largest', its largest weight, and 'bytes', those of round(255 √(w / largest)), by zlib and
-      base64;
+      and 'key', numbers in 'tokens', 'entropy' of the heads that each layer has (of all that the
+      example had), 'largest', its largest weight, and 'bytes', those of round(255 √(w / largest)),
+      by zlib and base64; 'layers', what each is, where they differ;
     - 'tokens': lists of tokens;
     - 'kept', 'shown': how many examples and cells there are, of which the budget has room for some,
       the first examples of all cells;
@@ -72,12 +72,15 @@ def pack(
 
 def _examples(cell, group):
     return [
-        {kind: _map(kind, one, group) for kind, one in kinds.items()}
+        {
+            kind: _map(kind, one, group, run_directory.layer_names(cell, kind))
+            for kind, one in kinds.items()
+        }
         for kinds in run_directory.read_attention(cell)
     ]
 
 
-def _map(kind, one, group):
+def _map(kind, one, group, names):
     every = np.nan_to_num(one.weights, posinf=0.0)
     weights = every[..., :LONGEST, :LONGEST]
     if weights.size < one.weights.size:
@@ -88,14 +91,18 @@ def _map(kind, one, group):
         "shape": list(weights.shape),
         "query": _number(one.query[:LONGEST], group["tokens"]),
         "key": _number(one.key[:LONGEST], group["tokens"]),
-        "entropy": np.round(_entropy(every[:, :, int(kind != "cross") :]), 3).tolist(),
+        "entropy": [
+            np.round(_entropy(np.nan_to_num(w[:, int(kind != "cross") :], posinf=0.0)), 3).tolist()
+            for w in attention_maps.heads(one)
+        ],
         "largest": largest,
         "bytes": base64.b64encode(zlib.compress(levels.tobytes(), 9)).decode(),
+        **({"layers": names} if names else {}),
     }
 
 
 def _entropy(weights):
-    """The mean over the queries [L, H, T, S] that give some weight, in nats: [L, H]."""
+    """The mean over the queries [H, T, S] that give some weight, in nats: [H]."""
     total = weights.sum(-1)
     p = weights / np.where(total > 0, total, 1)[..., None]
     entropy = -np.sum(p * np.log(np.where(p > 0, p, 1)), -1)

@@ -272,9 +272,13 @@ def attention_maps(cell: run_directory.CellRun) -> "Figure | None":
     """Weights of every layer (rows) and head (columns) on one example; None where none are kept."""
     if not (examples := run_directory.read_attention(cell)):
         return None
-    weights, query, key = maps.main(examples[0])
-    names = [f"layer {i + 1}" for i in range(len(weights))]
-    return heat_maps(list(weights), names, query, key, f"{cell.label}: attention weights")
+    kind = maps.main_kind(examples[0])
+    one = examples[0][kind]
+    rows = maps.heads(one)
+    names = [f"layer {i + 1}" for i in range(len(rows))]
+    if labels := run_directory.layer_names(cell, kind):
+        names = [f"{name}: {label}" for name, label in zip(names, labels, strict=True)]
+    return heat_maps(rows, names, one.query, one.key, f"{cell.label}: attention weights")
 
 
 def score_maps(
@@ -299,7 +303,8 @@ def score_maps(
     _, (weights, query, key) = examples_by_cell[0]
     where = "the last layer" if layer == -1 else f"layer {range(len(weights))[layer] + 1}"
     title = f"{base}: attention weights of {where} by {axis}"
-    return heat_maps([one.weights[layer] for _, one in examples_by_cell], names, query, key, title)
+    rows = [maps.heads(one)[layer] for _, one in examples_by_cell]
+    return heat_maps(rows, names, query, key, title)
 
 
 def of_report(experiment: run_directory.Experiment) -> Iterator[tuple[str, "Figure"]]:
@@ -400,7 +405,8 @@ def heat_maps(
                     panel.set_yticks([])
                 if panel not in panels[-1]:
                     panel.set_xticks([])
-            panels[i, 0].set_ylabel(_plain(name), rotation=0, ha="right", va="center", fontsize=8)
+            beside = {"rotation": 0, "ha": "right", "va": "center", "fontsize": 8}
+            panels[i, 0].set_ylabel(wrapped(name, 28), **beside)
             if labelled:
                 panels[i, 0].set_yticks(range(len(query)), [_token(token) for token in query])
         for panel in panels[-1] if labelled else ():

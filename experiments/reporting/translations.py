@@ -63,15 +63,15 @@ class Translator(trained.Trained):
         look = jax.jit(functools.partial(attention_stats.weights, self.model))
         weights = look(self.params, batch)["cross"]
         names = self.task.tokens(targets), self.task.tokens(source["source"][0, :count])
-        return np.asarray(weights[:, 0, ..., :count]), *names
+        return np.stack(weights)[:, 0, ..., :count], *names
 
     def alignment_heads(self) -> tuple[int, int]:
         """L and H of every `alignment`; compiles nothing."""
         token = np.zeros((1, 1), np.int32)
         batch = {"source": token, "source_lengths": np.ones(1, np.int32), "inputs": token}
         look = functools.partial(attention_stats.weights, self.model)
-        L, _, H, _, _ = jax.eval_shape(look, self.params, batch)["cross"].shape
-        return L, H
+        layers = jax.eval_shape(look, self.params, batch)["cross"]
+        return len(layers), layers[0].shape[1]
 
 
 def load(workdir: str | Path, seed: int = 0) -> Translator:

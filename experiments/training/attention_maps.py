@@ -8,7 +8,7 @@ their weights. Letters as everywhere: L layers, B examples, H heads, T queries, 
 import io
 import json
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ class Map(NamedTuple):
     """The weights of one kind of attention on one example.
 
     Attributes:
-      weights: [L, H, T, S].
+      weights: [L, H, T, S], H the most heads of a layer; NaN where one has fewer.
       query, key: the T and S tokens.
     """
 
@@ -48,21 +48,43 @@ def first(split: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
 def metrics(measured: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """'attention/entropy' and 'attention/first_token' [R], means over layers and heads.
 
-    They are about the `main` kind of attention. `measured` are arrays [R, L, H].
+    They are about the `main` kind of attention. `measured` are arrays [R, H] of each layer.
     """
-    return {f"attention/{name}": np.mean(x, (1, 2)) for name, x in main(measured).items()}
+    return {
+        f"attention/{name}": np.concatenate(layers, 1).mean(1)
+        for name, layers in main(measured).items()
+    }
+
+
+def describe(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What is measured [R, H] of each layer, as JSON: by kind and name lists [R][L][H]."""
+    return {
+        kind: {
+            name: [
+                [np.round(x, 4).tolist() for x in of_seed] for of_seed in zip(*layers, strict=True)
+            ]
+            for name, layers in of_kind.items()
+        }
+        for kind, of_kind in measured.items()
+    }
 
 
 def main(by_kind: Mapping[str, Any]) -> Any:
     """Of what there is by kind that of a model to its source, else to its own text."""
-    return by_kind["cross" if "cross" in by_kind else "self"]
+    return by_kind[main_kind(by_kind)]
+
+
+def main_kind(by_kind: Collection[str]) -> str:
+    """The kind of attention that `main` takes."""
+    return "cross" if "cross" in by_kind else "self"
 
 
 def keep(
-    task: Any, examples: Mapping[str, np.ndarray], weights: Mapping[str, np.ndarray]
+    task: Any, examples: Mapping[str, np.ndarray], weights: Mapping[str, Sequence[np.ndarray]]
 ) -> list[dict[str, Map]]:
-    """For each example the map of each kind, without padding; `weights` are [L, B, H, T, S]."""
+    """For each example the map of each kind, without padding; `weights` [B, H, T, S] by layer."""
     maps = []
+    by_kind = {kind: _with_all_heads(layers) for kind, layers in weights.items()}
     for b in range(len(examples["inputs"])):
         inputs = task.tokens(examples["inputs"][b])
         if "source" in examples:
@@ -75,11 +97,25 @@ def keep(
         maps.append(
             {
                 kind: Map(w[:, b, :, : len(query), : len(key)], query, key)
-                for kind, w in weights.items()
+                for kind, w in by_kind.items()
                 for query, key in [tokens[kind]]
             }
         )
     return maps
+
+
+def _with_all_heads(layers):
+    """[L, B, H, T, S] of each layer's [B, ·, T, S]."""
+    most = max(w.shape[1] for w in layers)
+    fill = [((0, 0), (0, most - w.shape[1]), (0, 0), (0, 0)) for w in layers]
+    padded = (np.pad(w, by, constant_values=np.nan) for w, by in zip(layers, fill, strict=True))
+    return np.stack(list(padded))
+
+
+def heads(one: Map) -> list[np.ndarray]:
+    """The weights of each layer, [·, T, S] of the heads that it has."""
+    absent = np.isnan(one.weights).all((2, 3))
+    return [w if no.all() else w[~no] for w, no in zip(one.weights, absent, strict=True)]
 
 
 def dump(maps: Sequence[Mapping[str, Map]]) -> bytes:

@@ -8,6 +8,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+import attention
 from attention.nn import partition
 
 DATA = PartitionSpec(None, "data")  # of arrays [seeds, b, ...] and [batches, b, ...]
@@ -74,6 +75,13 @@ def check(config: ConfigDict, model, inputs: tuple) -> None:
         heads = m.num_heads if m.num_kv_heads is None else m.num_kv_heads
         split["model.num_kv_heads"] = heads, "model"
         split["model.mlp_dim"] = m.mlp_dim or 4 * m.model_dim, "model"
+        for layer in attention.parse_layers(m.layers):
+            own = {name: getattr(layer, name) for name in ("num_heads", "num_kv_heads")}
+            split |= {
+                f"model.layers: {layer}: {name}": (size, "model")
+                for name, size in own.items()
+                if size is not None
+            }
     if config.fully_sharded:
         split["model.model_dim"] = m.model_dim, "data"
     for name, (size, axis) in split.items():

@@ -13,10 +13,12 @@ TEXTS = 8  # generated at a time
 def cost(model: Any, params: Any, tokens: int) -> dict[str, float]:
     """'decode_ms_per_token' of `TEXTS` texts together, 'cache_bytes_per_token' of one of them.
 
-    The texts go greedily from nothing to `tokens` tokens, once for each of the R seeds of `params`,
-    whose leaves are [R, ...]; the time is the median of these. It is one measurement, of a machine
-    that may do other things as well: `experiments.benchmark` compares under equal conditions. A
-    position table must have a place for each token.
+    The bytes are those of keys and values of a text of `tokens` tokens, divided by their number: a
+    layer with a sliding window keeps the last ones alone. The texts go greedily from nothing to
+    `tokens` tokens, once for each of the R seeds of `params`, whose leaves are [R, ...]; the time
+    is the median of these. It is one measurement, of a machine that may do other things as well:
+    `experiments.benchmark` compares under equal conditions. A position table must have a place for
+    each token.
     """
 
     @jax.jit
@@ -29,7 +31,7 @@ def cost(model: Any, params: Any, tokens: int) -> dict[str, float]:
             return (state, jnp.argmax(logits[:, 0], -1)), None
 
         (state, last), _ = jax.lax.scan(step, (state, jnp.zeros(TEXTS, jnp.int32)), length=tokens)
-        return last, state.self_attention
+        return last, state.caches
 
     seconds: list[float] = []
     for seed in range(len(jax.tree.leaves(params)[0])):
@@ -37,9 +39,9 @@ def cost(model: Any, params: Any, tokens: int) -> dict[str, float]:
         if not seconds:
             jax.block_until_ready(generate(own))  # compiles
         began = time.perf_counter()
-        _, cache = jax.block_until_ready(generate(own))
+        _, caches = jax.block_until_ready(generate(own))
         seconds.append(time.perf_counter() - began)
-    size = sum(x.size * x.dtype.itemsize for x in (cache.key, cache.value))
+    size = sum(x.nbytes for cache in caches for x in (cache.key, cache.value))
     return {
         "decode_ms_per_token": round(1000 * statistics.median(seconds) / tokens, 4),
         "cache_bytes_per_token": size / (TEXTS * tokens),

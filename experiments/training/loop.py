@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from experiments import tasks
 from experiments.config import differences, settings
-from experiments.config.models import build
+from experiments.config.models import build, layer_names
 from experiments.storage import paths
 from experiments.training import (
     attention_maps,
@@ -273,7 +273,9 @@ def _finish(config, run, program, params, directory):
     few = attention_maps.first(run.examples, attention_maps.NUM_MAPS)
     maps = attention_maps.keep(run.task, few, weights)
     write(directory / "attention.npz", attention_maps.dump(maps))
-    details = {"attention": jax.tree.map(lambda x: np.round(x, 4).tolist(), statistics)}
+    details: dict[str, Any] = {"attention": attention_maps.describe(statistics)}
+    if names := layer_names(config.model, statistics):
+        details["layers"] = names
     metrics = evaluation.evaluate(program, params, run.splits)
     if run.beam:
         texts = evaluation.translations(program, run.task, run.beam, params, run.splits)

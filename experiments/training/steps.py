@@ -110,7 +110,7 @@ def losses(
 
 def measure_attention(
     model: Any, params: Any, examples: Mapping[str, jax.Array]
-) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+) -> tuple[dict[str, Any], dict[str, list[jax.Array]]]:
     """`attention_stats.means` of the examples by seed, and weights of a few; of all seeds.
 
     The weights are `attention_stats.weights` of the first seed on the first

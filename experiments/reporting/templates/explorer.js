@@ -32,6 +32,10 @@ function draw(canvas, { T, S, levels: own, largest: ownLargest }, scale, largest
   context.drawImage(small, 0, 0, canvas.width, canvas.height);
 }
 
+// What a layer is called: its number, and what it is where the layers of a model differ.
+const layerName = (map, layer) =>
+  map.layers ? `${layer + 1}: ${map.layers[layer]}` : `${layer + 1}`;
+
 const nats = entropy => `${entropy.toFixed(2)} nats`;
 
 class Explorer {
@@ -80,20 +84,22 @@ class Explorer {
     state.example = Math.min(state.example, examples.length - 1);
     const kinds = Object.keys(examples[state.example]);
     if (!kinds.includes(state.kind)) state.kind = kinds.at(-1);
-    const [L, H] = this.map(state.cell).shape;
+    const map = this.map(state.cell), [L] = map.shape;
     state.layer = Math.min(state.layer, L - 1);
+    const H = map.entropy[state.layer].length;
     state.head = Math.min(state.head, H - 1);
     try {
       sessionStorage.setItem(this.key, JSON.stringify(state));
     } catch { /* no storage here */ }
     const range = count => [...Array(count).keys()].map(i => [i, i + 1]);
     const number = name => value => this.set({ [name]: Number(value) });
+    const layers = range(L).map(([layer]) => [layer, layerName(map, layer)]);
     const named = cells.map(id => [id, data.labels[id]]);
     const controls = [
       choice("cell", named, state.cell, cell => this.set({ cell })),
       choice("beside", [["", "—"], ...named], state.other, other => this.set({ other })),
       choice("example", range(examples.length), state.example, number("example")),
-      choice("layer", range(L), state.layer, number("layer")),
+      choice("layer", layers, state.layer, number("layer")),
       choice("head", range(H), state.head, number("head")),
     ];
     if (kinds.length > 1) {
@@ -120,14 +126,19 @@ class Explorer {
   async view(id, largest) {
     const { state, data } = this, map = this.map(id), all = await levels(map);
     const [L, H] = map.shape;
-    const layer = Math.min(state.layer, L - 1), head = Math.min(state.head, H - 1);
+    const layer = Math.min(state.layer, L - 1);
+    const head = Math.min(state.head, map.entropy[layer].length - 1);
     const query = data.tokens[map.query], key = data.tokens[map.key];
     const chosen = headOf(map, all, layer, head);
     const heads = make("div", { class: "heads", style: `--heads: ${H}` });
     const thumbnails = [];
     for (let l = 0; l < L; l++) for (let h = 0; h < H; h++) {
+      if (h >= map.entropy[l].length) {  // a layer of fewer heads
+        heads.append(make("span"));
+        continue;
+      }
       const one = headOf(map, all, l, h), canvas = make("canvas", { "aria-hidden": true });
-      const name = `layer ${l + 1}, head ${h + 1}, entropy ${nats(one.entropy)}`;
+      const name = `layer ${layerName(map, l)}, head ${h + 1}, entropy ${nats(one.entropy)}`;
       const button = make(
         "button",
         { type: "button", title: name, "aria-label": name, "aria-pressed": l === layer && h === head },
@@ -207,7 +218,7 @@ class Explorer {
       const pair = j >= 0 ? ` Here: ${key[j]} (${j + 1}) ${chosen.weight(i, j).toFixed(3)}.` : "";
       readout.textContent = active
         ? `${query[i]} (${i + 1}) attends to ${told.join(", ") || "nothing"}.${pair}`
-        : `Layer ${layer + 1}, head ${head + 1}: entropy ${nats(chosen.entropy)}.`;
+        : `Layer ${layerName(map, layer)}, head ${head + 1}: entropy ${nats(chosen.entropy)}.`;
     };
     const element = make(
       "div", { class: "panel" }, make("h4", {}, data.labels[id]), heads,
@@ -250,7 +261,7 @@ class Explorer {
     const { state } = this, items = [];
     for (const id of this.cells) {
       const map = this.map(id);
-      if (!map || state.layer >= map.shape[0] || state.head >= map.shape[1]) continue;
+      if (!map || !(state.head < map.entropy[state.layer]?.length)) continue;
       const one = headOf(map, await levels(map), state.layer, state.head);
       const canvas = make("canvas", { "aria-hidden": true });
       const label = this.data.labels[id], name = `${label}, entropy ${nats(one.entropy)}`;

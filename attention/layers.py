@@ -1,0 +1,204 @@
+"""Layer patterns: what the layers of a stack have of their own, repeated to fill it.
+
+    layers = parse_layers("3*layer(mask=sliding_window(128), position=rope) + layer(position=none)")
+
+are three layers that look back 128 tokens by rotary positions and a fourth that sees all of the
+text by none (Yang et al. 2025; Gemma 3 has five and one, with rotary positions in both). As Python:
+
+    layers = 3 * (Layer(mask=SlidingWindow(128), position=RoPE()),) + (Layer(position=NoPE()),)
+"""
+
+import ast
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable
+
+from attention.integers import whole_number
+from attention.masks import Full
+from attention.mechanism import PART_KINDS, Mechanism
+from attention.parsing import parse, unparse
+from attention.parts import (
+    And,
+    Mask,
+    Normalizer,
+    Or,
+    Position,
+    Score,
+    Sum,
+    check_counts,
+    check_part,
+)
+
+_MOST_LAYERS = 1000  # of a pattern
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The attention of a layer, as far as it is not that of the model.
+
+    Attributes:
+      score, position, normalizer: in place of the model's; None: the model's.
+      mask: on top of the model's: the layer sees what both allow, so that in a decoder whose mask
+        is causal `SlidingWindow(128)` looks back only, and `Full()` is the model's mask.
+      num_heads, num_kv_heads, head_dim: in place of the model's; None: the model's.
+
+    Raises ValueError where a part is not of its kind, a size is not positive, or the position adds
+    to the embeddings, of which a model has one.
+    """
+
+    score: Score | None = None
+    position: Position | None = None
+    mask: Mask | None = None
+    normalizer: Normalizer | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+
+    def __post_init__(self):
+        for kind, base in PART_KINDS.items():
+            if getattr(self, kind) is not None:
+                check_part(f"{kind} of Layer", getattr(self, kind), base)
+        check_counts(self, num_heads=1, num_kv_heads=1, head_dim=1)
+        if self.position is not None and embeds(self.position):
+            raise ValueError(
+                f"position={unparse(self.position)} of a layer is added to the embeddings, which "
+                "the model has once: make it the model's position, and give a layer one that acts "
+                "on query, key or scores"
+            )
+
+    def mechanism(self, model: Mechanism) -> Mechanism:
+        """The mechanism of the layer in a model with that mechanism."""
+        own = {kind: getattr(self, kind) for kind in PART_KINDS}
+        own = {kind: part for kind, part in own.items() if part is not None}
+        if self.mask is not None:
+            own["mask"] = _both(model.mask, self.mask)
+        return dataclasses.replace(model, **own)
+
+    def label(self, model: Mechanism) -> str:
+        """What the layer is in a model: its mask, and what else it has of its own."""
+        fields = {name: text for name, text in _fields(self).items() if name != "mask"}
+        own = (f"{name}={text}" for name, text in fields.items())
+        return ", ".join((unparse(self.mechanism(model).mask), *own))
+
+    def __str__(self):
+        fields = _fields(self)
+        if list(fields) == ["mask"]:
+            return fields["mask"]
+        return f"layer({', '.join(f'{name}={text}' for name, text in fields.items())})"
+
+
+def parse_layers(text: str) -> tuple[Layer, ...]:
+    """The pattern that `text` describes; what configs use. No text is no pattern, ().
+
+    A pattern is a sum of layers, `3 * (...)` repeats what is in the brackets, and a layer is what
+    `Layer` takes, each part as `attention.parse` reads it, or a mask alone:
+
+        parse_layers("3*sliding_window(128) + full")
+        parse_layers("2*(5*layer(mask=sliding_window(512), num_heads=8) + layer(position=none))")
+        parse_layers("3*(sliding_window(128) & dilated(2)) + layer(score='soft_cap(dot, 30)')")
+
+    Raises ValueError of one line that names what cannot be read.
+    """
+    if not text.strip():
+        return ()
+    try:
+        return _parse(ast.parse(text.strip().replace(":", "."), mode="eval").body)
+    except SyntaxError as error:
+        raise ValueError(f"layers={text!r}: cannot read it ({error.msg})") from None
+    except ValueError as error:
+        raise ValueError(f"layers={text!r}: {error}") from None
+
+
+def unparse_layers(layers: Iterable[Layer]) -> str:
+    """The text that `parse_layers` reads as this pattern."""
+    runs = [(layer, len(list(run))) for layer, run in itertools.groupby(layers)]
+    return " + ".join(_repeated(str(layer), count, layer.mask) for layer, count in runs)
+
+
+def _repeated(text, count, mask):
+    has_operator = isinstance(mask, And | Or) and not text.startswith("layer(")
+    text = f"({text})" if has_operator else text
+    return text if count == 1 else f"{count}*{text}"
+
+
+def _parse(node):
+    """The layers of a pattern's node."""
+    match node:
+        case ast.BinOp(op=ast.Add()):
+            return _parse(node.left) + _parse(node.right)
+        case ast.BinOp(op=ast.Mult(), left=ast.Constant(value=int(count))):
+            layers = _parse(node.right)
+            most = max(1, _MOST_LAYERS // len(layers))
+            return whole_number("the number before *", count, 1, most) * layers
+        case ast.BinOp(op=ast.Mult()):
+            raise ValueError(
+                f"cannot read {ast.unparse(node)!r}; write the number first: 3*sliding_window(128)"
+            )
+        case ast.Name(id="layer") | ast.Call(func=ast.Name(id="layer")):
+            return (_layer(node),)
+    if _joins_layers(node):
+        raise ValueError(
+            f"cannot read {ast.unparse(node)!r}; put a mask with & or | in brackets: "
+            "3*(causal & sliding_window(128)) + full"
+        )
+    return (Layer(mask=parse("mask", ast.unparse(node))),)
+
+
+def _joins_layers(node):
+    """Whether + or * stand between masks that are joined by & or |, by which they bind closer."""
+    match node:
+        case ast.BinOp(op=ast.BitAnd() | ast.BitOr()):
+            return _joins_layers(node.left) or _joins_layers(node.right)
+        case ast.UnaryOp():
+            return _joins_layers(node.operand)
+    return isinstance(node, ast.BinOp)
+
+
+def _layer(node):
+    """The layer of `layer` or of `layer(field=value, ...)`."""
+    names = [field.name for field in dataclasses.fields(Layer)]
+    if not isinstance(node, ast.Call):
+        return Layer()
+    if node.args or not {keyword.arg for keyword in node.keywords} <= set(names):
+        raise ValueError(
+            f"cannot read {ast.unparse(node)!r}; layer takes {', '.join(names)}, each as name=value"
+        )
+    return Layer(**{str(keyword.arg): _value(keyword) for keyword in node.keywords})
+
+
+def _value(keyword):
+    """The part or the number that a field of a layer is set to, a part with or without quotes."""
+    name, node = keyword.arg, keyword.value
+    constant = node.value if isinstance(node, ast.Constant) else ast.unparse(node)
+    if name in PART_KINDS and isinstance(constant, str):
+        return parse(name, constant)
+    if name in PART_KINDS or not isinstance(constant, int):
+        expected = "a part" if name in PART_KINDS else "a whole number"
+        raise ValueError(
+            f"{name}={ast.unparse(node)} is not {expected}; leave it out for that of the model"
+        )
+    return constant
+
+
+def embeds(position: Position) -> bool:
+    """Whether a position adds something to the embeddings."""
+    if isinstance(position, Sum):
+        return any(map(embeds, position.parts))
+    return type(position).embed is not Position.embed
+
+
+def _both(mask, other):
+    """The mask of what both allow, without what says nothing new."""
+    terms = [term for term in dict.fromkeys((*_terms(mask), *_terms(other))) if term != Full()]
+    return functools.reduce(And, terms, terms.pop(0)) if terms else Full()
+
+
+def _terms(mask):
+    return (*_terms(mask.left), *_terms(mask.right)) if isinstance(mask, And) else (mask,)
+
+
+def _fields(layer):
+    """The text of each field of a layer that is not the model's."""
+    own = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
+    return {name: unparse(value) for name, value in own.items() if value is not None}
