@@ -127,6 +127,52 @@ class SquaredReLU(OnlineNormalizer):
 
 
 @dataclasses.dataclass(frozen=True)
+class Unnormalized(OnlineNormalizer):
+    """w_ij = s_ij: linear attention without a denominator, as in Qin et al. 2022, sec. 4.
+
+    With a score that is a product of features it costs O(T): see `kernels.linear`.
+    """
+
+    def weight(self, params, logits, statistic):
+        return jnp.where(logits > -jnp.inf, logits, 0)
+
+    def start(self, params, like):
+        return ()
+
+    def update(self, params, state, logits):
+        return (), self.weight(params, logits, ()), None
+
+    def finish(self, params, state):
+        return (), None
+
+
+@dataclasses.dataclass(frozen=True)
+class SumToOne(OnlineNormalizer):
+    """w_ij = s_ij / Σ_k s_ik, for scores that are not negative.  Katharopoulos et al. 2020, eq. 3.
+
+    Weights are s_ij where the sum is 0.  With a score that is a product of features it costs O(T):
+    see `kernels.linear`.
+    """
+
+    def weight(self, params, logits, statistic):
+        return jnp.where(logits > -jnp.inf, logits, 0) / statistic[:, None]
+
+    def start(self, params, like):
+        return jnp.zeros_like(like)
+
+    def update(self, params, state, logits):
+        weights = jnp.where(logits > -jnp.inf, logits, 0)
+        return state + jnp.sum(weights, axis=-1), weights, None
+
+    def finish(self, params, state):
+        total = jnp.where(state == 0, 1, state)
+        return total, 1 / total
+
+    def statistic_jvp(self, params, tangent, statistic, change):
+        return change * statistic, -change
+
+
+@dataclasses.dataclass(frozen=True)
 class Sparsemax(Normalizer):
     """w_ij = max(s_ij − τ_i, 0) with τ_i such that Σ_j w_ij = 1.  Martins & Astudillo 2016, eq. 4.
 

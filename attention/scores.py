@@ -8,6 +8,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attention.parts import Array, Params, Score, Tile, check_counts, check_numbers, check_part
 
@@ -186,6 +187,79 @@ def _in_three(x: Array) -> Array:
         parts.append(jax.lax.stop_gradient(bits))
         x = x - parts[-1]
     return jnp.concatenate([*parts, x], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EluFeatures(Score):
+    """s(q, k) = φ(q) · φ(k), φ(x) = elu(x) + 1, which is positive.
+
+    Katharopoulos et al. 2020, eq. 7.  With `normalizers.SumToOne` it is linear attention.
+    """
+
+    def prepare(self, params, query, key):
+        return jax.nn.elu(query) + 1, jax.nn.elu(key) + 1
+
+    def tile(self, params, query, key, tile):
+        return _product(query, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaylorFeatures(Score):
+    """s(q, k) = 1 + x + x²/2, x = q · k / √D: exp(x) to the second order, and positive.
+
+    As a product of 1 + D + D² features each.  Arora et al. 2024 (Based), sec. 4.1.
+    """
+
+    def prepare(self, params, query, key):
+        def features(x):
+            x = x * x.shape[-1] ** -0.25
+            squares = (x[:, :, None] * x[:, None, :]).reshape(len(x), -1) * 2**-0.5
+            return jnp.concatenate([jnp.ones_like(x[:, :1]), x, squares], axis=-1)
+
+        return features(query), features(key)
+
+    def tile(self, params, query, key, tile):
+        return _product(query, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomFeatures(Score):
+    """s(q, k) = φ(q) · φ(k), which is exp(q · k / √D) in the mean over random directions ω.
+
+    φ(x) = exp(ω_i · x' − ‖x'‖²/2) / √m, i = 1 … m, x' = x / D^¼; directions are orthogonal within
+    each D of them, with the lengths of Gaussian vectors.  Choromanski et al. 2021, lemma 1 and sec.
+    2.4.  They are drawn from `seed` and do not learn.
+    """
+
+    features: int = 64
+    seed: int = 0
+
+    def __post_init__(self):
+        check_counts(self, features=1, seed=0)
+
+    def directions(self, head_dim: int) -> np.ndarray:
+        """ω [D, m]."""
+        rng = np.random.default_rng(self.seed)
+        blocks = -(-self.features // head_dim)
+        q, r = np.linalg.qr(rng.normal(size=(blocks, head_dim, head_dim)))
+        # With these signs every direction is as likely (Mezzadri 2007).
+        q *= np.sign(np.diagonal(r, axis1=1, axis2=2))[:, None]
+        orthogonal = q.reshape(-1, head_dim)[: self.features]
+        lengths = np.linalg.norm(rng.normal(size=(self.features, head_dim)), axis=1)
+        return (orthogonal * lengths[:, None]).T
+
+    def prepare(self, params, query, key):
+        directions = jnp.asarray(self.directions(query.shape[-1]), query.dtype)
+
+        def features(x):
+            x = x * x.shape[-1] ** -0.25
+            half = jnp.sum(x * x, axis=-1, keepdims=True) / 2
+            return jnp.exp(x @ directions - half) * self.features**-0.5
+
+        return features(query), features(key)
+
+    def tile(self, params, query, key, tile):
+        return _product(query, key)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,6 +62,27 @@ def is_bilinear(mechanism: Mechanism, head_dim: int, value_dim: int) -> bool:
 
 
 @functools.cache
+def not_of_features(mechanism: Mechanism, head_dim: int, value_dim: int) -> str | None:
+    """Why scores are not query @ key of features and nothing else, or None."""
+    params = _params_of_a_head(mechanism, head_dim, value_dim)
+    x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
+    position = mechanism.position
+    if position.whole_row or _has_terms(position, params["position"], x):
+        return f"it knows no term of the scores or the output, as {position} has"
+    if not _is_product(mechanism.score, params["score"], x):
+        return f"it computes products of features, not {mechanism.score}"
+    return None
+
+
+@functools.cache
+def num_features(mechanism: Mechanism, head_dim: int) -> int:
+    """F, the features of a query that `Score.prepare` makes."""
+    x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
+    params = _params_of_a_head(mechanism, head_dim, head_dim)
+    return jax.eval_shape(mechanism.score.prepare, params["score"], x, x)[0].shape[-1]
+
+
+@functools.cache
 def term_reads_vectors(position: Position, head_dim: int, value_dim: int) -> bool:
     """Whether what a position adds to the scores depends on a query or a key."""
     params = jax.eval_shape(lambda: position.init(jax.random.key(0), head_dim, value_dim))

@@ -53,6 +53,10 @@ def squared_relu(p, s):
     return np.maximum(s, 0) ** 2 / len(s)  # Hua et al. 2022
 
 
+def sum_to_one(p, s):
+    return s / s.sum()  # Katharopoulos et al. 2020, eq. 3
+
+
 def threshold(weights_at, s, top):
     """τ in [top − 1, top] at which the weights, falling in τ, sum to 1."""
     low, high = top - 1, top
@@ -82,6 +86,8 @@ NORMALIZERS = {
     "learned sink": (normalizers.LearnedSink(), learned_sink),
     "sigmoid": (normalizers.Sigmoid(), sigmoid),
     "squared relu": (normalizers.SquaredReLU(), squared_relu),
+    "unnormalized": (normalizers.Unnormalized(), lambda p, s: s),
+    "sum to one": (normalizers.SumToOne(), sum_to_one),
     "sparsemax": (normalizers.Sparsemax(), sparsemax),
     "entmax": (normalizers.Entmax15(), entmax15),
     "hardmax": (normalizers.Hardmax(), hardmax),

@@ -72,6 +72,26 @@ def gaussian(p, q, k, j):
     return -np.sum((q - k) ** 2) / (2 * sigma**2)  # Tsai et al. 2019: the RBF kernel's logarithm
 
 
+def elu_features(p, q, k, j):
+    def phi(x):
+        return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+    return phi(q) @ phi(k)  # Katharopoulos et al. 2020, eq. 7
+
+
+def taylor(p, q, k, j):
+    x = q @ k / math.sqrt(len(q))
+    return 1 + x + x**2 / 2  # Arora et al. 2024, sec. 4.1
+
+
+def random_features(p, q, k, j):
+    """Choromanski et al. 2021, lemma 1."""
+    omega = RANDOM.directions(len(q)).T
+    q, k = q / len(q) ** 0.25, k / len(k) ** 0.25
+    terms = [math.exp(w @ q - q @ q / 2) * math.exp(w @ k - k @ k / 2) for w in omega]
+    return sum(terms) / len(terms)
+
+
 def manhattan(p, q, k, j):
     return -np.abs(q - k).sum()
 
@@ -98,6 +118,7 @@ class Manhattan(attention.Score):
 
 
 ADDITIVE = scores.Additive(hidden=3)
+RANDOM = scores.RandomFeatures(features=5)
 SCORES = {
     "dot": (scores.Dot(), dot),
     "scaled dot": (scores.ScaledDot(), scaled_dot),
@@ -110,6 +131,9 @@ SCORES = {
     "temperature": (scores.Temperature(scores.General()), warm),
     "soft cap": (scores.SoftCap(scores.ScaledDot(0.3), cap=2.0), soft_capped),
     "nested": (scores.SoftCap(scores.Scale(scores.Temperature(ADDITIVE), 3.0), 1.5), nested),
+    "elu": (scores.EluFeatures(), elu_features),
+    "taylor": (scores.TaylorFeatures(), taylor),
+    "random": (RANDOM, random_features),
     "own": (Manhattan(), manhattan),
 }
 QUIET = {"additive", "location", "cosine", "soft cap", "own"}  # small however large q and k are
@@ -158,6 +182,9 @@ def smooth():
             p.FIRE(hidden=3) + p.Shaw(2, value_side=True),
             normalizer=n.Entmax15(),
         ),
+        Mechanism(scores.EluFeatures(), normalizer=n.SumToOne()),
+        Mechanism(scores.TaylorFeatures(), normalizer=n.SumToOne()),
+        Mechanism(RANDOM, normalizer=n.Unnormalized()),
         Mechanism(
             scores.Cosine(), p.CoPE(2) + p.RoPE(scaling=yarn), masks.Causal(), n.SquaredReLU()
         ),
@@ -220,6 +247,17 @@ def test_gaussian_is_dot_product_where_keys_have_equal_norms():
     scaled["query"] = x["query"] * np.exp(-2 * x["params"]["score"]["log_sigma"])[:, None]
     expected = weights(Mechanism(scores.Dot()), scaled)
     same(weights(gaussian, x), expected)
+
+
+def test_random_features_are_the_exponential_in_the_mean():
+    q, k = np.random.default_rng(0).normal(size=(2, 1, 8)) / 2
+    estimates = []
+    for seed in range(400):
+        query, key = scores.RandomFeatures(16, seed).prepare({}, q, k)
+        estimates.append(np.vdot(query, key))
+    expected = math.exp(q[0] @ k[0] / math.sqrt(8))
+    error = np.std(estimates) / math.sqrt(len(estimates))
+    assert abs(np.mean(estimates) - expected) < 4 * error < 0.1 * expected
 
 
 def test_cosine_knows_no_lengths():

@@ -41,6 +41,8 @@ NORMALIZERS = [
     normalizers.LearnedSink(),
     normalizers.Sigmoid(),
     normalizers.SquaredReLU(),
+    normalizers.Unnormalized(),
+    normalizers.SumToOne(),
     normalizers.Sparsemax(),
     normalizers.Entmax15(),
     normalizers.Hardmax(),

@@ -1,0 +1,152 @@
+"""The linear kernel: O(T) attention where scores are products of features and nothing divides
+them but their sum.
+
+With s_ij = φ(q_i) · φ(k_j) the output Σ_j s_ij v_j is φ(q_i) · (Σ_j φ(k_j) v_jᵀ): a state [F, V]
+takes the place of the T·S scores (Katharopoulos et al. 2020, sec. 3.2). Under a causal mask the
+text is cut into chunks; a query reads the state of the chunks before its own, and the keys of its
+own chunk by their scores, as matrix units like it (Hua et al. 2022, sec. 3.3).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.export import is_symbolic_dim
+
+from attention import masks
+from attention.kernels import dense
+from attention.kernels.heads import lift
+from attention.kernels.products import not_of_features, num_features
+from attention.kernels.registry import Call, Kernel, register
+from attention.mechanism import Mechanism
+from attention.normalizers import SumToOne, Unnormalized
+from attention.parts import And, Array, Mask, Params, Tile
+
+CHUNK = 64
+"""Queries and keys of a chunk."""
+
+_MASKS = (masks.Full, masks.Causal, masks.Padding)
+_NORMALIZERS = (Unnormalized, SumToOne)
+
+
+def unsupported(call: Call) -> str | None:
+    """Why it cannot serve a call, or None."""
+    mechanism = call.mechanism
+    if type(mechanism.normalizer) not in _NORMALIZERS:
+        return f"its weights are unnormalized or sum to one, and not {mechanism.normalizer}"
+    if others := [mask for mask in _terms(mechanism.mask) if type(mask) not in _MASKS]:
+        return f"it knows causal masks and padding, not {others[0]}"
+    causal = masks.Causal() in _terms(mechanism.mask)
+    if causal and {"query_positions", "key_positions"} & call.data.keys():
+        return "a causal mask counts places from 0 here: it takes no query_positions, key_positions"
+    for name in ("bias", "mask"):
+        if getattr(call, name) is not None:
+            return f"it has no score to add or hide, as {name} asks"
+    if call.dropout_rate:
+        return "it has no weights to drop"
+    if call.aux:
+        return f"it has no weights of which {', '.join(call.aux)} could be told"
+    if is_symbolic_dim(call.query.shape[-3]) or is_symbolic_dim(call.key.shape[-3]):
+        return "it cuts texts into chunks, of which a symbolic length has no number"
+    return not_of_features(mechanism, call.query.shape[-1], call.value.shape[-1])
+
+
+def cost(call: Call) -> tuple[float, str]:
+    """Numbers of scores and states at once, and the reason if this kernel runs."""
+    *batch, T, H, D = call.query.shape
+    batch = [1 if is_symbolic_dim(n) else n for n in batch]
+    F, V = num_features(call.mechanism, D), call.value.shape[-1]
+    chunks = -(-T // CHUNK)
+    numbers = math.prod(batch) * H * (T * (CHUNK + F) + chunks * F * V)
+    return numbers, f"states and the scores of chunks are {numbers:,} numbers at once"
+
+
+def attend_head(
+    mechanism: Mechanism,
+    params: Params,
+    query: Array,
+    key: Array,
+    value: Array,
+    tile: Tile,
+    *,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    dropout_key: Array | None = None,
+    dropout_rate: float = 0.0,
+    aux: tuple[str, ...] = (),
+    non_finite: tuple[Array, Array] | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """`dense.attend_head` of what is not `unsupported`.
+
+    state_i = Σ_j φ(k_j) [v_j, 1]ᵀ  over the keys that i sees
+    [o_i, c_i] = φ(q_i) · state_i,   o_i / c_i where weights sum to one
+    """
+    del bias, mask, dropout_key, dropout_rate, aux
+    if not len(key):
+        return jnp.zeros((len(query), value.shape[1]), query.dtype), {}
+    tile = jax.tree.map(jnp.asarray, tile)
+    inputs, bad = dense.prepare(mechanism, params, query, key, value, tile, non_finite)
+    terms = _terms(mechanism.mask)
+    rows, columns = jnp.ones(len(query), bool), jnp.ones(len(key), bool)
+    if masks.Padding() in terms and tile.query_length is not None:
+        rows = tile.query_index < tile.query_length
+    if masks.Padding() in terms and tile.key_length is not None:
+        columns = tile.key_index < tile.key_length
+    features = jnp.where(rows[:, None], inputs.features, 0)
+    key_features = jnp.where(columns[:, None], inputs.key_features.T, 0)
+    value = jnp.where(columns[:, None], inputs.value, 0)
+    sums_to_one = isinstance(mechanism.normalizer, SumToOne)
+    if sums_to_one:
+        value = jnp.concatenate([value, columns[:, None].astype(value.dtype)], axis=1)
+    causal = masks.Causal() in terms
+    out = (_causal if causal else _global)(features, key_features, value)
+    if sums_to_one:
+        out, total = out[:, :-1], out[:, -1:]
+        out /= jnp.where(total == 0, 1, total)
+
+    seen = jnp.stack([columns, columns & (bad.key | bad.value)], axis=1)
+    seen = jax.lax.cummax(seen.astype(jnp.int32)) if causal else seen.max(0, initial=0)[None]
+    seen = seen[jnp.minimum(tile.query_index, len(seen) - 1)] > 0
+    absurd = rows & ((bad.query & seen[:, 0]) | seen[:, 1])
+    return jnp.where(absurd[:, None], jnp.nan, out).astype(query.dtype), {}
+
+
+def _terms(mask: Mask) -> tuple[Mask, ...]:
+    """The masks that all allow what `mask` does."""
+    return (*_terms(mask.left), *_terms(mask.right)) if isinstance(mask, And) else (mask,)
+
+
+def _global(features, key_features, value):
+    """Σ_j (φ_i · φ_j) v_j: [T, F], [S, F], [S, V] -> [T, V]."""
+    return features @ (key_features.T @ value)
+
+
+def _causal(features, key_features, value):
+    """Σ_{j ≤ i} (φ_i · φ_j) v_j: [T, F], [S, F], [S, V] -> [T, V]."""
+    T = len(features)
+    chunk = min(CHUNK, max(T, 1))
+    length = -(-T // chunk) * chunk
+
+    def chunks(x):
+        """[n, C, ...] of the first T rows, zeros where there are fewer."""
+        x = x[:T]
+        x = jnp.pad(x, ((0, length - len(x)), (0, 0)))
+        return x.reshape(-1, chunk, x.shape[1])
+
+    query, key, value = chunks(features), chunks(key_features), chunks(value)
+    sums = jnp.einsum("ncf,ncv->nfv", key, value)
+    states = jnp.cumsum(jnp.pad(sums, ((1, 0), (0, 0), (0, 0))), axis=0)[:-1]
+    scores = jnp.einsum("ncf,ndf->ncd", query, key)
+    scores = jnp.where(jnp.tri(chunk, dtype=bool), scores, 0)
+    out = jnp.einsum("ncd,ndv->ncv", scores, value) + jnp.einsum("ncf,nfv->ncv", query, states)
+    return out.reshape(length, -1)[:T]
+
+
+def chunk_size(mechanism: Mechanism, query: Array, key: Array) -> int:
+    """All examples at once."""
+    del mechanism, key
+    return query.shape[0]
+
+
+attend = lift(attend_head, chunk_size)
+register(Kernel("linear", attend, unsupported, cost, reads_non_finite=True))
