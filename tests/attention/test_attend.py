@@ -16,6 +16,7 @@ from jax import export
 
 import attention
 from attention import Mechanism, attend, masks, normalizers, positions, scores
+from support.marks import slow_but
 from support.mechanisms import (
     EPS,
     LEARNED,
@@ -243,7 +244,7 @@ def derivatives(mechanism, order, **options):
     return compiled(lambda *args: (first(*args),) if order == 1 else second(*args))
 
 
-QUICK = MECHANISMS[0], MECHANISMS[8], Mechanism(normalizer=normalizers.Sparsemax())
+QUICK = MECHANISMS[8], Mechanism(normalizer=normalizers.Sparsemax())
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,7 @@ QUICK = MECHANISMS[0], MECHANISMS[8], Mechanism(normalizer=normalizers.Sparsemax
     + [pytest.param(m, "bfloat16", 1, marks=pytest.mark.slow) for m in LEARNED[1:]]
     + [(LEARNED[1], "float32", 2)]
     + [pytest.param(m, "float32", 2, marks=pytest.mark.slow) for m in LEARNED[2:]]
-    + [(Mechanism(), "bfloat16", 2)],
+    + [pytest.param(Mechanism(), "bfloat16", 2, marks=pytest.mark.slow)],
     ids=str,
 )
 def test_masked_is_absent(mechanism, dtype, order):
@@ -367,7 +368,7 @@ def derivative_case(mechanism):
     return function, point, tangent
 
 
-@pytest.mark.parametrize("mechanism", LEARNED[1:], ids=str)
+@pytest.mark.parametrize("mechanism", slow_but(LEARNED[1:2], LEARNED[1:]), ids=str)
 def test_gradient_leaf_by_leaf(mechanism, x64):
     """Against central differences along one random direction in every array leaf."""
     function, point, tangent = derivative_case(mechanism)
@@ -736,7 +737,12 @@ def test_aux():
 # Sizes of 0, and those known only when an exported program runs.
 
 
-@pytest.mark.parametrize("batch, T, S", [((0,), 5, 6), ((2, 0), 5, 6), ((2,), 0, 6), ((2,), 5, 0)])
+@pytest.mark.parametrize(
+    "batch, T, S",
+    slow_but(
+        [((0,), 5, 6), ((2,), 5, 0)], [((0,), 5, 6), ((2, 0), 5, 6), ((2,), 0, 6), ((2,), 5, 0)]
+    ),
+)
 def test_sizes_of_0(batch, T, S):
     """No pair of a query and a key: zeros, lse −inf, whatever the mechanism and the kernel."""
     mechanism = Mechanism(scores.Cosine(), positions.Shaw(2, value_side=True),

@@ -199,7 +199,12 @@ def test_the_command(trained, tmp_path):
         [*command, f"--heatmap={png}", f"--input={lines}"], text=True, capture_output=True
     )
     assert done.returncode == 0 and done.stdout.count("\n") == 2 and png.exists()
-    flags = [f"--heatmap={png}", "--text=21.11.26", "--layer=2"]
+
+
+@pytest.mark.slow
+def test_the_command_knows_its_layers(trained, tmp_path):
+    command = [sys.executable, "-m", "experiments.translate", f"--workdir={trained[0]}"]
+    flags = [f"--heatmap={tmp_path / 'map.png'}", "--text=21.11.26", "--layer=2"]
     done = subprocess.run([*command, *flags], text=True, capture_output=True)
     assert done.returncode == 1 and done.stderr.startswith("error: --layer=2: there are 1")
     assert not done.stdout, "it is said before anything is translated"

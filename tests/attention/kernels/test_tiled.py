@@ -305,6 +305,18 @@ ANY = {
 }
 
 
+def in_turn(*sizes):
+    """Indices such that every part is in one case at least."""
+    return [tuple(n % size for size in sizes) for n in range(max(sizes))]
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_every_part(name, x64):
+    parts = ANY[name] if name == "online" else (EVERY_SCORE[:1], *ANY[name][1:])
+    check_any(parts, in_turn(*map(len, parts)), SUMMARIES[name == "online" :])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANY)
 def test_every_pair_of_parts(name, x64):
     parts = ANY[name]
@@ -674,6 +686,7 @@ def test_numbers_per_pair():
     assert count(scores.Dot(), positions.T5()) < 4
 
 
+@pytest.mark.slow  # in system/test_readme.py and attention/test_attend.py are faster ones
 def test_own_score(x64):
     """Ten lines make a score that learns: gradients of both orders."""
     mechanism = Mechanism(Manhattan(), mask=masks.Causal())
@@ -692,6 +705,7 @@ def test_own_score(x64):
 # In a module.
 
 
+@pytest.mark.slow
 def test_multi_head_attention():
     x, context = normal(1, 2, 7, 8), normal(2, 2, 9, 8)
     mechanism = Mechanism(position=positions.RoPE(), mask=masks.Padding())

@@ -35,6 +35,7 @@ from experiments.bench.models import ModelWork
 from experiments.bench.work import Foreign, JaxWork, Unavailable
 from support import ROOT, isolated
 from support.benchmarks import results_of
+from support.marks import slow_but
 
 SMALL = KernelWork(length=16, heads=2, width=4, mask="causal")
 GRADIENT = dataclasses.replace(SMALL, derivative="gradient")
@@ -349,11 +350,14 @@ def test_the_cache_of_the_user_is_left_alone(tmp_path):
 # Accuracy.
 
 
-@pytest.mark.parametrize("work", [
+WORKS = [
     GRADIENT,
     dataclasses.replace(SMALL, derivative="jvp", position="alibi", score="additive(hidden=3)"),
     dataclasses.replace(GRADIENT, normalizer="entmax15", score="general", kv_heads=1),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("work", slow_but(WORKS[:1], WORKS))
 def test_errors_are_those_of_the_dtype(work):
     errors = compare.errors(work)
     assert set(errors) >= {"out"} and 0 < max(errors.values()) < 1e-5

@@ -54,7 +54,7 @@ def assert_equal(ours, theirs):
 
 
 def test_cells_of_a_sweep_start_alike_and_see_the_same(train_and_record):
-    config = functools.partial(tiny, **{"model.num_layers": 1, "train.steps": 3})
+    config = functools.partial(tiny, **{"train.steps": 3})
     ours, our_batches, our_result = train_and_record(config(), "base")
     theirs, their_batches, their_result = train_and_record(
         config(**{"optimizer.learning_rate": 0.1}), "rate"
