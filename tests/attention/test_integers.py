@@ -19,7 +19,11 @@ KERNELS = {
     "tiled": {"implementation": "tiled"},
     "tiled, tiny blocks": {"implementation": "tiled", "block_sizes": (1, 2)},
 }
-kernels = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+kernels = pytest.mark.parametrize(
+    "kernel",
+    slow_but([KERNELS["dense"], KERNELS["tiled, tiny blocks"]], KERNELS.values()),
+    ids=KERNELS,
+)
 
 
 def uniform(mask, length, **arguments):

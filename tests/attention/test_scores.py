@@ -121,7 +121,11 @@ def test_every_score_is_here():
     assert public_classes(scores) <= tested
 
 
-@pytest.mark.parametrize("name", SCORES)
+SPECIAL = ("dot", "scale", "temperature", "soft cap")
+"""Special cases of `scaled dot` and `nested`."""
+
+
+@pytest.mark.parametrize("name", slow_but(SCORES.keys() - SPECIAL, SCORES))
 def test_formula_and_gradients(name):
     score, formula = SCORES[name]
 

@@ -462,17 +462,18 @@ def test_numerical_gradients(mechanism, x64):
 # No result depends on the blocks, beyond rounding.
 
 
+@pytest.mark.slow  # `test_any_shape` is a faster one
 @pytest.mark.parametrize(
     "size",
-    [(5, 3), *(pytest.param(x, marks=pytest.mark.slow) for x in ((16, 16), (1, 1), (64, 64)))],
+    [(5, 3), (16, 16), (1, 1), (64, 64)],
     ids=str,
 )
 @pytest.mark.parametrize(
     "mechanism",
     [
         Mechanism(scores.Cosine(2.0), positions.Shaw(clip=2, value_side=True), masks.Causal()),
-        pytest.param(LEARNED[0], marks=pytest.mark.slow),
-        pytest.param(MECHANISMS[8], marks=pytest.mark.slow),
+        LEARNED[0],
+        MECHANISMS[8],
     ],
     ids=str,
 )

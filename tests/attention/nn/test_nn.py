@@ -130,8 +130,7 @@ def test_sown_weights_are_in_the_dtype_of_the_module(implementation):
     assert weights.dtype == jnp.bfloat16
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+@pytest.mark.parametrize("implementation", slow_but(["tiled"], ["dense", "tiled"]))
 def test_multi_head_attention_exports_with_a_symbolic_batch(implementation):
     module = MultiHeadAttention(2, Mechanism(mask=masks.Padding()), implementation=implementation)
     x, lengths = normal(0, 3, 5, 8), np.array([1, 5, 0], np.int32)

@@ -69,6 +69,7 @@ def test_comparisons_begin_with_the_most_telling():
         compare.read(contender)
 
 
+@pytest.mark.slow
 def test_what_can_not_run_is_a_row_with_its_reason():
     plain = accelerator.comparisons(SMALL, ["tiled", "cudnn"])[0]
     rows = accelerator.contend(plain["contenders"], late=lambda: False)

@@ -127,7 +127,7 @@ def test_bad_works_are_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("library", ["attention", "flax.linen"])
+@pytest.mark.parametrize("library", slow_but(["attention"], ["attention", "flax.linen"]))
 def test_a_generated_text_is_the_likeliest(library):
     work = dataclasses.replace(TINY, derivative="generate", library=library, num_layers=1)
     program = work.build()
@@ -543,6 +543,7 @@ def test_a_function_of_the_users_own():
         suites.cases(suite)
 
 
+@pytest.mark.slow
 def test_resident_memory_is_measured():
     suite = config("quick")
     dense = {"length": 2048, "heads": 2, "width": 4, "implementation": "dense"}

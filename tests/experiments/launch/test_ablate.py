@@ -15,7 +15,6 @@ from experiments.storage import paths
 from experiments.training import loop
 from support.helpers import one_line
 from support.launching import ROOT, ablate
-from support.marks import slow_but
 
 
 def test_a_sweep_from_start_to_report(config, tmp_path):
@@ -320,14 +319,12 @@ NO_CONFIG = "--config says what to train: give a file such as those in configs/"
 
 @pytest.mark.parametrize(
     "module, given, message",
-    slow_but(
-        [("train", True, NOTHING)],
-        [
-            (module, *x)
-            for module in ("train", "ablate")
-            for x in ((True, NOTHING), (False, NO_CONFIG))
-        ],
-    ),
+    [
+        ("train", True, NOTHING),
+        pytest.param("train", False, NO_CONFIG, marks=pytest.mark.slow),
+        pytest.param("ablate", True, NOTHING, marks=pytest.mark.slow),
+        pytest.param("ablate", False, NO_CONFIG, marks=pytest.mark.slow),
+    ],
 )
 def test_a_config_that_returns_none_and_none_at_all(module, given, message, config, tmp_path):
     config.write_text("def get_config(): pass")

@@ -96,7 +96,7 @@ LEARNED = {
     [
         ("recall", LEARNED),
         ("recall", {"model.num_heads": 1}),
-        ("recall", {"model.mlp_dim": 8}),
+        pytest.param("recall", {"model.mlp_dim": 8}, marks=pytest.mark.slow),
         pytest.param("reverse", LEARNED, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -18,6 +18,7 @@ from experiments.training import compilation as programs
 from experiments.training.run_record import RunRecord
 from support import ROOT, launching
 from support.helpers import Silent, one_line
+from support.marks import slow_but
 from support.mechanisms import random_params
 from support.training import Signal, run, tiny
 
@@ -47,7 +48,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, stop_at):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("heads", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("heads", slow_but([2], [1, 2]))
 def test_a_result_tells_its_memory_and_what_generation_costs(tmp_path, heads):
     changes = {"model.num_kv_heads": heads, "decoding.timed_tokens": 5}
     result = run(tiny(**changes), tmp_path)
@@ -154,17 +155,33 @@ def test_a_checkpoint_that_the_disk_has_lost_is_passed_over(tmp_path, capsys):
     assert resumed["metrics"] == whole["metrics"]
 
 
-@pytest.mark.parametrize("version", ["0.10", "0.12"])
-def test_a_checkpoint_of_another_jax_goes_on(tmp_path, version):
+@pytest.fixture(params=["0.10", "0.12"])
+def there(request, tmp_path):
     """At step 4 of 6, written by `tiny()` of two layers under Python 3.11 and 3.12."""
-    with zipfile.ZipFile(DATA / f"checkpoint-jax-{version}.zip") as file:
+    with zipfile.ZipFile(DATA / f"checkpoint-jax-{request.param}.zip") as file:
         file.extractall(tmp_path / "there")
+    return tmp_path / "there"
+
+
+def test_a_checkpoint_of_another_jax_is_read(there):
     config = tiny(**{"model.num_layers": 2})
-    loop.check_directory(tmp_path / "there", config)
+    loop.check_directory(there, config)
+    _, model = loop.build(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8), np.int32))
+    state = checkpoints.read_state(there / "checkpoints")
+    assert (np.asarray(state["step"]) == 4).all()
+    jax.tree.map(lambda x, shape: x.shape == (2, *shape.shape) or pytest.fail(f"{x.shape}"),
+                 state["params"], shapes)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_jax_goes_on(there, tmp_path):
+    config = tiny(**{"model.num_layers": 2})
+    loop.check_directory(there, config)
     shown = Silent()
     shown.start = lambda steps, at: started.append(at)
     started = []
-    result = loop.train(config, tmp_path / "there", shown)
+    result = loop.train(config, there, shown)
     assert started == [4]
     for name, values in run(config, tmp_path / "here")["metrics"].items():
         np.testing.assert_allclose(result["metrics"][name], values, rtol=1e-4, err_msg=name)
@@ -366,10 +383,10 @@ def test_a_loss_that_is_no_longer_finite_ends_the_run_with_advice(tmp_path):
 
 def test_training_solves_a_task_it_can(tmp_path):
     config = settings.config("copy", vocab_size=8, length=4, num_eval=64)
-    config.model.update(model_dim=32, num_layers=1, num_heads=2, init_stddev=0.18)
+    config.model.update(model_dim=16, num_layers=1, num_heads=2, init_stddev=0.25)
     config.model.position = "sinusoidal"
-    config.optimizer.update(learning_rate=5e-3, warmup_steps=10)
-    config.train.update(steps=150, batch_size=64, seeds=1)
+    config.optimizer.update(learning_rate=1e-2, warmup_steps=10)
+    config.train.update(steps=100, batch_size=32, seeds=1)
     result = run(config, tmp_path)
     assert result["metrics"]["test/accuracy"][0] > 0.95
 
