@@ -510,6 +510,7 @@ def run(*flags):
 
 @pytest.mark.slow
 def test_quick_as_a_user_runs_it(tmp_path):
+    """Minutes: each comparison has a process of its own, which compiles it several times."""
     done = run(f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())

@@ -94,6 +94,7 @@ RNN = {"model.architecture": "rnn", "model.mlp_dim": None}
     ("reverse", {**RNN, "mesh": "data:2,model:2", "model.rnn.cell": "lstm"}),
 ])  # fmt: skip
 def test_other_runs_on_a_mesh(tmp_path, task, changes):
+    """Minutes: a process compiles and trains each model for one device and for several."""
     alone = {k: x for k, x in changes.items() if k not in FULL}
     jobs = {
         str(i): ["train", {"task": task, **overrides}, str(tmp_path / str(i))]
