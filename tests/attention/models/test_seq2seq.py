@@ -311,8 +311,8 @@ def test_attention_to_the_last_state_alone_is_no_attention(mechanism, cell):
 
 
 @pytest.mark.parametrize("score, position", [
-    (scores.Additive(3), positions.NoPE()),
-    (scores.Temperature(scores.General()), positions.NoPE()),
+    pytest.param(scores.Additive(3), positions.NoPE(), marks=pytest.mark.slow),
+    pytest.param(scores.Temperature(scores.General()), positions.NoPE(), marks=pytest.mark.slow),
     (scores.Gaussian(), positions.T5(8) + positions.RoPE()),
 ], ids=str)  # fmt: skip
 def test_what_is_made_of_the_memory_once_changes_nothing(score, position):
@@ -388,9 +388,10 @@ def test_sources_of_no_tokens_and_without_lengths():
     np.testing.assert_allclose(run(variables, SOURCE, TOKENS, np.full(B, S)), full, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [
     Bahdanau(DOT),
-    pytest.param(Luong(window=LocalP(2), input_feeding=True), marks=pytest.mark.slow),
+    Luong(window=LocalP(2), input_feeding=True),
 ], ids=["bahdanau", "luong"])  # fmt: skip
 def test_bfloat16_computes_narrow_and_keeps_parameters_wide(part):
     narrow, wide = (model(part, dtype=x, bidirectional=False) for x in (jnp.bfloat16, jnp.float32))
@@ -405,6 +406,7 @@ def test_bfloat16_computes_narrow_and_keeps_parameters_wide(part):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_models_of_several_seeds_run_side_by_side():
     module = model(Bahdanau(DOT))
     alone = [random_params(module, seed) for seed in (0, 1)]
@@ -415,7 +417,7 @@ def test_models_of_several_seeds_run_side_by_side():
         np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-@parts("bahdanau heads", "luong")
+@parts("bahdanau heads")
 def test_compiled_size_does_not_grow_with_the_text(part):
     def size(length):
         source, tokens = np.zeros((B, S), int), np.zeros((B, length), int)
