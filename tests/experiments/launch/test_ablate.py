@@ -318,7 +318,7 @@ NO_CONFIG = "--config says what to train: give a file such as those in configs/"
 
 
 @pytest.mark.parametrize(
-    "module, given, message",
+    "module, with_config, message",
     [
         ("train", True, NOTHING),
         pytest.param("train", False, NO_CONFIG, marks=pytest.mark.slow),
@@ -326,9 +326,9 @@ NO_CONFIG = "--config says what to train: give a file such as those in configs/"
         pytest.param("ablate", False, NO_CONFIG, marks=pytest.mark.slow),
     ],
 )
-def test_a_config_that_returns_none_and_none_at_all(module, given, message, config, tmp_path):
+def test_a_config_that_returns_none_and_none_at_all(module, with_config, message, config, tmp_path):
     config.write_text("def get_config(): pass")
-    flags = [f"--config={config}"] if given else []
+    flags = [f"--config={config}"] if with_config else []
     done = ablate(*flags, f"--workdir={tmp_path / 'work'}", module=module)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
