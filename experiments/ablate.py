@@ -73,9 +73,16 @@ def main(argv):
         ):
             if wanted and _HALVING.value:
                 raise ValueError(f"{name} trains every cell to its end: leave out --halving")
+        grid, seeds = tune.grid(_TUNE.value, config), _TUNING_SEEDS.value
+        if _MATCH.value and any(not name.startswith("optimizer.") for name in grid):
+            raise ValueError(
+                f"--tune={_TUNE.value[0]} may change the cost that --match holds equal: tune "
+                "settings of the optimizer"
+            )
+        if _LOOKS.value and "train.seeds" in flag_overrides and not _CONFIRM.value:
+            raise ValueError("--looks says how many seeds: leave out --config.train.seeds")
         if _MATCH.value:
             swept = match.match(swept, _MATCH.value)
-        grid, seeds = tune.grid(_TUNE.value, config), _TUNING_SEEDS.value
         tuning = tune.cells(swept, grid, seeds) if grid else []
         planned = looks.plan(_LOOKS.value, swept) if _LOOKS.value else ()
         if _CONFIRM.value:

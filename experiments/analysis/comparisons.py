@@ -194,6 +194,23 @@ def _of_equal_seeds(values, seeds, others, other_seeds):
     return [own[seed] for seed in both], [there[seed] for seed in both]
 
 
+def standings(rows: Sequence[Row], metric: str = "") -> dict[str, float]:
+    """By id what ranks the cells of a group: their means of `metric`, or of the reported one.
+
+    Where some have more seeds than others, means are of different seeds: then the mean of the base
+    with the paired difference from it.
+    """
+    estimates = {row.cell.id: row.metrics.get(metric) if metric else row.reported for row in rows}
+    known = {id: one for id, one in estimates.items() if one}
+    base = next((known.get(row.cell.id) for row in rows if row.cell.axis is None), None)
+    if base is None or len({len(one.values) for one in known.values()}) == 1:
+        return {id: one.mean for id, one in known.items()}
+    return {
+        id: one.mean if one is base else base.mean + one.comparison.difference
+        for id, one in known.items()
+    }
+
+
 def family(rows: Sequence[Row]) -> int:
     """How many comparisons with the base a group has begun: p-values are corrected for them."""
     return sum(row.cell.started for row in rows if row.cell.axis is not None)
@@ -300,11 +317,13 @@ class PairwiseComparisons:
 
     Attributes:
       rows: the N cells that have it.
-      of: by (i, j), i < j: cell i minus cell j, as one family of N (N − 1) / 2 comparisons.
+      of: by (i, j), i < j: cell i minus cell j.
+      count: comparisons that p is corrected for: of all pairs of cells that were begun.
     """
 
     rows: Sequence[Row]
     of: Mapping[tuple[int, int], statistics.Comparison]
+    count: int
 
     def __getitem__(self, place: tuple[int, int]) -> statistics.Comparison:
         """Cell i minus cell j for any two different ones."""
@@ -327,12 +346,12 @@ def pairwise(rows: Sequence[Row]) -> PairwiseComparisons:
     low, high = estimates[0].limits if estimates else (0.0, 0.0)
     results = statistics.compare(
         [_common(estimates[i].values, estimates[j].values) for i, j in places],
-        count=math.comb(started, 2),
+        count=(count := math.comb(started, 2)),
         exact=any(estimate.bimodal for estimate in estimates),
         reach=high - low,
         looks=rows[0].cell.looks if rows else (),
     )
-    return PairwiseComparisons(rows, dict(zip(places, results, strict=True)))
+    return PairwiseComparisons(rows, dict(zip(places, results, strict=True)), count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,6 +385,7 @@ def between(experiments: Sequence[Experiment]) -> list[Change]:
             first = by_id[0].get(id)
             if first is not None and first.metric in row.metrics:
                 shared.append((experiment, first, row, first.metric))
+    looks = sorted({look for x in experiments for cell in x.cells for look in cell.looks})
     results: dict[int, statistics.Comparison] = {}
     for metric in dict.fromkeys(metric for *_, metric in shared):  # variances of one unit
         places = [i for i, (*_, name) in enumerate(shared) if name == metric]
@@ -379,6 +399,7 @@ def between(experiments: Sequence[Experiment]) -> list[Change]:
             count=len(shared),
             exact=any(one.bimodal for pair in both for one in pair),
             reach=high - low,
+            looks=looks,
         )
         results.update(zip(places, compared, strict=True))
     changes = []

@@ -2,8 +2,8 @@
 
 A task such as recall is solved or not: the accuracies of a cell's seeds are bimodal. Their
 mean then describes no seed, t intervals leave [0, 1], and a t-test of three seeds has a false
-positive in a fifth of the sweeps. So where a group has such a cell, all its cells are compared by
-`statistics.permutation_test`, and it is counted how many seeds learned.
+positive in up to a fifth of the sweeps. So where a group has such a cell, all its cells are
+compared by `statistics.permutation_test`, and it is counted how many seeds learned.
 """
 
 import math
@@ -52,13 +52,15 @@ def share_interval(learned: int, seeds: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def enough_seeds(family: int) -> int:
+def enough_seeds(family: int, looks: Sequence[int] = ()) -> int:
     """The fewest seeds, 5 or more, with which the permutation test can be significant.
 
-    Of two cells with n seeds each no p is below 2 / C(2n, n), which Holm's correction multiplies by
-    the size of the family.
+    Of two cells with n seeds each no p is below 2 / C(2n, n), which is corrected for planned looks,
+    and which Holm's correction multiplies by the size of the family.
     """
     seeds = FEWEST_SEEDS
-    while 2 * family / math.comb(2 * seeds, seeds) >= statistics.LEVEL:
+    while (
+        family * statistics.repeated_p(2 / math.comb(2 * seeds, seeds), looks) >= statistics.LEVEL
+    ):
         seeds += 1
     return seeds

@@ -172,12 +172,19 @@ def load(workdir: str | os.PathLike[str]) -> Experiment:
         later["looks"] = tuple(sweep.get("looks", ()))
         cells.append(CellRun(**fields, **later, path=path, config=config, result=result))
     seeds = list(sweep["seeds"])
+    whole = {cell.id for cell in cells if cell.status == "done"}  # their seeds have no gaps
     for look in sweep.get("looks", ())[1:]:
-        if paths.read((place := folder / LOOKS / str(look)) / "sweep.json"):
-            added = load(place)
-            results = {cell.id: cell.result for cell in added.cells if cell.status == "done"}
-            cells = [_with_seeds(cell, results.get(cell.id)) for cell in cells]
-            seeds += added.seeds
+        if not paths.read((place := folder / LOOKS / str(look)) / "sweep.json"):
+            break
+        added = load(place)
+        results = {cell.id: cell.result for cell in added.cells if cell.result}
+        whole &= results.keys()
+        cells = [
+            _with_seeds(cell, results[cell.id], look) if cell.id in whole else cell
+            for cell in cells
+        ]
+        whole &= {cell.id for cell in cells if cell.status == "done"}
+        seeds += added.seeds
     expected = claims.read(sweep.get("claims", []))
     fields = {name: sweep[name] for name in header}
     fields["seeds"] = seeds
@@ -189,16 +196,24 @@ def load(workdir: str | os.PathLike[str]) -> Experiment:
     return dataclasses.replace(experiment, environment=environment)
 
 
-def _with_seeds(cell, added):
-    """The cell with the seeds of another result."""
-    if not added or cell.status != "done":
-        return cell
+def _with_seeds(cell, added, look):
+    """The cell with the seeds of another result, that of the look at `look` seeds.
+
+    A cell of which some seeds fail is a failure, as one that trains all seeds together.
+    """
+    if added["status"] != "done":
+        error = f"at the look at {look} seeds: {added.get('error', added['status'])}"
+        result = {"status": "failed", "error": error, "look": look}
+        return dataclasses.replace(cell, result=result)
     result = dict(cell.result)
-    both = result["metrics"].keys() & added["metrics"].keys()
+    both = [name for name in result["metrics"] if name in added["metrics"]]
+    n, m = (len(one["metrics"][result["primary"]]) for one in (result, added))
     result["metrics"] = {name: [*result["metrics"][name], *added["metrics"][name]] for name in both}
     for name in ("train_seconds", "flops"):
-        if None not in (result.get(name), added.get(name)):
-            result[name] += added[name]
+        known = None not in (result.get(name), added.get(name))
+        result[name] = result[name] + added[name] if known else None
+    if None not in (result.get("steps"), added.get("steps")):
+        result["steps"] = (result["steps"] * n + added["steps"] * m) / (n + m)
     return dataclasses.replace(cell, result=result)
 
 

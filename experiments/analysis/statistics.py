@@ -24,7 +24,7 @@ FEWEST_FOR_BOOTSTRAP = 20
 _MOST_PRIOR_DF = 4.0
 _OUTLYING = 10.0  # times the median variance
 _MOST_WAYS = 5000
-_SAMPLED = 4999
+_SAMPLED = 19_999
 _NAN = float("nan")
 
 
@@ -216,10 +216,11 @@ def power(effect_size: float, seeds: int, level: float = LEVEL) -> float:
 
     1 − F(t; n − 1, d √n) of the noncentral t distribution, t the quantile of 1 − level / 2 (Cohen
     1988, sec. 2.2). `effect_size` d is that of the differences, their mean in standard deviations.
+    nan for an effect that is nan.
     """
     from scipy import special
 
-    if not math.isfinite(effect_size):
+    if math.isinf(effect_size):
         return 1.0
     noncentral = abs(effect_size) * math.sqrt(seeds)
     quantile = special.stdtrit(seeds - 1, 1 - level / 2)
@@ -368,10 +369,11 @@ def permutation_test(values: ArrayLike, others: ArrayLike, *, greater: bool = Fa
     """p that the means of `values` [m, n] and `others` [m, n] differ, by exchanging runs [m].
 
     The share of all C(2n, n) ways to deal the runs of both to two cells in which the means differ
-    as much or more (Pitman 1937); of 4999 random ways and the one at hand where there are more than
-    5000 (Phipson and Smyth 2010).  The same at every call.  It asks whether the outcomes of both
-    have one distribution, of any shape, and takes the 2n runs as independent: what runs of the same
-    seed have in common makes it cautious.  With `greater`, p that the mean of `values` is greater.
+    as much or more (Pitman 1937); of 19,999 random ways and the one at hand where there are more
+    than 5000 (Phipson and Smyth 2010).  The same at every call.  It asks whether the outcomes of
+    both have one distribution, of any shape, and takes the 2n runs as independent: what runs of the
+    same seed have in common makes it cautious.  With `greater`, p that the mean of `values` is
+    greater.
     """
     pooled = np.concatenate([np.asarray(values, float), np.asarray(others, float)], -1)
     pooled -= pooled.mean(-1, keepdims=True)
@@ -403,7 +405,7 @@ def sign_flip_test(values: ArrayLike, bound: float = 0.0) -> float:
     """p that the mean of `values` [n] is above `bound`, by changing signs of x − bound.
 
     The share of all 2ⁿ ways to choose the signs with as large a mean or a larger one (Fisher 1935),
-    of 4999 random ways and the one at hand beyond 13 values: exact where x is distributed evenly
+    of 19,999 random ways and the one at hand beyond 13 values: exact where x is distributed evenly
     about the bound.  One value, or one that is not finite, gives no p (nan).
     """
     values = np.asarray(values, float) - bound
@@ -444,12 +446,15 @@ def typical_spread(comparisons: Sequence[Comparison]) -> float:
     return float(np.median(spreads)) if spreads else _NAN
 
 
-def smallest_visible(comparisons: Sequence[Comparison], family: int, seeds: int = 0) -> float:
+def smallest_visible(
+    comparisons: Sequence[Comparison], family: int, seeds: int = 0, looks: Sequence[int] = ()
+) -> float:
     """The difference from which a typical one is significant at Holm's first step: t · s̃ / √n.
 
-    The median over all that have a t-test; t is the quantile of 1 − 0.05 / (2 · family). With
-    `seeds`, what it would be with so many, which vary as much. In units of the metric. A true
-    difference of this size is found half of the time or so.  nan without a t-test.
+    The median over all that have a t-test; t is the quantile of 1 − 0.05 / (2 · family), or with
+    planned looks of their `nominal_level`. With `seeds`, what it would be with so many, which vary
+    as much. In units of the metric. A true difference of this size is found half of the time or so.
+    nan without a t-test.
     """
     from scipy import special
 
@@ -460,7 +465,7 @@ def smallest_visible(comparisons: Sequence[Comparison], family: int, seeds: int 
     n = np.full_like(own, seeds) if seeds else own
     df = np.array([one.df for one in tested]) + n - own
     spread = np.array([one.spread for one in tested])
-    quantile = special.stdtrit(df, 1 - LEVEL / (2 * family))
+    quantile = special.stdtrit(df, 1 - nominal_level(LEVEL / family, tuple(looks)) / 2)
     return float(np.median(quantile * spread / np.sqrt(n)))
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from experiments.analysis import comparisons, learning, statistics
 from experiments.analysis.run_directory import Experiment
 from experiments.config import settings, sweep
+from experiments.launch import looks
+from experiments.launch.cells import folder, outcome
 from experiments.training import loop
 
 FOLDER = "confirmation"
@@ -45,22 +47,20 @@ def chosen(experiment: Experiment) -> list[tuple[comparisons.Row, int]]:
                 if row.cell.axis == axis and row.primary and math.isfinite(row.primary.mean)
             ]
             if values:
-                best.append((min(values, key=_cost), len(values)))
+                ranks = comparisons.standings(group, values[0].cell.result["primary"])
+                sign = 1 if values[0].cell.result["lower_is_better"] else -1
+                best.append((min(values, key=lambda row: sign * ranks[row.cell.id]), len(values)))
     if not best:
         raise ValueError(f"{experiment.path} has no base with a result and another cell beside it")
     return best
-
-
-def _cost(row):
-    sign = 1 if row.cell.result["lower_is_better"] else -1
-    return sign * row.primary.mean
 
 
 def enough_seeds(rows: Sequence[comparisons.Row]) -> int:
     """Seeds with which a difference half as large as in `rows` gets a star in 80% of sweeps.
 
     Half, since the best of several looks better than it is. For all of them, as one family (its
-    size is that of `rows`), but 5 at least and 20 at most.
+    size is that of `rows`), but 5 at least and 20 at most. Where some seeds did not learn, as many
+    as a star needs at the least; from one seed, which has no spread, 20.
     """
     level = statistics.LEVEL / len(rows)
     needed = _FEWEST_SEEDS
@@ -70,6 +70,8 @@ def enough_seeds(rows: Sequence[comparisons.Row]) -> int:
             needed = max(needed, learning.enough_seeds(len(rows)))
             continue
         effect = abs(row.reported.comparison.effect_size) / 2
+        if math.isnan(effect):
+            return MOST_SEEDS
         while needed < MOST_SEEDS and statistics.power(effect, needed, level) < POWER:
             needed += 1
     return min(needed, MOST_SEEDS)
@@ -84,10 +86,19 @@ def cells(
     `enough_seeds` unless given. They begin at `train.first_seed` of `swept`, if that is not the
     first sweep's own, else after the last.
 
-    Raises ValueError where seeds overlap, where the config is not that of the first sweep, and as
-    `chosen` does.
+    Raises ValueError where seeds overlap, where the config is not that of the first sweep, where a
+    plan of looks is not at its end, and as `chosen` does.
     """
     best = chosen(experiment)
+    plan = experiment.cells[0].looks
+    for look in plan[1:]:
+        for number, left in looks.following(experiment, swept, plan, look).items():
+            place = experiment.path / looks.FOLDER / str(number)
+            if not all(outcome(folder(place, cell.id)) for cell in left):
+                raise ValueError(
+                    f"{experiment.path} has looks to come: run the same command without --confirm "
+                    "first"
+                )
     specs = {cell.id: cell for cell in swept}
     if missing := [row.cell.id for row, _ in best if row.cell.id not in specs]:
         raise ValueError(

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from experiments.analysis import comparisons
+from experiments.analysis import comparisons, statistics
 from experiments.analysis.run_directory import LOOKS, Experiment
 from experiments.config import settings, sweep
 
@@ -41,18 +41,27 @@ def first(swept: Sequence[sweep.CellSpec], looks: Sequence[int]) -> list[sweep.C
 
 
 def following(
-    experiment: Experiment, swept: Sequence[sweep.CellSpec], looks: Sequence[int], seeds: int
+    experiment: Experiment,
+    swept: Sequence[sweep.CellSpec],
+    looks: Sequence[int],
+    seeds: int,
+    *,
+    retry: bool = False,
 ) -> dict[int, list[sweep.CellSpec]]:
     """The cells that go on to the look at `seeds` seeds, by all looks after the first up to it.
 
     These are the cells that do not differ significantly from their base in `experiment`, and these
-    bases; none that has failed. What other cells vary by may take a star away again, and then a
-    cell has earlier looks to catch up with.
+    bases; none that has failed, or whose base has, but with `retry` those that did at a later look
+    than the first. What other cells vary by may take a star away again, and then a cell has earlier
+    looks to catch up with.
     """
-    rows = comparisons.summarize(experiment)
-    going_on = {
-        row.cell.id for row in rows if row.cell.axis and row.reported and not row.significant
-    }
+    rows = [row for row in comparisons.summarize(experiment) if row.cell.axis]
+    going_on = {row.cell.id for row in rows if row.p_holm >= statistics.LEVEL}
+    if retry:
+        failed = {cell.id for cell in experiment.cells if "look" in cell.result}
+        bases = {cell.base for cell in experiment.cells if cell.id in failed and not cell.axis}
+        going_on |= {row.cell.id for row in rows if row.cell.id in failed}
+        going_on |= {row.cell.id for row in rows if row.cell.base in bases and row.reported}
     bases = {row.cell.base for row in rows if row.cell.id in going_on}
     left = [cell for cell in swept if cell.id in going_on or (cell.base in bases and not cell.axis)]
     return {

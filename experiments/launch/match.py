@@ -62,6 +62,8 @@ def _matched(cell, target, by):
             f"--match={by} cannot hold {cell.id} to its base: {name}={width} comes nearest, with "
             f"{reached:,.0f} {by} to {target:,.0f}; leave that value out"
         )
+    if width == before:
+        return cell
     record = {"by": by, "setting": name, "before": before, "width": width}
     record |= {"cost": reached, "target": target}
     return dataclasses.replace(cell, config=with_width(width), matched=record)
@@ -71,6 +73,8 @@ def _nearest(cost, start, own, target, step):
     """The multiple of `step` at which the growing `cost` is nearest to `target`, and its cost."""
     costs = {start: own}
     width = max(step, round(start * target / own / step) * step)
+    if width == start:
+        width = max(step, start + (step if target > own else -step))
     while width not in costs:
         costs[width] = cost(width)
         below = max((w for w in costs if costs[w] <= target), default=None)

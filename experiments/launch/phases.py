@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 from experiments.analysis import run_directory
 from experiments.config import claims, sweep
-from experiments.launch import cells, looks, runner, tune
+from experiments.launch import cells, cli, looks, runner, tune
 from experiments.launch.executors import Executor
 from experiments.launch.interrupts import Stop
 from experiments.reporting import page
+from experiments.storage import paths
 
 
 class Phases(NamedTuple):
@@ -43,33 +44,48 @@ def train(
     `executor_in` makes the executor of a work directory; `eta` and the `options` are those of
     `runner.train_sweep`.
     """
-    swept, expected = phases.swept, phases.expected
+    swept, expected, plan = phases.swept, phases.expected, phases.looks
+    began = paths.read(workdir / "sweep.json") is not None
     if phases.tuning:
+        with cli.user_errors():
+            tried = [phases.tuning_seeds, tune.points(phases.grid)]
+            runner.check_workdir(workdir, {cell.id: tried for cell in swept}, plan)
         folder = workdir / tune.FOLDER
-        runner.train_sweep(folder, phases.tuning, [], executor_in(folder), stop, **options)
+        # What was chosen once stays: the cells have begun to be trained with it.
+        retry = {"retry_failed": options.get("retry_failed", False) and not began}
+        executor = executor_in(folder)
+        runner.train_sweep(folder, phases.tuning, [], executor, stop, **{**options, **retry})
         swept = tune.choose(folder, swept, phases.grid, phases.tuning_seeds)
-        runner.fail(workdir, swept, expected, tune.failures(swept), phases.looks)
-    options |= {"eta": eta}
-    begun = swept if not phases.looks else looks.first(swept, phases.looks)
+    begun = looks.first(swept, plan) if plan else swept
+    with cli.user_errors():
+        runner.fail(workdir, begun, expected, tune.failures(begun), plan)
     failed = runner.train_sweep(
-        workdir, begun, expected, executor_in(workdir), stop, looks=phases.looks, **options
+        workdir, begun, expected, executor_in(workdir), stop, looks=plan, eta=eta, **options
     )
-    for seeds in phases.looks[1:]:
-        left = looks.following(run_directory.load(workdir), swept, phases.looks, seeds)
-        if not left[seeds]:
-            break
-        places = {look: workdir / looks.FOLDER / str(look) for look in left}
-        ended = [
-            cells.outcome(cells.folder(places[look], cell.id))
-            for look, specs in left.items()
-            for cell in specs
-        ]
-        if all(ended):
-            continue
-        names = ", ".join(cell.id for cell in left[seeds])
-        print(f"to {seeds} seeds, since they have no star yet: {names}", flush=True)
-        for look, specs in left.items():
-            executor = executor_in(places[look])
-            runner.train_sweep(places[look], specs, [], executor, stop, report=False, **options)
-        page.publish(workdir)
-    return failed
+    if not plan:
+        return failed
+    for seeds in plan[1:]:
+        _look(workdir, swept, plan, seeds, executor_in, stop, options)
+    page.write_report(workdir)
+    return sum(cell.status == "failed" for cell in run_directory.load(workdir).cells)
+
+
+def _look(workdir, swept, plan, seeds, executor_in, stop, options):
+    """Trains what is left up to the look at `seeds` seeds."""
+    retry = options.get("retry_failed", False)
+    left = looks.following(run_directory.load(workdir), swept, plan, seeds, retry=retry)
+    places = {look: workdir / looks.FOLDER / str(look) for look in left}
+    waits = (None, "failed") if retry else (None,)
+    statuses = [
+        (cells.outcome(cells.folder(places[look], cell.id)) or {}).get("status")
+        for look, specs in left.items()
+        for cell in specs
+    ]
+    if not any(status in waits for status in statuses):
+        return
+    names = ", ".join(cell.id for cell in left[seeds] if cell.axis is not None)
+    print(f"to {seeds} seeds with their bases: {names}", flush=True)
+    for look, specs in left.items():
+        executor = executor_in(places[look])
+        runner.train_sweep(places[look], specs, [], executor, stop, report=False, **options)
+    page.publish(workdir)

@@ -36,28 +36,17 @@ def open_workdir(
     `expected` takes the place of what was claimed there before. `threads` are those of a new cell
     that sets none, `looks` a plan to add seeds, see `launch.looks`.
 
-    Raises ValueError, before anything is written, where a cell there has other settings, and where
-    another plan was made before results came.
+    Raises ValueError, before anything is written, as `check_workdir` does.
     """
     path = workdir / "sweep.json"
-    # In this order: a launcher that starts just now writes sweep.json before all else.
-    others = [x for x in workdir.glob("[!.]*") if x.name != tune.FOLDER]
-    if others and not path.exists():
-        raise ValueError(f"{workdir} is not empty and holds no sweep; choose another --workdir")
+    _check_cells(workdir, swept, looks)
     paths.make(workdir)
     with leases.alone(workdir):  # another launcher may add cells of its own
-        for cell in swept:
-            loop.check_directory(cells.folder(workdir, cell.id), cell.config)
+        _check_cells(workdir, swept, looks)
         before = json.loads(paths.read(path) or "{}")
         known = before.get("cells", [])
         ids = {cell["id"] for cell in known}
-        results = sum(bool(cells.outcome(cells.folder(workdir, id))) for id in ids)
-        if results and list(looks) != before.get("looks", []):
-            planned = ",".join(map(str, before.get("looks", []))) or "none"
-            raise ValueError(
-                f"the plan of {workdir} has {results} results, with --looks={planned}; it cannot "
-                f"change after them to {','.join(map(str, looks)) or 'none'}"
-            )
+        results = _count_results(workdir, ids)
         added = [sweep.describe(cell) for cell in swept if cell.id not in ids]
         content = {
             "command": shlex.join(["python", "-m", "experiments.ablate", *sys.argv[1:]]),
@@ -68,11 +57,49 @@ def open_workdir(
             "claims": claims.record(expected, before.get("claims", []), now, results),
             "cells": known + added,
         }
-        if added or content["claims"] != before.get("claims", []):
+        if added or any(content[name] != before.get(name, []) for name in ("claims", "looks")):
             paths.replace(path, json.dumps(content, indent=2))
         for cell in swept:  # a mesh may be another than before
             if not cells.outcome(directory := cells.folder(workdir, cell.id)):
                 loop.claim(directory, cell.config, threads)
+
+
+def check_workdir(workdir: Any, grids: Mapping[str, Any], looks: Sequence[int] = ()) -> None:
+    """Raises ValueError where `workdir` is not the place of a sweep of cells with such `grids`.
+
+    These are by id what `tune.tried` of each. That is where it holds something else, or such a cell
+    with another grid; and where results have come and the plan of looks was another one.
+    """
+    # In this order: a launcher that starts just now writes sweep.json before all else.
+    others = [x for x in workdir.glob("[!.]*") if x.name != tune.FOLDER]
+    text = paths.read(workdir / "sweep.json")
+    if others and text is None:
+        raise ValueError(f"{workdir} is not empty and holds no sweep; choose another --workdir")
+    before = json.loads(text or "{}")
+    there = {cell["id"]: cell.get("tuned", {}) for cell in before.get("cells", [])}
+    for id, grid in grids.items():
+        if id in there and tune.tried(there[id]) != grid:
+            raise ValueError(
+                f"{id} of {workdir} was tuned by another grid, or by none: choose another --workdir"
+            )
+    planned, results = before.get("looks", []), _count_results(workdir, there)
+    if results and list(looks) != planned:
+        raise ValueError(
+            f"{workdir} has {results} results already, planned with "
+            f"--looks={','.join(map(str, planned)) or 'none'}: a plan cannot change after results, "
+            "choose another --workdir"
+        )
+
+
+def _check_cells(workdir, swept, looks):
+    """As `check_workdir`, and where a cell there has other settings."""
+    check_workdir(workdir, {cell.id: tune.tried(cell.tuned) for cell in swept}, looks)
+    for cell in swept:
+        loop.check_directory(cells.folder(workdir, cell.id), cell.config)
+
+
+def _count_results(workdir, ids):
+    return sum(bool(cells.outcome(cells.folder(workdir, id))) for id in ids)
 
 
 def fail(
@@ -193,15 +220,19 @@ def train_sweep(
     Ends the program in one line where a setting is wrong.
     """
     with cli.user_errors():
-        for cell in swept:
-            loop.check_directory(cells.folder(workdir, cell.id), cell.config)
+        _check_cells(workdir, swept, looks)
     retried: tuple[str, ...] = ()
     if retry_failed:
         retried = ("failed",) if eta else ("failed", "dropped")
     options: dict[str, Any] = {"max_minutes": max_minutes, "tensorboard": tensorboard}
     jobs = [cells.Job(cell.id, **options) for cell in swept]
     status = {job: (_outcome(workdir, job) or {}).get("status") for job in jobs}
-    todo = [job for job in jobs if status[job] in (None, *retried)]
+    untuned = tune.failures(swept)
+    todo = [
+        job
+        for job in jobs
+        if status[job] is None or (status[job] in retried and job.id not in untuned)
+    ]
     if not todo and not report:
         return _failures(workdir, jobs)
     if not todo and (workdir / "report.html").exists():
@@ -213,8 +244,8 @@ def train_sweep(
             with cli.user_errors():
                 for cell in swept:
                     loop.check(cell.config)
-                for cell in swept:
-                    cells.forget(cells.folder(workdir, cell.id), retried)
+                for job in todo:
+                    cells.forget(cells.folder(workdir, job.id), retried)
                 open_workdir(workdir, swept, expected, executor.threads, looks)
             print(f"{len(todo)} of {len(swept)} cells to train in {workdir}", flush=True)
             stop.unsaved = True  # those who train are asked to save

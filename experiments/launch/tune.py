@@ -9,7 +9,6 @@ import ast
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,8 +33,7 @@ def grid(texts: Sequence[str], config: ConfigDict) -> dict[str, list[Any]]:
     values_of: dict[str, list[Any]] = {}
     for text in texts:
         name, colon, values = text.partition(":")
-        # A comma within brackets is part of a value, 'sliding_window(4, 0)'.
-        parts = [part.strip() for part in re.split(r",(?![^()\[\]]*[)\]])", values)]
+        parts = [part.strip() for part in _split(values)]
         if not colon or "" in parts:
             raise ValueError(
                 f"--tune={text!r} must be a setting and its values, "
@@ -50,6 +48,18 @@ def grid(texts: Sequence[str], config: ConfigDict) -> dict[str, list[Any]]:
                 f"{len(parts)}: give two or more, each once"
             )
     return values_of
+
+
+def _split(values):
+    """What is between commas that are not within brackets, as in 'sliding_window(4, 0)'."""
+    parts, depth = [""], 0
+    for letter in values:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def _value(name, text, config):
@@ -83,7 +93,12 @@ def cells(
                 f"train.first_seed={cell.config.train.first_seed}: the seeds from {FIRST_SEED} on "
                 "are for --tune; take smaller ones"
             )
-        for change in _points(cell, values_of):
+        if own := sorted(set(values_of) & set(cell.overrides)):
+            raise ValueError(
+                f"{cell.id} sets {', '.join(own)} itself, which --tune chooses: leave one of both "
+                "out"
+            )
+        for change in points(values_of):
             value = _name(change)
             fresh = {"train.first_seed": FIRST_SEED, "train.seeds": seeds}
             config = sweep.override(cell.config, {**change, **fresh})
@@ -93,13 +108,11 @@ def cells(
     return tuning
 
 
-def _points(cell, values_of):
-    if own := sorted(set(values_of) & set(cell.overrides)):
-        raise ValueError(
-            f"{cell.id} sets {', '.join(own)} itself, which --tune chooses: leave one of both out"
-        )
-    points = itertools.product(*values_of.values())
-    return [dict(zip(values_of, point, strict=True)) for point in points]
+def points(values_of: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """The settings of each point of a grid."""
+    return [
+        dict(zip(values_of, point, strict=True)) for point in itertools.product(*values_of.values())
+    ]
 
 
 def _name(change):
@@ -123,7 +136,7 @@ def choose(
     results = {cell.id: cell for cell in run_directory.load(workdir).cells}
     chosen = []
     for cell in swept:
-        points: list[dict[str, Any]] = []
+        tries: list[dict[str, Any]] = []
         scores: list[float] = []
         metric = ""
         for spec in cells([cell], values_of, seeds):
@@ -137,7 +150,7 @@ def choose(
             if run.status == "done":
                 metric = result["primary"]
                 score, _ = statistics.mean_interval(result["metrics"][metric])
-            points.append(
+            tries.append(
                 {
                     "settings": dict(spec.overrides),
                     "score": score if math.isfinite(score) else None,
@@ -146,12 +159,17 @@ def choose(
             )
             sign = 1 if result.get("lower_is_better", True) else -1
             scores.append(sign * score if math.isfinite(score) else math.inf)
-        best = min(range(len(points)), key=scores.__getitem__)
-        choice = points[best]["settings"] if math.isfinite(scores[best]) else None
-        record = {"seeds": seeds, "metric": metric, "points": points, "choice": choice}
+        best = min(range(len(scores)), key=scores.__getitem__)
+        choice = tries[best]["settings"] if math.isfinite(scores[best]) else None
+        record = {"seeds": seeds, "metric": metric, "points": tries, "choice": choice}
         config = sweep.override(cell.config, choice or {})
         chosen.append(dataclasses.replace(cell, config=config, tuned=record))
     return chosen
+
+
+def tried(tuned: Mapping[str, Any]) -> list[Any]:
+    """What a cell's `tuned` says of its grid: seeds, and the settings of each point."""
+    return [tuned.get("seeds"), [point["settings"] for point in tuned.get("points", ())]]
 
 
 def failures(swept: Sequence[sweep.CellSpec]) -> dict[str, str]:

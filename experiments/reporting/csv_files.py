@@ -30,9 +30,10 @@ def write_csv(rows: Sequence[Row], path: str | os.PathLike[str]) -> None:
 
     The reported metric comes first and has a 1 under `reported`; the others describe and are no
     part of the family that p_holm and the simultaneous intervals (difference95) are corrected for.
-    p is that of the moderated t-test or the permutation test, plain_p that of the paired t-test by
-    the own seeds alone, plain_interval95 half its interval. Numbers are in full precision; what is
-    not known is empty. An existing file is replaced whole.
+    p is that of the moderated t-test or the permutation test, corrected for planned looks alone,
+    plain_p that of the paired t-test by the own seeds alone, plain_interval95 half its interval;
+    both are corrected for nothing. Numbers are in full precision; what is not known is empty. An
+    existing file is replaced whole.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

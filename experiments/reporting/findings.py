@@ -46,7 +46,8 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
         return f"no value has a result yet{note}."
     sign = 1 if done[0].cell.result["lower_is_better"] else -1
     metric = done[0].cell.result["primary"]
-    best = min(done, key=lambda row: sign * row.metrics[metric].mean)
+    ranks = comparisons.standings([base, *done] if base else done, metric)
+    best = min(done, key=lambda row: sign * ranks[row.cell.id])
     primary, reported = best.metrics[metric], best.metrics[best.metric]
     where = "" if reported is primary else " on validation"
     digits = decimals([*done, base] if base else done)
@@ -99,7 +100,13 @@ def too_few_seeds(rows: Sequence[Row]) -> str:
     if not variants:
         return ""
     compared = [row.reported.comparison for row in variants if row.reported]
-    seeds = min(len(comparison.differences) for comparison in compared)
+    looks = rows[0].cell.looks
+    counts = [len(comparison.differences) for comparison in compared]
+    seeds = max(counts) if looks else min(counts)
+    if looks and any(
+        n < looks[-1] and not row.significant for n, row in zip(counts, variants, strict=True)
+    ):
+        return ""  # more are planned
     if seeds == 1:
         return (
             "one seed has no spread to test a difference by: take more seeds "
@@ -107,23 +114,25 @@ def too_few_seeds(rows: Sequence[Row]) -> str:
         )
     family = comparisons.family(rows)
     several = f"{seeds} seeds and {family} comparison{'s' if family > 1 else ''}"
-    enough = learning.enough_seeds(family)
+    enough = learning.enough_seeds(family, looks)
     if is_bimodal(rows) and seeds < enough:
+        how = "in another --workdir" if looks else f"--config.train.seeds={enough}"
         return (
             f"some seeds learned and others did not, and {several} are too few to say how often: "
-            f"take {enough} or more (--config.train.seeds={enough})"
+            f"take {enough} or more ({how})"
         )
     if 2 * sum(row.significant for row in variants) > len(variants):
         return ""
-    smallest = statistics.smallest_visible(compared, family)
+    smallest = statistics.smallest_visible(compared, family, looks=looks)
     spread = statistics.typical_spread(compared)
     if not smallest > _TOO_LARGE * spread:
         return ""
     more = max(10, 2 * seeds)
     then = statistics.smallest_visible(compared, family, more)
+    where = " in another --workdir" if looks else ""
     return (
         f"with {several}, differences below about {rough(smallest)}{unit(variants[0].metric)} "
-        f"cannot be seen: take more seeds ({more} seeds: about {rough(then)})"
+        f"cannot be seen: take more seeds{where} ({more} seeds: about {rough(then)})"
     )
 
 
@@ -134,7 +143,7 @@ def how_tested(rows: Sequence[Row]) -> str:
         f"p-values are corrected for the {family} cells that were begun (Holm), and a star marks "
         "p < 0.05."
     )
-    corrected += _planned(rows)
+    corrected += planned(rows)
     if is_bimodal(rows):
         return (
             "Some seeds learned, with an accuracy above half-way between the lowest and the "
@@ -153,14 +162,18 @@ def how_tested(rows: Sequence[Row]) -> str:
     )
 
 
-def _planned(rows):
-    if not (looks := rows[0].cell.looks):
+def planned(rows: Sequence[Row]) -> str:
+    """How seeds were added to the cells of a group, '' where that was not planned."""
+    if not rows or not (looks := rows[0].cell.looks):
         return ""
     numbers = f"{', '.join(map(str, looks[:-1]))} and {looks[-1]}"
+    what = "p-values are" if is_bimodal(rows) else "p-values and intervals of differences are"
     return (
-        f" Seeds were added by a plan: looks at {numbers} seeds, until a cell has a star. p-values "
-        "and intervals of differences are corrected for these looks (repeated significance tests, "
-        "Armitage et al. 1969; Pocock 1977); a difference that ended early looks larger than it is."
+        f" Seeds were added by a plan: looks at {numbers} seeds, until a cell has a star. {what} "
+        "corrected for these looks (repeated significance tests, Armitage et al. 1969; Pocock "
+        "1977), intervals of means are not. A difference that ended early looks larger than it is; "
+        "and means of cells with unequal numbers of seeds are of different seeds, so that only "
+        "their differences compare."
     )
 
 
@@ -186,7 +199,11 @@ def caveats(rows: Sequence[Row]) -> str:
                 "the best of several."
             )
     rates = {row.cell.config.get("optimizer", {}).get("learning_rate") for row in done}
-    tuned = any(row.cell.tuned for row in done)
+    tuned = any(
+        "optimizer.learning_rate" in point["settings"]
+        for row in done
+        for point in row.cell.tuned.get("points", ())
+    )
     if len(done) > 1 and len(rates) == 1 and None not in rates and not tuned:
         sentences.append(
             f"All cells were compared at one learning rate, {rates.pop():g}; with the best rate of "
@@ -199,6 +216,16 @@ def caveats(rows: Sequence[Row]) -> str:
                 f"{row.cell.label} has {held['setting']}={held['width']}, not {held['before']}, so "
                 f"that its {held['cost']:,.0f} {unit} are near the {held['target']:,.0f} of the "
                 "base."
+            )
+    train = done[0].cell.config.get("train", {}) if done else {}
+    for name, alike, what in (
+        ("init_seed", "start from the same parameters", "initialisation"),
+        ("data_seed", "see the same batches", "the data's order"),
+    ):
+        if train.get(name) is not None:
+            sentences.append(
+                f"All seeds {alike} (train.{name}={train[name]}): the tests do not say how results "
+                f"vary with {what}."
             )
     if any(row.cell.config.get("train", {}).get("patience") for row in done):
         sentences.append(
@@ -228,7 +255,7 @@ def tuning(rows: Sequence[Row]) -> str:
             texts = [f"{cell.label} ({end})" for cell, end in at_end]
             sentence += (
                 f" The best {name} is at an end of the grid for {'; '.join(texts)}: a better one "
-                "may lie beyond, so widen the grid."
+                "may lie beyond, so tune a wider grid in another --workdir."
             )
     return sentence
 

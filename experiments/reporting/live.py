@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from experiments.analysis.run_directory import LOOKS
+
 _PAUSE = 2.0  # least seconds between two reads of the files
 _SHARE = 10.0  # and this multiple of the time that a page takes: the sweep needs the machine
 
@@ -18,7 +20,8 @@ def version(workdirs: Sequence[Path]) -> str:
     """A hash that changes with any result, log or settings of the directories."""
     digest = hashlib.sha256()
     for workdir in workdirs:
-        for pattern in ("sweep.json", "cells/*/result.json", "cells/*/metrics.jsonl"):
+        names = ("sweep.json", "cells/*/result.json", "cells/*/metrics.jsonl")
+        for pattern in (*names, f"{LOOKS}/*/sweep.json", f"{LOOKS}/*/cells/*/result.json"):
             for path in sorted(workdir.glob(pattern)):
                 status = path.stat()
                 digest.update(f"{path} {status.st_size} {status.st_mtime}\n".encode())

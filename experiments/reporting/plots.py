@@ -190,7 +190,8 @@ def cost_plot(experiment: run_directory.Experiment, base: str, cost: str) -> "Fi
     if not rows or len(values) < len(rows) or max(values) <= 1.01 * min(values):
         return None
     estimates = [row.reported for row in rows if row.reported]
-    places = [(x, estimate.mean) for x, estimate in zip(values, estimates, strict=True)]
+    ranks = comparisons.standings(rows)
+    places = [(x, ranks[row.cell.id]) for x, row in zip(values, rows, strict=True)]
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     lower = rows[0].cell.result["lower_is_better"]
@@ -318,7 +319,8 @@ def of_report(experiment: run_directory.Experiment) -> Iterator[tuple[str, "Figu
         if not axes:
             yield f"{base}-curves", learning_curves(experiment, base, "")
         for cost in run_directory.COSTS:
-            if cost == "seeds":  # those of a cell cost nothing to a user of it
+            # What more seeds of a cell cost is nothing to a user of it.
+            if cost in ("seeds", "TFLOP in all"):
                 continue
             if figure := cost_plot(experiment, base, cost):
                 yield f"{base}-cost-{cost}", figure

@@ -12,9 +12,13 @@ def star(rows: Sequence[comparisons.Row]) -> str:
     """What a star means in the table of a group."""
     if formatting.is_bimodal(rows):
         return "significantly different from the base (permutation test, p < 0.05, Holm)"
+    plan = ""
+    if rows and rows[0].cell.looks:
+        numbers = ", ".join(map(str, rows[0].cell.looks))
+        plan = f"; corrected for planned looks at {numbers} seeds, where cells with a star ended"
     return (
         "significantly different from the base (moderated paired t-test, p < 0.05, Holm); the "
-        "intervals of differences are simultaneous and exclude zero where there is a star"
+        f"intervals of differences are simultaneous and exclude zero where there is a star{plan}"
     )
 
 
@@ -71,7 +75,7 @@ def latex(rows: Sequence[comparisons.Row]) -> str:
 
 def best(rows: Sequence[comparisons.Row]) -> set[str]:
     """The ids of the cells with the best mean of the reported metric."""
-    means = {row.cell.id: row.reported.mean for row in rows if row.reported}
+    means = comparisons.standings(rows)
     means = {id: mean for id, mean in means.items() if math.isfinite(mean)}
     if not means:
         return set()
@@ -228,7 +232,8 @@ CLAIMS_NOTE = (
     "neither is significant. Holding and contradiction are two families of tests: where truth is "
     "at the margin, there is a false positive in up to one of ten sweeps. Equality within a margin "
     "is equivalence, tested by two such tests (TOST). Where some seeds learned and others did not, "
-    "permutation tests take their place. Intervals are of 95% each, corrected for nothing. A test "
+    "permutation tests take their place. Where seeds were added by a plan, p is corrected for its "
+    "looks. Intervals are of 95% each, corrected for nothing. A test "
     "says what it should only of a claim stated before the results."
 )
 

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
 
 import attention
 from attention import Mechanism, attend, masks, normalizers, positions, scores
+from support.marks import slow_but
 from support.mechanisms import (
     EPS,
     LEARNED,
@@ -130,6 +131,7 @@ def some(rng, shape, drawn):
 BROADCAST = st.tuples(st.integers(0, 2), st.lists(st.booleans(), min_size=5, max_size=5))
 
 
+@settings(max_examples=8)
 @given(
     dtype=st.sampled_from(["float32", "bfloat16", "float64"]),
     batch=st.sampled_from([(), (2,), (2, 3)]),
@@ -243,7 +245,7 @@ def derivatives(mechanism, order, **options):
     return compiled(lambda *args: (first(*args),) if order == 1 else second(*args))
 
 
-QUICK = MECHANISMS[0], MECHANISMS[8], Mechanism(normalizer=normalizers.Sparsemax())
+QUICK = MECHANISMS[8], Mechanism(normalizer=normalizers.Sparsemax())
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ QUICK = MECHANISMS[0], MECHANISMS[8], Mechanism(normalizer=normalizers.Sparsemax
     + [pytest.param(m, "bfloat16", 1, marks=pytest.mark.slow) for m in LEARNED[1:]]
     + [(LEARNED[1], "float32", 2)]
     + [pytest.param(m, "float32", 2, marks=pytest.mark.slow) for m in LEARNED[2:]]
-    + [(Mechanism(), "bfloat16", 2)],
+    + [pytest.param(Mechanism(), "bfloat16", 2, marks=pytest.mark.slow)],
     ids=str,
 )
 def test_masked_is_absent(mechanism, dtype, order):
@@ -367,7 +369,7 @@ def derivative_case(mechanism):
     return function, point, tangent
 
 
-@pytest.mark.parametrize("mechanism", LEARNED[1:], ids=str)
+@pytest.mark.parametrize("mechanism", slow_but(LEARNED[1:2], LEARNED[1:]), ids=str)
 def test_gradient_leaf_by_leaf(mechanism, x64):
     """Against central differences along one random direction in every array leaf."""
     function, point, tangent = derivative_case(mechanism)
@@ -582,10 +584,10 @@ def test_grouped_heads():
 @pytest.mark.parametrize(
     "name, shared, shape",
     [
-        ("bias", (1, 1, 5, 6), (2, 2, 5, 6)),
+        pytest.param("bias", (1, 1, 5, 6), (2, 2, 5, 6), marks=pytest.mark.slow),
         ("bias", (2, 1, 6), (2, 2, 5, 6)),
         ("mask", (2, 1, 1, 6), (2, 2, 5, 6)),
-        ("mask", (5, 6), (2, 2, 5, 6)),
+        pytest.param("mask", (5, 6), (2, 2, 5, 6), marks=pytest.mark.slow),
         ("query_positions", (5,), (2, 5)),
         ("key_lengths", (), (2,)),
         ("key_segments", (6,), (2, 6)),
@@ -736,7 +738,11 @@ def test_aux():
 # Sizes of 0, and those known only when an exported program runs.
 
 
-@pytest.mark.parametrize("batch, T, S", [((0,), 5, 6), ((2, 0), 5, 6), ((2,), 0, 6), ((2,), 5, 0)])
+@pytest.mark.parametrize(
+    "batch, T, S",
+    [((0,), 5, 6), ((2,), 5, 0)]
+    + [pytest.param(*x, marks=pytest.mark.slow) for x in (((2, 0), 5, 6), ((2,), 0, 6))],
+)
 def test_sizes_of_0(batch, T, S):
     """No pair of a query and a key: zeros, lse −inf, whatever the mechanism and the kernel."""
     mechanism = Mechanism(scores.Cosine(), positions.Shaw(2, value_side=True),
@@ -809,7 +815,13 @@ def numbers(shape, dtype):
     "sizes, mechanism, options",
     [
         ("b,t,s,2", MASKED, {}),
-        ("b,5,6,2", MASKED, {"implementation": "tiled", "block_sizes": (2, 3)}),
+        # In nn/test_nn.py is a faster one of this kind.
+        pytest.param(
+            "b,5,6,2",
+            MASKED,
+            {"implementation": "tiled", "block_sizes": (2, 3)},
+            marks=pytest.mark.slow,
+        ),
         pytest.param("b,t,s,2", EVERYTHING, {}, marks=pytest.mark.slow),
         pytest.param("b,5,6,2", EVERYTHING, {"implementation": "dense"}, marks=pytest.mark.slow),
         pytest.param("b,5,6,2", EVERYTHING, {"implementation": "tiled"}, marks=pytest.mark.slow),

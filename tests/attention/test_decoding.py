@@ -16,6 +16,7 @@ from attention.kernels.registry import KERNELS
 from attention.mechanism import PART_KINDS, params_shape
 from attention.models import EncoderDecoder, LanguageModel
 from attention.nn import MultiHeadAttention, Stack, TransformerConfig
+from support.marks import slow_but
 
 KEY = jax.random.key(0)
 B, T, S, H, K, D, V = 2, 7, 9, 4, 2, 4, 3
@@ -110,7 +111,8 @@ def needs(mechanism, name):
 
 @pytest.mark.parametrize(
     "mechanism, prompts",
-    [(mechanism, False) for mechanism in MECHANISMS]
+    [(mechanism, False) for mechanism in MECHANISMS[::2]]
+    + [pytest.param(mechanism, False, marks=pytest.mark.slow) for mechanism in MECHANISMS[1::2]]
     + [pytest.param(mechanism, True, marks=pytest.mark.slow) for mechanism in ALONE],
     ids=str,
 )
@@ -645,7 +647,7 @@ ALPHAS = (0.0, 0.6, 2.0, -3.0)
 TABLE = 2 * random((4, NODES, VOCAB), 5)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("alpha", slow_but((0.0, 0.6), ALPHAS))
 def test_a_wide_beam_enumerates_all_sequences(alpha):
     got = run_beam(TABLE, alpha, 60)
     every = [
@@ -670,8 +672,8 @@ def test_a_wide_beam_enumerates_all_sequences(alpha):
         np.testing.assert_allclose(np.exp(got.scores).sum(1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize("beam", [1, 3])
+@pytest.mark.parametrize("alpha", slow_but((0.6, 2.0), ALPHAS))
+@pytest.mark.parametrize("beam", slow_but((3,), (1, 3)))
 def test_stopping_early_changes_no_result(alpha, beam):
     # Once begun all but certain: so that a live sequence comes from behind, by its length.
     table = 6 * random((100, NODES, VOCAB), 6)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from jax import export
 
 from attention import attend, dot_product_attention
+from support.marks import slow_but
 from support.mechanisms import compiled, normal, random_params
 
 THEIRS = inspect.signature(jax.nn.dot_product_attention).parameters
@@ -75,7 +76,7 @@ def visible(options, mask, H):
     return allowed
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(
     options=OPTIONS,
     heads=st.sampled_from([(2, 2), (4, 2), (3, 1)]),
@@ -152,10 +153,8 @@ def test_without_a_batch():
     arrays = normal(0, T, 4, D), normal(1, S, 2, D), normal(2, S, 2, D)
     for options in (
         {"is_causal": True},
-        {"bias": normal(3, 4, T, S), "mask": normal(4, 1, T, S) > 0},
         {"bias": normal(3, 1, 4, T, S), "mask": normal(4, 1, 1, T, S) > 0},
-        {"query_seq_lengths": np.array([3], np.int32), "local_window_size": 4},
-        {"key_value_seq_lengths": np.array([3], np.int32)},
+        {"key_value_seq_lengths": np.array([3], np.int32), "local_window_size": 4},
     ):
         got, want = ours_and_theirs(*arrays, **options)
         empty = (got == 0).all(-1, keepdims=True)
@@ -167,7 +166,7 @@ def test_without_a_batch():
     "kind, dtype",
     [
         (np.float32, "bfloat16"),
-        (jnp.asarray, "float32"),
+        pytest.param(jnp.asarray, "float32", marks=pytest.mark.slow),
         pytest.param(np.float32, "float32", marks=pytest.mark.slow),
         pytest.param(jnp.asarray, "bfloat16", marks=pytest.mark.slow),
     ],
@@ -270,7 +269,7 @@ def band(left, right):
     return (i - left <= j) & (j <= i + right)
 
 
-@pytest.mark.parametrize("size", [np.int64(2), np.array([2, 2]), [2, 2], jnp.int32(2), -1], ids=str)
+@pytest.mark.parametrize("size", [np.array([2, 2]), jnp.int32(2), -1], ids=str)
 def test_windows_of_any_integers(size):
     """One number or two, of any integer type; traced ones too."""
     want = dot_product_attention(*ARRAYS, mask=band(*np.broadcast_to(size, 2)))
@@ -280,7 +279,7 @@ def test_windows_of_any_integers(size):
 
 
 @pytest.mark.parametrize("block_sizes", [None, (2, 3)])
-@pytest.mark.parametrize("window", [(-1, 3), (3, -2), (-2, 1)], ids=str)
+@pytest.mark.parametrize("window", slow_but([(-1, 3)], [(-1, 3), (3, -2), (-2, 1)]), ids=str)
 def test_negative_windows_in_blocks(window, block_sizes, monkeypatch):
     """They move the window to one side, and nothing is left of one that ends before it begins."""
     in_blocks = functools.partial(attend, block_sizes=block_sizes)
@@ -300,7 +299,7 @@ def test_integer_bias():
     close(dot_product_attention(*ARRAYS, bias), jax.nn.dot_product_attention(*ARRAYS, bias))
 
 
-@pytest.mark.parametrize("batch", [(), (1,)])
+@pytest.mark.parametrize("batch", slow_but([(1,)], [(), (1,)]))
 def test_mask_of_more_examples(batch):
     """It repeats the inputs, as in Linen; so does a bias."""
     arrays = [x[0].reshape(*batch, *x.shape[1:]) for x in ARRAYS]
@@ -310,7 +309,7 @@ def test_mask_of_more_examples(batch):
     close(dot_product_attention(*arrays, bias, mask), want)
 
 
-@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+@pytest.mark.parametrize("implementation", slow_but(["dense"], ["dense", "tiled"]))
 def test_promotion(implementation):
     """Mixed dtypes promote as in Linen, and gradients come in those of the arrays."""
     run = functools.partial(dot_product_attention, implementation=implementation)
@@ -338,7 +337,7 @@ def test_promotion(implementation):
     close(run(*arrays), nn.dot_product_attention(*arrays))
 
 
-@pytest.mark.parametrize("empty", ["batch", "query", "key"])
+@pytest.mark.parametrize("empty", slow_but(["query"], ["batch", "query", "key"]))
 def test_sizes_of_0(empty):
     """The empty or zero result, as in jax.nn; no gradient; of a bias and mask as well."""
     b, t, s = (0 if name == empty else n for name, n in (("batch", 2), ("query", 5), ("key", 7)))
@@ -395,6 +394,7 @@ def test_xla_is_the_choice_among_ours():
     )
 
 
+@pytest.mark.slow
 def test_exports_with_symbolic_sizes():
     """One exported program for all sizes, whatever the call has of masks."""
 
@@ -431,14 +431,19 @@ MASK = normal(2, 2, 1, 5, 7) > -1
 @pytest.mark.parametrize(
     "inputs, mask",
     [
-        ((X,), None),
-        ((X, Y), None),
         ((X, Y, 2 * Y), MASK),
-        ((X,), lambda: nn.make_causal_mask(X[..., 0])),
         ((X,), lambda: nn.make_attention_mask(X[..., 0] > -1, X[..., 0] > -1)),
-        ((X,), lambda: nn.make_attention_mask(X[..., 0] > -1, X[..., 0] > -1, dtype=bool)),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in (
+                ((X,), None),
+                ((X, Y), None),
+                ((X,), lambda: nn.make_causal_mask(X[..., 0])),
+                ((X,), lambda: nn.make_attention_mask(*2 * [X[..., 0] > -1], dtype=bool)),
+            )
+        ),
     ],
-    ids=["self", "cross", "mask", "causal", "padding", "bool"],
+    ids=["mask", "padding", "self", "cross", "causal", "bool"],
 )
 def test_linen(inputs, mask):
     """Self and cross attention under every kind of mask that Flax makes; gradients too."""
@@ -506,6 +511,7 @@ def test_linen_dropout():
     close(weights.sum(-1), 1)  # as in Flax, those before dropout
 
 
+@pytest.mark.slow
 def test_linen_in_bfloat16():
     own, ours = (linen(f, dtype=jnp.bfloat16) for f in (None, dot_product_attention))
     variables = random_params(own.init, X)
@@ -545,7 +551,7 @@ def test_linen_options_that_would_be_dropped(module, message, options):
         jax.eval_shape(ours.init, jax.random.key(0), X)
 
 
-@pytest.mark.parametrize("broadcast", [True, False])
+@pytest.mark.parametrize("broadcast", slow_but([True], [True, False]))
 def test_linen_broadcasts_dropout(broadcast):
     """By default, as Flax does: equal examples then come out equal."""
     module = linen(dot_product_attention, dropout_rate=0.5, broadcast_dropout=broadcast)
@@ -561,6 +567,7 @@ def nnx_module(**options):
     return nnx.MultiHeadAttention(num_heads=2, in_features=6, qkv_features=8, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "is_causal, options", [(False, {}), (True, {"num_kv_heads": 1, "normalize_qk": True})]
 )

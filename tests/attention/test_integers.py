@@ -10,6 +10,7 @@ from attention.integers import difference
 from attention.models import EncoderDecoder, LanguageModel, RNNEncoderDecoder, rnn
 from attention.nn import Embedding, MultiHeadAttention, TransformerConfig
 from attention.parts import EMPTY, FULL, BlockBounds, Range, Tile
+from support.marks import slow_but
 from support.mechanisms import NO_PARAMS, random_params
 
 LOW, HIGH = -(2**31), 2**31 - 1
@@ -18,7 +19,11 @@ KERNELS = {
     "tiled": {"implementation": "tiled"},
     "tiled, tiny blocks": {"implementation": "tiled", "block_sizes": (1, 2)},
 }
-kernels = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+kernels = pytest.mark.parametrize(
+    "kernel",
+    slow_but([KERNELS["dense"], KERNELS["tiled, tiny blocks"]], KERNELS.values()),
+    ids=KERNELS,
+)
 
 
 def uniform(mask, length, **arguments):
@@ -49,7 +54,9 @@ RULES = {
 
 
 @pytest.mark.parametrize("dtype", PLACES)
-@pytest.mark.parametrize("mask", RULES, ids=str)
+@pytest.mark.parametrize(
+    "mask", slow_but([masks.Causal(), masks.SlidingWindow(128), masks.Dilated(5)], RULES), ids=str
+)
 @kernels
 def test_distances_of_any_dtype(kernel, mask, dtype):
     for places in PLACES[dtype]:
@@ -82,12 +89,9 @@ RELATIVE = [
 ]
 
 
-QUICK = (positions.ALiBi, positions.T5, positions.RoPE)
-
-
 @pytest.mark.parametrize(
     "position",
-    [x if isinstance(x, QUICK) else pytest.param(x, marks=pytest.mark.slow) for x in RELATIVE],
+    slow_but((positions.RoPE(),), RELATIVE),
     ids=lambda position: type(position).__name__,
 )
 def test_positional_schemes_of_any_dtype(position):
@@ -119,7 +123,7 @@ HASHES = [6, -2000000000, 6, 5, 6, 1000000000]
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int32", "int64"])
-@pytest.mark.parametrize("block_sizes", [None, (3, 3), (1, 1)])
+@pytest.mark.parametrize("block_sizes", slow_but(((3, 3),), (None, (3, 3), (1, 1))))
 def test_segments_of_any_dtype(block_sizes, dtype):
     """Document ids are compared, whatever they are: uint32 ones fill their dtype."""
     ids = np.array(HASHES).astype(dtype)
@@ -176,7 +180,14 @@ def test_masks_without_a_limit(kernel):
         np.testing.assert_allclose(uniform(mask, 3, **kernel), even(visible), rtol=1e-6)
 
 
-@pytest.mark.parametrize("mask", [*RULES, masks.BlockLocal(7), masks.Prefix(3)], ids=str)
+@pytest.mark.parametrize(
+    "mask",
+    slow_but(
+        (masks.Causal(), masks.SlidingWindow(2**31, 0), masks.BlockLocal(7)),
+        (*RULES, masks.BlockLocal(7), masks.Prefix(3)),
+    ),
+    ids=str,
+)
 def test_blocks_of_far_positions(mask):
     """EMPTY and FULL stay promises at the ends of int32."""
     pool = np.array([LOW, LOW + 1, -(2**29) - 1, -1, 0, 3, 5, 8, 2**29, HIGH - 1, HIGH])
@@ -253,7 +264,7 @@ def filled(lengths, jitted):
     return (jax.jit(out) if jitted else out)(lengths)
 
 
-@pytest.mark.parametrize("length", [-1, 3, 2**31 - 1])
+@pytest.mark.parametrize("length", slow_but((3,), (-1, 3, 2**31 - 1)))
 def test_appended_lengths_that_cannot_be(length):
     with pytest.raises(ValueError, match=rf"lengths must be in 0 … 2, got {length}$"):
         filled(np.array([length]), jitted=False)

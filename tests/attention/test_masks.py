@@ -22,6 +22,7 @@ from support.formulas import (
     classes_in,
     public_classes,
 )
+from support.marks import slow_but
 
 EMPTY = {"score": {}, "position": {}, "normalizer": {}}
 
@@ -139,7 +140,19 @@ def test_truth_table(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["causal", "window, sides", "prefix each", "padding", "segments", "blocks", "dilated", "or"],
+    slow_but(
+        ("prefix each", "padding", "segments", "or"),
+        (
+            "causal",
+            "window, sides",
+            "prefix each",
+            "padding",
+            "segments",
+            "blocks",
+            "dilated",
+            "or",
+        ),
+    ),
 )
 def test_attention_and_gradients(name):
     """The softmax runs over the keys that are seen; nothing reaches the others."""
@@ -220,11 +233,11 @@ PRECISE = ("full", "causal", "window", "window, sides", "prefix", "prefix each",
 def test_blocks(name):
     """EMPTY and FULL are promises, by NumPy and JAX alike; some masks always know.
 
-    Random blocks of positions in order and in none, 50 of each mask.
+    Random blocks of positions in order and in none, 30 of each mask.
     """
     mask, arguments, _ = MASKS[name]
     rng, states = np.random.default_rng(len(name)), set()
-    for n in range(50):
+    for n in range(30):
         if n % 2:  # runs of the text, where masks of intervals are precise
             data = {k: np.arange(a := rng.integers(0, 20), a + 9) for k in GRID if "positions" in k}
         else:

@@ -26,6 +26,7 @@ from support.formulas import (
     softmax,
     weights,
 )
+from support.marks import slow_but
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +124,9 @@ def test_formula_and_gradients(name):
     [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16],
     ids=["float32", "bfloat16"],
 )
-@pytest.mark.parametrize("name", NORMALIZERS)
+@pytest.mark.parametrize(
+    "name", slow_but(("learned sink", "sigmoid", "sparsemax", "entmax"), NORMALIZERS)
+)
 def test_extremes(name, dtype):
     check_extremes(Mechanism(scores.Dot(), normalizer=NORMALIZERS[name][0]), dtype, **PLACES)
 

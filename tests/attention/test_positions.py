@@ -34,6 +34,7 @@ from support.formulas import (
     same,
     weights,
 )
+from support.marks import slow_but
 
 
 @pytest.fixture(autouse=True)
@@ -245,7 +246,10 @@ def test_every_position_is_here():
     assert public_classes(positions) <= tested | EMBEDDED
 
 
-@pytest.mark.parametrize("name", POSITIONS)
+VARIANTS = ("none", "t5, causal", "rope, ntk", "rope, half the width, linear", "alibi")
+
+
+@pytest.mark.parametrize("name", slow_but(POSITIONS.keys() - VARIANTS, POSITIONS))
 def test_formula_and_gradients(name):
     _, formula = POSITIONS[name]
     mechanism, places = case(name)

@@ -30,6 +30,7 @@ from support.formulas import (
     same,
     weights,
 )
+from support.marks import slow_but
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +145,11 @@ def test_every_score_is_here():
     assert public_classes(scores) <= tested
 
 
-@pytest.mark.parametrize("name", SCORES)
+SPECIAL = ("dot", "scale", "temperature", "soft cap")
+"""Special cases of `scaled dot` and `nested`."""
+
+
+@pytest.mark.parametrize("name", slow_but(SCORES.keys() - SPECIAL, SCORES))
 def test_formula_and_gradients(name):
     score, formula = SCORES[name]
 
@@ -160,7 +165,13 @@ def test_formula_and_gradients(name):
     [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16],
     ids=["float32", "bfloat16"],
 )
-@pytest.mark.parametrize("name", sorted(QUIET | {"general", "gaussian", "temperature"}))
+@pytest.mark.parametrize(
+    "name",
+    slow_but(
+        ("additive", "cosine", "gaussian", "temperature"),
+        sorted(QUIET | {"general", "gaussian", "temperature"}),
+    ),
+)
 def test_extremes(name, dtype):
     score, _ = SCORES[name]
     check_extremes(Mechanism(scores.Scale(score, 1e5) if name in QUIET else score), dtype, **PLACES)
@@ -206,7 +217,9 @@ def test_second_derivatives_of_every_part():
     assert set().union(*map(public_classes, (scores, positions, normalizers))) <= tested
 
 
-@pytest.mark.parametrize("mechanism", smooth(), ids=lambda m: type(m.score).__name__)
+@pytest.mark.parametrize(
+    "mechanism", slow_but(smooth()[::2], smooth()), ids=lambda m: type(m.score).__name__
+)
 def test_second_derivatives(mechanism):
     """Hessian times vector, both forward and reverse over reverse, against differences."""
     flat, unravel = ravel_pytree(inputs(mechanism))

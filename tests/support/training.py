@@ -14,7 +14,7 @@ def tiny(task="recall", **changes):
         "reverse": {"vocab_size": 8, "length": 6, "num_eval": 20},
     }
     config = settings.config(task, **sizes[task])
-    config.model.update(model_dim=8, num_layers=2, num_heads=2, dropout_rate=0.1)
+    config.model.update(model_dim=8, num_layers=1, num_heads=2, dropout_rate=0.1)
     config.train.update(
         steps=6, batch_size=4, seeds=2, log_every=2, eval_every=3, checkpoint_every=2
     )

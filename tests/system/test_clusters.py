@@ -162,6 +162,7 @@ def test_a_cell_that_always_dies_elsewhere_is_a_failure_in_the_end(tmp_path, mon
     assert "its node is gone" in (tmp_path / "cells/base/traceback.txt").read_text()
 
 
+@pytest.mark.slow  # a faster one is in test_failures.py
 def test_a_worker_that_died_before_its_first_cell_is_replaced(tmp_path, capsys):
     config = settings.config("recall", vocab_size=16, length=8, num_pairs=2, num_eval=20)
     config.model.update(model_dim=8, num_layers=1, num_heads=2)
@@ -173,6 +174,9 @@ def test_a_worker_that_died_before_its_first_cell_is_replaced(tmp_path, capsys):
         executor.run([cells.Job("base")], shown, interrupts.Stop())
     assert cells.outcome(cells.folder(tmp_path, "base"))["status"] == "done"
     assert "once more" in capsys.readouterr().out
+
+
+def test_why_a_cell_was_dropped_is_in_its_line():
     assert cells.line({"status": "dropped", "error": "number 2 of 3"}) == "dropped: number 2 of 3"
 
 

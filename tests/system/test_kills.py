@@ -24,12 +24,12 @@ INSTANTS = {
 }
 
 
-def kill(config, work, instant, seconds, sweep="all"):
+def kill(config, work, instant, seconds, *flags):
     """Starts the launcher and kills it when something new shows, or after some seconds.
 
     Returns whether that came before its end.
     """
-    process = launch(config, work, sweep, "--workers=2")
+    process = launch(config, work, *flags)
     before = set(work.glob(INSTANTS[instant])) if instant else set()
     until = time.monotonic() + seconds
     while process.poll() is None:
@@ -47,11 +47,12 @@ def kill(config, work, instant, seconds, sweep="all"):
 
 
 def test_killed_while_it_saves_and_writes_it_ends_in_the_same_bits(tmp_path):
-    config, expected, _ = quiet(tmp_path, "rate", "--workers=2")
-    work = tmp_path / "cut"
+    """With two workers in those of a quiet one."""
+    config, expected, _ = quiet(tmp_path, "rate", "--workers=1", "--config.threads=1")
+    work, flags = tmp_path / "cut", ("rate", "--workers=2", "--config.threads=1")
     for instant in ("save", "done"):
-        assert kill(config, work, instant, 0, "rate"), instant
-    finish(launch(config, work, "rate", "--workers=2"))
+        assert kill(config, work, instant, 0, *flags), instant
+    finish(launch(config, work, *flags))
     assert left(work) == expected
     assert not list(work.glob("cells/*/checkpoints/*tmp*"))
 
@@ -71,7 +72,8 @@ def test_killed_a_hundred_times_at_random_it_ends_in_the_same_bits(tmp_path):
         over = False
         while kills < 100 and not over:
             instant = rng.choice([None, None, None, None, *INSTANTS])
-            early = kill(config, work, instant, rng.uniform(0.1, 0.8) * duration)
+            seconds = rng.uniform(0.1, 0.8) * duration
+            early = kill(config, work, instant, seconds, "all", "--workers=2")
             kills += early
             over = not early and (work / "report.html").exists()
             print(kills, sweeps, instant, early, flush=True)

@@ -15,6 +15,7 @@ from experiments.storage import paths
 from experiments.training import attention_maps, checkpoints, loop
 from experiments.training.steps import keep_best
 from support.helpers import Silent, one_line
+from support.marks import slow_but
 
 
 def config(architecture="transformer", **changes):
@@ -112,17 +113,24 @@ def test_weights_of_an_alignment(trained, tmp_path):
     assert translator.alignment_heads() == weights.shape[:2]
 
 
-@pytest.mark.parametrize(
-    "attention", ["bahdanau", *(pytest.param(x, marks=pytest.mark.slow) for x in ("none", "luong"))]
-)
-def test_rnns_train_and_translate(attention, tmp_path):
+def run_rnn(attention, directory):
     changes = {"model.rnn.attention": attention, "decoding.beam_size": 1}
-    own = config("rnn", **changes, **{"train.seeds": 1, "train.steps": 2})
-    result = run(own, tmp_path)
+    return run(config("rnn", **changes, **{"train.seeds": 1, "train.steps": 2}), directory)
+
+
+@pytest.mark.parametrize("attention", slow_but(["bahdanau"], ["bahdanau", "none", "luong"]))
+def test_rnns_train(attention, tmp_path):
+    result = run_rnn(attention, tmp_path)
     assert np.isfinite(result["metrics"]["test/bleu"]).all()
     (kinds, *_) = attention_maps.load(tmp_path / "attention.npz")
     assert set(kinds) == {"cross"} and kinds["cross"].weights.shape[:2] == (1, 1)
     np.testing.assert_allclose(kinds["cross"].weights.sum(-1), 1, atol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["bahdanau", "none", "luong"])
+def test_rnns_translate(attention, tmp_path):
+    run_rnn(attention, tmp_path)
     translator = translations.load(tmp_path)
     tokens = translator.tokens(["21.11.26", "1999/01/02"])
     weights, _, key = translator.alignment("21.11.26", tokens[0])
@@ -199,7 +207,12 @@ def test_the_command(trained, tmp_path):
         [*command, f"--heatmap={png}", f"--input={lines}"], text=True, capture_output=True
     )
     assert done.returncode == 0 and done.stdout.count("\n") == 2 and png.exists()
-    flags = [f"--heatmap={png}", "--text=21.11.26", "--layer=2"]
+
+
+@pytest.mark.slow
+def test_the_command_knows_its_layers(trained, tmp_path):
+    command = [sys.executable, "-m", "experiments.translate", f"--workdir={trained[0]}"]
+    flags = [f"--heatmap={tmp_path / 'map.png'}", "--text=21.11.26", "--layer=2"]
     done = subprocess.run([*command, *flags], text=True, capture_output=True)
     assert done.returncode == 1 and done.stderr.startswith("error: --layer=2: there are 1")
     assert not done.stdout, "it is said before anything is translated"

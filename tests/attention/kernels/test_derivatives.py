@@ -9,15 +9,10 @@ import numpy as np
 import pytest
 
 from attention.kernels.derivatives import with_fast_pair
+from support.marks import slow_but
 from support.mechanisms import assert_close, normal
 
 RAN: list[str] = []  # traced, in order
-
-
-@pytest.fixture(autouse=True)
-def nothing_traced():
-    jax.clear_caches()
-    RAN.clear()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +56,13 @@ def backward(plan, args, outputs, residuals, cotangents):
     return {"q": slope @ arrays["k"], "k": slope.T @ arrays["q"]}, None
 
 
-FAST = with_fast_pair(reference, forward, backward)
+@pytest.fixture
+def fast():
+    """The function with its fast pair, which no other test has traced."""
+    RAN.clear()
+    return with_fast_pair(*map(functools.partial, (reference, forward, backward)))
+
+
 q, k, v, w = (normal(n, 5, 3) for n in range(4))
 X = np.array([0.5, 1.0], np.float32)
 INDEX = np.array([0, 1, 3, 4], np.int32)
@@ -135,41 +136,51 @@ COMBINATIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
-def test_every_combination(name):
+QUICK = (
+    "value",
+    "grad",
+    "jvp",
+    "forward over reverse",
+    "reverse over reverse",
+    "linearize",
+    "grad of vmap",
+    "remat",
+    "forward over reverse of scan",
+)
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, COMBINATIONS))
+def test_every_combination(name, fast):
     """The derivatives of the reference; reverse mode neither runs nor traces it."""
     derive, may_run = COMBINATIONS[name]
-    RAN.clear()
-    got = jax.jit(lambda: derive(scalar(FAST)))()
+    got = jax.jit(lambda: derive(scalar(fast)))()
     assert set(RAN) == may_run
     assert_close(got, jax.jit(lambda: derive(scalar(f)))(), 2e-5)
 
 
-def test_unused_outputs_have_no_cotangent():
+def test_unused_outputs_have_no_cotangent(fast):
     """Which saves what they would cost; so do inputs that nothing is derived by."""
-    RAN.clear()
-    got = jax.jit(jax.grad(scalar(FAST, ("out",))))(q, k)
+    got = jax.jit(jax.grad(scalar(fast, ("out",))))(q, k)
     assert RAN == ["forward", "backward"]
     assert_close(got, jax.jit(jax.grad(scalar(f, ("out",))))(q, k))
-    to_q = str(jax.make_jaxpr(jax.linearize(lambda q: scalar(FAST)(q, k), q)[1])(q))
-    to_both = str(jax.make_jaxpr(jax.linearize(scalar(FAST), q, k)[1])(q, k))
+    to_q = str(jax.make_jaxpr(jax.linearize(lambda q: scalar(fast)(q, k), q)[1])(q))
+    to_both = str(jax.make_jaxpr(jax.linearize(scalar(fast), q, k)[1])(q, k))
     assert "moved=(False, True, False)" in to_q and "moved=(True, True, False)" in to_both
 
 
-def test_linear_in_the_tangents():
+def test_linear_in_the_tangents(fast):
     """A derivative by a tangent alone is transposed by the fast backward pass."""
-    RAN.clear()
 
     def along(v):
-        return jax.jvp(scalar(FAST), (q, k), (v, w))[1]
+        return jax.jvp(scalar(fast), (q, k), (v, w))[1]
 
     got = jax.jit(jax.grad(along))(v)
     assert_close(got, jax.jit(jax.grad(scalar(f)))(q, k))
     assert "reference" not in RAN[RAN.index("backward with lse") :]
 
 
-def test_equal_plans_do_not_trace_again():
-    run = jax.jit(lambda plan, x: FAST(plan, x, INDEX)["out"], static_argnums=0)
+def test_equal_plans_do_not_trace_again(fast):
+    run = jax.jit(lambda plan, x: fast(plan, x, INDEX)["out"], static_argnums=0)
     derive = jax.jit(jax.grad(lambda x, plan: run(plan, x).sum()), static_argnums=1)
     x = {"q": q, "k": k}
     derive(x, Plan(2))
@@ -177,7 +188,7 @@ def test_equal_plans_do_not_trace_again():
     derive(x, Plan(2))
     assert not RAN
     # Nor where a tangent is evaluated outside of jit.
-    push = functools.partial(jax.jvp, lambda x: FAST(Plan(2), x, INDEX)["out"], (x,), (x,))
+    push = functools.partial(jax.jvp, lambda x: fast(Plan(2), x, INDEX)["out"], (x,), (x,))
     push()
     RAN.clear()
     push()
@@ -193,9 +204,9 @@ def test_keys_and_missing_arrays():
     def noisy_backward(plan, args, outputs, residuals, cotangent):
         return cotangent * jax.random.normal(args[1], q.shape), None, None
 
-    fast = with_fast_pair(noisy, lambda *args: (noisy(*args), None), noisy_backward)
+    both_noisy = with_fast_pair(noisy, lambda *args: (noisy(*args), None), noisy_backward)
     key = jax.random.key(3)
-    got = jax.grad(lambda x: fast(None, x, key, None).sum())(q)
+    got = jax.grad(lambda x: both_noisy(None, x, key, None).sum())(q)
     assert_close(got, jax.random.normal(key, q.shape))
 
 

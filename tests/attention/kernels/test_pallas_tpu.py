@@ -15,6 +15,7 @@ from attention.kernels.pallas_tpu.tile import TpuTile
 from attention.kernels.registry import KERNELS, Device, describe, unsupported
 from attention.parts import EMPTY, FULL, PARTIAL, Tile
 from support.kernels import arrays, pulled
+from support.marks import slow_but
 from support.mechanisms import EPS, MECHANISMS, assert_close, assert_same, normal, wide
 
 V5E = Device("tpu", "TPU v5 lite")
@@ -52,7 +53,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("width", [1, 128])
+@pytest.mark.parametrize("width", slow_but([1], [1, 128]))
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_vectors_on_two_axes(name, width):
     """What a function of vectors computes, however the vectors lie."""
@@ -137,16 +138,14 @@ def test_agrees_with_dense(mechanism, x64):
     assert_close(got, pulled("dense", mechanism, **options)(*given, {}), 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mechanism",
     [
         Mechanism(mask=masks.Causal()),
-        pytest.param(Mechanism(scores.Gaussian(), mask=masks.Causal()), marks=pytest.mark.slow),
-        pytest.param(Mechanism(position=positions.T5(), **SEEN), marks=pytest.mark.slow),
-        pytest.param(
-            Mechanism(scores.Cosine(2.0), positions.RoPE() + positions.Shaw(2)),
-            marks=pytest.mark.slow,
-        ),
+        Mechanism(scores.Gaussian(), mask=masks.Causal()),
+        Mechanism(position=positions.T5(), **SEEN),
+        Mechanism(scores.Cosine(2.0), positions.RoPE() + positions.Shaw(2)),
     ],
     ids=lambda x: str(x)[:70],
 )

@@ -305,6 +305,18 @@ ANY = {
 }
 
 
+def in_turn(*sizes):
+    """Indices such that every part is in one case at least."""
+    return [tuple(n % size for size in sizes) for n in range(max(sizes))]
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_every_part(name, x64):
+    parts = ANY[name] if name == "online" else (EVERY_SCORE[:1], *ANY[name][1:])
+    check_any(parts, in_turn(*map(len, parts)), SUMMARIES if name == "whole rows" else ())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ANY)
 def test_every_pair_of_parts(name, x64):
     parts = ANY[name]
@@ -372,6 +384,7 @@ def test_rounding(mechanism, dtype):
     jax.tree.map(check, tiled_result, dense_result, exact)
 
 
+@pytest.mark.slow
 def test_lse_beside_another_softmax(x64):
     """`lse` knows of no sink, and of no value that positions add; its gradients are right too."""
     position = positions.Shaw(clip=2, value_side=True)
@@ -450,17 +463,18 @@ def test_numerical_gradients(mechanism, x64):
 # No result depends on the blocks, beyond rounding.
 
 
+@pytest.mark.slow  # `test_any_shape` is a faster one
 @pytest.mark.parametrize(
     "size",
-    [(5, 3), *(pytest.param(x, marks=pytest.mark.slow) for x in ((16, 16), (1, 1), (64, 64)))],
+    [(5, 3), (16, 16), (1, 1), (64, 64)],
     ids=str,
 )
 @pytest.mark.parametrize(
     "mechanism",
     [
         Mechanism(scores.Cosine(2.0), positions.Shaw(clip=2, value_side=True), masks.Causal()),
-        pytest.param(LEARNED[0], marks=pytest.mark.slow),
-        pytest.param(MECHANISMS[8], marks=pytest.mark.slow),
+        LEARNED[0],
+        MECHANISMS[8],
     ],
     ids=str,
 )
@@ -674,6 +688,7 @@ def test_numbers_per_pair():
     assert count(scores.Dot(), positions.T5()) < 4
 
 
+@pytest.mark.slow  # in system/test_readme.py and attention/test_attend.py are faster ones
 def test_own_score(x64):
     """Ten lines make a score that learns: gradients of both orders."""
     mechanism = Mechanism(Manhattan(), mask=masks.Causal())
@@ -692,6 +707,7 @@ def test_own_score(x64):
 # In a module.
 
 
+@pytest.mark.slow
 def test_multi_head_attention():
     x, context = normal(1, 2, 7, 8), normal(2, 2, 9, 8)
     mechanism = Mechanism(position=positions.RoPE(), mask=masks.Padding())

@@ -212,8 +212,16 @@ def test_one_that_cannot_serve_says_which_can():
 # cuDNN, to our contracts.
 
 
+@pytest.fixture(scope="module")
+def traced_anew():
+    """No program is left from before or for after that holds another function in cuDNN's place."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
-def handed(monkeypatch):
+def handed(monkeypatch, traced_anew):
     """What is handed to cuDNN by way of jax.nn; its plain program answers."""
     calls, plain = [], jax.nn.dot_product_attention
 
@@ -224,9 +232,7 @@ def handed(monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
     monkeypatch.setattr(registry, "device_of", lambda _: HOPPER)
-    jax.clear_caches()  # of programs that hold the plain one
-    yield calls
-    jax.clear_caches()
+    return calls
 
 
 SMALL = [normal(n, 2, t, h, 8, dtype="bfloat16") for n, t, h in ((0, 6, 4), (1, 8, 2), (2, 8, 2))]
@@ -341,7 +347,6 @@ NONE = {"score": {}, "position": {}, "normalizer": {}}
 def test_every_order(handed):
     """A Hessian-vector product, by the tiled kernel; the gradient alone never traces it."""
     inputs = [x.astype("float32") for x in SMALL]
-    handed.clear()
 
     def loss(implementation):
         def total(*arrays):

@@ -22,6 +22,7 @@ from attention.models import (
 from attention.models.rnn import RNNEncoder
 from attention.models.rnn.memory import SingleHead
 from experiments.tasks import Reverse
+from support.marks import slow_but
 
 VOCAB, M, B, S, T = 7, 4, 3, 5, 4
 SMALL = RNNConfig(VOCAB, M)
@@ -85,12 +86,12 @@ def parts(*names):
     return pytest.mark.parametrize("part", cases)
 
 
-@parts("last", "bahdanau heads", "luong fed")
+@parts("bahdanau heads", "luong fed")
 def test_step_by_step_is_the_full_pass_and_padding_does_nothing(part):
     check_passes(part, model(part))
 
 
-@parts("luong fed")
+@parts("last")
 def test_so_it_is_with_layers_of_lstms_one_way(part):
     check_passes(part, model(part, cell="lstm", num_layers=2, bidirectional=False))
 
@@ -212,15 +213,20 @@ def decode(p, part, source, tokens):
     return np.array(logits)
 
 
-@pytest.mark.parametrize("part", [
+PAPERS = [
     LastState(),
     Bahdanau(DOT),
-    Luong(DOT),
     Luong(DOT, window=LocalM(3), input_feeding=True),
-    Luong(DOT, window=LocalP(2)),
     Luong(DOT, num_heads=2, window=LocalP(2)),
+]
+VARIANTS = [
+    Luong(DOT),
+    Luong(DOT, window=LocalP(2)),
     Luong(DOT, num_heads=2, window=LocalM(2)),
-], ids=str)  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("part", slow_but(PAPERS, PAPERS + VARIANTS), ids=str)
 def test_the_decoder_is_the_one_of_the_paper(part):
     module = model(part)
     variables = random_params(module)
@@ -277,7 +283,7 @@ class LastOnly(Mask):
 
 
 @pytest.mark.parametrize("mechanism, cell", [
-    (Mechanism(LastScore(), mask=masks.Padding()), "gru"),
+    pytest.param(Mechanism(LastScore(), mask=masks.Padding()), "gru", marks=pytest.mark.slow),
     (Mechanism(scores.Dot(), mask=LastOnly()), "lstm"),
 ], ids=["score", "mask"])  # fmt: skip
 def test_attention_to_the_last_state_alone_is_no_attention(mechanism, cell):
@@ -305,8 +311,8 @@ def test_attention_to_the_last_state_alone_is_no_attention(mechanism, cell):
 
 
 @pytest.mark.parametrize("score, position", [
-    (scores.Additive(3), positions.NoPE()),
-    (scores.Temperature(scores.General()), positions.NoPE()),
+    pytest.param(scores.Additive(3), positions.NoPE(), marks=pytest.mark.slow),
+    pytest.param(scores.Temperature(scores.General()), positions.NoPE(), marks=pytest.mark.slow),
     (scores.Gaussian(), positions.T5(8) + positions.RoPE()),
 ], ids=str)  # fmt: skip
 def test_what_is_made_of_the_memory_once_changes_nothing(score, position):
@@ -382,9 +388,10 @@ def test_sources_of_no_tokens_and_without_lengths():
     np.testing.assert_allclose(run(variables, SOURCE, TOKENS, np.full(B, S)), full, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [
     Bahdanau(DOT),
-    pytest.param(Luong(window=LocalP(2), input_feeding=True), marks=pytest.mark.slow),
+    Luong(window=LocalP(2), input_feeding=True),
 ], ids=["bahdanau", "luong"])  # fmt: skip
 def test_bfloat16_computes_narrow_and_keeps_parameters_wide(part):
     narrow, wide = (model(part, dtype=x, bidirectional=False) for x in (jnp.bfloat16, jnp.float32))
@@ -399,6 +406,7 @@ def test_bfloat16_computes_narrow_and_keeps_parameters_wide(part):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_models_of_several_seeds_run_side_by_side():
     module = model(Bahdanau(DOT))
     alone = [random_params(module, seed) for seed in (0, 1)]
@@ -409,7 +417,7 @@ def test_models_of_several_seeds_run_side_by_side():
         np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
-@parts("bahdanau heads", "luong")
+@parts("bahdanau heads")
 def test_compiled_size_does_not_grow_with_the_text(part):
     def size(length):
         source, tokens = np.zeros((B, S), int), np.zeros((B, length), int)

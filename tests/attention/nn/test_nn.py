@@ -15,6 +15,7 @@ from attention import Mechanism, masks, normalizers, positions, scores
 from attention.models import Encoder, EncoderDecoder, LanguageModel
 from attention.nn import MLP, Embedding, MultiHeadAttention, Stack, TransformerConfig
 from support import ROOT
+from support.marks import slow_but
 from support.mechanisms import normal, put, random_params
 
 KEY = jax.random.key(0)
@@ -73,11 +74,14 @@ def test_multi_head_attention_agrees_with_flax():
     np.testing.assert_allclose(out, theirs.apply({"params": renamed}, x, context), atol=2e-6)
 
 
-@pytest.mark.parametrize("mechanism", [
+LEARNED = [
     Mechanism(scores.Additive(4), positions.T5(), masks.Causal(), normalizers.Sigmoid()),
     Mechanism(scores.Cosine(), positions.Shaw(2, value_side=True) + positions.ALiBi()),
     Mechanism(scores.Temperature(scores.General()), positions.RoPE(), masks.SlidingWindow(2)),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("mechanism", slow_but(LEARNED[:1], LEARNED))
 def test_every_learned_array_of_a_mechanism_is_a_parameter_with_a_gradient(mechanism):
     x = normal(0, 2, 6, 16)
     module = MultiHeadAttention(4, mechanism, num_kv_heads=2, value_dim=3)
@@ -91,14 +95,15 @@ def test_every_learned_array_of_a_mechanism_is_a_parameter_with_a_gradient(mecha
 
 
 def test_what_learns_nothing_adds_no_parameters():
-    variables, _ = run(MultiHeadAttention(2), np.ones((1, 3, 4)))
+    variables = random_params(MultiHeadAttention(2).init, np.ones((1, 3, 4)))
     assert set(variables["params"]) == {"query", "key", "value", "out"}
-    variables, _ = run(Embedding(5, 4, positions.Sinusoidal()), tokens(1, 3, vocab=5))
+    embedding = Embedding(5, 4, positions.Sinusoidal())
+    variables = random_params(embedding.init, tokens(1, 3, vocab=5))
     assert set(variables["params"]) == {"table"}
 
 
 def test_grouped_heads_have_smaller_keys_and_values():
-    variables, _ = run(MultiHeadAttention(4, num_kv_heads=1), np.ones((1, 3, 16)))
+    variables = random_params(MultiHeadAttention(4, num_kv_heads=1).init, np.ones((1, 3, 16)))
     shapes = jax.tree.map(jnp.shape, variables["params"])
     assert shapes["query"]["kernel"] == (16, 16)
     assert shapes["key"]["kernel"] == shapes["value"]["kernel"] == (16, 4)
@@ -125,7 +130,7 @@ def test_sown_weights_are_in_the_dtype_of_the_module(implementation):
     assert weights.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+@pytest.mark.parametrize("implementation", slow_but(["tiled"], ["dense", "tiled"]))
 def test_multi_head_attention_exports_with_a_symbolic_batch(implementation):
     module = MultiHeadAttention(2, Mechanism(mask=masks.Padding()), implementation=implementation)
     x, lengths = normal(0, 3, 5, 8), np.array([1, 5, 0], np.int32)
@@ -239,26 +244,38 @@ def test_compiled_size_of_a_scanned_model_does_not_grow_with_depth():
     assert size(12, False) > 3 * size(2, False)
 
 
-@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_remat_keeps_less_and_computes_the_same(scan):
-    text, memory, results = tokens(2, 32), [], []
+def gradient(num_layers, scan, remat):
+    """The gradient of a scalar of a language model, and its parameters."""
+    text = tokens(2, 32)
+    config = dataclasses.replace(SMALL, scan_layers=scan, remat_layers=remat, dropout_rate=0.1)
+    model = LanguageModel(dataclasses.replace(config, num_layers=num_layers))
+
+    def loss(variables):
+        logits = model.apply(variables, text, deterministic=False, rngs={"dropout": KEY})
+        return jnp.sum(jnp.sin(logits))
+
+    return jax.grad(loss), random_params(model.init, text, scale=0.3)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_remat_is_where_the_config_says(scan):
     for remat in (False, True):
-        config = dataclasses.replace(SMALL, num_layers=4, scan_layers=scan, remat_layers=remat)
-        model = LanguageModel(dataclasses.replace(config, dropout_rate=0.1))
-        variables = random_params(model.init, text, scale=0.3)
+        grad, variables = gradient(1, scan, remat)
+        assert ("remat" in str(jax.make_jaxpr(grad)(variables))) == remat
 
-        def loss(variables, model=model):
-            logits = model.apply(variables, text, deterministic=False, rngs={"dropout": KEY})
-            return jnp.sum(jnp.sin(logits))
 
-        compiled = jax.jit(jax.grad(loss)).lower(variables).compile()
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [True, False])
+def test_remat_keeps_less_and_computes_the_same(scan):
+    memory, results = [], []
+    for remat in (False, True):
+        grad, variables = gradient(4, scan, remat)
+        compiled = jax.jit(grad).lower(variables).compile()
         memory.append(compiled.memory_analysis().temp_size_in_bytes)
         results.append(compiled(variables))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *results)
     if scan:  # what is not scanned XLA's CPU compiler merges again
         assert memory[1] < 0.75 * memory[0]
-    else:
-        assert "remat" in str(jax.make_jaxpr(jax.grad(loss))(variables))
 
 
 def test_a_language_model_does_not_look_ahead_and_counts_order():
@@ -312,8 +329,12 @@ def test_an_encoder_sees_both_ways_up_to_the_length():
 def test_weights_of_all_layers_are_stacked():
     model = EncoderDecoder(SMALL)
     source, target = tokens(2, 6), tokens(2, 5)
-    variables, _ = run(model, source, target)
-    _, sown = apply(model, variables, source, target, mutable=("intermediates",))
+
+    def weights(key):
+        variables = model.init(key, source, target)
+        return model.apply(variables, source, target, mutable=("intermediates",))
+
+    _, sown = jax.eval_shape(weights, KEY)
     decoder = sown["intermediates"]["decoder"]["layers"]
     assert decoder["cross_attention"]["weights"][0].shape == (2, 2, 4, 5, 6)
     assert decoder["self_attention"]["weights"][0].shape == (2, 2, 4, 5, 5)
@@ -336,14 +357,14 @@ def test_bfloat16_computes_narrow_and_keeps_parameters_wide():
 def test_tied_and_untied_output():
     for tie, names in ((True, {"table"}), (False, {"table", "head"})):
         model = LanguageModel(dataclasses.replace(SMALL, tie_embeddings=tie))
-        variables, _ = run(model, tokens(1, 3))
+        variables = random_params(model.init, tokens(1, 3))
         assert set(variables["params"]["embedding"]) == names
 
 
 def test_a_text_longer_than_the_learned_positions_is_refused():
     config = dataclasses.replace(SMALL, decoder=Mechanism(position=positions.Learned(length=4)))
     model = LanguageModel(config)
-    variables, _ = run(model, tokens(1, 4))
+    variables = random_params(model.init, tokens(1, 4))
     with pytest.raises(ValueError, match="no vector for position 4"):
         jax.eval_shape(model.apply, variables, tokens(1, 5))
 

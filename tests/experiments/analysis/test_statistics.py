@@ -258,13 +258,13 @@ def test_the_permutation_test_of_many_runs_samples():
     (p,) = statistics.permutation_test([a], [b])
     assert p == statistics.permutation_test([a], [b])[0]
     assert p == pytest.approx(stats.ttest_ind(a, b).pvalue, abs=0.02)
-    assert statistics.permutation_test([a], [b + 100])[0] == pytest.approx(1 / 5000)
+    assert statistics.permutation_test([a], [b + 100])[0] == pytest.approx(1 / 20_000)
 
 
 def test_the_sign_flip_test_counts_signs():
     assert statistics.sign_flip_test([0.1, 0.3, 0.2]) == 1 / 8
     assert statistics.sign_flip_test([1.1, 1.3, 1.2], 2.0) == 1.0
-    assert statistics.sign_flip_test(np.full(20, 0.1)) == pytest.approx(1 / 5000)
+    assert statistics.sign_flip_test(np.full(20, 0.1)) == pytest.approx(1 / 20_000)
     assert math.isnan(statistics.sign_flip_test([0.1]))
     assert math.isnan(statistics.sign_flip_test([0.1, math.nan]))
 

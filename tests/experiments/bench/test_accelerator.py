@@ -34,7 +34,9 @@ def wrong(monkeypatch):
         (contracts.accuracy, "T5", "bfloat16", "failed: out errs by"),
         (contracts.absent, "packed", "float32", "failed: a query that sees nothing has an output"),
         pytest.param(contracts.same_bits, "causal", "bfloat16", "passed", marks=pytest.mark.slow),
-        (contracts.second_order, "causal", "float32", "failed: errs by"),
+        pytest.param(
+            contracts.second_order, "causal", "float32", "failed: errs by", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_contracts(wrong, check, name, dtype, expected):
@@ -67,6 +69,7 @@ def test_comparisons_begin_with_the_most_telling():
         compare.read(contender)
 
 
+@pytest.mark.slow
 def test_what_can_not_run_is_a_row_with_its_reason():
     plain = accelerator.comparisons(SMALL, ["tiled", "cudnn"])[0]
     rows = accelerator.contend(plain["contenders"], late=lambda: False)

@@ -35,6 +35,7 @@ from experiments.bench.models import ModelWork
 from experiments.bench.work import Foreign, JaxWork, Unavailable
 from support import ROOT, isolated
 from support.benchmarks import results_of
+from support.marks import slow_but
 
 SMALL = KernelWork(length=16, heads=2, width=4, mask="causal")
 GRADIENT = dataclasses.replace(SMALL, derivative="gradient")
@@ -126,7 +127,7 @@ def test_bad_works_are_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("library", ["attention", "flax.linen"])
+@pytest.mark.parametrize("library", slow_but(["attention"], ["attention", "flax.linen"]))
 def test_a_generated_text_is_the_likeliest(library):
     work = dataclasses.replace(TINY, derivative="generate", library=library, num_layers=1)
     program = work.build()
@@ -349,11 +350,14 @@ def test_the_cache_of_the_user_is_left_alone(tmp_path):
 # Accuracy.
 
 
-@pytest.mark.parametrize("work", [
+WORKS = [
     GRADIENT,
     dataclasses.replace(SMALL, derivative="jvp", position="alibi", score="additive(hidden=3)"),
     dataclasses.replace(GRADIENT, normalizer="entmax15", score="general", kv_heads=1),
-])  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("work", slow_but(WORKS[:1], WORKS))
 def test_errors_are_those_of_the_dtype(work):
     errors = compare.errors(work)
     assert set(errors) >= {"out"} and 0 < max(errors.values()) < 1e-5
@@ -506,6 +510,7 @@ def run(*flags):
 
 @pytest.mark.slow
 def test_quick_as_a_user_runs_it(tmp_path):
+    """Minutes: each comparison has a process of its own, which compiles it several times."""
     done = run(f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
@@ -539,6 +544,7 @@ def test_a_function_of_the_users_own():
         suites.cases(suite)
 
 
+@pytest.mark.slow
 def test_resident_memory_is_measured():
     suite = config("quick")
     dense = {"length": 2048, "heads": 2, "width": 4, "implementation": "dense"}

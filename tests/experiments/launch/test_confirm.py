@@ -1,5 +1,6 @@
 """A second sweep on fresh seeds: which cells, how many seeds, what the report says."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -72,6 +73,15 @@ def test_runs_are_paired_by_their_seeds_not_by_their_place(tmp_path, swept):
     second = write(tmp_path / "second", shifted, {None: [2.2, 2.3, 9.0]})
     (change,) = comparisons.between([first, second])
     np.testing.assert_allclose(change.comparison.differences, [0.1, 0.1])
+
+
+def test_one_seed_has_no_spread_to_count_seeds_by(tmp_path, swept):
+    one = [
+        dataclasses.replace(x, config=settings.override(x.config, {"train.seeds": 1}))
+        for x in swept
+    ]
+    first = write(tmp_path, one, {value: x[:1] for value, x in LOSSES.items()})
+    assert confirm.enough_seeds([row for row, _ in confirm.chosen(first)]) == confirm.MOST_SEEDS
 
 
 def test_what_cannot_be_confirmed_is_one_line(tmp_path, swept):

@@ -9,7 +9,7 @@ from experiments.analysis import comparisons, run_directory, statistics
 from experiments.config import settings, sweep
 from experiments.config.claims import less
 from experiments.launch import confirm, looks, runner
-from experiments.reporting import findings, formatting
+from experiments.reporting import findings, formatting, live, tables
 from support.helpers import one_line
 from support.launching import ablate
 
@@ -102,10 +102,78 @@ def test_fresh_seeds_come_after_those_of_all_looks(tmp_path, swept):
     values = losses(swept)
     first = looks.first(swept, PLAN)
     experiment = write(tmp_path, first, values, PLAN)
-    for look, cells in looks.following(experiment, swept, PLAN, 5).items():
-        write(tmp_path / "looks" / str(look), cells, values)
+    with one_line(ValueError, "looks to come", "without --confirm"):
+        confirm.cells(experiment, first, 5)
+    train_looks(tmp_path, swept, values)
     fresh = confirm.cells(run_directory.load(tmp_path), first, 5)
-    assert settings.seeds(fresh[0].config) == (5, 6, 7, 8, 9)
+    assert settings.seeds(fresh[0].config) == (10, 11, 12, 13, 14)
+
+
+def train_looks(workdir, swept, values, plan=PLAN, **options):
+    """What the launcher trains after the first look."""
+    for seeds in plan[1:]:
+        experiment = run_directory.load(workdir)
+        left = looks.following(experiment, swept, plan, seeds, **options)
+        for look, cells in left.items():
+            write(workdir / "looks" / str(look), cells, values)
+    return run_directory.load(workdir)
+
+
+def test_a_cell_that_fails_at_a_later_look_has_failed(tmp_path, swept):
+    """Its seeds would have a gap, and those that diverge would vanish from its mean."""
+    values = losses(swept)
+    write(tmp_path, looks.first(swept, PLAN), values, PLAN)
+    alibi = values["base.position=alibi"]
+    experiment = run_directory.load(tmp_path)
+    left = looks.following(experiment, swept, PLAN, 5)
+    write(tmp_path / "looks" / "5", left[5], {**values, "base.position=alibi": None})
+    experiment = run_directory.load(tmp_path)
+    base, _, failed = experiment.cells
+    assert (
+        failed.status == "failed"
+        and "at the look at 5 seeds: it diverged" in failed.result["error"]
+    )
+    assert len(base.result["metrics"]["validation/loss"]) == 5
+    assert looks.following(experiment, swept, PLAN, 10) == {5: [], 10: []}
+    again = looks.following(experiment, swept, PLAN, 10, retry=True)
+    assert [cell.id for cell in again[5]] == ["base", "base.position=alibi"]
+    assert alibi  # tried again, it is as if it had not failed
+    whole = train_looks(tmp_path, swept, values, retry=True)
+    assert whole.cells[2].result["metrics"]["validation/loss"] == alibi
+
+
+def test_with_a_failed_base_there_is_nothing_to_look_at(tmp_path, swept):
+    values = {**losses(swept), "base": None}
+    experiment = write(tmp_path, looks.first(swept, PLAN), values, PLAN)
+    assert looks.following(experiment, swept, PLAN, 5) == {5: []}
+
+
+def test_cells_of_unequal_seeds_are_ranked_by_their_differences(tmp_path, swept):
+    """The first seeds are bad ones: a cell that ended there has a high mean, and is the best."""
+    seed = np.array([2.0, 2.1, 1.9, *[0.5] * 7])
+    noise = np.tile([0.01, -0.01, 0.0, 0.005, -0.005], 2)
+    values = {
+        "base": seed.tolist(),
+        "base.position=none": (seed - 0.5 + noise).tolist(),
+        "base.position=alibi": (seed - 0.02 + 3 * noise).tolist(),
+    }
+    write(tmp_path, looks.first(swept, PLAN), values, PLAN)
+    experiment = train_looks(tmp_path, swept, values)
+    rows = comparisons.summarize(experiment)
+    assert [len(row.reported.values) for row in rows] == [10, 3, 10]
+    assert rows[1].reported.mean > rows[0].reported.mean, "by its seeds"
+    sentence = findings.finding(experiment, rows, "position")
+    assert "none beats the base (rope) by 0.500" in sentence
+    assert tables.best(rows) == {"base.position=none"}
+    assert [row.cell.value for row, _ in confirm.chosen(experiment)] == ["none"]
+
+
+def test_the_live_page_follows_the_looks(tmp_path, swept):
+    values = losses(swept)
+    write(tmp_path, looks.first(swept, PLAN), values, PLAN)
+    before = live.version([tmp_path])
+    train_looks(tmp_path, swept, values)
+    assert live.version([tmp_path]) != before
 
 
 @pytest.mark.parametrize("texts", [["3"], ["3", "3"], ["5", "3"], ["1", "3"], ["3", "many"]])
@@ -121,6 +189,15 @@ def test_a_plan_is_made_before_the_results(tmp_path, swept):
     for other in ((), (3, 6)):
         with one_line(ValueError, "--looks=3,5,10", "cannot change"):
             runner.open_workdir(tmp_path, looks.first(swept, PLAN), looks=other)
+        with pytest.raises(SystemExit):  # also where all its cells are done
+            runner.train_sweep(tmp_path, looks.first(swept, PLAN), [], None, None, looks=other)
+
+
+def test_a_plan_may_change_before_the_results(tmp_path, swept):
+    first = looks.first(swept, PLAN)
+    runner.open_workdir(tmp_path, first)
+    runner.open_workdir(tmp_path, first, looks=PLAN)
+    assert run_directory.load(tmp_path).cells[0].looks == PLAN
 
 
 @pytest.mark.slow

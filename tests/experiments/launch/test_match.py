@@ -49,6 +49,15 @@ def test_of_an_rnn_the_width_of_the_model_changes():
     assert flops.parameters(lstm.config) == pytest.approx(flops.parameters(base.config), rel=0.02)
 
 
+def test_the_nearest_width_is_the_nearest():
+    def cost(width):
+        return 10_000 + 10 * width
+
+    assert match._nearest(cost, 64, cost(64), 10_600, 1) == (60, 10_600)
+    assert match._nearest(cost, 64, cost(64), 10_644, 1) == (64, 10_640)
+    assert match._nearest(cost, 64, cost(64), 2 * cost(64), 4) == (1128, 21_280)
+
+
 def test_what_cannot_be_matched_is_one_line():
     with one_line(ValueError, "base.width=8", "sets model.mlp_dim itself", "--match=params"):
         match.match(swept(width=[{"model.mlp_dim": 8}]), "params")

@@ -1,5 +1,6 @@
 """Settings chosen for each cell on seeds of their own: the grid, the choice, the report."""
 
+import dataclasses
 import json
 import math
 
@@ -39,6 +40,8 @@ def test_the_grid_is_of_values_of_the_settings():
     texts = [f"{RATE}:1e-3,2e-3, 4e-3", "model.mask:causal,causal & sliding_window(2, 0)"]
     expected = {RATE: [1e-3, 2e-3, 4e-3], "model.mask": ["causal", "causal & sliding_window(2, 0)"]}
     assert tune.grid(texts, config) == expected
+    nested = ["model.score:soft_cap(scale(dot, 2), 30),dot"]
+    assert tune.grid(nested, config) == {"model.score": ["soft_cap(scale(dot, 2), 30)", "dot"]}
     assert tune.grid(["train.steps:10,20"], config) == {"train.steps": [10, 20]}
 
 
@@ -123,6 +126,27 @@ def test_a_cell_of_which_no_point_is_trained_fails(tmp_path, swept):
     (row, *failed) = comparisons.summarize(run_directory.load(tmp_path))
     assert row.cell.status == "not run" and all("no point" in one.error for one in failed)
     assert tables.tuning_table([row, *failed])[2][1:4] == ["failed", "failed", ""]
+
+
+def test_a_cell_that_no_point_tuned_is_not_tried_again_untuned(tmp_path, swept):
+    rates = {RATE: [1e-3, 2e-3]}
+    tuning = tune.cells(swept, rates, 1)
+    write(tmp_path / "tuning", tuning, lambda id, rate: 1.0 if id == "base" else None)
+    chosen = tune.choose(tmp_path / "tuning", swept, rates, 1)[1:]
+    runner.fail(tmp_path, chosen, [], tune.failures(chosen))
+    (tmp_path / "report.html").touch()
+    assert runner.train_sweep(tmp_path, chosen, [], None, None, retry_failed=True) == 2
+
+
+def test_a_grid_does_not_change_after_the_choice(tmp_path, swept):
+    write(tmp_path / "tuning", tune.cells(swept, {RATE: [1e-3, 2e-3]}, 1), lambda id, rate: rate)
+    chosen = tune.choose(tmp_path / "tuning", swept, {RATE: [1e-3, 2e-3]}, 1)
+    runner.open_workdir(tmp_path, chosen)
+    runner.open_workdir(tmp_path, chosen)
+    wider = [dataclasses.replace(cell, tuned={**cell.tuned, "seeds": 2}) for cell in chosen]
+    for other in (wider, swept):
+        with one_line(ValueError, "another grid, or by none", "another --workdir"):
+            runner.open_workdir(tmp_path, other)
 
 
 def test_what_is_not_tuned_yet_cannot_be_confirmed(tmp_path, swept):

@@ -14,6 +14,7 @@ from support.helpers import one_line
 from support.kills import finish, launch, left, quiet
 
 
+@pytest.mark.slow  # a faster one is in system/test_kills.py
 def test_the_number_of_workers_changes_no_bit(tmp_path):
     config, expected, _ = quiet(tmp_path, "rate", "--workers=1", "--config.threads=1")
     for workers in (2, 3):

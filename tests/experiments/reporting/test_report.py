@@ -139,8 +139,10 @@ def titles_of(page):
     return [value for name, value in page.attributes if name == "title"]
 
 
-def test_tooltips_have_the_uncorrected_p_and_with_many_seeds_bootstrap_intervals(page, tmp_path):
-    assert "uncorrected: 0.003; by its own seeds alone: 0.003" in titles_of(page)
+def test_tooltips_have_the_p_before_correction_and_with_many_seeds_bootstrap_intervals(
+    page, tmp_path
+):
+    assert "before Holm's correction: 0.003; by its own seeds alone: 0.003" in titles_of(page)
     assert not any("bootstrap" in title for title in titles_of(page))
     values = np.random.default_rng(0).normal(size=(2, 20))
     cells = [(*cell[:4], x) for cell, x in zip(CELLS[:2], values + [[2], [1]], strict=True)]

@@ -116,7 +116,9 @@ def test_a_sweep_of_patterns_trains_and_tells_the_layers_apart(tmp_path):
 
 @pytest.mark.parametrize("scan", [True, False])
 def test_a_pattern_is_of_the_decoder_from_one_sequence_to_another(scan):
-    config = tiny("reverse", **{"model.layers": PATTERN, "model.scan_layers": scan})
+    config = tiny(
+        "reverse", **{"model.num_layers": 2, "model.layers": PATTERN, "model.scan_layers": scan}
+    )
     _, model = loop.build(config)
     batch = {name: np.zeros((3, 5), np.int32) for name in ("source", "inputs")}
     batch["source_lengths"] = np.full(3, 5)

@@ -94,6 +94,7 @@ RNN = {"model.architecture": "rnn", "model.mlp_dim": None}
     ("reverse", {**RNN, "mesh": "data:2,model:2", "model.rnn.cell": "lstm"}),
 ])  # fmt: skip
 def test_other_runs_on_a_mesh(tmp_path, task, changes):
+    """Minutes: a process compiles and trains each model for one device and for several."""
     alone = {k: x for k, x in changes.items() if k not in FULL}
     jobs = {
         str(i): ["train", {"task": task, **overrides}, str(tmp_path / str(i))]
@@ -234,11 +235,10 @@ def rnn(part, **changes):
 
 
 @pytest.mark.parametrize("model, inputs", [
-    (transformer(models.LanguageModel), 1),
     (transformer(models.LanguageModel, scan_layers=False, remat_layers=True), 1),
     (transformer(models.EncoderDecoder), 2),
-    (rnn(models.LastState(), cell="lstm"), 2),
-    (rnn(models.Bahdanau()), 2),
+    pytest.param(rnn(models.LastState(), cell="lstm"), 2, marks=pytest.mark.slow),
+    pytest.param(rnn(models.Bahdanau()), 2, marks=pytest.mark.slow),
     (rnn(models.Luong(num_heads=2, window=models.LocalP(2)), tie_embeddings=False), 2),
 ])  # fmt: skip
 def test_every_axis_of_every_parameter_is_told(model, inputs):
