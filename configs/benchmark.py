@@ -7,6 +7,7 @@
 | `:quick` (the default) | one of each, a quick check; under a minute on two CPU cores | |
 | `:kernels` | attention kernels against jax.nn, torch and our own plain one; half an hour | torch |
 | `:compile` | depth, heads, T, seeds; scanned and unrolled; forward and backward | |
+| `:linear` | linear attention by T from 1k to 64k, and against softmax | |
 | `:decode` | one token more, by length of what was before; grouped heads; a text | torch |
 | `:models` | train steps of whole models against Flax's stock layers and torch's | torch |
 | `:peers` | every peer, on the same attention; any score, as torch has it | extra `peers` |
@@ -36,6 +37,7 @@ def get_config(arg=""):
         "quick": quick,
         "kernels": kernels,
         "compile": compile,
+        "linear": linear,
         "decode": decode,
         "models": models,
         "peers": peers,
@@ -134,6 +136,21 @@ def kernels():
         {"length": 131072, "heads": 1, "mask": "causal & sliding_window(1024)", **GRADIENT},
         measure=("resident",),
     )
+
+
+def linear():
+    parts = {"score": "elu_features", "normalizer": "sum_to_one"}
+    both = {**GRADIENT, **CAUSAL}
+    lengths = [{"length": 2**n} for n in range(10, 17)]
+    yield versus(
+        "linear, forward + backward", *lengths, measure=("time", "memory"), **parts, **both
+    )
+    for length in (1024, 8192):
+        yield versus(f"linear against softmax, forward + backward, T = {length}", parts, {},
+                     length=length, **both)  # fmt: skip
+    taylor = {**parts, "score": "taylor_features", "width": 16, "value_width": 64}
+    yield versus("Taylor features of width 16 against softmax, T = 8192", taylor, {},
+                 length=8192, **both)  # fmt: skip
 
 
 def compile():

@@ -45,7 +45,7 @@ def unsupported(call: Call) -> str | None:
     if call.dropout_rate:
         return "it has no weights to drop"
     if call.aux:
-        return f"it has no weights of which {', '.join(call.aux)} could be told"
+        return f"it has no weights, of which {', '.join(call.aux)} are made"
     if is_symbolic_dim(call.query.shape[-3]) or is_symbolic_dim(call.key.shape[-3]):
         return "it cuts texts into chunks, of which a symbolic length has no number"
     return not_of_features(mechanism, call.query.shape[-1], call.value.shape[-1])
@@ -104,10 +104,12 @@ def attend_head(
         out, total = out[:, :-1], out[:, -1:]
         out /= jnp.where(total == 0, 1, total)
 
-    seen = jnp.stack([columns, columns & (bad.key | bad.value)], axis=1)
-    seen = jax.lax.cummax(seen.astype(jnp.int32)) if causal else seen.max(0, initial=0)[None]
-    seen = seen[jnp.minimum(tile.query_index, len(seen) - 1)] > 0
-    absurd = rows & ((bad.query & seen[:, 0]) | seen[:, 1])
+    visible = jnp.stack([columns, columns & (bad.key | bad.value)], axis=1)
+    visible = (
+        jax.lax.cummax(visible.astype(jnp.int32)) if causal else visible.max(0, initial=0)[None]
+    )
+    visible = visible[jnp.minimum(tile.query_index, len(visible) - 1)] > 0
+    absurd = rows & ((bad.query & visible[:, 0]) | visible[:, 1])
     return jnp.where(absurd[:, None], jnp.nan, out).astype(query.dtype), {}
 
 

@@ -42,7 +42,7 @@ GRADIENT = dataclasses.replace(SMALL, derivative="gradient")
 TINY = ModelWork(num_layers=2, model_dim=8, num_heads=2, context=8, batch=2, vocab_size=11)
 FAST = compare.Budget(seconds=0.0, precision=1.0, rounds=5)
 SUITES = (
-    *("quick", "kernels", "compile", "decode", "models", "peers", "accelerator"),
+    *("quick", "kernels", "compile", "linear", "decode", "models", "peers", "accelerator"),
     *("profiles", "choices"),
 )
 
