@@ -109,8 +109,8 @@ def attend_head(
         jax.lax.cummax(visible.astype(jnp.int32)) if causal else visible.max(0, initial=0)[None]
     )
     visible = visible[jnp.minimum(tile.query_index, len(visible) - 1)] > 0
-    absurd = rows & ((bad.query & visible[:, 0]) | visible[:, 1])
-    return jnp.where(absurd[:, None], jnp.nan, out).astype(query.dtype), {}
+    not_finite = rows & ((bad.query & visible[:, 0]) | visible[:, 1])
+    return jnp.where(not_finite[:, None], jnp.nan, out).astype(query.dtype), {}
 
 
 def _terms(mask: Mask) -> tuple[Mask, ...]:
