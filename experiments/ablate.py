@@ -51,53 +51,61 @@ def list_cells(todo):
     print(f"{len(todo.swept)} cells of {seeds} seeds; nothing was run")
 
 
+def read_flags():
+    """The work directory, what is to be trained there, and what makes the executor of a directory.
+
+    ValueError and others of `cli.user_errors` where the flags do not make sense.
+    """
+    config, flag_overrides = cli.config(_CONFIG)
+    workdir = paths.as_path(_WORKDIR.value)
+    path, _, _ = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    bases, axes, expected = sweep.load(path, _SWEEP.value, config)
+    swept = sweep.expand(config, bases, axes, product=_PRODUCT.value, flag_overrides=flag_overrides)
+    size = max(math.prod(mesh_sizes(cell.config.mesh).values()) for cell in swept)
+    # The devices are for those who train; checking needs as many, of whatever kind.
+    jax.config.update("jax_platforms", "cpu")
+    if size > 1 and "xla_force_host_platform" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", size)
+    grid, seeds = tune.grid(_TUNE.value, config), _TUNING_SEEDS.value
+    check_together(grid, flag_overrides)
+    if _MATCH.value:
+        swept = match.match(swept, _MATCH.value)
+    tuning = tune.cells(swept, grid, seeds) if grid else []
+    planned = looks.plan(_LOOKS.value, swept) if _LOOKS.value else ()
+    if _CONFIRM.value:
+        if grid:
+            swept = tune.choose(workdir / tune.FOLDER, swept, grid, seeds)
+        count = flag_overrides.get("train.seeds")
+        swept = confirm.cells(run_directory.load(workdir), swept, count)
+        workdir, expected, tuning, planned = workdir / confirm.FOLDER, [], [], ()
+
+    def executor_in(place):
+        return executors.create(_EXECUTOR.value, place, _WORKERS.value, size, _RESOURCES.value)
+
+    executor_in(workdir)  # which checks the flags
+    return workdir, phases.Phases(swept, expected, tuning, grid, seeds, planned), executor_in
+
+
+def check_together(grid, flag_overrides):
+    """Raises ValueError for flags that exclude each other."""
+    alone = {"--confirm": _CONFIRM.value, "--tune": grid, "--looks": _LOOKS.value}
+    for name, wanted in alone.items():
+        if wanted and _HALVING.value:
+            raise ValueError(f"{name} trains every cell to its end: leave out --halving")
+    if _MATCH.value and any(not name.startswith("optimizer.") for name in grid):
+        raise ValueError(
+            f"--tune={_TUNE.value[0]} may change the cost that --match holds equal: tune settings "
+            "of the optimizer"
+        )
+    if _LOOKS.value and "train.seeds" in flag_overrides and not _CONFIRM.value:
+        raise ValueError("--looks says how many seeds: leave out --config.train.seeds")
+
+
 def main(argv):
     del argv
     with cli.user_errors():
-        config, flag_overrides = cli.config(_CONFIG)
-        workdir = paths.as_path(_WORKDIR.value)
-        path, _, _ = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-        bases, axes, expected = sweep.load(path, _SWEEP.value, config)
-        swept = sweep.expand(
-            config, bases, axes, product=_PRODUCT.value, flag_overrides=flag_overrides
-        )
-        size = max(math.prod(mesh_sizes(cell.config.mesh).values()) for cell in swept)
-        # The devices are for those who train; checking needs as many, of whatever kind.
-        jax.config.update("jax_platforms", "cpu")
-        if size > 1 and "xla_force_host_platform" not in os.environ.get("XLA_FLAGS", ""):
-            jax.config.update("jax_num_cpu_devices", size)
-        for name, wanted in (
-            ("--confirm", _CONFIRM.value),
-            ("--tune", _TUNE.value),
-            ("--looks", _LOOKS.value),
-        ):
-            if wanted and _HALVING.value:
-                raise ValueError(f"{name} trains every cell to its end: leave out --halving")
-        grid, seeds = tune.grid(_TUNE.value, config), _TUNING_SEEDS.value
-        if _MATCH.value and any(not name.startswith("optimizer.") for name in grid):
-            raise ValueError(
-                f"--tune={_TUNE.value[0]} may change the cost that --match holds equal: tune "
-                "settings of the optimizer"
-            )
-        if _LOOKS.value and "train.seeds" in flag_overrides and not _CONFIRM.value:
-            raise ValueError("--looks says how many seeds: leave out --config.train.seeds")
-        if _MATCH.value:
-            swept = match.match(swept, _MATCH.value)
-        tuning = tune.cells(swept, grid, seeds) if grid else []
-        planned = looks.plan(_LOOKS.value, swept) if _LOOKS.value else ()
-        if _CONFIRM.value:
-            if grid:
-                swept = tune.choose(workdir / tune.FOLDER, swept, grid, seeds)
-            count = flag_overrides.get("train.seeds")
-            swept = confirm.cells(run_directory.load(workdir), swept, count)
-            workdir, expected, tuning, planned = workdir / confirm.FOLDER, [], [], ()
-        todo = phases.Phases(swept, expected, tuning, grid, seeds, planned)
-
-        def executor_in(place):
-            return executors.create(_EXECUTOR.value, place, _WORKERS.value, size, _RESOURCES.value)
-
-        executor_in(workdir)  # which checks the flags
-        runner.say_untested(swept, expected)
+        workdir, todo, executor_in = read_flags()
+        runner.say_untested(todo.swept, todo.expected)
         if _DRY_RUN.value:
             return list_cells(todo)
     stop = Stop(leave=cli.leave)
@@ -115,7 +123,8 @@ def main(argv):
             )
         if failed:
             sys.exit(
-                f"error: {failed} of {len(swept)} cells failed; --retry_failed tries them again"
+                f"error: {failed} of {len(todo.swept)} cells failed; --retry_failed tries them "
+                "again"
             )
     except (Stopped, KeyboardInterrupt):
         cli.leave(stop)

@@ -59,6 +59,14 @@ MISTAKES = [
     (["--workers=-1"], "--workers=-1: must be a whole number of at least 0"),
     (["--halving=1"], "--halving=1: must be 0 or a whole number of at least 2"),
     (["--executor=ray", "--resources=num_gpus=-1"], "--resources=num_gpus=-1 must be a finite"),
+    (["--tune=optimizer.learning_rate:1,2", "--halving=2"], "--tune trains every cell to its end"),
+    (["--looks=2,3", "--halving=2"], "--looks trains every cell to its end"),
+    (["--looks=2,3", "--config.train.seeds=4"], "--looks says how many seeds: leave out"),
+    (["--looks=3,2"], "--looks=3,2 must be two or more numbers of seeds that ascend"),
+    (["--match=params", "--tune=model.mlp_dim:8,16"], "may change the cost that --match holds"),
+    (["--match=params", "--product"], "--match=params is with the base"),
+    (["--config.train.data_seed=1", "--config.train.init_seed=1", "--config.model.dropout_rate=0"],
+     "leave nothing in which"),
 ]  # fmt: skip
 
 
