@@ -12,7 +12,6 @@ from experiments.config import settings
 
 def get_config():
     config = settings.config("text", context=64, max_eval_examples=256)
-    config.model.update(num_layers=4)
     config.optimizer.update(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=50)
     config.train.update(steps=500, batch_size=16, eval_every=100, log_every=50)
     return config

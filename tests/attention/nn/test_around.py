@@ -294,7 +294,7 @@ def test_branches_side_by_side_have_no_norm_after_them():
 
 @pytest.mark.slow
 def test_a_model_of_all_of_them_learns(tmp_path):
-    """An encoder-decoder that reverses its source: a guess among five symbols is right in 1 of 5."""
+    """An encoder-decoder that reverses its source; a guess among five symbols is right 1 in 5."""
     changes = {f"model.{name}": value for name, value in MODERN.items()}
     changes |= {"model.model_dim": 16, "model.num_layers": 1, "model.dropout_rate": 0.0}
     changes |= {"model.position": "sinusoidal", "model.init_stddev": 0.125}
