@@ -12,7 +12,7 @@ from attention.parts import Array
 
 
 class OutputGate(nn.Module):
-    """σ(x W_G) ⊙ y of the layer's input x and the output y of its heads.  Qiu et al. 2025, eq. 5.
+    """σ(x W_G) ⊙ y, of the input x of the projections and what the heads read, y.  Qiu et al. 2025.
 
     Attributes:
       by_element: each head has a gate for each of its V elements; False: one for all of them.

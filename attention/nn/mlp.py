@@ -28,7 +28,7 @@ class MLP(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """(f(x W_G) ⊙ x W_1) W_2: [..., M] -> [..., M], f the `activation`.  Shazeer 2020, eq. 6.
+    """(f(x W_G) ⊙ x W_1) W_2: [..., M] -> [..., M], f the `activation`.  Shazeer 2020.
 
     Three matrices where `MLP` has two: the paper takes ⅔ of the `hidden` width of the plain MLP, so
     that both have as many parameters.

@@ -60,11 +60,10 @@ QK_NORMS: dict[str, Callable[..., Callable]] = {
 """By the name `MultiHeadAttention.qk_norm`: (heads, dtype, param_dtype, name) -> a norm.
 
 It maps query or key [..., T, H, D] to the same shape, after the projection and before the mechanism
-rotates or scores it, so that `heads` is 'heads' or 'kv_heads'. All gains start at 1.
+rotates or scores it. `heads` is the name of the axis H, 'heads' or 'kv_heads'. Gains start at 1.
 
     rms       g x / √mean(x²) of each head, g [D] the same for all heads (Gemma 3, Qwen 3)
     rms_full  g x / √mean(x²) of all heads together, g [H, D] (OLMo 2)
-    l2        g √D x / ‖x‖ of each head, g [H]: directions, each head with a temperature of its
-              own, √D g g' cos(query, key) by the score scaled_dot (Henry et al. 2020, whose g is
-              one number and starts elsewhere; exactly theirs is `scores.Cosine`)
+    l2        g √D x / ‖x‖ of each head, g [H]: by the score scaled_dot the cosine of query and
+              key times √D and two gains (after Henry et al. 2020; `scores.Cosine` is their score)
 """
