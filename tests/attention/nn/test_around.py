@@ -209,7 +209,7 @@ def test_decoding_is_the_full_pass():
 
     @compiled
     def both(variables):
-        state, logits = model.apply(variables, 2, 7, method="start"), []
+        state = model.apply(variables, 2, 7, method="start")
         prompt, state = model.apply(variables, state, text[:, :4], np.array([4, 3]), method="step")
 
         def step(state, token):
