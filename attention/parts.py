@@ -21,7 +21,7 @@ width; t and s are the rows and columns of one tile.
 import abc
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -208,6 +208,13 @@ def check_counts(part: Any, most: int | None = None, **least: int) -> None:
         if value is not None:
             label = f"{name} of {type(part).__name__}"
             object.__setattr__(part, name, whole_number(label, value, smallest, most))
+
+
+def check_choices(owner: Any, **choices: Collection[str]) -> None:
+    """Raises ValueError for a field whose value is not one of its choices."""
+    for name, known in choices.items():
+        if (value := getattr(owner, name)) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def check_numbers(part: Any, *names: str, positive: bool = True) -> None:

@@ -1,6 +1,8 @@
 """Flax Linen modules around `attention.attend`."""
 
-from attention.nn.blocks import MLP, Block, Embedding, Stack, TransformerConfig
+from attention.nn.blocks import Block, Embedding, ParallelBlock, Stack, TransformerConfig
+from attention.nn.gates import OutputGate
+from attention.nn.mlp import MLP, GatedMLP
 from attention.nn.multi_head import MultiHeadAttention
 from attention.nn.partition import logical_axes, make_mesh, named, shardings
 
@@ -8,7 +10,10 @@ __all__ = [
     "MLP",
     "Block",
     "Embedding",
+    "GatedMLP",
     "MultiHeadAttention",
+    "OutputGate",
+    "ParallelBlock",
     "Stack",
     "TransformerConfig",
     "logical_axes",

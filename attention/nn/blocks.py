@@ -1,4 +1,4 @@
-"""The modules of a Transformer: embedding, MLP, residual block, stack of blocks."""
+"""The modules of a Transformer: embedding, residual blocks, stack of blocks."""
 
 import dataclasses
 import functools
@@ -15,9 +15,12 @@ from attention.decoding import Cache
 from attention.integers import index_array
 from attention.layers import Layer, unparse_layers
 from attention.mechanism import Mechanism
-from attention.nn.multi_head import Dense, MultiHeadAttention, param_if_any
+from attention.nn.gates import OUTPUT_GATES
+from attention.nn.mlp import MLPS
+from attention.nn.multi_head import MultiHeadAttention, param_if_any
+from attention.nn.norms import NORMS, QK_NORMS
 from attention.nn.partition import by_batch, named
-from attention.parts import Array, Position, check_counts
+from attention.parts import Array, Position, check_choices, check_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +33,21 @@ class TransformerConfig:
       num_layers: L, of each stack.
       num_heads, num_kv_heads, head_dim: H, K (H unless given), D (M // H unless given).
       mlp_dim: hidden width of the MLP, 4 M unless given.
+      mlp: 'gelu', or gated: 'swiglu', 'geglu', 'reglu'; see `attention.nn.mlp.MLPS`.
       encoder, decoder, cross: the mechanism of the encoder's self-attention, of the decoder's, and
         of the decoder's attention to the encoder.
       layers: what the layers of the decoder have of their own in their self-attention, repeated to
         fill num_layers; see `attention.layers`. (): all are alike.
+      block: 'sequential', one branch after another, or 'parallel'; see `Block`, `ParallelBlock`.
       norm: 'pre' x + f(norm(x)), or 'post' norm(x + f(x)) (Xiong et al. 2020).
+      norm_kind: 'layer' or 'rms'; see `attention.nn.norms.NORMS`.
+      qk_norm: of query and key in every attention, 'none', 'rms', 'rms_full' or 'l2'; see
+        `attention.nn.norms.QK_NORMS`.
+      output_gate: on the heads' output in every attention, 'none', 'element' or 'head'; see
+        `attention.nn.gates.OutputGate`.
       dropout_rate: of embeddings and of each residual branch.
       attention_dropout_rate: of the attention weights.
-      use_bias: in projections, MLP and layer norms.
+      use_bias: in projections, gates, MLP and layer norms.
       tie_embeddings: the output layer is the embedding transposed (Press & Wolf 2017).
       init_stddev: of every matrix and embedding; the last matrix of each residual branch gets
         1/√(number of branches) of it (Radford et al. 2019).
@@ -64,7 +74,12 @@ class TransformerConfig:
     decoder: Mechanism = Mechanism(mask=masks.Causal())
     cross: Mechanism = Mechanism(mask=masks.Padding())
     layers: tuple[Layer, ...] = ()
+    mlp: str = "gelu"
+    block: str = "sequential"
     norm: Literal["pre", "post"] = "pre"
+    norm_kind: str = "layer"
+    qk_norm: str = "none"
+    output_gate: str = "none"
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     use_bias: bool = False
@@ -82,8 +97,20 @@ class TransformerConfig:
         for name in ("dropout_rate", "attention_dropout_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.norm not in ("pre", "post"):
-            raise ValueError(f"norm must be 'pre' or 'post', got {self.norm!r}")
+        check_choices(
+            self,
+            mlp=MLPS,
+            block=BLOCKS,
+            norm=("pre", "post"),
+            norm_kind=NORMS,
+            qk_norm=QK_NORMS,
+            output_gate=OUTPUT_GATES,
+        )
+        if self.block == "parallel" and self.norm == "post":
+            raise ValueError(
+                "block='parallel' has one norm, before its branches: take norm='pre', or "
+                "block='sequential'; got norm='post'"
+            )
         _check_heads(self, Layer())
         if not all(isinstance(layer, Layer) for layer in self.layers):
             raise ValueError(
@@ -171,33 +198,6 @@ class Embedding(nn.Module):
         return logits.reshape(*x.shape[:-1], self.vocab_size)
 
 
-class MLP(nn.Module):
-    """gelu(x W_1) W_2: [..., M] -> [..., M] through a width of `hidden`."""
-
-    hidden: int
-    use_bias: bool = False
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    kernel_init: Callable = nn.initializers.lecun_normal()
-    out_kernel_init: Callable = nn.initializers.lecun_normal()
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        def dense(width, init, name, axes):
-            return Dense(
-                width,
-                use_bias=self.use_bias,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                kernel_init=named(init, *axes),
-                bias_init=named(nn.initializers.zeros_init(), axes[-1]),
-                name=name,
-            )
-
-        hidden = nn.gelu(dense(self.hidden, self.kernel_init, "in", ("embed", "mlp"))(x))
-        return dense(x.shape[-1], self.out_kernel_init, "out", ("mlp", "embed"))(hidden)
-
-
 class DecoderState(NamedTuple):
     """The state of a decoder within a text.
 
@@ -222,6 +222,9 @@ class DecoderState(NamedTuple):
 
 class Block(nn.Module):
     """One layer: self-attention, cross-attention to a memory if there is one, MLP; all residual.
+
+    One after another: x ← x + f(norm(x)) for each f of them, or x ← norm(x + f(x)), each with a
+    norm of its own.
 
     Attributes:
       config: sizes and choices.
@@ -252,7 +255,6 @@ class Block(nn.Module):
         With a `state` x continues a text, `lengths` [...] of the T are real, the memory is in the
         state, and the result is (x, state). Raises ValueError where both are given.
         """
-        c = self.config
         data, memory_data = dict(data or {}), dict(memory_data or {})
         context: Array | Cache | None = memory
         if state is not None:
@@ -266,12 +268,6 @@ class Block(nn.Module):
             memory_data.setdefault("query_positions", at)
         parts = self._parts(cross=context is not None)
 
-        def residual(x, name, branch):
-            norm, dropout = parts[f"{name}_norm"], parts[f"{name}_dropout"]
-            y = branch(norm(x) if c.norm == "pre" else x)
-            y = x + dropout(y, deterministic=deterministic)
-            return by_batch(y if c.norm == "pre" else norm(y))
-
         def attend_self(y):
             nonlocal state
             y = parts["self_attention"](y, deterministic=deterministic, **data)
@@ -283,11 +279,32 @@ class Block(nn.Module):
         def attend_memory(y):
             return parts["cross_attention"](y, context, deterministic=deterministic, **memory_data)
 
-        x = residual(x, "self_attention", attend_self)
+        branches: dict[str, Callable] = {"self_attention": attend_self}
         if context is not None:
-            x = residual(x, "cross_attention", attend_memory)
-        x = residual(x, "mlp", parts["mlp"])
+            branches["cross_attention"] = attend_memory
+        branches["mlp"] = parts["mlp"]
+
+        def with_dropout(name, branch):
+            dropout = parts[f"{name}_dropout"]
+            return lambda y: dropout(branch(y), deterministic=deterministic)
+
+        x = self._residual(
+            x, [(parts[f"{name}_norm"], with_dropout(name, f)) for name, f in branches.items()]
+        )
         return x if state is None else (x, state)
+
+    def _residual(self, x, branches):
+        """x after its branches, (norm, f) each."""
+        for norm, f in branches:
+            if self.config.norm == "pre":
+                x = by_batch(x + f(norm(x)))
+            else:
+                x = by_batch(norm(x + f(x)))
+        return x
+
+    def _norms(self, names):
+        """The norm of each branch."""
+        return {name: _norm(self.config, f"{name}_norm") for name in names}
 
     def precompute_kv(self, memory: Array, lengths: Array | None = None) -> Cache:
         """The cross-attention's keys and values of memory [..., S, M], of it `lengths` [...]."""
@@ -312,6 +329,8 @@ class Block(nn.Module):
             name: MultiHeadAttention(
                 mechanism=mechanism,
                 dropout_rate=c.attention_dropout_rate,
+                qk_norm=c.qk_norm,
+                output_gate=c.output_gate,
                 implementation=c.implementation,
                 name=name,
                 **heads,
@@ -319,22 +338,36 @@ class Block(nn.Module):
             )
             for name, (mechanism, heads) in attentions.items()
         }
-        parts["mlp"] = MLP(c.mlp_dim or 4 * c.model_dim, name="mlp", **settings)
-        for name in tuple(parts):
-            parts[f"{name}_norm"] = layer_norm(c, f"{name}_norm")
+        parts["mlp"] = MLPS[c.mlp](hidden=c.mlp_dim or 4 * c.model_dim, name="mlp", **settings)
+        for name, norm in self._norms(tuple(parts)).items():
+            parts[f"{name}_norm"] = norm
             parts[f"{name}_dropout"] = nn.Dropout(c.dropout_rate)
         return parts
 
 
-def layer_norm(config: TransformerConfig, name: str) -> nn.LayerNorm:
-    """The layer norm of the config."""
-    return nn.LayerNorm(
-        use_bias=config.use_bias,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        scale_init=named(nn.initializers.ones_init(), "embed"),
-        bias_init=named(nn.initializers.zeros_init(), "embed"),
-        name=name,
+class ParallelBlock(Block):
+    """One layer whose branches are side by side: x + Σ_f f(norm(x)), one norm for all.
+
+    GPT-J (Wang & Komatsuzaki 2021); PaLM (Chowdhery et al. 2022, sec. 2). The attention to a
+    memory, which those lack, is a branch like the others.
+    """
+
+    def _residual(self, x, branches):
+        norm, _ = branches[0]
+        y = norm(x)
+        return by_batch(sum((f(y) for _, f in branches), start=x))
+
+    def _norms(self, names):
+        return dict.fromkeys(names, _norm(self.config, "norm"))
+
+
+BLOCKS: dict[str, type[Block]] = {"sequential": Block, "parallel": ParallelBlock}
+"""By the name `TransformerConfig.block`."""
+
+
+def _norm(config, name):
+    return NORMS[config.norm_kind](
+        use_bias=config.use_bias, dtype=config.dtype, param_dtype=config.param_dtype, name=name
     )
 
 
@@ -351,7 +384,8 @@ class _Period(nn.Module):
 
 
 def _blocks(config, mechanism, layers):
-    return [Block(config, mechanism, own, name=f"layer_{i}") for i, own in enumerate(layers)]
+    block = BLOCKS[config.block]
+    return [block(config, mechanism, own, name=f"layer_{i}") for i, own in enumerate(layers)]
 
 
 class Stack(nn.Module):
@@ -494,12 +528,12 @@ class Stack(nn.Module):
     @nn.compact
     def _parts(self):
         c, layers = self.config, self._period
-        norm = layer_norm(c, "norm")
+        norm = _norm(c, "norm")
         if not c.scan_layers:
             return _blocks(c, self.mechanism, layers * (c.num_layers // len(layers))), norm
         if len(layers) > 1:
             return _Period(c, self.mechanism, layers, name="layers"), norm
-        return Block(c, self.mechanism, *layers, name="layers"), norm
+        return BLOCKS[c.block](c, self.mechanism, *layers, name="layers"), norm
 
 
 def _mask_inputs(mechanism, layer):

@@ -13,39 +13,20 @@ from attention.api import attend
 from attention.decoding import Cache
 from attention.integers import whole_number
 from attention.mechanism import Mechanism
+from attention.nn.dense import dense
+from attention.nn.gates import OUTPUT_GATES
+from attention.nn.norms import QK_NORMS
 from attention.nn.partition import named
-from attention.parts import Array
-
-
-def _product(x, kernel, *args, **options):
-    """`jax.lax.dot_general`, with the gradient of a tall kernel computed as that of a wide one."""
-    if kernel.shape[0] > kernel.shape[1] and jax.default_backend() == "cpu":
-        kernel = jax.lax.optimization_barrier(kernel.T).T
-    return jax.lax.dot_general(x, kernel, *args, **options)
-
-
-class Dense(nn.Dense):
-    """x W + b of `flax.linen.Dense`, over one flat axis of rows.
-
-    XLA's CPU compiler runs the gradient of a product over several leading axes at a third of the
-    speed, and that of a kernel with more rows than columns slower than its transpose; elsewhere
-    the reshape is free.
-    """
-
-    dot_general: Any = _product
-
-    def __call__(self, inputs: Array) -> Array:
-        """[..., C] -> [..., features]."""
-        flat = super().__call__(inputs.reshape(-1, inputs.shape[-1]))
-        return flat.reshape(*inputs.shape[:-1], self.features)
+from attention.parts import Array, check_choices
 
 
 class _Parts(NamedTuple):
-    """The parameters of `MultiHeadAttention`; the projections split their heads."""
+    """The parameters of `MultiHeadAttention`; the projections split their heads and norm them."""
 
     query: Callable
     key: Callable
     value: Callable
+    gate: Callable
     out: Callable
     mechanism: Any
 
@@ -64,9 +45,11 @@ class MultiHeadAttention(nn.Module):
       head_dim: D, M // H unless given.
       value_dim: V, D unless given.
       dropout_rate: share of weights to drop, with the rng 'dropout'.
-      use_bias: biases in the four projections.
+      use_bias: biases in the projections.
+      qk_norm: the norm of query and key before the mechanism, one of `norms.QK_NORMS`.
+      output_gate: what multiplies the output of the heads, one of `gates.OUTPUT_GATES`.
       dtype, param_dtype: of the computation and of the parameters.
-      kernel_init, out_kernel_init: of W_Q, W_K, W_V and of W_O.
+      kernel_init, out_kernel_init: of W_Q, W_K, W_V, the gate and of W_O.
       implementation: the kernel; see `attend`.
     """
 
@@ -77,6 +60,8 @@ class MultiHeadAttention(nn.Module):
     value_dim: int | None = None
     dropout_rate: float = 0.0
     use_bias: bool = False
+    qk_norm: str = "none"
+    output_gate: str = "none"
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Callable = nn.initializers.lecun_normal()
@@ -141,6 +126,7 @@ class MultiHeadAttention(nn.Module):
             out, aux = out
             (weights,) = aux.values()
             self.sow("intermediates", "weights", weights.astype(query.dtype))
+        out = parts.gate(x, out)
         out = parts.out(out.reshape(*out.shape[:-2], -1))
         return out if cache is None else (out, cache)
 
@@ -179,6 +165,7 @@ class MultiHeadAttention(nn.Module):
 
     @nn.compact
     def _parts(self, model_dim):
+        check_choices(self, qk_norm=QK_NORMS, output_gate=OUTPUT_GATES)
         H = whole_number("num_heads", self.num_heads, 1)
         K = H if self.num_kv_heads is None else whole_number("num_kv_heads", self.num_kv_heads, 1)
         for name in ("head_dim", "value_dim"):
@@ -194,32 +181,27 @@ class MultiHeadAttention(nn.Module):
         head_dim = model_dim // H if self.head_dim is None else self.head_dim
         value_dim = head_dim if self.value_dim is None else self.value_dim
 
-        def projection(name, heads, width, axis="kv_heads"):
-            dense = self._dense(heads * width, self.kernel_init, name, ("embed", axis))
+        settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-            def project(inputs):
-                y = dense(inputs)
-                return y.reshape(*y.shape[:-1], heads, width)
+        def projection(name, heads, width, axis="kv_heads", norm="none"):
+            project = dense(self, heads * width, self.kernel_init, name, ("embed", axis))
+            normed = QK_NORMS[norm](heads=axis, name=f"{name}_norm", **settings)
 
-            return project
+            def of_heads(inputs):
+                y = project(inputs)
+                return normed(y.reshape(*y.shape[:-1], heads, width))
+
+            return of_heads
 
         return _Parts(
-            query=projection("query", H, head_dim, "heads"),
-            key=projection("key", K, head_dim),
+            query=projection("query", H, head_dim, "heads", norm=self.qk_norm),
+            key=projection("key", K, head_dim, norm=self.qk_norm),
             value=projection("value", K, value_dim),
-            out=self._dense(model_dim, self.out_kernel_init, "out", ("heads", "embed")),
+            gate=OUTPUT_GATES[self.output_gate](
+                use_bias=self.use_bias, kernel_init=self.kernel_init, name="output_gate", **settings
+            ),
+            out=dense(self, model_dim, self.out_kernel_init, "out", ("heads", "embed")),
             mechanism=self._mechanism_params(head_dim, value_dim),
-        )
-
-    def _dense(self, width, kernel_init, name, axes):
-        return Dense(
-            width,
-            use_bias=self.use_bias,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            kernel_init=named(kernel_init, *axes),
-            bias_init=named(nn.initializers.zeros_init(), axes[-1]),
-            name=name,
         )
 
     def _mechanism_params(self, head_dim, value_dim):

@@ -16,13 +16,12 @@ from attention import decoding, masks, positions, scores
 from attention.api import choose
 from attention.kernels import blocks
 from attention.kernels.registry import describe
-from attention.parts import Tile
+from attention.parts import Tile, check_choices
 from experiments.bench.work import (
     Foreign,
     JaxWork,
     Unavailable,
     Work,
-    check_choices,
     torch,
     torch_device,
 )

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import attention
+from attention.parts import check_choices
 from experiments.bench.work import (
     Foreign,
     JaxWork,
     Unavailable,
     Work,
-    check_choices,
     torch,
     torch_device,
 )

@@ -54,13 +54,6 @@ class Work(Protocol):
         """This work and its float64 reference, both small enough for float64."""
 
 
-def check_choices(work: Work, **choices_of: tuple[str, ...]) -> None:
-    """Raises ValueError for a field whose value is not one of its choices."""
-    for name, choices in choices_of.items():
-        if (value := getattr(work, name)) not in choices:
-            raise ValueError(f"{name} is one of {choices}, got {value!r}")
-
-
 def cores() -> int:
     """How many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,7 +9,8 @@ from flax.typing import Out
 from attention.models.rnn.config import RNNConfig, hidden_state, make_cell
 from attention.models.rnn.memory import Centre, ReadLast, SingleHead
 from attention.models.rnn.reading import Bahdanau, LastState, LocalP, Luong
-from attention.nn.multi_head import Dense, MultiHeadAttention
+from attention.nn.dense import Dense
+from attention.nn.multi_head import MultiHeadAttention
 from attention.nn.partition import named
 from attention.parts import Array
 

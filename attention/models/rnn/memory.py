@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from attention import decoding, positions
 from attention.decoding import Cache
 from attention.mechanism import Mechanism
-from attention.nn.multi_head import Dense, param_if_any
+from attention.nn.dense import Dense
+from attention.nn.multi_head import param_if_any
 from attention.nn.partition import named
 from attention.parts import Array, Score, accumulator
 
