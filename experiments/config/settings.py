@@ -68,7 +68,10 @@ LUONG = Reader(
 )
 WINDOW = Reader("a model.rnn.window", lambda c: LUONG.reads(c) and c.model.rnn.window != "none")
 TRANSLATION = _tasks(lambda task: hasattr(task, "references"))
-LANGUAGE_MODEL = _tasks(lambda task: task.architecture == "decoder")
+LANGUAGE_MODEL = Reader(
+    "a task of a decoder alone, such as text",
+    lambda c: tasks.TASKS[c.task.name].architecture == "decoder",
+)
 
 PART = ValueRange("a text that `attention.parse` reads", TEXT.holds)
 
