@@ -125,24 +125,17 @@ def _recall(draw, length, pairs_vocab, training, noise_vocab_size=1, noise_fract
     noisy[:, -1] = False
 
     shown = (keys[:, :-1, None] == np.arange(num_keys)) & ~noisy[:, :-1, None]
-    last = np.where(shown.any(axis=1), draw(4, num_keys) | np.uint64(1), 0).argmax(axis=1)
-    keys[:, -1] = last
+    keys[:, -1] = np.where(shown.any(axis=1), draw(4, num_keys) | np.uint64(1), 0).argmax(axis=1)
     slot = np.arange(slots)
     came_before = _first_equal(np.where(noisy, -1 - slot, keys)) < slot
 
     pairs = np.stack([keys, np.take_along_axis(value_of, keys, axis=1)], axis=2)
     noise = hashing.integers(draw(5, 2 * slots), noise_vocab_size) + pairs_vocab
     sequence = np.where(noisy[:, :, None], noise.reshape(pairs.shape), pairs)
-    weights = np.stack([np.full_like(came_before, training), came_before | training], axis=2)
-    return _fitted(sequence.reshape(len(keys), -1), weights.reshape(len(keys), -1), length)
-
-
-def _fitted(sequence, weights, length):
-    """`next_tokens` of the first `length` tokens; after the end of the sequence nothing counts."""
-    missing = max(0, length + 1 - sequence.shape[1])
-    sequence = np.pad(sequence, ((0, 0), (0, missing)))[:, : length + 1]
-    weights = np.pad(weights, ((0, 0), (0, missing)))[:, : length + 1]
-    return next_tokens(sequence, weights)
+    counts = np.stack([np.full_like(came_before, training), came_before | training], axis=2)
+    # Nothing follows the last value: of an even length it is an input without a target.
+    flat = (np.pad(x.reshape(len(keys), -1), ((0, 0), (0, 1))) for x in (sequence, counts))
+    return next_tokens(*(x[:, : length + 1] for x in flat))
 
 
 def _first_equal(ids):
@@ -181,55 +174,45 @@ class FuzzyRecall(Mad):
     def examples(self, stream, seed, indices, length):
         """See `Synthetic.examples`."""
         draw = functools.partial(hashing.bits, stream, seed, indices)
-        training, most_key, most_value = (
-            stream == hashing.TRAIN,
-            self.max_key_size,
-            self.max_value_size,
-        )
-        num_keys = self._num_keys
-        num_values = self.vocab_size - 1 - num_keys
+        training = stream == hashing.TRAIN
+        most_key, most_value, num_keys = self.max_key_size, self.max_value_size, self._num_keys
         room = length + 1 - most_key - most_value  # for the pairs before the last
         slots = room // (2 if training else most_key + 1)
-        slot = np.arange(slots)
 
-        def motifs(number, most, vocab):
-            bits = draw(number, slots * vocab).reshape(-1, vocab)
-            return hashing.permutations(bits)[:, :most].reshape(-1, slots, most)
+        def drawn(number, most, first_id, vocab_size):
+            order = hashing.permutations(draw(number, slots * vocab_size).reshape(-1, vocab_size))
+            return order[:, :most].reshape(-1, slots, most) + first_id
 
-        keys, values = motifs(0, most_key, num_keys), motifs(1, most_value, num_values) + num_keys
+        keys = drawn(0, most_key, 0, num_keys)
+        values = drawn(1, most_value, num_keys, self.vocab_size - 1 - num_keys)
         key_size = hashing.integers(draw(2, slots), most_key) + 1
-        value_size = hashing.integers(draw(3, slots), most_value) + 1
         if not training:
             key_size[:] = most_key
-        keys = np.where(np.arange(most_key) < key_size[:, :, None], keys, num_keys)
-        first = _first_equal(keys @ (num_keys + 1) ** np.arange(most_key))
-        values = np.take_along_axis(values, first[:, :, None], axis=1)
-        value_size = np.take_along_axis(value_size, first, axis=1)
+        value_size = hashing.integers(draw(3, slots), most_value) + 1
 
-        fits = np.cumsum(key_size + value_size, axis=1) <= room
+        # A key that comes back has the value of its first pair.  One number for each key.
+        digits = np.where(np.arange(most_key) < key_size[:, :, None], keys, num_keys)
+        first = _first_equal(digits @ (num_keys + 1) ** np.arange(most_key))
+        row = np.arange(len(keys))[:, None]
+        fits = np.cumsum(key_size + value_size[row, first], axis=1) <= room
         last = hashing.integers(draw(4, 1), fits.sum(axis=1, keepdims=True))
+        pair = np.concatenate([np.broadcast_to(np.arange(slots), fits.shape), last], axis=1)
+        fits, first = fits[row, pair], first[row, pair]
+        came_before = first < np.arange(slots + 1)
 
-        def with_last(x):
-            again = np.take_along_axis(x, last.reshape(last.shape + (1,) * (x.ndim - 2)), axis=1)
-            return np.concatenate([x, again], axis=1)
+        def parts(of_keys, of_values):
+            return np.concatenate([of_keys, of_values], axis=2).reshape(len(keys), -1)
 
-        here = np.pad(fits, ((0, 0), (0, 1)), constant_values=True)[:, :, None]
-        key_here = here & (np.arange(most_key) < with_last(key_size)[:, :, None])
-        value_here = here & (np.arange(most_value) < with_last(value_size)[:, :, None])
-        came_before = np.pad(first < slot, ((0, 0), (0, 1)), constant_values=True)[:, :, None]
-
-        def flat(of_keys, of_values):
-            return np.concatenate([of_keys, of_values], axis=2).reshape(len(last), -1)
-
-        tokens = flat(with_last(keys), with_last(values))
-        stands = flat(key_here, value_here)
-        counts = flat(key_here & training, value_here & (came_before | training))
+        key_stands = np.arange(most_key) < (fits * key_size[row, pair])[:, :, None]
+        value_stands = np.arange(most_value) < (fits * value_size[row, first])[:, :, None]
+        stands = parts(key_stands, value_stands)
+        counts = parts(key_stands & training, value_stands & (came_before | training)[:, :, None])
         # What does not stand in the sequence goes to a place after its end, which is cut off.
         place = np.cumsum(stands, axis=1) + length - stands.sum(axis=1, keepdims=True)
         place = np.where(stands, place, length + 1)
-        sequence = np.full((len(last), length + 2), self.vocab_size - 1)
+        sequence = np.full((len(keys), length + 2), self.vocab_size - 1)
         weights = np.zeros(sequence.shape, bool)
-        np.put_along_axis(sequence, place, tokens, axis=1)
+        np.put_along_axis(sequence, place, parts(keys[row, pair], values[row, first]), axis=1)
         np.put_along_axis(weights, place, counts, axis=1)
         return next_tokens(sequence[:, :-1], weights[:, :-1])
 

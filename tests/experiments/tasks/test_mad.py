@@ -1,9 +1,14 @@
 """MAD's six tasks, each against its rule in plain Python."""
 
+import pathlib
+import runpy
+
 import numpy as np
 import pytest
 
 from experiments import tasks
+from experiments.tasks import mad
+from support.helpers import Silent
 
 PARTS = ["train", "validation", "test", "length_50"]
 
@@ -168,3 +173,29 @@ def test_labels():
         (tasks.Memorization(vocab_size=6), "k0 k1 v0 v1 v2 <ask>"),
     ):
         assert " ".join(task.tokens(np.arange(task.vocab_size))) == labels
+
+
+CONFIG = runpy.run_path(str(pathlib.Path(__file__).parents[3] / "configs/mad.py"))
+
+
+def test_configs_have_the_vocabulary_of_the_paper():
+    created = {name: tasks.create(CONFIG["get_config"](name).task) for name in CONFIG["TASKS"]}
+    assert {name for name, kind in tasks.TASKS.items() if issubclass(kind, mad.Mad)} == set(created)
+    assert {name: task.vocab_size for name, task in created.items()} == {
+        "in_context_recall": 16,
+        "noisy_recall": 32,
+        "fuzzy_recall": 16,
+        "selective_copy": 16,
+        "compression": 16,
+        "memorization": 256,
+    }
+
+
+@pytest.mark.slow
+def test_facts_are_learned(tmp_path):
+    from experiments.training import loop
+
+    config = CONFIG["get_config"]("memorization")
+    config.train.update(seeds=1, steps=600)
+    metrics = loop.train(config, tmp_path, Silent())["metrics"]
+    assert metrics["test/accuracy"][0] > 0.95
