@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.tasks import hashing
 from experiments.tasks.ranges import at_least, ranged
-from experiments.tasks.synthetic import Synthetic, as_batch
+from experiments.tasks.synthetic import Synthetic, next_tokens
 
 PAD, COPY, END = range(3)
 NUM_SPECIAL = 3
@@ -17,7 +17,7 @@ NUM_SPECIAL = 3
 class DecoderCopy(Synthetic):
     """A sequence written a second time; `Copy` is the same for encoder-decoders.
 
-        inputs   x₁ x₂ x₃ COPY x₁ x₂ x₃  PAD PAD
+        inputs   x₁ x₂ x₃ COPY x₁ x₂ x₃  END PAD
         targets           x₁   x₂ x₃ END
 
     Kazemnejad et al. 2023 ("The impact of positional encoding on length generalization in
@@ -45,17 +45,14 @@ class DecoderCopy(Synthetic):
         count = hashing.integers(draw(0, 1), most - least + 1) + least
         symbols = hashing.integers(draw(1, most), self.vocab_size - NUM_SPECIAL) + NUM_SPECIAL
 
-        # Each part is [n, 1] or [1, T + 1]; after position 2 · count + 1 all is padding.
-        position = np.arange(length + 1)
+        position, end = np.arange(length + 1), 2 * count + 1
         symbol = np.where(position > count, position - count - 1, position)
         sequence = np.take_along_axis(symbols, np.minimum(symbol, most - 1), axis=1)
-        end = 2 * count + 1
         sequence = np.select(
             [position == count, position == end, position > end], [COPY, END, PAD], sequence
         )
         weights = (count < position) & (position <= end)
-        inputs = np.where(sequence == END, PAD, sequence)[:, :-1]
-        return as_batch(inputs, sequence[:, 1:], weights[:, 1:])
+        return next_tokens(sequence, weights)
 
     def tokens(self, ids: np.ndarray) -> list[str]:
         """The special tokens by name, the symbols as numbers from 0."""

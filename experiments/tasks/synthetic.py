@@ -14,8 +14,8 @@ class Synthetic:
     """A task for decoders whose examples are hashed; a subclass defines them by `examples`.
 
     Splits are 'validation', 'test', and 'length_<n>' for n in test_lengths, of num_eval examples
-    each. All 'length_<n>' come from the same random numbers, so lengths are compared on equal terms
-    where the subclass draws what is asked apart from what fills the length.
+    each.  All 'length_<n>' come from the same random numbers, so that what they have in common,
+    such as the pairs of `Recall`, is the same.
 
     Raises ValueError for a field out of its range.
     """

@@ -28,7 +28,7 @@ def test_decoder_copy(part):
     for inputs, targets, weights in examples(task, part):
         num = inputs.index(copying.COPY)
         symbols = inputs[:num]
-        spare = [copying.PAD] * (len(inputs) - 2 * num - 1)
+        spare = [copying.END, *[copying.PAD] * 20][: len(inputs) - 2 * num - 1]
         assert all(3 <= symbol < 8 for symbol in symbols)
         assert inputs == [*symbols, copying.COPY, *symbols, *spare]
         assert targets == [0] * num + [*symbols, copying.END] + [0] * len(spare)

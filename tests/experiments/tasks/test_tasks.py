@@ -176,7 +176,7 @@ def test_seeds_and_indices_give_different_examples(name, tmp_path):
         ("selective_copy", "3c5b525eaef6ebe7", "972ff164da2dfba2"),
         ("compression", "1cb8695b0c738d95", "ce8552c557a2081e"),
         ("memorization", "1cab116440617eac", "d9db6d69f906113c"),
-        ("decoder_copy", "9cb0d7193e9f387e", "ef9ace4c7037fc2d"),
+        ("decoder_copy", "3ad1337a361dc355", "86e56edb68289704"),
         ("parity", "3aaa926bac710412", "7a344105f94c2c18"),
         ("s5", "9f3e3869e1d4faa8", "c272e91e5913cd24"),
         ("needle", "8ddef6346125bcfc", "7d86c0f2b12631d3"),
