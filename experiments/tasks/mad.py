@@ -270,11 +270,12 @@ class Compression(Mad):
         inputs   x₁ x₂ x₃ compress ·  ·  ·
         targets                    x₁ x₂ x₃
 
-    ⌊(length − 1) / 2⌋ symbols, uniform in the vocabulary but its last two ids, then the compression
-    token, then a blank for each.  In the paper an auto-encoder reads the state of that token alone
-    and nothing else.  This is the form for decoders: it tests the same where the state after the
-    compression token has a fixed size, as in an RNN; attention may look past the token at the
-    symbols themselves, and then copies by position.
+    n = ⌊(length − 1) / 2⌋ symbols, uniform in the vocabulary but its last two ids, then the
+    compression token, then a blank for each.  In the paper an auto-encoder reads the state of that
+    token and nothing else; this is the form for decoders.  It tests the same where what follows the
+    token sees no symbol: in a model whose state has a fixed size, or with the mask
+    'causal & (block_local(n + 1) | ~prefix(n))', as in configs/mad.py.  Other attention looks past
+    the token and copies by position.
 
     Baseline: vocab_size=16, and length=32 symbols with the token, 63 here.
     """

@@ -6,6 +6,8 @@ import runpy
 import numpy as np
 import pytest
 
+import attention
+from attention import parts
 from experiments import tasks
 from experiments.tasks import mad
 from support.helpers import Silent
@@ -189,6 +191,18 @@ def test_configs_have_the_vocabulary_of_the_paper():
         "compression": 16,
         "memorization": 256,
     }
+
+
+def test_in_compression_the_state_of_one_token_is_all_there_is():
+    config = CONFIG["get_config"]("compression")
+    inputs, *_ = examples(tasks.create(config.task), "test", 1)[0]
+    token = inputs.index(15)
+    place = np.arange(config.task.length)
+    mask = attention.parse("mask", config.model.mask)
+    visible = np.asarray(mask.tile(parts.Tile(place, place, place, place, 0, num_heads=1)))
+    for i in place:
+        first = token if i > token else 0
+        assert np.flatnonzero(visible[i]).tolist() == list(range(first, i + 1))
 
 
 @pytest.mark.slow
