@@ -57,7 +57,7 @@ def scalar_bits(stream, seed, index, draw, position):
 
 
 @given(
-    stream=st.integers(0, 3),
+    stream=st.integers(0, 4),
     seed=st.integers(0, 2**32 - 1),
     indices=st.lists(st.integers(0, 2**62), min_size=1, max_size=4),
     draw=st.integers(0, 9),
