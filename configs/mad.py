@@ -2,13 +2,18 @@
 
     python -m experiments.ablate --config=configs/mad.py:fuzzy_recall --workdir=runs/fuzzy_recall
 
-The vocabularies are the paper's, and all of Memorization; the other sequences are shorter, the
-model half as wide (two layers of 64), the training examples always new, and there are fewer of
-them. The paper takes the best of six learning rates and weight decays in each cell:
---tune=optimizer.learning_rate:1e-3,3e-3.
+Scaled down to two CPU cores, two to four minutes for each seed and cell. The vocabularies are the
+paper's, and so is the length of Memorization and Compression; the other sequences are shorter, the
+model is half as wide (two layers of 64), its training shorter and its examples always new ones.
+The paper takes the best of six learning rates and weight decays in each cell, as
+--tune=optimizer.learning_rate:1e-3,3e-3 would.
 
 In Compression a mask hides the symbols from what follows the compression token, so that the state
 of that token is all there is, as for the auto-encoder of the paper.
+
+One seed of the base had an accuracy of 1.00 on the test split of In-context recall, Selective
+copying and Memorization, 0.78 of Noisy recall and 0.25 of Compression (a guess has 0.07). Fuzzy
+recall takes more steps than these: 0.18.
 """
 
 from experiments.config import settings
