@@ -23,9 +23,9 @@ class Needle(Synthetic):
     not be read.  The first quarter of the vocabulary are keys, the second values, the rest filler.
 
     The haystack is ⌊(length − 1) / 2⌋ places of two tokens.  The needle's place is uniform, or in
-    split 'depth_<d>' at d percent of the way: 0 the beginning, 100 right before the question.
-    'length_<n>_depth_<d>' is the same for each of test_lengths, 'length_<n>' for all depths.  They
-    have the same needles and distractors.
+    split 'depth_<d>' at d percent of the way: 0 the beginning, 100 the last place.
+    'length_<n>_depth_<d>' is the same for each of test_lengths, 'length_<n>' for all depths.  All of
+    these have the same needles and distractors.
 
     Raises ValueError for a field out of its range, and if the pairs do not fit.
     """
