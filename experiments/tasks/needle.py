@@ -24,7 +24,7 @@ class Needle(Synthetic):
 
     The haystack is ⌊(length − 1) / 2⌋ places of two tokens.  The needle's place is uniform, or in
     split 'depth_<d>' at d percent of the way: 0 the beginning, 100 the last place.
-    'length_<n>_depth_<d>' is the same for each of test_lengths, 'length_<n>' for all depths.  All of
+    'length_<n>_depth_<d>' is the same for each of test_lengths, 'length_<n>' for all depths.  All
     these have the same needles and distractors.
 
     Raises ValueError for a field out of its range, and if the pairs do not fit.

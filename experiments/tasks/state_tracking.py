@@ -50,10 +50,11 @@ class S5(Synthetic):
     are uniform in those that move at most max_moved elements: 2 leaves the swaps and the identity.
     Every position has a target, so training holds all shorter lengths.
 
-    Merrill et al. 2024 (arXiv:2404.08819), sections 4 and 5: no fixed number of layers of a Transformer or
-    of a state-space model with diagonal transitions solves this for all lengths, if TC⁰ ≠ NC¹, and
-    one layer of a nonlinear RNN does.  Grazzi et al. 2025 (arXiv:2411.12537), section 5: inputs of
-    few moves can be tracked by simpler transitions.  A guess has accuracy 1/120.
+    Merrill et al. 2024 (arXiv:2404.08819), sections 4 and 5: no fixed number of layers of a
+    Transformer or of a state-space model with diagonal transitions solves this for all lengths, if
+    TC⁰ ≠ NC¹, and one layer of a nonlinear RNN does.  Grazzi et al. 2025 (arXiv:2411.12537),
+    section 5: inputs of few moves can be tracked by simpler transitions.  A guess has accuracy
+    1/120.
     """
 
     max_moved: int = ranged(5, between(2, 5))
