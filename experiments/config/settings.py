@@ -46,9 +46,7 @@ class Reader(NamedTuple):
     inherited: bool = False
 
 
-def _tasks(reads: Callable[[Any], bool]) -> Reader:
-    names = [name for name, task in tasks.TASKS.items() if reads(task)]
-    when = f"task.name {'one of ' * (len(names) > 1)}{', '.join(names)}"
+def _tasks(reads: Callable[[Any], bool], when: str) -> Reader:
     return Reader(when, lambda c: reads(tasks.TASKS[c.task.name]))
 
 
@@ -66,8 +64,10 @@ LUONG = Reader(
     "model.rnn.attention='luong'", lambda c: RNN.reads(c) and c.model.rnn.attention == "luong"
 )
 WINDOW = Reader("a model.rnn.window", lambda c: LUONG.reads(c) and c.model.rnn.window != "none")
-TRANSLATION = _tasks(lambda task: hasattr(task, "references"))
-LANGUAGE_MODEL = _tasks(lambda task: task.architecture == "decoder")
+TRANSLATION = _tasks(lambda task: hasattr(task, "references"), "task.name translation")
+LANGUAGE_MODEL = _tasks(
+    lambda task: task.architecture == "decoder", "a task of a decoder alone, such as text"
+)
 
 PART = ValueRange("a text that `attention.parse` reads", TEXT.holds)
 

@@ -245,7 +245,12 @@ def split_plot(experiment: run_directory.Experiment, base: str) -> "Figure | Non
             low = [one.low if one else math.nan for one in estimates]
             high = [one.high if one else math.nan for one in estimates]
             panel.fill_between(steps, low, high, gid=f"band|{id}", **soft)
-        panel.set_xticks(range(len(names)), [_plain(name.rpartition("/")[0]) for name in names])
+        labels = [_plain(name.rpartition("/")[0]) for name in names]
+        panel.set_xticks(range(len(names)), labels)
+        if len(labels) * max(map(len, labels)) > 70:  # more letters than fit side by side
+            panel.tick_params("x", rotation=40)
+            for label in panel.get_xticklabels():
+                label.set(ha="right", rotation_mode="anchor")
         panel.set_ylabel(_plain(names[0].rpartition("/")[2]))
         panel.grid(color=INK, alpha=0.12, linewidth=0.6)
         _switches(figure, lines, [(row.cell.label, f"{row.cell.id}|split") for row in rows])

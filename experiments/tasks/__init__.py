@@ -14,7 +14,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from experiments.tasks.recall import Recall
+from experiments.tasks.copying import DecoderCopy
+from experiments.tasks.mad import (
+    Compression,
+    FuzzyRecall,
+    InContextRecall,
+    Memorization,
+    NoisyRecall,
+    SelectiveCopy,
+)
+from experiments.tasks.needle import Needle
+from experiments.tasks.recall import MixedRecall, Recall
+from experiments.tasks.state_tracking import S5, Parity
 from experiments.tasks.text import Text
 from experiments.tasks.transduction import BEGIN as BEGIN
 from experiments.tasks.transduction import END as END
@@ -24,6 +35,17 @@ from experiments.tasks.translation.task import Translation
 
 TASKS = {
     "recall": Recall,
+    "mixed_recall": MixedRecall,
+    "in_context_recall": InContextRecall,
+    "fuzzy_recall": FuzzyRecall,
+    "noisy_recall": NoisyRecall,
+    "selective_copy": SelectiveCopy,
+    "compression": Compression,
+    "memorization": Memorization,
+    "decoder_copy": DecoderCopy,
+    "parity": Parity,
+    "s5": S5,
+    "needle": Needle,
     "text": Text,
     "copy": Copy,
     "reverse": Reverse,
@@ -76,8 +98,8 @@ class Task(typing.Protocol):
     def eval_splits(self) -> dict[str, Batch]:
         """All evaluation examples by split: 'validation', 'test' if any, and 'length_<n>'.
 
-        The last for every longer test length n.  Where the task makes the splits itself, no example
-        is one of the training set.
+        The last for every longer test length n; some tasks have more.  Where the task makes the
+        splits itself, their examples are hashed apart from those of training.
 
         Reads and checks all the data a task has, so call it before compiling anything.
         """

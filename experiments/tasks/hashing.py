@@ -11,6 +11,8 @@ import numpy as np
 
 # One stream for each use, so that no training seed can reproduce an evaluation split.
 TRAIN, VALIDATION, TEST, LENGTH = range(4)
+# And one for what is the same in all examples of a task.
+CONSTANT = 4
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -29,7 +31,7 @@ def bits(stream, seed, indices, draw, num):
     second.
 
     Args:
-      stream: TRAIN, VALIDATION, TEST or LENGTH.
+      stream: TRAIN, VALIDATION, TEST, LENGTH or CONSTANT.
       seed: integer in [0, 2³²).
       indices: numbers of the examples, non-negative integers [n].
       draw: which of the random decisions about an example this is.
@@ -53,6 +55,11 @@ def integers(bits, high):
     return (bits % np.asarray(high, np.uint64)).astype(np.int64)
 
 
+def uniform(bits):
+    """Numbers in (0, 1), float64."""
+    return ((bits >> 11) + 0.5) * 2.0**-53
+
+
 def permutations(bits):
     """A random permutation of range(num) in each row: [n, num] → int64 [n, num]."""
     return np.argsort(bits, axis=1, kind="stable")
@@ -64,6 +71,5 @@ def weighted_subset(bits, weights, size):
     The positions whose exponential clocks −log(u)/w ring first (Efraimidis & Spirakis 2006,
     "Weighted random sampling with a reservoir").  [n, num], [num] → int64 [n, size].
     """
-    uniform = ((bits >> 11) + 0.5) * 2.0**-53
     # The one place with rounding: two clocks would have to agree to 16 digits for it to matter.
-    return np.argsort(-np.log(uniform) / weights, axis=1, kind="stable")[:, :size]
+    return np.argsort(-np.log(uniform(bits)) / weights, axis=1, kind="stable")[:, :size]

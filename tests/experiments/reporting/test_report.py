@@ -251,6 +251,16 @@ def test_the_metric_on_other_splits(tmp_path, experiment):
     assert "cell validation/loss length_64/loss text (base) 2.100 ± 0.248 3.200 ± 0.497" in shown
 
 
+def test_names_of_many_splits_are_written_aslant(tmp_path):
+    for count, rotation in ((4, 0), (9, 40)):
+        splits = {"validation": [2.0, 2.1, 2.2]} | {f"depth_{i}": [3.0] * 3 for i in range(count)}
+        path = write_run(tmp_path / str(count), [("text", None, None, {}, splits)])
+        (panel,) = plots.split_plot(run_directory.load(path), "text").axes
+        labels = panel.get_xticklabels()
+        assert len(labels) == count + 1
+        assert all(label.get_rotation() == rotation for label in labels)
+
+
 def test_learning_curves(experiment):
     figures = [plots.learning_curves(experiment, "text", axis) for axis in AXES]
     score, heads, position = (panel for figure in figures for panel in figure.axes)

@@ -59,7 +59,9 @@ def test_a_result_tells_its_memory_and_what_generation_costs(tmp_path, heads):
 
 
 def test_generation_is_timed_of_language_models_only():
-    with pytest.raises(ValueError, match="timed_tokens=5 .*recall, text: leave it at 0"):
+    with pytest.raises(
+        ValueError, match="timed_tokens=5 .*a decoder alone, such as text: leave it at 0"
+    ):
         loop.check(tiny("reverse", **{"decoding.timed_tokens": 5}))
 
 
