@@ -52,9 +52,13 @@ def unsupported(call: Call) -> str | None:
 
 
 def cost(call: Call) -> tuple[float, str]:
-    """Numbers of scores and states at once, and the reason if this kernel runs."""
-    *batch, T, H, D = call.query.shape
-    batch = [1 if is_symbolic_dim(n) else n for n in batch]
+    """Numbers of scores and states at once, and the reason if this kernel runs.
+
+    A symbolic size counts as 1.
+    """
+    if type(call.mechanism.normalizer) not in _NORMALIZERS:
+        return math.inf, ""
+    *batch, T, H, D = (1 if is_symbolic_dim(n) else n for n in call.query.shape)
     F, V = num_features(call.mechanism, D), call.value.shape[-1]
     chunks = -(-T // CHUNK)
     numbers = math.prod(batch) * H * (T * (CHUNK + F) + chunks * F * V)

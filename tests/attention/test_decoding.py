@@ -25,6 +25,7 @@ SCORES = [
     scores.ScaledDot(), scores.Dot(), scores.General(), scores.Additive(3), scores.Location(T),
     scores.Cosine(), scores.Gaussian(), scores.Scale(scores.Dot(), 0.3),
     scores.Temperature(scores.General()), scores.SoftCap(scores.ScaledDot(), 2.0),
+    scores.EluFeatures(), scores.TaylorFeatures(), scores.RandomFeatures(5),
 ]  # fmt: skip
 POSITIONS = [
     positions.NoPE(), positions.Sinusoidal(), positions.Learned(T), positions.RoPE(),
@@ -45,7 +46,8 @@ MASKS = [
 NORMALIZERS = [
     normalizers.Softmax(), normalizers.SoftmaxOffByOne(), normalizers.LearnedSink(),
     normalizers.Sigmoid(), normalizers.SquaredReLU(), normalizers.Sparsemax(),
-    normalizers.Entmax15(), normalizers.Hardmax(),
+    normalizers.Entmax15(), normalizers.Hardmax(), normalizers.Unnormalized(),
+    normalizers.SumToOne(),
 ]  # fmt: skip
 # Every part once, in company; and each with a causal softmax of scaled dot products.
 MECHANISMS = [

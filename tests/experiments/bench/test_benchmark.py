@@ -104,10 +104,10 @@ def test_peers_say_what_they_cannot(change, message):
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: KernelWork(library="numpy"), "library is one of .* got 'numpy'"),
-    (lambda: KernelWork(derivative="third"), "derivative is one of .* got 'third'"),
+    (lambda: KernelWork(library="numpy"), "library must be one of .* got 'numpy'"),
+    (lambda: KernelWork(derivative="third"), "derivative must be one of .* got 'third'"),
     (lambda: KernelWork(length=4, source_length=4, derivative="decode").build(), "T=4, S=4"),
-    (lambda: ModelWork(architecture="encoder"), "architecture is one of .* got 'encoder'"),
+    (lambda: ModelWork(architecture="encoder"), "architecture must be one of .* got 'encoder'"),
     (lambda: FunctionWork("numpy").build(), "package.module:name, got 'numpy'"),
     (lambda: FunctionWork("numpy:nothing"), "package.module:name, got 'numpy:nothing'"),
     (lambda: FunctionWork("os:getcwd").build(), r"must return \(function, arguments\).* str"),

@@ -156,6 +156,7 @@ def test_what_is_not_tuned_yet_cannot_be_confirmed(tmp_path, swept):
         tune.choose(tmp_path, swept[:1], rates, 1)
 
 
+@pytest.mark.slow
 def test_the_command_tunes_trains_and_resumes(config, tmp_path):
     flags = (f"--config={config}", f"--workdir={tmp_path / 'run'}", "--sweep=position")
     flags += (f"--tune={RATE}:1e-2,1e-9", "--tuning_seeds=1")
