@@ -253,7 +253,9 @@ def test_axes_have_names():
 PIECES = ([5, 3], [1, 1], [1, 0], [1, 1])  # tokens of each text in each step
 
 
-@pytest.mark.parametrize("scan, repetitions", [(True, 2), (False, 1)])
+@pytest.mark.parametrize(
+    "scan, repetitions", [(True, 2), pytest.param(False, 1, marks=pytest.mark.slow)]
+)
 def test_a_pattern_is_decoded_by_small_caches(scan, repetitions):
     """A prompt longer than the windows, of two lengths, and then one by one."""
     sizes = {"scan_layers": scan, "num_layers": 3 * repetitions}
@@ -279,6 +281,7 @@ def test_a_pattern_is_decoded_by_small_caches(scan, repetitions):
         np.testing.assert_allclose(np.concatenate(pieces), full[b, :count], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_beams_of_a_pattern_score_as_the_full_pass():
     """The decoder of an encoder-decoder has the pattern; the source is seen whole."""
     layers = (PATTERN[0], dataclasses.replace(PATTERN[1], mask=masks.BlockLocal(3)), PATTERN[2])

@@ -104,6 +104,7 @@ def command(monkeypatch, *flags):
     return exit.value.code
 
 
+@pytest.mark.slow
 def test_the_command(quick, monkeypatch, tmp_path, capsys):
     """Writes a page and its numbers; after the limit it says what it left out."""
     assert command(monkeypatch, "--tiny", f"--folder={tmp_path}") == 0

@@ -24,7 +24,7 @@ AXES = {
 }
 
 
-@pytest.mark.parametrize("by", ["params", "flops"])
+@pytest.mark.parametrize("by", ["params", pytest.param("flops", marks=pytest.mark.slow)])
 def test_costs_are_those_of_the_base(by):
     before = swept(**AXES)
     base, score, heads, position = match.match(before, by)

@@ -80,6 +80,7 @@ def cell_of(directory, result):
     )
 
 
+@pytest.mark.slow
 def test_a_sweep_of_patterns_trains_and_tells_the_layers_apart(tmp_path):
     """Scanned layers of one and two heads, and layers one by one; each map is its layer's."""
     axis = [

@@ -133,7 +133,7 @@ def test_with_patience_the_best_parameters_of_each_seed_are_the_result(tmp_path)
     assert any((a != b).any() for a, b in zip(leaves(best), leaves(state["params"]), strict=True))
 
 
-@pytest.mark.parametrize("kernel", ["dense", "tiled"])
+@pytest.mark.parametrize("kernel", ["dense", pytest.param("tiled", marks=pytest.mark.slow)])
 def test_flops_are_those_of_the_products(tmp_path, kernel):
     changes = {"model.implementation": kernel, "model.num_layers": 1, "model.mlp_dim": 12}
     config = tiny(**changes)
