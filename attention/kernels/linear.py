@@ -148,11 +148,5 @@ def _causal(features, key_features, value):
     return out.reshape(length, -1)[:T]
 
 
-def chunk_size(mechanism: Mechanism, query: Array, key: Array) -> int:
-    """All examples at once."""
-    del mechanism, key
-    return query.shape[0]
-
-
-attend = lift(attend_head, chunk_size)
+attend = lift(attend_head, dense.chunk_size)
 register(Kernel("linear", attend, unsupported, cost, reads_non_finite=True))

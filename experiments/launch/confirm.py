@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 
 from experiments.analysis import comparisons, learning, statistics
-from experiments.analysis.run_directory import Experiment
+from experiments.analysis.run_directory import LOOKS, Experiment
 from experiments.config import settings, sweep
 from experiments.launch import looks
 from experiments.launch.cells import folder, outcome
@@ -93,7 +93,7 @@ def cells(
     plan = experiment.cells[0].looks
     for look in plan[1:]:
         for number, left in looks.following(experiment, swept, plan, look).items():
-            place = experiment.path / looks.FOLDER / str(number)
+            place = experiment.path / LOOKS / str(number)
             if not all(outcome(folder(place, cell.id)) for cell in left):
                 raise ValueError(
                     f"{experiment.path} has looks to come: run the same command without --confirm "

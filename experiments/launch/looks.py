@@ -10,10 +10,8 @@ import itertools
 from collections.abc import Sequence
 
 from experiments.analysis import comparisons, statistics
-from experiments.analysis.run_directory import LOOKS, Experiment
+from experiments.analysis.run_directory import Experiment
 from experiments.config import settings, sweep
-
-FOLDER = LOOKS
 
 
 def plan(texts: Sequence[str], swept: Sequence[sweep.CellSpec]) -> tuple[int, ...]:

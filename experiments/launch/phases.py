@@ -74,7 +74,7 @@ def _look(workdir, swept, plan, seeds, executor_in, stop, options):
     """Trains what is left up to the look at `seeds` seeds."""
     retry = options.get("retry_failed", False)
     left = looks.following(run_directory.load(workdir), swept, plan, seeds, retry=retry)
-    places = {look: workdir / looks.FOLDER / str(look) for look in left}
+    places = {look: workdir / run_directory.LOOKS / str(look) for look in left}
     waits = (None, "failed") if retry else (None,)
     statuses = [
         (cells.outcome(cells.folder(places[look], cell.id)) or {}).get("status")

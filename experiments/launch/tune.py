@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from experiments.analysis import run_directory, statistics
 from experiments.config import settings, sweep
+from experiments.reporting import formatting
 from experiments.storage import paths
 
 FOLDER = "tuning"
@@ -99,7 +100,7 @@ def cells(
                 "out"
             )
         for change in points(values_of):
-            value = _name(change)
+            value = formatting.point(change)
             fresh = {"train.first_seed": FIRST_SEED, "train.seeds": seeds}
             config = sweep.override(cell.config, {**change, **fresh})
             id = paths.file_name(f"{cell.id}.{value}".replace(" ", ""))
@@ -113,10 +114,6 @@ def points(values_of: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [
         dict(zip(values_of, point, strict=True)) for point in itertools.product(*values_of.values())
     ]
-
-
-def _name(change):
-    return ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in change.items())
 
 
 def choose(

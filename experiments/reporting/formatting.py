@@ -31,6 +31,11 @@ def cost_text(name: str, result: Mapping[str, Any]) -> str:
     return number(value, ".2f" if value and value < 10 else ".1f")
 
 
+def point(settings: Mapping[str, Any]) -> str:
+    """A point of a grid of settings: 'learning_rate=0.001, b2=0.99'."""
+    return ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in settings.items())
+
+
 def metric_title(rows: Sequence[Row]) -> str:
     """What the numbers of a group are: 'test/loss (lower is better), mean ± 95% interval over ...'.
 

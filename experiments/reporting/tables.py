@@ -128,7 +128,7 @@ def tuning_table(rows: Sequence[comparisons.Row]) -> list[list[str]]:
     rows = [row for row in rows if row.cell.tuned]
     if not rows:
         return []
-    names = [_point(point["settings"]) for point in rows[0].cell.tuned["points"]]
+    names = [formatting.point(point["settings"]) for point in rows[0].cell.tuned["points"]]
     table = [["cell", *names, "chosen", "runs", "TFLOP"]]
     for row in rows:
         tuned = row.cell.tuned
@@ -137,16 +137,12 @@ def tuning_table(rows: Sequence[comparisons.Row]) -> list[list[str]]:
             "failed" if point["score"] is None else f"{point['score']:.{digits}f}"
             for point in tuned["points"]
         ]
-        chosen = _point(tuned["choice"]) if tuned["choice"] else ""
+        chosen = formatting.point(tuned["choice"]) if tuned["choice"] else ""
         flops = sum(point["flops"] or math.nan for point in tuned["points"])
         cost = "" if math.isnan(flops) else f"{flops / 1e12:.3g}"
         runs = str(tuned["seeds"] * len(names))
         table.append([row.cell.label, *scores, chosen, runs, cost])
     return table
-
-
-def _point(settings):
-    return ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in settings.items())
 
 
 def splits_table(rows: Sequence[comparisons.Row]) -> list[list[str]]:

@@ -1,5 +1,6 @@
 """What tasks for decoders with made-up examples have in common."""
 
+import abc
 import dataclasses
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from experiments.tasks.ranges import at_least, check_fields, each, ranged
 
 
 @dataclasses.dataclass(frozen=True)
-class Synthetic:
+class Synthetic(abc.ABC):
     """A task for decoders whose examples are hashed; a subclass defines them by `examples`.
 
     Splits are 'validation', 'test', and 'length_<n>' for n in test_lengths, of num_eval examples
@@ -42,11 +43,11 @@ class Synthetic:
                     f"length {length} cannot hold {content}: give at least {least}{instead}"
                 )
 
+    @abc.abstractmethod
     def examples(
         self, stream: int, seed: int, indices: np.ndarray, length: int
     ) -> dict[str, np.ndarray]:
         """The examples numbered `indices` [n], each `length` tokens long; see `hashing.bits`."""
-        raise NotImplementedError
 
     @property
     def max_length(self) -> int:

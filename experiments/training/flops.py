@@ -87,7 +87,7 @@ def _of_equation(equation):
         return 2.0 * equation.outvars[0].aval.size * kernel.size / out_features
     inner = [products(jaxpr) for jaxpr in _inner(equation.params)]
     if name == "cond":
-        return max(inner, default=0.0)
+        return float(np.max(inner))  # nan where one of them is
     return sum(inner) * equation.params.get("length", 1 if name != "scan" else math.nan)
 
 
