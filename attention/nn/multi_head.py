@@ -13,7 +13,7 @@ from attention.api import attend
 from attention.decoding import Cache
 from attention.integers import whole_number
 from attention.mechanism import Mechanism
-from attention.nn.dense import dense
+from attention.nn.dense import Dense, dense
 from attention.nn.gates import OUTPUT_GATES
 from attention.nn.norms import QK_NORMS
 from attention.nn.partition import named
@@ -26,6 +26,8 @@ class _Parts(NamedTuple):
     query: Callable
     key: Callable
     value: Callable
+    query_gates: Callable
+    key_gates: Callable
     gate: Callable
     out: Callable
     mechanism: Any
@@ -33,6 +35,9 @@ class _Parts(NamedTuple):
 
 class MultiHeadAttention(nn.Module):
     """Concat_h(head_h) W_O, head_h = attend(x W_Q, c W_K, c W_V).  Vaswani et al. 2017, sec. 3.2.2.
+
+    Numbers of each token that the position asks for (`Position`) are x W + b, c W + b: parameters
+    'query_gates' and 'key_gates', the bias from `Position.gate_bias`.
 
     Self-attention (c = x) or cross-attention (another c). The mechanism's learned arrays are the
     parameter tree 'mechanism'. When the collection 'intermediates' is mutable, the weights
@@ -95,6 +100,7 @@ class MultiHeadAttention(nn.Module):
         parts = self._parts(x.shape[-1])
         query = parts.query(x)
         options: dict[str, Any] = {**data, "implementation": self.implementation}
+        options["query_gates"] = parts.query_gates(x)
         if self.dropout_rate > 0 and not deterministic:
             options["dropout_rate"] = self.dropout_rate
             options["dropout_key"] = self.make_rng("dropout")
@@ -121,6 +127,7 @@ class MultiHeadAttention(nn.Module):
                 for name in ("positions", "lengths", "segments"):
                     options.setdefault(f"key_{name}", data.get(f"query_{name}"))
             key, value = parts.key(context), parts.value(context)
+            options["key_gates"] = parts.key_gates(context)
             out = attend(self.mechanism, parts.mechanism, query, key, value, **options)
         if sow:
             out, aux = out
@@ -140,7 +147,8 @@ class MultiHeadAttention(nn.Module):
         parts = self._parts(context.shape[-1])
         *batch, S, _ = context.shape
         length = decoding.counts("lengths", S if lengths is None else lengths, tuple(batch), S, S)
-        return decoding.of_context(parts.key(context), parts.value(context), length)
+        key, value = parts.key(context), parts.value(context)
+        return decoding.of_context(key, value, length, parts.key_gates(context))
 
     def keep(self, context: Array, lengths: Array | None = None) -> Cache:
         """The old name of `precompute_kv`, until release 0.3."""
@@ -161,7 +169,7 @@ class MultiHeadAttention(nn.Module):
                 "query_positions were given without key_positions: a cache does not keep the "
                 "positions of its keys; pass those of all slots, or neither: 0, 1, 2 ..."
             )
-        return decoding.append(cache, parts.key(x), parts.value(x), lengths)
+        return decoding.append(cache, parts.key(x), parts.value(x), lengths, parts.key_gates(x))
 
     @nn.compact
     def _parts(self, model_dim):
@@ -193,10 +201,33 @@ class MultiHeadAttention(nn.Module):
 
             return of_heads
 
+        def gates(side, heads, axis):
+            """The numbers of each token [..., T, heads, n] that the position asks for, or None."""
+            bias = self.mechanism.position.gate_bias(side)
+            if not len(bias):
+                return lambda inputs: None
+            project = Dense(
+                heads * len(bias),
+                kernel_init=named(self.kernel_init, "embed", axis),
+                bias_init=named(
+                    lambda *_: jnp.tile(jnp.asarray(bias, self.param_dtype), heads), axis
+                ),
+                name=f"{side}_gates",
+                **settings,
+            )
+
+            def of_heads(inputs):
+                y = project(inputs)
+                return y.reshape(*y.shape[:-1], heads, len(bias))
+
+            return of_heads
+
         return _Parts(
             query=projection("query", H, head_dim, "heads", norm=self.qk_norm),
             key=projection("key", K, head_dim, norm=self.qk_norm),
             value=projection("value", K, value_dim),
+            query_gates=gates("query", H, "heads"),
+            key_gates=gates("key", K, "kv_heads"),
             gate=OUTPUT_GATES[self.output_gate](
                 use_bias=self.use_bias, kernel_init=self.kernel_init, name="output_gate", **settings
             ),
