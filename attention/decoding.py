@@ -45,6 +45,7 @@ from attention.parts import (
     Array,
     BlockBounds,
     Mask,
+    Normalizer,
     Params,
     Position,
     Range,
@@ -194,6 +195,7 @@ def empty(
     dtype: Any = jnp.float32,
     position: Position | None = None,
     mask: Mask | None = None,
+    normalizer: Normalizer | None = None,
 ) -> Cache:
     """A cache for texts of up to max_length tokens: batch axes, K, D, and V (D unless given).
 
@@ -202,8 +204,9 @@ def empty(
     16-bit dtype the turned key is rounded once more.
 
     With the `mask` of the mechanism S is what it lets a query look back and 1, if that is less than
-    max_length: older keys are overwritten. A position that reads keys in their order (`whole_row`,
-    `ordered`) has all of them kept. The position also says how many numbers of a key are kept.
+    max_length: older keys are overwritten. A position or a `normalizer` that reads keys in their
+    order (`whole_row`, `ordered`) has all of them kept. The position also says how many numbers of
+    a key are kept.
 
     Raises ValueError where a size is no whole number or not positive, or a part is none.
     """
@@ -220,8 +223,10 @@ def empty(
     S = max_length
     if mask is not None:
         check_part("mask", mask, Mask)
+        if normalizer is not None:
+            check_part("normalizer", normalizer, Normalizer)
         last = reach(mask, max_length) + 1
-        if last < max_length and not (position is not None and _reads_order(position)):
+        if last < max_length and not _reads_order(position, normalizer):
             S = last
             window = Window(jnp.full((*batch, S), -1, jnp.int32), S, max_length)
     slots = (*batch, S, num_kv_heads)
@@ -238,8 +243,9 @@ def empty(
     )
 
 
-def _reads_order(position):
-    return position.whole_row or position.ordered
+def _reads_order(position, normalizer):
+    ordered = position is not None and (position.whole_row or position.ordered)
+    return ordered or (normalizer is not None and normalizer.ordered)
 
 
 def of_context(key: Array, value: Array, length: Array, key_gates: Array | None = None) -> Cache:
@@ -505,9 +511,11 @@ def _check_window(mechanism, cache, options):
             "key_positions were given, but the cache keeps those of its last keys: make it with "
             "decoding.empty without a mask"
         )
-    if _reads_order(mechanism.position) or reach(mechanism.mask, window.max_length) >= window.slots:
+    ordered = _reads_order(mechanism.position, mechanism.normalizer)
+    if ordered or reach(mechanism.mask, window.max_length) >= window.slots:
         raise ValueError(
             f"the cache keeps the last {window.slots} keys, but {mechanism.mask} with "
-            f"{mechanism.position} reads earlier ones or their order: make it with "
-            "decoding.empty(..., position=..., mask=...) of the mechanism"
+            f"{mechanism.position} and {mechanism.normalizer} reads earlier ones or their order: "
+            "make it with decoding.empty(..., position=..., mask=..., normalizer=...) of the "
+            "mechanism"
         )

@@ -581,7 +581,13 @@ class Normalizer(abc.ABC):
 
     This is enough for every kernel; with an `OnlineNormalizer` the tiled one does not hold a whole
     row of scores.
+
+    Attributes:
+      ordered: weights depend on the order of the columns: the kernels call `weights` of whole rows
+        alone, and caches keep all keys.
     """
+
+    ordered: ClassVar[bool] = False
 
     def init(self, key: Array) -> Params:
         """Returns the learned arrays of one head."""

@@ -457,6 +457,7 @@ class Stack(nn.Module):
                 dtype=c.dtype,
                 position=mechanism.position,
                 mask=mechanism.mask,
+                normalizer=mechanism.normalizer,
             )
 
         caches = self._field([cache(layer) for layer in self._period])

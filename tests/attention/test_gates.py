@@ -171,26 +171,17 @@ def test_gated_t5(x64):
     np.testing.assert_allclose(got, want, atol=1e-12)
 
 
-def test_position_temperature(x64):
-    mechanism, plain = Mechanism(position=positions.PositionTemperature(0.5, 3)), Mechanism()
-    query, key, value = qkv(T=T, S=T, dtype="float64")
-    factor = 1 + 0.5 * np.log(np.floor((np.arange(T) + 1) / 3) + 1)
-    got = attend(mechanism, init(mechanism), query, key, value)
-    want = attend(plain, init(plain), query * factor[:, None, None], key, value)
-    np.testing.assert_allclose(got, want, atol=1e-12)
-
-
 # Layers and caches.
 
 
 def test_layer_and_its_cache():
     """A text fed in pieces gives what it gives at once; the start of a gate is that of its part."""
-    position = Slope() + positions.Forget(start=0.9)
+    position = Slope() + positions.GatedT5(4, 6) + positions.Forget(start=0.9)
     mechanism = Mechanism(position=position, mask=masks.Causal() & masks.SlidingWindow(4))
     layer = MultiHeadAttention(num_heads=2, num_kv_heads=1, mechanism=mechanism)
     x = normal(1, 2, T, 8)
     params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
-    assert params["query_gates"]["kernel"].shape == (8, 2)
+    assert params["query_gates"]["kernel"].shape == (8, 2 * 3)
     np.testing.assert_allclose(params["key_gates"]["bias"], [0, 0, np.log(9)], rtol=1e-6)
     want = layer.apply({"params": params}, x)
     cache = decoding.empty((2,), T, 1, 4, position=position, mask=mechanism.mask)
