@@ -17,6 +17,7 @@ from attention.nn.dense import Dense, dense
 from attention.nn.gates import OUTPUT_GATES
 from attention.nn.norms import QK_NORMS
 from attention.nn.partition import named
+from attention.nn.readouts import READOUTS
 from attention.parts import Array, check_choices
 
 
@@ -28,6 +29,7 @@ class _Parts(NamedTuple):
     value: Callable
     query_gates: Callable
     key_gates: Callable
+    readout: Callable
     gate: Callable
     out: Callable
     mechanism: Any
@@ -52,6 +54,7 @@ class MultiHeadAttention(nn.Module):
       dropout_rate: share of weights to drop, with the rng 'dropout'.
       use_bias: biases in the projections.
       qk_norm: the norm of query and key before the mechanism, one of `norms.QK_NORMS`.
+      readout: what becomes of what the mechanism returns, one of `readouts.READOUTS`.
       output_gate: what multiplies the output of the heads, one of `gates.OUTPUT_GATES`.
       dtype, param_dtype: of the computation and of the parameters.
       kernel_init, out_kernel_init: of W_Q, W_K, W_V, the gate and of W_O.
@@ -66,6 +69,7 @@ class MultiHeadAttention(nn.Module):
     dropout_rate: float = 0.0
     use_bias: bool = False
     qk_norm: str = "none"
+    readout: str = "none"
     output_gate: str = "none"
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -98,6 +102,11 @@ class MultiHeadAttention(nn.Module):
         `decoding.append` do.
         """
         parts = self._parts(x.shape[-1])
+        if context is not None and READOUTS[self.readout].reads_value:
+            raise ValueError(
+                f"readout={self.readout!r} is for self-attention: leave the context out, or take "
+                "another readout"
+            )
         query = parts.query(x)
         options: dict[str, Any] = {**data, "implementation": self.implementation}
         options["query_gates"] = parts.query_gates(x)
@@ -133,6 +142,7 @@ class MultiHeadAttention(nn.Module):
             out, aux = out
             (weights,) = aux.values()
             self.sow("intermediates", "weights", weights.astype(query.dtype))
+        out = parts.readout(x, out, parts.value(x) if READOUTS[self.readout].reads_value else None)
         out = parts.gate(x, out)
         out = parts.out(out.reshape(*out.shape[:-2], -1))
         return out if cache is None else (out, cache)
@@ -173,7 +183,7 @@ class MultiHeadAttention(nn.Module):
 
     @nn.compact
     def _parts(self, model_dim):
-        check_choices(self, qk_norm=QK_NORMS, output_gate=OUTPUT_GATES)
+        check_choices(self, qk_norm=QK_NORMS, readout=READOUTS, output_gate=OUTPUT_GATES)
         H = whole_number("num_heads", self.num_heads, 1)
         K = H if self.num_kv_heads is None else whole_number("num_kv_heads", self.num_kv_heads, 1)
         for name in ("head_dim", "value_dim"):
@@ -189,7 +199,9 @@ class MultiHeadAttention(nn.Module):
         head_dim = model_dim // H if self.head_dim is None else self.head_dim
         value_dim = head_dim if self.value_dim is None else self.value_dim
 
+        query_heads = H * READOUTS[self.readout].query_heads
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        around = {"use_bias": self.use_bias, "kernel_init": self.kernel_init, **settings}
 
         def projection(name, heads, width, axis="kv_heads", norm="none"):
             project = dense(self, heads * width, self.kernel_init, name, ("embed", axis))
@@ -223,22 +235,21 @@ class MultiHeadAttention(nn.Module):
             return of_heads
 
         return _Parts(
-            query=projection("query", H, head_dim, "heads", norm=self.qk_norm),
+            query=projection("query", query_heads, head_dim, "heads", norm=self.qk_norm),
             key=projection("key", K, head_dim, norm=self.qk_norm),
             value=projection("value", K, value_dim),
-            query_gates=gates("query", H, "heads"),
+            query_gates=gates("query", query_heads, "heads"),
             key_gates=gates("key", K, "kv_heads"),
-            gate=OUTPUT_GATES[self.output_gate](
-                use_bias=self.use_bias, kernel_init=self.kernel_init, name="output_gate", **settings
-            ),
+            readout=READOUTS[self.readout].module(name="readout", **around),
+            gate=OUTPUT_GATES[self.output_gate](name="output_gate", **around),
             out=dense(self, model_dim, self.out_kernel_init, "out", ("heads", "embed")),
-            mechanism=self._mechanism_params(head_dim, value_dim),
+            mechanism=self._mechanism_params(query_heads, head_dim, value_dim),
         )
 
-    def _mechanism_params(self, head_dim, value_dim):
+    def _mechanism_params(self, num_heads, head_dim, value_dim):
         def init(rng):
             params = self.mechanism.init(
-                rng, num_heads=self.num_heads, head_dim=head_dim, value_dim=value_dim
+                rng, num_heads=num_heads, head_dim=head_dim, value_dim=value_dim
             )
             return jax.tree.map(lambda x: x.astype(self.param_dtype), params)
 
