@@ -8,8 +8,8 @@ text is the source of Python's own standard library unless `--config.task.path` 
 `readout` take 10 minutes of CPU time, 24 minutes on two cores that were busy with other work.
 
 Expect a test loss of 1.93 nats of the base, 1.79 to 1.81 of the gated MLPs and 1.83 of `all`
-(Holm's p below 0.02). No other cell differs significantly, readouts not measured; three seeds show no difference below
-0.07.
+(Holm's p below 0.02). No other cell differs significantly; three seeds show no difference below
+0.07. Readouts are not measured.
 """
 
 from experiments.config import settings
