@@ -39,6 +39,10 @@ SMALL = TransformerConfig(
 MODERN = {"norm_kind": "rms", "mlp": "swiglu", "qk_norm": "rms", "output_gate": "element"}
 MODERN |= {"block": "parallel"}
 OTHER = {"norm_kind": "rms", "mlp": "geglu", "qk_norm": "rms_full", "output_gate": "head"}
+FORGETFUL = {
+    "readout": "differential",
+    "decoder": Mechanism(position=positions.RoPE() + positions.Forget(), mask=masks.Causal()),
+}
 PATTERN = (Layer(mask=masks.SlidingWindow(2), num_heads=2, num_kv_heads=1), Layer())
 
 
@@ -204,9 +208,10 @@ def test_scanned_layers_are_those_one_by_one_and_gradients_reach_every_parameter
         assert (leaf.reshape(2, -1) != 0).any(1).all(), jax.tree_util.keystr(path)
 
 
-def test_decoding_is_the_full_pass():
+@pytest.mark.parametrize("changes", [MODERN, FORGETFUL], ids=["modern", "forgetful"])
+def test_decoding_is_the_full_pass(changes):
     """A prompt of a pattern with a window, of two lengths, and then one by one."""
-    model, text = LanguageModel(changed(**MODERN, layers=PATTERN)), tokens(2, 7)
+    model, text = LanguageModel(changed(**changes, layers=PATTERN)), tokens(2, 7)
     variables = random_params(model.init, text, scale=0.3)
 
     @compiled
@@ -264,6 +269,12 @@ def test_axes_have_names():
     own = names(**OTHER)["self_attention"]
     assert own["query_norm"]["scale"] == P("layers", "heads", None)
     assert own["key_norm"]["scale"] == P("layers", "kv_heads", None)
+    own = names(**FORGETFUL)["self_attention"]
+    assert own["readout"]["in"]["kernel"] == P("layers", "embed", "heads")
+    assert own["key_gates"] == {
+        "kernel": P("layers", "embed", "kv_heads"),
+        "bias": P("layers", "kv_heads"),
+    }
     own = names(qk_norm="l2")["self_attention"]
     assert own["key_norm"]["scale"] == P("layers", "kv_heads")
 
