@@ -423,10 +423,10 @@ class Stack(nn.Module):
 
         Of `data` a layer gets what its mask reads, and what that of no layer does.
         """
-        of_all = set().union(*(_mask_inputs(self.mechanism, layer) for layer in self._period))
+        of_all = set().union(*(mask_inputs(self.mechanism, layer) for layer in self._period))
 
         def layer(block, x, state):
-            of_others = of_all - _mask_inputs(self.mechanism, block.layer)
+            of_others = of_all - mask_inputs(self.mechanism, block.layer)
             own = {name: value for name, value in (data or {}).items() if name not in of_others}
             out = block(x, memory, state=state, data=own, **kwargs)
             return (out, None) if state is None else out
@@ -543,7 +543,7 @@ class Stack(nn.Module):
         return BLOCKS[c.block](c, self.mechanism, *layers, name="layers"), norm
 
 
-def _mask_inputs(mechanism, layer):
+def mask_inputs(mechanism, layer):
     """The names of the data that the mask of a layer reads."""
     return set().union(*layer.mechanism(mechanism).mask.required_inputs)
 
