@@ -230,6 +230,9 @@ def empty(
             S = last
             window = Window(jnp.full((*batch, S), -1, jnp.int32), S, max_length)
     slots = (*batch, S, num_kv_heads)
+    key_gates = None
+    if position is not None and position.key_gates:
+        key_gates = jnp.zeros((*slots, position.key_gates), dtype)
     return Cache(
         jnp.zeros((*slots, head_dim), dtype),
         jnp.zeros((*slots, value_dim), dtype),
@@ -237,9 +240,7 @@ def empty(
         (jnp.zeros(slots, bool), jnp.zeros(slots, bool)),
         rotation,
         window,
-        jnp.zeros((*slots, position.key_gates), dtype)
-        if position is not None and position.key_gates
-        else None,
+        key_gates,
     )
 
 

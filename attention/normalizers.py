@@ -249,7 +249,7 @@ class Hardmax(Normalizer):
 class Entmax(Normalizer):
     """w_ij = max((α − 1) s_ij − τ_i, 0)^(1/(α−1)), Σ_j w_ij = 1, α learned per head.
 
-    Correia et al. 2019, eq. 5 and sec. 3.1: α = 1 + σ(a) lies between softmax (1) and sparsemax
+    Correia et al. 2019: α = 1 + σ(a) lies between softmax (1) and sparsemax
     (2). τ is found by bisection, its derivatives of any order are those of the implicit function.
 
     Attributes:
@@ -301,7 +301,7 @@ class Entmax(Normalizer):
 
 @dataclasses.dataclass(frozen=True)
 class TopK(Normalizer):
-    """Softmax over the k largest scores of a row, 0 for the others.  Zhao et al. 2019, eq. 4 and 5.
+    """Softmax over the k largest scores of a row, 0 for the others.  Zhao et al. 2019.
 
     Scores that equal the k-th largest all count. The choice of keys is constant almost everywhere:
     a score that is not among the k gets no gradient.
@@ -330,7 +330,7 @@ def _at_least(logits, least):
 class StickBreaking(Normalizer):
     """w_ij = σ(s_ij) Π_{l > j} (1 − σ(s_il)), l visible: each key takes a share of what is left.
 
-    Tan et al. 2025, eq. 2: from the last visible key back, so that near keys come first. What no
+    Tan et al. 2025: from the last visible key back, so that near keys come first. What no
     key takes is lost: a row sums to at most 1. For causal masks; the paper hides a token from
     itself, `Causal() & ~SlidingWindow(1)`.
 

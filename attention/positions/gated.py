@@ -15,13 +15,13 @@ from attention.positions.relative import T5
 class Forget(Position):
     """Σ_{l=j+1..i} log f_l, f_l = σ(gate of key l): what lies behind a small f is forgotten.
 
-    Lin et al. 2025 (forgetting attention, FoX), eq. 5. It is computed as F_i − F_j of running sums
+    Lin et al. 2025 (forgetting attention, FoX). It is computed as F_i − F_j of running sums
     F over all keys of the text, within a segment where there are segments. Padding counts as f = 1.
     For causal masks: ahead of the query the term grows. Query heads of a group share the gates of
     their key head.
 
     The token of query i is key i where T = S; else it is the last key that does not stand after
-    the query, by positions that ascend.
+    the query, by positions that ascend: with a cache, positions are not to begin anew by segment.
 
     Attributes:
       start: f at the start of training, where x W is 0; `nn.MultiHeadAttention` learns
@@ -78,7 +78,7 @@ class GatedT5(T5):
     """b_c (1 + u_i + (1 − u_i) a r_i), c the bucket of j − i: T5's term, gated by the query.
 
     u_i and r_i are σ of the two gates of query i, b (`T5`) and a are learned per head.  Chi et al.
-    2022 (XLM-E), app. A; Chen et al. 2022 (WavLM), eq. 4 to 6. Those make the gates of the query
+    2022 (XLM-E); Chen et al. 2022 (WavLM). Those make the gates of the query
     vector, `nn.MultiHeadAttention` makes them of its token.
     """
 

@@ -88,12 +88,12 @@ def entmax(p, s):
 
 
 def top_two(p, s):
-    largest = s >= np.sort(s)[-2:][0]  # Zhao et al. 2019, eq. 4 and 5
+    largest = s >= np.sort(s)[-2:][0]  # Zhao et al. 2019
     return largest * np.exp(s) / np.exp(s[largest]).sum()
 
 
 def stick_breaking(p, s):
-    taken = 1 / (1 + np.exp(-s))  # Tan et al. 2025, eq. 2
+    taken = 1 / (1 + np.exp(-s))  # Tan et al. 2025
     return np.array([taken[j] * np.prod(1 - taken[j + 1 :]) for j in range(len(s))])
 
 
