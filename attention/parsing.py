@@ -150,7 +150,7 @@ def unparse(part: Any) -> str:
         case _ if not isinstance(part, _NAMEABLE):
             return repr(part)
     arguments, positional = [], True
-    for field in dataclasses.fields(part):
+    for field in dataclasses.fields(part):  # type: ignore[arg-type]
         value = getattr(part, field.name)
         if value == field.default:
             positional = False

@@ -59,16 +59,17 @@ def recurrence(
 
     Outputs have the value's dtype, the state is float32 (float64 for float64 values).
     """
+    query, key, value = map(jnp.asarray, (query, key, value))
     T, D = key.shape
     dtype = accumulator(value.dtype)
-    state = jnp.zeros((value.shape[1], D), dtype) if state is None else state.astype(dtype)
+    last = jnp.zeros((value.shape[1], D), dtype) if state is None else jnp.asarray(state, dtype)
     if T == 0:
-        return value, state
+        return value, last
     size = min(chunk, T)
     padding = -T % size
 
     def chunks(x):
-        x = jnp.pad(x.astype(dtype), ((0, padding), (0, 0)))
+        x = jnp.pad(jnp.asarray(x, dtype), ((0, padding), (0, 0)))
         return x.reshape(-1, size, x.shape[1])
 
     starts = jnp.zeros(T, bool) if starts is None else starts
@@ -79,10 +80,10 @@ def recurrence(
         jnp.pad(starts, (0, padding)).reshape(-1, size),
     )
     if T == size:
-        state, out = _chunk(state, jax.tree.map(lambda x: x[0], inputs))
+        last, out = _chunk(last, jax.tree.map(lambda x: x[0], inputs))
     else:
-        state, out = jax.lax.scan(jax.checkpoint(_chunk), state, inputs)
-    return out.reshape(-1, value.shape[1])[:T].astype(value.dtype), state
+        last, out = jax.lax.scan(jax.checkpoint(_chunk), last, inputs)
+    return out.reshape(-1, value.shape[1])[:T].astype(value.dtype), last
 
 
 def _chunk(state, inputs):

@@ -145,7 +145,7 @@ def _check_heads(config, layer):
             f"num_heads must divide model_dim, or head_dim be given: got num_heads={H}, "
             f"model_dim={config.model_dim}{where}"
         )
-    if K is not None and H % K:
+    if K is not None and H % K and layer.mixer is None:  # which has no num_kv_heads
         raise ValueError(
             f"num_kv_heads must divide num_heads: got num_kv_heads={K}, num_heads={H}{where}"
         )
@@ -268,8 +268,8 @@ class Block(nn.Module):
             at = decoding.positions(state.self_attention, x.shape[-2])
             memory_data.setdefault("query_positions", at)
         parts = self._parts(cross=context is not None)
-        if "query_segments" not in _mask_inputs(self.mechanism, self.layer) and self.layer.mixer:
-            data.pop("query_segments", None)
+        if self.layer.mixer is not None and data.get("query_segments") is not None:
+            _check_segments(self.mechanism, self.layer)
 
         def attend_self(y):
             nonlocal state
@@ -560,6 +560,14 @@ class Stack(nn.Module):
 def _mask_inputs(mechanism, layer):
     """The names of the data that the mask of a layer reads."""
     return set().union(*layer.mechanism(mechanism).mask.required_inputs)
+
+
+def _check_segments(mechanism, layer):
+    if "query_segments" not in _mask_inputs(mechanism, layer):
+        raise ValueError(
+            f"query_segments was given, but the mask {mechanism.mask} ignores it, and so does "
+            f"{layer}: combine it with masks.Segments()"
+        )
 
 
 def _at(index, axis, leaf):

@@ -87,8 +87,13 @@ def main_kind(by_kind: Collection[str]) -> str:
 def keep(
     task: Any, examples: Mapping[str, np.ndarray], weights: Mapping[str, Sequence[np.ndarray]]
 ) -> list[dict[str, Map]]:
-    """For each example the map of each kind, without padding; `weights` [B, H, T, S] by layer."""
-    maps = []
+    """For each example the map of each kind, without padding; `weights` [B, H, T, S] by layer.
+
+    None of a model without weights.
+    """
+    maps: list[dict[str, Map]] = []
+    if not weights:
+        return maps
     by_kind = {kind: _with_all_heads(layers) for kind, layers in weights.items()}
     for b in range(len(examples["inputs"])):
         inputs = task.tokens(examples["inputs"][b])
