@@ -23,7 +23,7 @@ from attention.kernels import products
 from attention.mechanism import Mechanism
 from attention.parts import Array, Score, check_counts, check_numbers, check_part
 
-__all__ = ["GLA", "KDA", "SSD", "Delta", "GatedDelta", "Linear", "Mixer", "RetNet"]
+__all__ = ["GLA", "KDA", "SSD", "Delta", "GatedDelta", "LinearAttention", "Mixer", "RetNet"]
 
 
 class MixerState(NamedTuple):
@@ -106,7 +106,7 @@ class _Recurrence(Mixer):
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear(_Recurrence):
+class LinearAttention(_Recurrence):
     """Linear attention, S_t = S_{t−1} + v_t φ(k_t)ᵀ, o_t = S_t φ(q_t).  Katharopoulos et al. 2020.
 
     `score` is the φ, one of `attention.scores` of features. The sum of the weights divides nothing:
@@ -119,10 +119,10 @@ class Linear(_Recurrence):
 
     def __post_init__(self):
         super().__post_init__()
-        check_part("score of Linear", self.score, Score)
+        check_part("score of LinearAttention", self.score, Score)
         if reason := products.not_of_features(Mechanism(self.score), 4, 4):
             raise ValueError(
-                f"score={self.score} of Linear is no product of features ({reason}): take "
+                f"score={self.score} of LinearAttention is no product of features ({reason}): take "
                 "elu_features, taylor_features, random_features or dot"
             )
 

@@ -57,6 +57,6 @@ def sweep_mask(config):
 def sweep_mixer(config):
     if config.model.mask != "causal":
         return
-    for mixer in ("linear", "gla", "delta", "gated_delta", "kda"):
+    for mixer in ("linear_attention", "gla", "delta", "gated_delta", "kda"):
         yield {"name": mixer, "model.layers": f"layer(mixer={mixer})"}
     yield {"name": "gated_delta + full", "model.layers": "layer(mixer=gated_delta) + full"}

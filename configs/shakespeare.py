@@ -40,7 +40,7 @@ def sweep_layers():
 
 def sweep_mixer():
     """Mixers in every layer, and the gated delta rule in three of four."""
-    for mixer in ("linear", "ret_net", "gla", "ssd", "delta", "gated_delta", "kda"):
+    for mixer in ("linear_attention", "ret_net", "gla", "ssd", "delta", "gated_delta", "kda"):
         yield {"name": mixer, "model.position": "none", "model.layers": f"layer(mixer={mixer})"}
     hybrid = "3*layer(mixer=gated_delta) + full"
     yield {"name": "gated_delta, 1 of 4 full", "model.position": "none", "model.layers": hybrid}
