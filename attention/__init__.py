@@ -5,7 +5,7 @@ The kernels need jax and numpy only; the Flax modules are in `attention.nn` and 
 
 import warnings
 
-from attention import decoding, masks, normalizers, positions, scores, search
+from attention import decoding, masks, mixers, normalizers, positions, scores, search
 from attention.api import attend, explain
 from attention.drop_in import dot_product_attention
 from attention.layers import Layer, parse_layers
@@ -38,6 +38,7 @@ __all__ = [
     "dot_product_attention",
     "explain",
     "masks",
+    "mixers",
     "normalizers",
     "parse",
     "parse_layers",

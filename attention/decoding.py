@@ -151,6 +151,11 @@ class Cache(_Cache):
         return super(Cache, new)._replace(key=key, value=value, non_finite=(bad_key, bad_value))
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values, empty slots included."""
+        return self.key.nbytes + self.value.nbytes
+
+    @property
     def max_length(self) -> int:
         """The most tokens of a text."""
         return self.key.shape[-3] if self.window is None else self.window.max_length

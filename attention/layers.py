@@ -15,8 +15,9 @@ import itertools
 from collections.abc import Iterable
 
 from attention.integers import whole_number
-from attention.masks import Full
+from attention.masks import Causal, Full, Padding, Segments
 from attention.mechanism import PART_KINDS, Mechanism
+from attention.mixers import Mixer
 from attention.parsing import parse, unparse
 from attention.parts import (
     And,
@@ -42,9 +43,10 @@ class Layer:
       mask: on top of the model's: the layer sees what both allow, so that in a decoder whose mask
         is causal `SlidingWindow(128)` looks back only, and `Full()` is the model's mask.
       num_heads, num_kv_heads, head_dim: in place of the model's; None: the model's.
+      mixer: in place of the attention, see `attention.mixers`; None: the layer attends.
 
-    Raises ValueError where a part is not of its kind, a size is not positive, or the position adds
-    to the embeddings, of which a model has one.
+    Raises ValueError where a part is not of its kind, a size is not positive, the position adds to
+    the embeddings, of which a model has one, or a layer has a mixer and parts of an attention.
     """
 
     score: Score | None = None
@@ -54,12 +56,15 @@ class Layer:
     num_heads: int | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
+    mixer: Mixer | None = None
 
     def __post_init__(self):
         for kind, base in PART_KINDS.items():
             if getattr(self, kind) is not None:
                 check_part(f"{kind} of Layer", getattr(self, kind), base)
         check_counts(self, num_heads=1, num_kv_heads=1, head_dim=1)
+        if self.mixer is not None:
+            self._check_mixer()
         if self.position is not None and embeds(self.position):
             raise ValueError(
                 f"position={unparse(self.position)} of a layer is added to the embeddings, which "
@@ -67,8 +72,34 @@ class Layer:
                 "on query, key or scores"
             )
 
+    def _check_mixer(self):
+        if not isinstance(self.mixer, Mixer):
+            raise ValueError(
+                f"mixer of Layer must be an attention.mixers.Mixer, got {self.mixer!r}; a name "
+                "becomes one with attention.parse"
+            )
+        for name in (*PART_KINDS, "num_kv_heads"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(
+                    f"a layer has a mixer or an attention, got mixer={unparse(self.mixer)} and "
+                    f"{name}={unparse(value)}: leave one of them out"
+                )
+
     def mechanism(self, model: Mechanism) -> Mechanism:
-        """The mechanism of the layer in a model with that mechanism."""
+        """The mechanism of the layer in a model with that mechanism; the model's with a mixer.
+
+        Raises ValueError for a mixer where the model's mask is not causal: causal alone, or with
+        padding and segments.
+        """
+        if self.mixer is not None:
+            terms = set(_terms(model.mask))
+            if Causal() not in terms or not terms <= {Causal(), Padding(), Segments(), Full()}:
+                raise ValueError(
+                    f"mixer={unparse(self.mixer)} reads all tokens before its own and none after "
+                    "it: the model's mask must be causal, alone or with segments or padding; got "
+                    f"mask={unparse(model.mask)}"
+                )
+            return model
         own = {kind: getattr(self, kind) for kind in PART_KINDS}
         own = {kind: part for kind, part in own.items() if part is not None}
         if self.mask is not None:
@@ -76,7 +107,9 @@ class Layer:
         return dataclasses.replace(model, **own)
 
     def label(self, model: Mechanism) -> str:
-        """What the layer is in a model: its mask, and what else it has of its own."""
+        """What the layer is in a model: its mask or mixer, and what else it has of its own."""
+        if self.mixer is not None:
+            return str(self)
         fields = {name: text for name, text in _fields(self).items() if name != "mask"}
         own = (f"{name}={text}" for name, text in fields.items())
         return ", ".join((unparse(self.mechanism(model).mask), *own))
@@ -171,10 +204,11 @@ def _value(keyword):
     """The part or the number that a field of a layer is set to, a part with or without quotes."""
     name, node = keyword.arg, keyword.value
     constant = node.value if isinstance(node, ast.Constant) else ast.unparse(node)
-    if name in PART_KINDS and isinstance(constant, str):
+    has_part = name == "mixer" or name in PART_KINDS
+    if has_part and isinstance(constant, str):
         return parse(name, constant)
-    if name in PART_KINDS or not isinstance(constant, int):
-        expected = "a part" if name in PART_KINDS else "a whole number"
+    if has_part or not isinstance(constant, int):
+        expected = "a part" if has_part else "a whole number"
         raise ValueError(
             f"{name}={ast.unparse(node)} is not {expected}; leave it out for that of the model"
         )

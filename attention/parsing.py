@@ -9,37 +9,42 @@ import operator
 import re
 from typing import Any
 
-from attention import masks, normalizers, positions, scores
+from attention import masks, mixers, normalizers, positions, scores
 from attention.mechanism import PART_KINDS
+from attention.mixers import Mixer
 from attention.parts import And, Mask, Normalizer, Not, Or, Position, Score, Sum
 
+_BASES = {**PART_KINDS, "mixer": Mixer}
 _MODULES = {
-    "score": (scores, "ScaledDot"),
-    "position": (positions, "NoPE"),
-    "mask": (masks, "Full"),
-    "normalizer": (normalizers, "Softmax"),
+    "score": (scores,),
+    "position": (positions,),
+    "mask": (masks,),
+    "normalizer": (normalizers,),
+    "mixer": (mixers, scores),  # a mixer may have a score
 }
-_NAMEABLE = (Score, Position, Mask, Normalizer, positions.Linear)
+_NOTHING = {"score": "ScaledDot", "position": "NoPE", "mask": "Full", "normalizer": "Softmax"}
+_NAMEABLE = (Score, Position, Mask, Normalizer, Mixer, positions.Linear)
 
 
 def parse(kind: str, text: str) -> Any:
     """The part that `text` describes; what configs use to name parts.
 
-    `kind` is 'score', 'position', 'mask' or 'normalizer'. `text` is an expression of names and
-    literals: a class name in any case, with or without underscores, and its hyper-parameters.
+    `kind` is 'score', 'position', 'mask', 'normalizer' or 'mixer'. `text` is an expression of names
+    and literals: a class name in any case, with or without underscores, and its hyper-parameters.
 
         parse('score', 'soft_cap(additive(hidden=32), cap=30)')
         parse('position', 'rope(base=500000, scaling=yarn(4, original_length=64))')
         parse('mask', 'causal & (sliding_window(256) | prefix(4))')
         parse('score', 'my_package.my_module:MyScore(3)')     # a part of one's own
 
-    'none' is the part that does nothing. Raises ValueError naming the known parts, nearest first.
+    'none' is the part that does nothing, which no mixer is. Raises ValueError naming the known
+    parts, nearest first.
     """
-    if kind not in PART_KINDS:
-        raise ValueError(f"kind must be one of {', '.join(PART_KINDS)}, got {kind!r}")
-    base, (_, nothing) = PART_KINDS[kind], _MODULES[kind]
-    if text.strip().lower() == "none":
-        text = nothing
+    if kind not in _BASES:
+        raise ValueError(f"kind must be one of {', '.join(_BASES)}, got {kind!r}")
+    base = _BASES[kind]
+    if text.strip().lower() == "none" and kind in _NOTHING:
+        text = _NOTHING[kind]
     try:
         tree = ast.parse(text.strip().replace(":", "."), mode="eval").body
     except SyntaxError as error:
@@ -100,7 +105,7 @@ def _construct(kind, cls, args, kwargs):
 
 
 def _find(kind: str, name: str) -> type:
-    base, (module, _) = PART_KINDS[kind], _MODULES[kind]
+    base = _BASES[kind]
     if "." in name:
         where, _, attribute = name.rpartition(".")
         try:
@@ -113,6 +118,7 @@ def _find(kind: str, name: str) -> type:
         return cls
     known = {
         cls.__name__.lower(): cls
+        for module in _MODULES[kind]
         for cls in vars(module).values()
         if isinstance(cls, type) and issubclass(cls, _NAMEABLE) and not inspect.isabstract(cls)
         if not cls.__name__.startswith("_")
@@ -123,7 +129,8 @@ def _find(kind: str, name: str) -> type:
     parts = [cls.__name__ for cls in known.values() if issubclass(cls, base)]
     near = difflib.get_close_matches(plain, [p.lower() for p in parts], n=3, cutoff=0.4)
     parts.sort(key=lambda p: near.index(p.lower()) if p.lower() in near else len(near))
-    raise ValueError(f"{kind}: unknown {name!r}; known are {', '.join(parts)}, none")
+    parts += ["none"] if kind in _NOTHING else []
+    raise ValueError(f"{kind}: unknown {name!r}; known are {', '.join(parts)}")
 
 
 def unparse(part: Any) -> str:
@@ -143,7 +150,7 @@ def unparse(part: Any) -> str:
         case _ if not isinstance(part, _NAMEABLE):
             return repr(part)
     arguments, positional = [], True
-    for field in dataclasses.fields(part):
+    for field in dataclasses.fields(part):  # type: ignore[arg-type]
         value = getattr(part, field.name)
         if value == field.default:
             positional = False
@@ -157,7 +164,8 @@ def _in_brackets(part, *kinds):
 
 
 def _name(cls):
-    if not any(getattr(module, cls.__name__, None) is cls for module, _ in _MODULES.values()):
+    modules = [module for modules in _MODULES.values() for module in modules]
+    if not any(getattr(module, cls.__name__, None) is cls for module in modules):
         return f"{cls.__module__}:{cls.__qualname__}"
     acronym = re.match("[A-Z]{2}", cls.__name__)
     words = cls.__name__ if acronym else re.sub("(?<=[a-z0-9])(?=[A-Z][a-z])", "_", cls.__name__)

@@ -11,6 +11,9 @@ The paper takes the best of six learning rates and weight decays in each cell, a
 In Compression a mask hides the symbols from what follows the compression token, so that the state
 of that token is all there is, as for the auto-encoder of the paper.
 
+--sweep=mixer compares attention with layers of fixed state; not in Compression, whose mask they
+cannot have.
+
 One seed of the base had an accuracy of 1.00 on the test split of In-context recall, Selective
 copying and Memorization, 0.78 of Noisy recall, 0.25 of Compression (a guess has 0.07), and 0.18 of
 Fuzzy recall, which is not learned in these steps.
@@ -49,3 +52,11 @@ def sweep_position():
 
 def sweep_mask(config):
     yield {"model.mask": f"{config.model.mask} & sliding_window(16)"}
+
+
+def sweep_mixer(config):
+    if config.model.mask != "causal":
+        return
+    for mixer in ("linear_attention", "gla", "delta", "gated_delta", "kda"):
+        yield {"name": mixer, "model.layers": f"layer(mixer={mixer})"}
+    yield {"name": "gated_delta + full", "model.layers": "layer(mixer=gated_delta) + full"}

@@ -7,7 +7,8 @@
 `--config.task.tfds=tiny_shakespeare` downloads it. Loss in nats over the last tenth of the text,
 which is half validation and half test, at the trained length of 64: learned 1.90 (published: 1.88),
 rope 1.79, alibi 1.86, none 2.05. At lengths never trained on: configs/reference/extrapolation.py.
-`--sweep=layers` compares patterns of layers that look back 16 characters and layers that see all.
+`--sweep=layers` compares patterns of layers that look back 16 characters and layers that see all,
+`--sweep=mixer` attention and layers of linear attention, with decay and the delta rule.
 """
 
 from experiments.config import settings
@@ -35,3 +36,11 @@ def sweep_layers():
         ("3 local, 1 global without positions", f"{local} + layer(position=none)"),
     ):
         yield {"name": name, "model.position": "rope", "model.layers": layers}
+
+
+def sweep_mixer():
+    """Mixers in every layer, and the gated delta rule in three of four."""
+    for mixer in ("linear_attention", "ret_net", "gla", "ssd", "delta", "gated_delta", "kda"):
+        yield {"name": mixer, "model.position": "none", "model.layers": f"layer(mixer={mixer})"}
+    hybrid = "3*layer(mixer=gated_delta) + full"
+    yield {"name": "gated_delta, 1 of 4 full", "model.position": "none", "model.layers": hybrid}

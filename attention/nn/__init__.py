@@ -2,6 +2,7 @@
 
 from attention.nn.blocks import Block, Embedding, ParallelBlock, Stack, TransformerConfig
 from attention.nn.gates import OutputGate
+from attention.nn.mixers import LinearMixer
 from attention.nn.mlp import MLP, GatedMLP
 from attention.nn.multi_head import MultiHeadAttention
 from attention.nn.partition import logical_axes, make_mesh, named, shardings
@@ -11,6 +12,7 @@ __all__ = [
     "Block",
     "Embedding",
     "GatedMLP",
+    "LinearMixer",
     "MultiHeadAttention",
     "OutputGate",
     "ParallelBlock",

@@ -125,6 +125,7 @@ class TransformerConfig:
         object.__setattr__(self, "layers", tuple(self.layers))
         for layer in self.layers:
             _check_heads(self, layer)
+            layer.mechanism(self.decoder)  # raises where a mixer does not fit the mask
         if self.layers and self.num_layers % (count := len(self.layers)):
             more = self.num_layers + -self.num_layers % count
             raise ValueError(
@@ -149,7 +150,7 @@ def _check_heads(config, layer):
             f"num_heads must divide model_dim, or head_dim be given: got num_heads={H}, "
             f"model_dim={config.model_dim}{where}"
         )
-    if K is not None and H % K:
+    if K is not None and H % K and layer.mixer is None:  # which has no num_kv_heads
         raise ValueError(
             f"num_kv_heads must divide num_heads: got num_kv_heads={K}, num_heads={H}{where}"
         )
@@ -211,7 +212,7 @@ class DecoderState(NamedTuple):
     the repetitions.
 
     Attributes:
-      self_attention: `decoding.Cache`, keys and values of the text so far.
+      self_attention: `decoding.Cache`, keys and values of the text so far, or the state of a mixer.
       cross_attention: `decoding.Cache`, those of the memory, or None where there is none.
     """
 
@@ -219,10 +220,10 @@ class DecoderState(NamedTuple):
     cross_attention: Any = None
 
     @property
-    def caches(self) -> tuple[Cache, ...]:
-        """Those of self-attention, by layer of the pattern."""
+    def caches(self) -> tuple[Any, ...]:
+        """Those of self-attention and the states of mixers, by layer of the pattern."""
         own = self.self_attention
-        return (own,) if isinstance(own, Cache) else own
+        return (own,) if hasattr(own, "length") else own
 
 
 class Block(nn.Module):
@@ -272,10 +273,12 @@ class Block(nn.Module):
             at = decoding.positions(state.self_attention, x.shape[-2])
             memory_data.setdefault("query_positions", at)
         parts = self._parts(cross=context is not None)
+        if self.layer.mixer is not None and data.get("query_segments") is not None:
+            _check_segments(self.mechanism, self.layer)
 
         def attend_self(y):
             nonlocal state
-            y = parts["self_attention"](y, deterministic=deterministic, **data)
+            y = parts[self._mixes](y, deterministic=deterministic, **data)
             if state is not None:
                 y, cache = y
                 state = state._replace(self_attention=cache)
@@ -284,7 +287,7 @@ class Block(nn.Module):
         def attend_memory(y):
             return parts["cross_attention"](y, context, deterministic=deterministic, **memory_data)
 
-        branches: dict[str, Callable] = {"self_attention": attend_self}
+        branches: dict[str, Callable] = {self._mixes: attend_self}
         if context is not None:
             branches["cross_attention"] = attend_memory
         branches["mlp"] = parts["mlp"]
@@ -297,6 +300,11 @@ class Block(nn.Module):
             x, [(parts[f"{name}_norm"], with_dropout(name, f)) for name, f in branches.items()]
         )
         return x if state is None else (x, state)
+
+    @property
+    def _mixes(self):
+        """The name of the branch that moves information between tokens."""
+        return "self_attention" if self.layer.mixer is None else "mixer"
 
     def _residual(self, x, branches):
         """x after its branches, (norm, f) each."""
@@ -319,10 +327,13 @@ class Block(nn.Module):
     def _parts(self, cross: bool) -> dict[str, Any]:
         c = self.config
         own = self.layer
-        attentions = {"self_attention": (own.mechanism(self.mechanism), _heads(c, own))}
+        mechanism = own.mechanism(self.mechanism)  # raises where a mixer does not fit the mask
+        attentions = {}
+        if own.mixer is None:
+            attentions["self_attention"] = mechanism, _heads(c, own)
         if cross:
             attentions["cross_attention"] = c.cross, _heads(c, Layer())
-        branches = c.num_layers * (1 + len(attentions))
+        branches = c.num_layers * (3 if cross else 2)
         settings = {
             "use_bias": c.use_bias,
             "dtype": c.dtype,
@@ -330,7 +341,13 @@ class Block(nn.Module):
             "kernel_init": nn.initializers.normal(c.init_stddev),
             "out_kernel_init": nn.initializers.normal(c.init_stddev * branches**-0.5),
         }
-        parts: dict[str, Any] = {
+        parts: dict[str, Any] = {}
+        if own.mixer is not None:
+            H, _, head_dim = _heads(c, own).values()
+            parts["mixer"] = own.mixer.module(
+                num_heads=H, head_dim=head_dim, name="mixer", **settings
+            )
+        parts |= {
             name: MultiHeadAttention(
                 mechanism=mechanism,
                 dropout_rate=c.attention_dropout_rate,
@@ -447,19 +464,23 @@ class Stack(nn.Module):
     ) -> DecoderState:
         """The state before any token, for texts of up to max_length.
 
-        Each layer has the cache that its heads and its mask need. The memory [..., S, M], of which
-        `lengths` [...] are real, is projected here, once.
+        Each layer has the cache that its heads and its mask need, or the state of its mixer. The
+        memory [..., S, M], of which `lengths` [...] are real, is projected here, once.
         """
         c = self.config
 
         def cache(layer):
             H, K, head_dim = _heads(c, layer).values()
+            head_dim = head_dim or c.model_dim // H
             mechanism = layer.mechanism(self.mechanism)
+            of_layers = (*batch, c.num_layers // len(self._period))
+            if layer.mixer is not None:
+                return layer.mixer.empty(of_layers, H, head_dim, c.dtype)
             return decoding.empty(
-                (*batch, c.num_layers // len(self._period)),
+                of_layers,
                 max_length,
                 K or H,
-                head_dim or c.model_dim // H,
+                head_dim,
                 dtype=c.dtype,
                 position=mechanism.position,
                 mask=mechanism.mask,
@@ -546,6 +567,14 @@ class Stack(nn.Module):
 def mask_inputs(mechanism, layer):
     """The names of the data that the mask of a layer reads."""
     return set().union(*layer.mechanism(mechanism).mask.required_inputs)
+
+
+def _check_segments(mechanism, layer):
+    if "query_segments" not in _mask_inputs(mechanism, layer):
+        raise ValueError(
+            f"query_segments was given, but the mask {mechanism.mask} ignores it, and so does "
+            f"{layer}: combine it with masks.Segments()"
+        )
 
 
 def _at(index, axis, leaf):

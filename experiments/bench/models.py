@@ -229,7 +229,7 @@ def _decode(static, params, state, tokens):
         caches = jax.tree.map(  # the token's slot is free again, so that runs are alike
             lambda cache, old: cache._replace(length=old.length),
             *(new.self_attention, state.self_attention),
-            is_leaf=lambda x: isinstance(x, attention.decoding.Cache),
+            is_leaf=lambda x: hasattr(x, "length"),
         )
         return new._replace(self_attention=caches), logits
 

@@ -64,10 +64,20 @@ def transformer(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
 
 
 def layer_names(m: ConfigDict, kinds: Collection[str]) -> dict[str, list[str]]:
-    """What each layer is, by kind of attention, of those that have a pattern; see `Layer.label`."""
+    """What each layer is, by kind of attention, of those that have a pattern; see `Layer.label`.
+
+    Layers with a mixer have no weights and are left out; then the others say where they are.
+    """
     pattern = attention.parse_layers(m.layers)
     mechanism = attention.Mechanism(mask=attention.parse("mask", m.mask))
-    names = [layer.label(mechanism) for layer in pattern] * (m.num_layers // (len(pattern) or 1))
+    layers = pattern * (m.num_layers // (len(pattern) or 1))
+    names = [layer.label(mechanism) for layer in layers]
+    if any(layer.mixer is not None for layer in layers):
+        names = [
+            f"{name} at depth {i} of {m.num_layers}"
+            for i, (name, layer) in enumerate(zip(names, layers, strict=True), start=1)
+            if layer.mixer is None
+        ]
     return {kind: names for kind in kinds if names and kind in ("self", "decoder")}
 
 

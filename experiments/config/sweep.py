@@ -158,12 +158,13 @@ def _layers(m, parts):
     if not pattern or m.num_layers % len(pattern):
         return pattern
     mechanism = attention.Mechanism(**{kind: parts[kind] for kind in PART_KINDS})
-    sizes = [(layer.num_heads, layer.num_kv_heads, layer.head_dim) for layer in pattern]
+    names = ("num_heads", "num_kv_heads", "head_dim", "mixer")
+    own = [tuple(getattr(layer, name) for name in names) for layer in pattern]
     layers = [
         (layer.mechanism(mechanism), *of_layer)
-        for layer, of_layer in zip(pattern, sizes, strict=True)
+        for layer, of_layer in zip(pattern, own, strict=True)
     ]
-    same = all(layer == (mechanism, None, None, None) for layer in layers)
+    same = all(layer == (mechanism, *[None] * len(names)) for layer in layers)
     return () if same else tuple(layers) * (m.num_layers // len(pattern))
 
 

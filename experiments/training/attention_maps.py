@@ -48,12 +48,17 @@ def first(split: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
 def metrics(measured: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """'attention/entropy' and 'attention/first_token' [R], means over layers and heads.
 
-    They are about the `main` kind of attention. `measured` are arrays [R, H] of each layer.
+    They are about the `main` kind of attention; none of a model without weights. `measured` are
+    arrays [R, H] of each layer.
     """
-    return {
-        f"attention/{name}": np.concatenate(layers, 1).mean(1)
-        for name, layers in main(measured).items()
-    }
+    return (
+        {}
+        if not measured
+        else {
+            f"attention/{name}": np.concatenate(layers, 1).mean(1)
+            for name, layers in main(measured).items()
+        }
+    )
 
 
 def describe(measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,8 +87,13 @@ def main_kind(by_kind: Collection[str]) -> str:
 def keep(
     task: Any, examples: Mapping[str, np.ndarray], weights: Mapping[str, Sequence[np.ndarray]]
 ) -> list[dict[str, Map]]:
-    """For each example the map of each kind, without padding; `weights` [B, H, T, S] by layer."""
-    maps = []
+    """For each example the map of each kind, without padding; `weights` [B, H, T, S] by layer.
+
+    None of a model without weights.
+    """
+    maps: list[dict[str, Map]] = []
+    if not weights:
+        return maps
     by_kind = {kind: _with_all_heads(layers) for kind, layers in weights.items()}
     for b in range(len(examples["inputs"])):
         inputs = task.tokens(examples["inputs"][b])

@@ -13,34 +13,42 @@ from experiments.training.data import model_inputs
 
 
 def weights(model: Any, params: Any, batch: Mapping[str, Any]) -> dict[str, list[jax.Array]]:
-    """The weights of each kind of attention on a batch, [B, H, T, S] of each layer, float32."""
+    """The weights of each kind of attention on a batch, [B, H, T, S] of each layer, float32.
+
+    Only of kinds and layers that have weights: a layer with a mixer has none.
+    """
     _, sown = model.apply(params, *model_inputs(batch), mutable=["intermediates"])
-    sown = sown["intermediates"]
+    sown = sown.get("intermediates", {})
+    decoder = sown.get("decoder", {})
     if "source" not in batch:
-        return {"self": _layers(sown["decoder"], "self_attention")}
-    by_kind = {}
-    if "encoder" in sown:
-        by_kind["encoder"] = _layers(sown["encoder"]["stack"], "self_attention")
-        by_kind["decoder"] = _layers(sown["decoder"], "self_attention")
-    return {**by_kind, "cross": _layers(sown["decoder"], "cross_attention")}
+        by_kind = {"self": _layers(decoder, "self_attention")}
+    else:
+        by_kind = {}
+        if "encoder" in sown:
+            by_kind["encoder"] = _layers(sown["encoder"]["stack"], "self_attention")
+            by_kind["decoder"] = _layers(decoder, "self_attention")
+        by_kind["cross"] = _layers(decoder, "cross_attention")
+    return {kind: layers for kind, layers in by_kind.items() if layers}
 
 
 def _layers(stack, name):
     """[B, H, T, S] of each layer, of what they have sown: a single one, each its own, or scanned.
 
-    Scanned layers of a pattern have an array each, which its repetitions lead.
+    Scanned layers of a pattern have an array each, which its repetitions lead. Layers that have no
+    weights of that name, as those with a mixer, are left out.
     """
-    if name in stack:
-        layers = [stack[name]["weights"][0]]
-    elif "layers" not in stack:
-        layers = [stack[f"layer_{i}"][name]["weights"][0] for i in range(len(stack))]
-    elif name in stack["layers"]:
-        layers = list(stack["layers"][name]["weights"][0])
-    else:
-        period = stack["layers"]
-        repeated = [period[f"layer_{i}"][name]["weights"][0] for i in range(len(period))]
-        layers = [layer for repetition in zip(*repeated, strict=True) for layer in repetition]
-    return [w.astype(jnp.float32) for w in layers]
+    stack, scanned = stack.get("layers", stack), "layers" in stack
+    blocks = [stack] if name in stack else _in_order(stack)
+    sown = [block[name]["weights"][0] for block in blocks if name in block]
+    if scanned:
+        sown = [w for repetition in zip(*sown, strict=True) for w in repetition]
+    return [w.astype(jnp.float32) for w in sown]
+
+
+def _in_order(stack):
+    """The blocks layer_0, layer_1 ... of those that have sown something."""
+    names = [name for name in stack if name.startswith("layer_")]
+    return [stack[name] for name in sorted(names, key=lambda name: int(name[6:]))]
 
 
 def totals(by_kind: Mapping[str, Sequence[jax.Array]], batch: Mapping[str, Any]) -> dict[str, Any]:

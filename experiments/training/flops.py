@@ -81,6 +81,8 @@ def _of_equation(equation):
         (contracted, _), _ = equation.params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
         return 2.0 * equation.outvars[0].aval.size * math.prod(shape[i] for i in contracted)
+    if name == "triangular_solve":
+        return float(equation.outvars[0].aval.size * equation.invars[0].aval.shape[-1])
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval
         out_features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]

@@ -1,0 +1,143 @@
+"""Linear recurrences with decay and the delta rule, in chunks.
+
+With the state S [V, D] of a head, in the papers' orientation,
+
+    S_t = S_{t−1} diag(a_t) (I − β_t k_t k_tᵀ) + β_t v_t k_tᵀ,    o_t = S_t q_t
+
+is the gated delta rule: a_t is one number in Yang et al. 2025 (Gated DeltaNet, eq. 10) and one for
+each channel in KDA (Kimi Linear 2025, eq. 1), 1 in DeltaNet (Yang et al. 2024). Without a rate β it
+is linear attention with decay, S_t = S_{t−1} diag(a_t) + v_t k_tᵀ: RetNet (Sun et al. 2023), GLA
+(Yang et al. 2024), SSD (Dao & Gu 2024).
+
+In a chunk that begins with the state S_0, and with b_t = a_1 ⊙ … ⊙ a_t,
+
+    S_t = S_0 diag(b_t) + Σ_{s ≤ t} u_s (k_s ⊙ b_t / b_s)ᵀ
+    u_t = β_t (v_t − S_0 (k_t ⊙ b_t) − Σ_{s < t} ((k_t ⊙ b_t / b_s) · k_s) u_s)
+
+so that the u of a chunk solve a triangular system (the WY form of Bischof & Van Loan 1987), and all
+else are products of matrices. No b_s is ever divided by: a ratio of two is the exponential of a
+sum of logarithms that are 0 or less, from an anchor between them (Yang et al. 2024, sec. 4.3).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from attention.parts import Array, accumulator
+
+CHUNK = 64
+"""Tokens of a chunk."""
+
+_LEAST_LOG_DECAY = -40.0  # which float64 does not tell from none left
+_BLOCK = 16  # tokens whose ratios of decays are written out, for each channel
+
+
+def recurrence(
+    query: Array,
+    key: Array,
+    value: Array,
+    log_decay: Array | None = None,
+    rate: Array | None = None,
+    *,
+    starts: Array | None = None,
+    state: Array | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Array, Array]:
+    """The recurrence of one head of one example: outputs [T, V] and the last state [V, D].
+
+    O(T) time; backward it keeps the state of each chunk alone and computes the rest once more.
+
+    Args:
+      query, key, value: [T, D], [T, D], [T, V].
+      log_decay: log a, 0 or less, −∞ too: [T, D] by channel, or [T, 1]; None: a = 1.
+      rate: β [T], in [0, 1], or in [0, 2] for eigenvalues in [−1, 1] (Grazzi et al. 2025), with
+        ‖k‖ ≤ 1 and v not multiplied yet; None: no delta rule.
+      starts: [T] bool, tokens that read and continue no state from before them; None: none.
+      state: [V, D] before the first token, 0 unless given.
+      chunk: tokens of a chunk.
+
+    Outputs have the value's dtype, the state is float32 (float64 for float64 values).
+    """
+    query, key, value = map(jnp.asarray, (query, key, value))
+    T, D = key.shape
+    dtype = accumulator(value.dtype)
+    last = jnp.zeros((value.shape[1], D), dtype) if state is None else jnp.asarray(state, dtype)
+    if T == 0:
+        return value, last
+    size = min(chunk, T)
+    padding = -T % size
+
+    def chunks(x):
+        x = jnp.pad(jnp.asarray(x, dtype), ((0, padding), (0, 0)))
+        return x.reshape(-1, size, x.shape[1])
+
+    starts = jnp.zeros(T, bool) if starts is None else starts
+    inputs = (
+        *(chunks(x) for x in (query, key, value)),
+        None if log_decay is None else chunks(jnp.maximum(log_decay, _LEAST_LOG_DECAY)),
+        None if rate is None else chunks(rate[:, None])[..., 0],
+        jnp.pad(starts, (0, padding)).reshape(-1, size),
+    )
+    if T == size:
+        last, out = _chunk(last, jax.tree.map(lambda x: x[0], inputs))
+    else:
+        last, out = jax.lax.scan(jax.checkpoint(_chunk), last, inputs)
+    return out.reshape(-1, value.shape[1])[:T].astype(value.dtype), last
+
+
+def _chunk(state, inputs):
+    """The state [V, D] after a chunk, and its outputs [C, V]."""
+    query, key, value, log_decay, rate, starts = inputs
+    C = len(key)
+    document = jnp.cumsum(starts)
+    continues = (document == 0)[:, None]
+    same = document[:, None] == document
+    if log_decay is None:
+        log_decay = jnp.zeros((C, 1), key.dtype)
+    total = jnp.cumsum(log_decay, axis=0)  # log b
+    since_state = jnp.where(continues, jnp.exp(total), 0)
+    scores = functools.partial(_decayed_scores, key=key, log_decay=log_decay, total=total)
+    u = value
+    if rate is not None:
+        u = rate[:, None] * (value - (key * since_state) @ state.T)
+        before = same & jnp.tri(C, k=-1, dtype=bool)
+        system = jnp.where(before, rate[:, None] * scores(key), 0) + jnp.eye(C, dtype=key.dtype)
+        u = jax.lax.linalg.triangular_solve(
+            system, u, left_side=True, lower=True, unit_diagonal=True
+        )
+    visible = same & jnp.tri(C, dtype=bool)
+    out = (query * since_state) @ state.T + jnp.where(visible, scores(query), 0) @ u
+    after = jnp.exp(total[-1:] - total)
+    added = jnp.where(same[-1][:, None], key * after, 0)
+    return state * since_state[-1] + u.T @ added, out
+
+
+def _decayed_scores(x, key, log_decay, total):
+    """Σ_d x_td k_sd b_td / b_sd for s ≤ t: [C, D], [C, D] -> [C, C]; arbitrary numbers elsewhere.
+
+    `total` [C, 1 or D] are the sums of `log_decay` to each token.
+    """
+    C, D = key.shape
+    if log_decay.shape[1] == 1:
+        return (x @ key.T) * jnp.exp(jnp.minimum(total - total.T, 0))
+    size = min(_BLOCK, C)
+    padding = -C % size
+    x, key = (jnp.pad(y, ((0, padding), (0, 0))) for y in (x, key))
+    total = jnp.pad(total, ((0, padding), (0, 0)), mode="edge")
+    length = C + padding
+
+    def blocks(y):
+        return y.reshape(-1, size, D)
+
+    x, own_key, own_total = blocks(x), blocks(key), blocks(total)
+    anchor = jnp.concatenate([jnp.zeros((1, D), total.dtype), own_total[:-1, -1]])[:, None]
+    # Keys of earlier blocks, through the anchor before this block: two exponents of 0 or less.
+    far_key = key * jnp.exp(jnp.minimum(anchor - total, 0))
+    far = jnp.einsum("nid,njd->nij", x * jnp.exp(own_total - anchor), far_key)
+    exponent = jnp.minimum(own_total[:, :, None] - own_total[:, None], 0)
+    near = jnp.einsum("nid,njd,nijd->nij", x, own_key, jnp.exp(exponent))
+    n = jnp.arange(len(near))
+    far = far.reshape(len(near), size, -1, size)
+    scores = far.at[n, :, n].set(near)
+    return scores.reshape(length, length)[:C, :C]
