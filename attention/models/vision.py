@@ -32,7 +32,7 @@ def patches(images: Array, patch_size: Sequence[int]) -> Array:
     return jnp.swapaxes(grid, -4, -3).reshape(*batch, -1, h * w * channels)
 
 
-class _Parts(NamedTuple):
+class _Modules(NamedTuple):
     """The parameters of `VisionTransformer`."""
 
     patch: nn.Module
@@ -132,7 +132,7 @@ class VisionTransformer(nn.Module):
             return self.param(name, init, (count, c.model_dim), c.param_dtype) if count else None
 
         inputs = math.prod(self.patch_size) * self.channels
-        return _Parts(
+        return _Modules(
             patch=Dense(
                 c.model_dim,
                 kernel_init=named(nn.initializers.normal(inputs**-0.5), None, "embed"),

@@ -570,7 +570,7 @@ def mask_inputs(mechanism, layer):
 
 
 def _check_segments(mechanism, layer):
-    if "query_segments" not in _mask_inputs(mechanism, layer):
+    if "query_segments" not in mask_inputs(mechanism, layer):
         raise ValueError(
             f"query_segments was given, but the mask {mechanism.mask} ignores it, and so does "
             f"{layer}: combine it with masks.Segments()"

@@ -184,7 +184,7 @@ def test_parse_reads_every_repr(kind, module, base):
 @pytest.mark.parametrize(
     "kind, text, message",
     [
-        ("scores", "dot", r"kind must be one of score, position, mask, normalizer, got 'scores'"),
+        ("scores", "dot", "kind must be one of score, position, mask, normalizer, mixer, got"),
         ("score", "addditive", r"unknown 'addditive'; known are Additive, .*SoftCap, none$"),
         ("score", "scaled", r"unknown 'scaled'; known are Scale\w*, Scale\w*, "),
         ("position", "soft_cap(rope(3))", r"unknown 'soft_cap'; known are "),
