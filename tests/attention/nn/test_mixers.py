@@ -63,7 +63,7 @@ def test_a_pattern_names_mixers():
     ("layer(mixer=gla, num_kv_heads=1)", ["mixer=gla and num_kv_heads=1: leave one"]),
     ("layer(mixer=mamba)", ["mixer: unknown 'mamba'; known are"]),
     ("layer(mixer=none)", ["mixer: unknown 'none'"]),
-    ("layer(mixer='linear_attention(score=additive)')", ["score=Additive", "no product of features"]),
+    ("layer(mixer=linear_attention(score=additive))", ["score=Additive", "no product of features"]),
     ("layer(mixer='gla(rank=0)')", ["rank of GLA must be a whole number"]),
 ])  # fmt: skip
 def test_a_mixer_that_does_not_fit_is_refused(text, words):
