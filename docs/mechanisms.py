@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import attention
-from attention import decoding, masks, nn, normalizers, positions, scores
+from attention import decoding, masks, mixers, nn, normalizers, positions, scores
 from attention.kernels.registry import KERNELS, Device, describe, unsupported
 from attention.parsing import unparse
 from attention.parts import Mask, Normalizer, Position, Score
@@ -36,6 +36,16 @@ number of keys that does not grow with the text. Memory is O(T) but with *dense*
 (D + V) numbers each. A mask that needs fewer says so.
 
 **Learns** is how many numbers a head of width {D} learns.
+"""
+_MIXERS = """
+## Mixers
+
+A mixer takes the place of attention in a layer, `layer(mixer=...)`. It costs O(T). Whatever the
+length of the text, it keeps the last inputs of its convolutions and a state: here, in numbers of a
+head of width {D}.
+
+| name | equation and paper | state |
+|---|---|---|
 """
 _AROUND = """
 ## Around attention
@@ -81,6 +91,7 @@ def page() -> str:
         text += f"\n## {title}\n\n"
         text += "| name | equation and paper | learns | other kernels | |\n|---|---|---|---|---|\n"
         text += "".join(row(kind, part) for part in parts(module, base))
+    text += _MIXERS.format(D=_WIDTH) + "".join(map(_mixer, parts(mixers, mixers.Mixer)))
     return text + _AROUND + "".join(map(_modules, _around()))
 
 
@@ -106,6 +117,12 @@ def row(kind: str, part) -> str:
         _remark(kind, part),
     )
     return f"| {' | '.join(fields)} |\n"
+
+
+def _mixer(mixer):
+    memory = math.prod(mixer.empty((), 1, _WIDTH, jnp.float32).memory.shape)
+    first_line = _in_table((mixer.__doc__ or "").split("\n\n")[0])
+    return f"| `{unparse(mixer)}` | {first_line} | {memory:,} |\n"
 
 
 def _others():
