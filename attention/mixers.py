@@ -123,7 +123,7 @@ class LinearAttention(_Recurrence):
         if reason := products.not_of_features(Mechanism(self.score), 4, 4):
             raise ValueError(
                 f"score={self.score} of LinearAttention is no product of features ({reason}): take "
-                "elu_features, taylor_features, random_features or dot"
+                "elu_features, taylor_features, random_features or hedgehog_features"
             )
 
     def num_features(self, head_dim):

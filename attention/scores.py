@@ -263,6 +263,28 @@ class RandomFeatures(Score):
 
 
 @dataclasses.dataclass(frozen=True)
+class HedgehogFeatures(Score):
+    """s(q, k) = φ_q(q) · φ_k(k), φ(x) = [softmax(W x), softmax(−W x)], which is positive.
+
+    W [D, D] of the query and of the key are learned and the identity at the start.  Zhang et al.
+    2024 (Hedgehog), sec. 4.2.
+    """
+
+    def init(self, key, head_dim):
+        return {"query": jnp.eye(head_dim), "key": jnp.eye(head_dim)}
+
+    def prepare(self, params, query, key):
+        def features(x, weights):
+            x = x @ weights.astype(x.dtype).T
+            return jnp.concatenate([jax.nn.softmax(x), jax.nn.softmax(-x)], axis=-1)
+
+        return features(query, params["query"]), features(key, params["key"])
+
+    def tile(self, params, query, key, tile):
+        return _product(query, key)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Wrapper(Score):
     """A score made from another; `init` and `prepare` are the inner score's."""
 

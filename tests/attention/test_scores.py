@@ -110,6 +110,14 @@ def nested(p, q, k, j):
     return 1.5 * np.tanh(score / 1.5)
 
 
+def hedgehog_features(p, q, k, j):
+    def features(x):  # Zhang et al. 2024, sec. 4.2
+        exps = [np.exp(x) / np.exp(x).sum(), np.exp(-x) / np.exp(-x).sum()]
+        return np.concatenate(exps)
+
+    return features(p["query"] @ q) @ features(p["key"] @ k)
+
+
 @dataclasses.dataclass(frozen=True)
 class Manhattan(attention.Score):
     """A score of one's own, as in the docstring of `attention.Score`."""
@@ -135,6 +143,7 @@ SCORES = {
     "elu": (scores.EluFeatures(), elu_features),
     "taylor": (scores.TaylorFeatures(), taylor),
     "random": (RANDOM, random_features),
+    "hedgehog": (scores.HedgehogFeatures(), hedgehog_features),
     "own": (Manhattan(), manhattan),
 }
 QUIET = {"additive", "location", "cosine", "soft cap", "own"}  # small however large q and k are

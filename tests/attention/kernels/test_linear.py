@@ -60,6 +60,7 @@ def arrays(mechanism, T=13, S=13, dtype="float32"):
         (PLAIN, {}, 13, 13),
         (dataclasses.replace(ELU, score=scores.TaylorFeatures()), {}, 9, 9),
         (dataclasses.replace(ELU, score=scores.RandomFeatures(5)), {}, 8, 8),
+        (dataclasses.replace(ELU, score=scores.HedgehogFeatures()), {}, 8, 8),
         (PADDED, {"key_lengths": np.array([0, 7]), "query_lengths": np.array([13, 5])}, 13, 13),
         (GLOBAL, {"key_lengths": np.array([11, 0])}, 5, 17),
         (dataclasses.replace(ELU, mask=masks.Full()), {}, 17, 5),
