@@ -29,10 +29,11 @@ _RADIUS = 3.5
 def odd_one_out(
     stream: int, seed: int, indices: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Nine shapes, eight of them alike -> images, classes [n]: where the other one is, row · 3 + col.
+    """Nine shapes, eight of them alike -> images, classes [n]: the place of the other one.
 
-    The image has 3 × 3 cells of size/3 pixels. Each holds a shape at a random place and of a random
-    brightness; the shapes have the same number of pixels across whatever the size of the image.
+    Class row · 3 + column. The image has 3 × 3 cells of size/3 pixels. Each holds a shape at a
+    random place and of a random brightness; the shapes have the same number of pixels across,
+    whatever the size of the image.
     """
     n, cells = len(indices), CELLS * CELLS
 
@@ -69,9 +70,9 @@ def connected(
     """Two curves with bright ends, and short ones -> images, classes [n]: 1 where the ends join.
 
     Of class 1 the two marks are the ends of one curve; of class 0 each is an end of another. Both
-    curves are cubic Bézier curves with control points drawn alike, so that neither the marks' places
-    nor the curves alone tell the class: the curve between the marks has to be followed, past
-    crossings and `distractors` short curves. After Pathfinder (Linsley et al. 2018,
+    curves are cubic Bézier curves with control points drawn alike, so that neither the places of
+    the marks nor the curves alone tell the class: the curve between the marks has to be followed,
+    past crossings and `distractors` short curves. After Pathfinder (Linsley et al. 2018,
     arXiv:1805.08315).
     """
     n = len(indices)
@@ -86,7 +87,9 @@ def connected(
     corner = np.stack([cells % CELLS, cells // CELLS], -1)
     ends = low + (high - low) * (corner + 0.15 + 0.7 * uniform(1, 4, 2)) / CELLS
     ends = ends.reshape(n, 2, 2, 2)  # [n, curve, end, xy]
-    straight = ends[:, :, :1] + np.array([1 / 3, 2 / 3])[:, None] * (ends[:, :, 1:] - ends[:, :, :1])
+    straight = ends[:, :, :1] + np.array([1 / 3, 2 / 3])[:, None] * (
+        ends[:, :, 1:] - ends[:, :, :1]
+    )
     bend = (uniform(2, 2, 2, 2) - 0.5) * size / 2
     inner = np.clip(straight + bend, low, high)
     long = np.stack([ends[:, :, 0], inner[:, :, 0], inner[:, :, 1], ends[:, :, 1]], 2)
