@@ -18,6 +18,7 @@ from attention.validation import (
     check_aux,
     check_block_sizes,
     check_dropout,
+    check_gates,
     check_non_finite,
 )
 
@@ -40,6 +41,8 @@ def attend(
     query_segments: Array | None = None,
     key_segments: Array | None = None,
     prefix_lengths: Array | None = None,
+    query_gates: Array | None = None,
+    key_gates: Array | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
     implementation: str | None = None,
@@ -69,6 +72,8 @@ def attend(
       query_segments, key_segments: [..., T], [..., S] int, for `masks.Segments`; where T = S the
         keys' are those of the queries unless given.
       prefix_lengths: [...] int, for `masks.Prefix()`.
+      query_gates, key_gates: [..., T, H, n], [..., S, K, n] of a floating dtype: the numbers of
+        each token that mechanism.position asks for; see `Position`.
       dropout_rate, dropout_key: the share of weights to drop, 0 to 1 and static, and the
         `jax.random` key. What is dropped depends on the key, example, head, row and column alone.
         Keys of examples and heads instead, broadcastable to [..., H], are taken as they are: where
@@ -119,6 +124,7 @@ def attend(
         if x is not None
     }
     check(mechanism, params, query, key, value, pairs, data)
+    gates = check_gates(mechanism.position, query, key, query_gates, key_gates)
     if dropout_key is not None and not _is_key(dropout_key):
         dropout_key = jax.random.wrap_key_data(dropout_key)
     check_dropout(dropout_rate, dropout_key, query.shape)
@@ -149,6 +155,7 @@ def attend(
         aux=aux,
         weight_rows=None if weight_rows is None else index_array("weight_rows", weight_rows),
         non_finite=non_finite,
+        gates=gates,
     )
     return (out, extra) if aux else out
 
@@ -251,6 +258,7 @@ def _attend(
     aux,
     weight_rows,
     non_finite,
+    gates,
 ):
     *batch, T, H, _ = query.shape
     B = math.prod(batch)
@@ -272,6 +280,9 @@ def _attend(
             if single
             else flatten_batch(dropout_key, batch, 1)
         )
+    own = {}
+    if any(x is not None for x in gates):
+        own["gates"] = tuple(x if x is None else flatten_batch(x, batch, 3) for x in gates)
     flags = {}
     if non_finite is not None:
         flags["non_finite"] = tuple(x.reshape(B, *x.shape[-2:]) for x in non_finite)
@@ -286,10 +297,13 @@ def _attend(
         dropout_rate=dropout_rate,
         aux=tuple(name for name in aux if name != "row_weights"),
         **flags,
+        **own,
         **({"block_sizes": block_sizes} if kernel.has_blocks else {}),
     )
     if "row_weights" in aux:
-        extra["row_weights"] = row_weights(mechanism, params, **arrays, **flags, rows=weight_rows)
+        extra["row_weights"] = row_weights(
+            mechanism, params, **arrays, **flags, **own, rows=weight_rows
+        )
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), (out, extra))
 
 

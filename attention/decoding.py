@@ -45,11 +45,13 @@ from attention.parts import (
     Array,
     BlockBounds,
     Mask,
+    Normalizer,
     Params,
     Position,
     Range,
     accumulator,
     check_part,
+    rotated,
 )
 
 
@@ -64,11 +66,26 @@ class QueryRotation(Position):
     def whole_row(self):  # type: ignore[override]
         return self.position.whole_row
 
+    @property
+    def query_gates(self):  # type: ignore[override]
+        return self.position.query_gates
+
+    @property
+    def key_gates(self):  # type: ignore[override]
+        return self.position.key_gates
+
+    @property
+    def ordered(self):  # type: ignore[override]
+        return self.position.ordered
+
     def init(self, key, head_dim, value_dim):
         return self.position.init(key, head_dim, value_dim)
 
-    def rotate(self, params, x, positions, side):
-        return x if side == "key" else self.position.rotate(params, x, positions, side)
+    def prepare_gates(self, params, tile):
+        return self.position.prepare_gates(params, tile)
+
+    def rotate(self, params, x, positions, side, gates=None):
+        return x if side == "key" else rotated(self.position, params, x, positions, side, gates)
 
     def tile(self, params, query, key, tile):
         return self.position.tile(params, query, key, tile)
@@ -100,6 +117,7 @@ class _Cache(NamedTuple):
     non_finite: tuple[Array, Array] | None = None
     rotation: QueryRotation | None = None
     window: Window | None = None
+    key_gates: Array | None = None
 
 
 class Cache(_Cache):
@@ -114,6 +132,8 @@ class Cache(_Cache):
         those. None: nothing is known, every call of `attend` looks at all of them.
       rotation: static; the position that turned the keys when they were appended. None: none did.
       window: where only the last keys are kept, which those are. None: key p is in slot p.
+      key_gates: [..., S, K, n], the numbers of keys that the position asks for, as `attend` takes
+        them. None: it asks for none.
     """
 
     __slots__ = ()
@@ -175,6 +195,7 @@ def empty(
     dtype: Any = jnp.float32,
     position: Position | None = None,
     mask: Mask | None = None,
+    normalizer: Normalizer | None = None,
 ) -> Cache:
     """A cache for texts of up to max_length tokens: batch axes, K, D, and V (D unless given).
 
@@ -183,8 +204,9 @@ def empty(
     16-bit dtype the turned key is rounded once more.
 
     With the `mask` of the mechanism S is what it lets a query look back and 1, if that is less than
-    max_length: older keys are overwritten. A position with `whole_row` reads keys in their order,
-    so that all are kept.
+    max_length: older keys are overwritten. A position or a `normalizer` that reads keys in their
+    order (`whole_row`, `ordered`) has all of them kept. The position also says how many numbers of
+    a key are kept.
 
     Raises ValueError where a size is no whole number or not positive, or a part is none.
     """
@@ -201,11 +223,16 @@ def empty(
     S = max_length
     if mask is not None:
         check_part("mask", mask, Mask)
+        if normalizer is not None:
+            check_part("normalizer", normalizer, Normalizer)
         last = reach(mask, max_length) + 1
-        if last < max_length and not (position is not None and position.whole_row):
+        if last < max_length and not _reads_order(position, normalizer):
             S = last
             window = Window(jnp.full((*batch, S), -1, jnp.int32), S, max_length)
     slots = (*batch, S, num_kv_heads)
+    key_gates = None
+    if position is not None and position.key_gates:
+        key_gates = jnp.zeros((*slots, position.key_gates), dtype)
     return Cache(
         jnp.zeros((*slots, head_dim), dtype),
         jnp.zeros((*slots, value_dim), dtype),
@@ -213,17 +240,31 @@ def empty(
         (jnp.zeros(slots, bool), jnp.zeros(slots, bool)),
         rotation,
         window,
+        key_gates,
     )
 
 
-def of_context(key: Array, value: Array, length: Array) -> Cache:
+def _reads_order(position, normalizer):
+    ordered = position is not None and (position.whole_row or position.ordered)
+    return ordered or (normalizer is not None and normalizer.ordered)
+
+
+def of_context(key: Array, value: Array, length: Array, key_gates: Array | None = None) -> Cache:
     """The full cache of [..., S, K, D], [..., S, K, V], of which `length` [...] int32 are real."""
     (key, bad_key), (value, bad_value) = _finite(key), _finite(value)
-    return Cache(key, value, length, (bad_key, bad_value))
+    return Cache(key, value, length, (bad_key, bad_value), key_gates=key_gates)
 
 
-def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None) -> Cache:
+def append(
+    cache: Cache,
+    key: Array,
+    value: Array,
+    lengths: Array | None = None,
+    key_gates: Array | None = None,
+) -> Cache:
     """The cache with T more keys and values: [..., T, K, D], [..., T, K, V].
+
+    `key_gates` [..., T, K, n] are their numbers, where the cache keeps some.
 
     `lengths` [...] int, 0 to T, tells how many of an example's T are real, all unless given: with
     it a batch of prompts of different lengths is appended at once. Slots after those are
@@ -243,7 +284,20 @@ def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None)
     key, value = jnp.asarray(key), jnp.asarray(value)
     *batch, S, _, _ = cache.key.shape
     T = key.shape[-3] if key.ndim > 2 else 0
-    for name, new, old in (("key", key, cache.key), ("value", value, cache.value)):
+    arrays: list[tuple[str, Array, Any]] = [
+        ("key", key, cache.key),
+        ("value", value, cache.value),
+    ]
+    if (cache.key_gates is None) != (key_gates is None):
+        raise ValueError(
+            "key_gates go with a cache that decoding.empty(..., position=...) made for a position "
+            f"that asks for them: got {jnp.shape(key_gates) if key_gates is not None else 'none'}, "
+            f"and the cache keeps {'none' if cache.key_gates is None else cache.key_gates.shape}"
+        )
+    if key_gates is not None:
+        key_gates = jnp.asarray(key_gates)
+        arrays.append(("key_gates", key_gates, cache.key_gates))
+    for name, new, old in arrays:
         expected = (*batch, T, *old.shape[-2:])
         if new.shape != expected or T == 0 or new.dtype != old.dtype:
             raise ValueError(
@@ -269,7 +323,7 @@ def append(cache: Cache, key: Array, value: Array, lengths: Array | None = None)
     if cache.non_finite is not None:
         (key, bad_key), (value, bad_value) = _finite(key), _finite(value)
         non_finite = bad_key, bad_value
-    tokens = (key, value, non_finite)
+    tokens = (key, value, non_finite, key_gates)
     if cache.window is None:
         by_slot = _write(_by_slot(cache), (*tokens, None), places, is_sorted=True)
         return _replace_slots(cache, by_slot, length)
@@ -299,13 +353,14 @@ def trim(cache: Cache) -> Cache:
 def _by_slot(cache):
     """The arrays of a cache whose axis after the batch axes is that of slots."""
     window = cache.window
-    return cache.key, cache.value, cache.non_finite, None if window is None else window.positions
+    places = None if window is None else window.positions
+    return cache.key, cache.value, cache.non_finite, cache.key_gates, places
 
 
 def _replace_slots(cache, by_slot, length):
-    key, value, non_finite, places = by_slot
+    key, value, non_finite, key_gates, places = by_slot
     window = None if places is None else dataclasses.replace(cache.window, positions=places)
-    return Cache(key, value, length, non_finite, cache.rotation, window)
+    return Cache(key, value, length, non_finite, cache.rotation, window, key_gates)
 
 
 def _write(old, new, at, is_sorted=False):
@@ -439,6 +494,7 @@ def attend(
         query_positions=query_positions,
         mask=filled if mask is None else filled & mask,
         non_finite=cache.non_finite,
+        key_gates=cache.key_gates,
         **options,
     )
     lost = (cache.length > cache.max_length)[..., None, None, None]
@@ -456,9 +512,11 @@ def _check_window(mechanism, cache, options):
             "key_positions were given, but the cache keeps those of its last keys: make it with "
             "decoding.empty without a mask"
         )
-    if mechanism.position.whole_row or reach(mechanism.mask, window.max_length) >= window.slots:
+    ordered = _reads_order(mechanism.position, mechanism.normalizer)
+    if ordered or reach(mechanism.mask, window.max_length) >= window.slots:
         raise ValueError(
             f"the cache keeps the last {window.slots} keys, but {mechanism.mask} with "
-            f"{mechanism.position} reads earlier ones or their order: make it with "
-            "decoding.empty(..., position=..., mask=...) of the mechanism"
+            f"{mechanism.position} and {mechanism.normalizer} reads earlier ones or their order: "
+            "make it with decoding.empty(..., position=..., mask=..., normalizer=...) of the "
+            "mechanism"
         )

@@ -5,11 +5,12 @@ Each is a statistic of the row and a function of one score and that statistic (s
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
-from attention.parts import Array, Normalizer, OnlineNormalizer
+from attention.parts import Array, Normalizer, OnlineNormalizer, check_counts
 
 
 def logsumexp(logits: Array) -> Array:
@@ -242,3 +243,111 @@ class Hardmax(Normalizer):
         top, ties = statistic
         best = (logits == top[:, None]) & (logits > -jnp.inf)
         return best / jnp.maximum(ties, 1)[:, None].astype(logits.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entmax(Normalizer):
+    """w_ij = max((α − 1) s_ij − τ_i, 0)^(1/(α−1)), Σ_j w_ij = 1, α learned per head.
+
+    Correia et al. 2019: α = 1 + σ(a) lies between softmax (1) and sparsemax
+    (2). τ is found by bisection, its derivatives of any order are those of the implicit function.
+
+    Attributes:
+      start: α before training.
+    """
+
+    start: float = 1.5
+
+    def __post_init__(self):
+        if not 1 < self.start < 2:
+            raise ValueError(f"start of Entmax must be above 1 and below 2, got {self.start}")
+
+    def init(self, key):
+        share = self.start - 1
+        return {"a": jnp.asarray(math.log(share / (1 - share)))}
+
+    def statistic(self, params, logits):
+        top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
+        top = jnp.where(jnp.isfinite(top), top, 0)
+
+        def excess(tau):
+            return self.weight(params, logits, (top, tau)).sum(-1) - 1
+
+        def bisect(excess, tau):
+            def halve(_, bounds):
+                low, high = bounds
+                middle = (low + high) / 2
+                above = excess(middle) > 0
+                return jnp.where(above, middle, low), jnp.where(above, high, middle)
+
+            # At −1 the largest score alone has weight 1, at 0 there is none.
+            steps = jnp.finfo(logits.dtype).nmant + 4
+            return jax.lax.fori_loop(0, steps, halve, (tau - 1, tau))[0]
+
+        def divide(slope, change):
+            slopes = slope(jnp.ones_like(change))
+            return change / jnp.where(slopes == 0, 1, slopes)  # 0 for a row that sees nothing
+
+        return top, jax.lax.custom_root(excess, jnp.zeros_like(top), bisect, divide)
+
+    def weight(self, params, logits, statistic):
+        top, tau = statistic
+        share = jax.nn.sigmoid(params["a"])
+        visible = logits > -jnp.inf
+        base = share * jnp.where(visible, logits - top[:, None], 0) - tau[:, None]
+        positive = visible & (base > 0)
+        return jnp.where(positive, jnp.exp(jnp.log(jnp.where(positive, base, 1)) / share), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK(Normalizer):
+    """Softmax over the k largest scores of a row, 0 for the others.  Zhao et al. 2019.
+
+    Scores that equal the k-th largest all count. The choice of keys is constant almost everywhere:
+    a score that is not among the k gets no gradient.
+    """
+
+    k: int = 8
+
+    def __post_init__(self):
+        check_counts(self, k=1)
+
+    def statistic(self, params, logits):
+        largest = jax.lax.top_k(jax.lax.stop_gradient(logits), min(self.k, logits.shape[-1]))[0]
+        least = largest[:, -1]
+        return least, Softmax().statistic({}, _at_least(logits, least))
+
+    def weight(self, params, logits, statistic):
+        least, of_softmax = statistic
+        return Softmax().weight({}, _at_least(logits, least), of_softmax)
+
+
+def _at_least(logits, least):
+    return jnp.where(logits >= least[:, None], logits, -jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class StickBreaking(Normalizer):
+    """w_ij = σ(s_ij) Π_{l > j} (1 − σ(s_il)), l visible: each key takes a share of what is left.
+
+    Tan et al. 2025: from the last visible key back, so that near keys come first. What no
+    key takes is lost: a row sums to at most 1. For causal masks; the paper hides a token from
+    itself, `Causal() & ~SlidingWindow(1)`.
+
+    A weight depends on the columns after its own: kernels give it whole rows, caches keep all keys.
+    """
+
+    ordered = True
+
+    def weights(self, params, logits):
+        visible = logits > -jnp.inf
+        scores = jnp.where(visible, logits, 0)
+        left = jnp.where(visible, jax.nn.log_sigmoid(-scores), 0)
+        after = jnp.cumsum(left[:, ::-1], axis=1)[:, ::-1] - left
+        return jnp.where(visible, jnp.exp(jax.nn.log_sigmoid(scores) + after), 0)
+
+    def statistic(self, params, logits):
+        raise NotImplementedError("stick-breaking weights are of whole rows: see `weights`")
+
+    def weight(self, params, logits, statistic):
+        raise NotImplementedError("stick-breaking weights are of whole rows: see `weights`")

@@ -49,6 +49,8 @@ class Tile:
       prefix_length: [] int, how many leading keys every query may see, or None.
       consecutive: static; positions of rows and of columns each grow by one.
       visible: [t, s] bool, what the mask left, for position parts with `whole_row`; else None.
+      query_gates, key_gates: what `Position.prepare_gates` made of the numbers [t, n], [s, n] of
+        each token that the position asks for; None: it asks for none.
     """
 
     query_index: Array
@@ -64,6 +66,8 @@ class Tile:
     prefix_length: Array | None = None
     consecutive: bool = dataclasses.field(default=False, metadata={"static": True})
     visible: Array | None = None
+    query_gates: Any = None
+    key_gates: Any = None
 
     @property
     def distance(self) -> Array:
@@ -73,9 +77,9 @@ class Tile:
 
     def at_rows(self, rows: Array) -> "Tile":
         """The tile of some of its rows."""
-        names = ("query_index", "query_positions", "query_segments")
+        names = ("query_index", "query_positions", "query_segments", "query_gates")
         own = {name: getattr(self, name) for name in names}
-        own = {name: x if x is None else jnp.asarray(x)[rows] for name, x in own.items()}
+        own = jax.tree.map(lambda x: jnp.asarray(x)[rows], own)
         return dataclasses.replace(self, **own, consecutive=False)
 
     def pick(self, values: Array, column: Callable[[Array], Array]) -> Array:
@@ -272,11 +276,35 @@ class Position:
 
     A scheme overrides what it uses; the rest is the identity. `a + b` uses both schemes.
 
+    A scheme may ask for numbers of each token, made of the token as queries and keys are: `attend`
+    takes them as `query_gates` [T, H, n] and `key_gates` [S, K, n], `nn.MultiHeadAttention` learns
+    to make them. `tile.query_gates` and `tile.key_gates` are those after `prepare_gates`, once for
+    all rows and columns. Those of `a + b` are concatenated for `attend`: first the numbers of a,
+    then those of b; each scheme sees its own.
+
     Attributes:
       whole_row: `tile` needs all keys of a row at once (and gets `tile.visible`).
+      query_gates, key_gates: how many numbers per head a query and a key has.
+      ordered: `prepare_gates` needs all keys of the text, in their order.
     """
 
     whole_row: ClassVar[bool] = False
+    query_gates: ClassVar[int] = 0
+    key_gates: ClassVar[int] = 0
+    ordered: ClassVar[bool] = False
+
+    def gate_bias(self, side: Literal["query", "key"]) -> np.ndarray:
+        """Where the numbers start, [n]: the first bias of the layer that makes them; default 0."""
+        return np.zeros(self.query_gates if side == "query" else self.key_gates)
+
+    def prepare_gates(self, params: Params, tile: Tile) -> tuple[Any, Any]:
+        """What costs O(T + S): `tile.query_gates` [T, n], `key_gates` [S, n] -> both for `tile`.
+
+        `tile` describes all rows and columns of the call. None where a side has no numbers. The
+        results are arrays [T, ·] and [S, ·], or trees of such; a side may get one that had none.
+        """
+        del params
+        return tile.query_gates, tile.key_gates
 
     def init(self, key: Array, head_dim: int, value_dim: int) -> Params:
         """Returns the learned arrays of one head, used by `rotate`, `tile` and `mix`."""
@@ -294,10 +322,19 @@ class Position:
         return x
 
     def rotate(
-        self, params: Params, x: Array, positions: Array, side: Literal["query", "key"]
+        self,
+        params: Params,
+        x: Array,
+        positions: Array,
+        side: Literal["query", "key"],
+        gates: Any = None,
     ) -> Array:
-        """Query or key vectors [T, D] at `positions` [T] -> [T, D]."""
-        del params, positions, side
+        """Query or key vectors [T, D] at `positions` [T] -> [T, D].
+
+        `gates` [T, n] are the numbers of that side after `prepare_gates`, passed where the scheme
+        asks for some.
+        """
+        del params, positions, side, gates
         return x
 
     def tile(self, params: Params, query: Array, key: Array, tile: Tile) -> Array | None:
@@ -336,6 +373,42 @@ class Sum(Position):
         keys = jax.random.split(key, len(self.parts))
         return tuple(p.init(k, head_dim, value_dim) for p, k in zip(self.parts, keys, strict=True))
 
+    @property
+    def query_gates(self):  # type: ignore[override]
+        return sum(part.query_gates for part in self.parts)
+
+    @property
+    def key_gates(self):  # type: ignore[override]
+        return sum(part.key_gates for part in self.parts)
+
+    @property
+    def ordered(self):  # type: ignore[override]
+        return any(part.ordered for part in self.parts)
+
+    def gate_bias(self, side):
+        return np.concatenate([part.gate_bias(side) for part in self.parts])
+
+    def prepare_gates(self, params, tile):
+        tile = dataclasses.replace(
+            tile,
+            query_gates=_split(tile.query_gates, [part.query_gates for part in self.parts]),
+            key_gates=_split(tile.key_gates, [part.key_gates for part in self.parts]),
+        )
+        prepared = (part.prepare_gates(own, x) for part, own, x in self._terms(params, tile))
+        return tuple(zip(*prepared, strict=True))
+
+    def _terms(self, params, tile):
+        """Each part with its params and with the tile that holds its own gates."""
+        query, key = self._by_part(tile.query_gates), self._by_part(tile.key_gates)
+        tiles = [
+            dataclasses.replace(tile, query_gates=q, key_gates=k)
+            for q, k in zip(query, key, strict=True)
+        ]
+        return zip(self.parts, params, tiles, strict=True)
+
+    def _by_part(self, gates):
+        return (None,) * len(self.parts) if gates is None else gates
+
     def init_embed(self, key, model_dim):
         keys = jax.random.split(key, len(self.parts))
         return tuple(p.init_embed(k, model_dim) for p, k in zip(self.parts, keys, strict=True))
@@ -345,18 +418,53 @@ class Sum(Position):
             x = part.embed(own, x, positions)
         return x
 
-    def rotate(self, params, x, positions, side):
-        for part, own in zip(self.parts, params, strict=True):
-            x = part.rotate(own, x, positions, side)
+    def rotate(self, params, x, positions, side, gates=None):
+        for part, own, own_gates in zip(self.parts, params, self._by_part(gates), strict=True):
+            x = rotated(part, own, x, positions, side, own_gates)
         return x
 
     def tile(self, params, query, key, tile):
-        pairs = zip(self.parts, params, strict=True)
-        return _sum(part.tile(own, query, key, tile) for part, own in pairs)
+        terms = self._terms(params, tile)
+        return _sum(part.tile(own, query, key, tile) for part, own, tile in terms)
 
     def mix(self, params, weights, tile):
-        pairs = zip(self.parts, params, strict=True)
-        return _sum(part.mix(own, weights, tile) for part, own in pairs)
+        terms = self._terms(params, tile)
+        return _sum(part.mix(own, weights, tile) for part, own, tile in terms)
+
+
+def _split(gates, counts):
+    """The numbers [t, n] of each part, None for one without."""
+    if gates is None:
+        return None
+    slices = jnp.split(gates, np.cumsum(counts)[:-1].tolist(), axis=-1)
+    return [x if n else None for x, n in zip(slices, counts, strict=True)]
+
+
+def with_zero_gates(position: Position, params: Params, tile: Tile) -> Tile:
+    """The tile with all gates 0, after `prepare_gates`: for tracing what a scheme computes."""
+    if not (position.query_gates or position.key_gates):
+        return tile
+
+    def zeros(index, count):
+        return jax.ShapeDtypeStruct((len(index), count), jnp.float32) if count else None
+
+    query = zeros(tile.query_index, position.query_gates)
+    key = zeros(tile.key_index, position.key_gates)
+
+    def prepared(params, query, key):
+        own = dataclasses.replace(tile, query_gates=query, key_gates=key)
+        return position.prepare_gates(params, jax.tree.map(jnp.asarray, own))
+
+    shapes = jax.eval_shape(prepared, params, query, key)
+    query, key = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    return dataclasses.replace(tile, query_gates=query, key_gates=key)
+
+
+def rotated(position: Position, params, x, positions, side, gates) -> Array:
+    """`Position.rotate`, of a scheme that asks for no gates without them."""
+    if gates is None:
+        return position.rotate(params, x, positions, side)
+    return position.rotate(params, x, positions, side, gates)
 
 
 def _sum(terms):
@@ -473,7 +581,13 @@ class Normalizer(abc.ABC):
 
     This is enough for every kernel; with an `OnlineNormalizer` the tiled one does not hold a whole
     row of scores.
+
+    Attributes:
+      ordered: weights depend on the order of the columns: the kernels call `weights` of whole rows
+        alone, and caches keep all keys.
     """
+
+    ordered: ClassVar[bool] = False
 
     def init(self, key: Array) -> Params:
         """Returns the learned arrays of one head."""

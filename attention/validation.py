@@ -141,6 +141,38 @@ def check_non_finite(non_finite, shape):
         )
 
 
+def check_gates(position, query, key, query_gates, key_gates):
+    """The gates as arrays, or None; raises ValueError unless they are those a position asks for."""
+    sides = (
+        ("query_gates", query_gates, query.shape[:-1], position.query_gates, "[..., T, H"),
+        ("key_gates", key_gates, key.shape[:-1], position.key_gates, "[..., S, K"),
+    )
+    arrays = []
+    for name, x, tokens, count, letters in sides:
+        if not count:
+            if x is not None:
+                raise ValueError(
+                    f"{name} was given, but the position {position} asks for none: leave it out"
+                )
+            arrays.append(None)
+            continue
+        if x is None:
+            raise ValueError(
+                f"the position {position} needs {name} {letters}, {count}], {count} for each head "
+                "of a token: pass it to attend, or use nn.MultiHeadAttention, which makes it"
+            )
+        x = jnp.asarray(x)
+        if x.ndim < 3 or x.shape[-3:] != (*tokens[-2:], count):
+            raise ValueError(
+                f"{name} must be {letters}, {count}] = {(*tokens, count)}, got {x.shape}"
+            )
+        _check_broadcast(name, x, (*tokens, count), f"{letters}, {count}]")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name} must be of a floating dtype, got {x.dtype}")
+        arrays.append(x)
+    return tuple(arrays)
+
+
 def check_block_sizes(block_sizes, kernel):
     """Raises ValueError unless they are two sizes, for a kernel with blocks."""
     if block_sizes is None:

@@ -14,7 +14,8 @@ Every setting of an experiment, as a flag `--config.<setting>=<value>`. The same
 
 
 def on_files(files, config):
-    """Adds results/*.md, CONTRIBUTING.md, CHANGELOG.md and the table of all settings."""
+    """Adds results/*.md, CONTRIBUTING.md, CHANGELOG.md, and the tables that are made from code."""
+    from docs import mechanisms
     from experiments.config import settings
 
     for path in sorted((ROOT / "results").glob("*.md")):
@@ -24,6 +25,7 @@ def on_files(files, config):
         files.append(File.generated(config, name.lower(), abs_src_path=str(ROOT / name)))
     table = _SETTINGS + settings.table()
     files.append(File.generated(config, "reference/settings.md", content=table))
+    files.append(File.generated(config, "mechanisms.md", content=mechanisms.page()))
     return files
 
 

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
 
-from attention.kernels.heads import lift, map_heads
+from attention.kernels.heads import lift, map_heads, with_gates
 from attention.kernels.products import is_bilinear
 from attention.kernels.registry import Call, Kernel, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism, params_shape
 from attention.normalizers import logsumexp
-from attention.parts import Array, Params, Tile, accumulator
+from attention.parts import Array, Params, Tile, accumulator, rotated, with_zero_gates
 
 
 def cost(call: Call) -> tuple[float, str]:
@@ -99,6 +99,7 @@ def row_weights(
     data: Mapping[str, Array],
     rows: Array,
     non_finite: tuple[Array, Array] | None = None,
+    gates: tuple[Array | None, Array | None] = (None, None),
 ) -> Array:
     """Weights [B, H, R, S] of the queries `rows` [R] int alone; NaN where a row is none.
 
@@ -106,6 +107,7 @@ def row_weights(
     """
 
     def one_head(params, query, key, value, tile, bias, mask, dropout_key, non_finite):
+        tile = with_gates(mechanism, params, tile, query.dtype)
         bias, mask = (x if x is None or x.shape[0] == 1 else x[rows] for x in (bias, mask))
         _, extra = attend_head(
             mechanism,
@@ -134,6 +136,7 @@ def row_weights(
         data=data,
         dropout_key=None,
         non_finite=non_finite,
+        gates=gates,
         chunk_size=lambda query, key: 1 if wide else query.shape[0],
     )
 
@@ -143,7 +146,7 @@ class Inputs(NamedTuple):
 
     query [T, D] and key [D, S] are the vectors of `attend_head`, features [T, F] and key_features
     [F, S] the results of `Position.rotate` and `Score.prepare`; keys are transposed, as in
-    `Score.tile`. value is [S, V].
+    `Score.tile`. value is [S, V]; gates are those of `Tile`, trees of [T, ·] and [S, ·].
     """
 
     params: Params
@@ -152,6 +155,8 @@ class Inputs(NamedTuple):
     features: Array
     key_features: Array
     value: Array
+    query_gates: Any = None
+    key_gates: Any = None
 
 
 class NonFinite(NamedTuple):
@@ -190,9 +195,19 @@ def prepare(
     else:
         bad_key, bad_value = non_finite
         key, value = key.astype(wide), value.astype(wide)
-    rotate, own = mechanism.position.rotate, params["position"]
-    turned = rotate(own, query, tile.query_positions, "query")
-    key_turned = rotate(own, key, tile.key_positions, "key")
+    query_gates, key_gates = tile.query_gates, tile.key_gates
+    for gates in jax.tree.leaves(query_gates):
+        bad_query |= _non_finite(gates)
+    for gates in jax.tree.leaves(key_gates):
+        bad_key |= _non_finite(gates)
+    if jax.tree.leaves((query_gates, key_gates)):
+        query, query_gates = jax.tree.map(
+            functools.partial(_without, bad_query), (query, query_gates)
+        )
+        key, key_gates = jax.tree.map(functools.partial(_without, bad_key), (key, key_gates))
+    position, own = mechanism.position, params["position"]
+    turned = rotated(position, own, query, tile.query_positions, "query", query_gates)
+    key_turned = rotated(position, own, key, tile.key_positions, "key", key_gates)
     features, key_features = mechanism.score.prepare(params["score"], turned, key_turned)
     # The square of a huge number is not finite either.
     bad_query |= _non_finite(features)
@@ -201,7 +216,8 @@ def prepare(
         bad_key |= _non_finite(key_features)
         key_features = _without(bad_key, key_features)
     bad = NonFinite(bad_query, bad_key, bad_value)
-    return Inputs(params, query, key.T, features, key_features.T, value), bad
+    inputs = Inputs(params, query, key.T, features, key_features.T, value, query_gates, key_gates)
+    return inputs, bad
 
 
 def _non_finite(x):
@@ -214,16 +230,22 @@ def _without(non_finite, x):
 
 def score(mechanism: Mechanism, inputs: Inputs, tile: Tile) -> Array:
     """The score of each pair, with the position's term and before masking: [t, s]."""
-    params = inputs.params
+    params, tile = inputs.params, _with_gates_of(inputs, tile)
     scores = mechanism.score.tile(params["score"], inputs.features, inputs.key_features, tile)
     term = mechanism.position.tile(params["position"], inputs.query, inputs.key, tile)
     return scores if term is None else scores + term
 
 
+def _with_gates_of(inputs, tile):
+    """The tile with the gates that derivatives are taken of."""
+    return dataclasses.replace(tile, query_gates=inputs.query_gates, key_gates=inputs.key_gates)
+
+
 def mix(mechanism: Mechanism, inputs: Inputs, weights: Array, tile: Tile) -> Array:
     """The mean of the values by weights [t, s], with the position's term: [t, V]."""
     out = weights @ inputs.value
-    term = mechanism.position.mix(inputs.params["position"], weights, tile)
+    own = inputs.params["position"]
+    term = mechanism.position.mix(own, weights, _with_gates_of(inputs, tile))
     return out if term is None else out + term
 
 
@@ -285,6 +307,8 @@ def hide(inputs: Inputs, rows: Array, columns: Array) -> Inputs:
     not in that of a product of finite numbers (`products.is_bilinear`).
     """
     return inputs._replace(
+        query_gates=jax.tree.map(functools.partial(_without, ~rows), inputs.query_gates),
+        key_gates=jax.tree.map(functools.partial(_without, ~columns), inputs.key_gates),
         query=jnp.where(rows[:, None], inputs.query, 0),
         key=jnp.where(columns, inputs.key, 0),
         features=jnp.where(rows[:, None], inputs.features, 0),
@@ -331,12 +355,14 @@ def numbers_per_pair(mechanism: Mechanism, num_heads: int, head_dim: int) -> int
     none: Any = np.int32(0)
     all_pairs: Any = np.ones((n, n), bool)
     tile = Tile(*(index,) * 4, none, num_heads, consecutive=True, visible=all_pairs)
+    shapes = params_shape(mechanism, num_heads, head_dim, head_dim)
+    of_head = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
+    tile = with_zero_gates(mechanism.position, of_head["position"], tile)
 
     def inputs(params, x):
         params = jax.tree.map(lambda leaf: leaf[0], params)
         return prepare(mechanism, params, x, x, x, jax.tree.map(jnp.asarray, tile))[0]
 
-    shapes = params_shape(mechanism, num_heads, head_dim, head_dim)
     traced = jax.make_jaxpr(lambda inputs, tile: score(mechanism, inputs, tile))(
         jax.eval_shape(inputs, shapes, x), tile
     )
@@ -360,4 +386,4 @@ def chunk_size(mechanism: Mechanism, query: Array, key: Array) -> int:
 
 
 attend = lift(attend_head, chunk_size)
-register(Kernel("dense", attend, lambda call: None, cost, reads_non_finite=True))
+register(Kernel("dense", attend, lambda call: None, cost, reads_non_finite=True, takes_gates=True))

@@ -1,5 +1,6 @@
 """From one head of one example to whole arrays: how a kernel of a head serves `attend`."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from jax.export import is_symbolic_dim
 from jax.sharding import AxisType, PartitionSpec
 
 from attention.mechanism import Mechanism
-from attention.parts import Array, Params, Tile
+from attention.parts import Array, Params, Tile, accumulator
 
 
 def lift(
@@ -42,9 +43,11 @@ def lift(
         dropout_key,
         aux,
         non_finite=None,
+        gates=(None, None),
         **options,
     ):
         def one_head(params, query, key, value, tile, bias, mask, dropout_key, non_finite):
+            tile = with_gates(mechanism, params, tile, query.dtype)
             return attend_head(
                 mechanism,
                 params,
@@ -78,11 +81,39 @@ def lift(
             data=data,
             dropout_key=dropout_key,
             non_finite=non_finite,
+            gates=gates,
             chunk_size=functools.partial(chunk_size, mechanism),
             finish=rows_first,
         )
 
     return attend
+
+
+def with_gates(mechanism: Mechanism, params: Params, tile: Tile, dtype: Any) -> Tile:
+    """The tile of all rows and columns with its gates after `Position.prepare_gates`.
+
+    They are in the accumulator of `dtype`. NaN where one is not finite, or was made of one that is
+    not: of those no gradient comes back.
+    """
+    if tile.query_gates is None and tile.key_gates is None:
+        return tile
+    wide = accumulator(dtype)
+    own = jax.tree.map(lambda x: x.astype(wide), params["position"])
+
+    def prepared(clean):
+        gates = jax.tree.map(lambda x: clean(x.astype(wide)), (tile.query_gates, tile.key_gates))
+        by_index = jax.tree.map(jnp.asarray, tile)
+        by_index = dataclasses.replace(by_index, query_gates=gates[0], key_gates=gates[1])
+        return mechanism.position.prepare_gates(own, by_index)
+
+    values = prepared(lambda x: jnp.where(jnp.isfinite(x), x, 0))
+    flags = prepared(lambda x: jax.lax.stop_gradient(jnp.where(jnp.isfinite(x), x, jnp.nan)))
+    query_gates, key_gates = jax.tree.map(
+        lambda x, flag: jnp.where(jnp.isfinite(jax.lax.stop_gradient(flag)), x, jnp.nan),
+        values,
+        flags,
+    )
+    return dataclasses.replace(tile, query_gates=query_gates, key_gates=key_gates)
 
 
 def map_heads(
@@ -98,6 +129,7 @@ def map_heads(
     dropout_key: Array | None,
     chunk_size: Callable[[Any, Any], Any],
     non_finite: tuple[Array, Array] | None = None,
+    gates: tuple[Array | None, Array | None] = (None, None),
     finish: Callable[[Any], Any] = lambda results: results,
 ) -> Any:
     """function(params, query, key, value, tile, bias, mask, dropout_key, non_finite) of each head.
@@ -122,6 +154,8 @@ def map_heads(
     arrays |= {name: x for name, x in by_pair.items() if x is not None}
     if non_finite is not None:
         arrays["non_finite"] = non_finite
+    gates_by_side = dict(zip(("query_gates", "key_gates"), gates, strict=True))
+    arrays |= {name: x for name, x in gates_by_side.items() if x is not None}
 
     def by_group(x):
         """[H or 1, ...] -> with two axes that stand for the heads: key head, query head of it."""
@@ -141,6 +175,11 @@ def map_heads(
         if "non_finite" in arrays:
             flags = arrays["non_finite"]
             split["non_finite"] = tuple(jnp.swapaxes(x, 0, 1)[:, None] for x in flags)
+        if "query_gates" in arrays:
+            x = jnp.swapaxes(arrays["query_gates"], 0, 1)
+            split["query_gates"] = x.reshape(K, G, *x.shape[1:])
+        if "key_gates" in arrays:
+            split["key_gates"] = jnp.swapaxes(arrays["key_gates"], 0, 1)[:, None]
         results = vmap_axes(one_head, split, (K, G))
         return finish(jax.tree.map(lambda x: x.reshape(H, *x.shape[2:]), results))
 
@@ -159,6 +198,8 @@ def map_heads(
             query_segments=own.get("query_segments"),
             key_segments=own.get("key_segments"),
             prefix_length=own.get("prefix_lengths"),
+            query_gates=arrays.get("query_gates"),
+            key_gates=arrays.get("key_gates"),
             consecutive=not (
                 {"query_positions", "key_positions"} & own.keys()
                 or is_symbolic_dim(T)

@@ -15,7 +15,7 @@ import numpy as np
 from attention import scores
 from attention.mechanism import Mechanism, params_shape
 from attention.normalizers import Softmax
-from attention.parts import Position, Tile
+from attention.parts import Position, Tile, with_zero_gates
 
 
 class Product(NamedTuple):
@@ -88,7 +88,9 @@ def term_reads_vectors(position: Position, head_dim: int, value_dim: int) -> boo
     params = jax.eval_shape(lambda: position.init(jax.random.key(0), head_dim, value_dim))
 
     def term(params, vectors):
-        return [position.tile(params, vectors, vectors.T, tile) for tile in _tiles()]
+        return [
+            position.tile(params, vectors, vectors.T, tile) for tile in _tiles(position, params)
+        ]
 
     return depends(term, params, jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32))
 
@@ -104,7 +106,7 @@ def rotates_by_place(position: Position, head_dim: int, value_dim: int) -> bool:
 
     def term(fixed, key):
         params, query = fixed
-        return [position.tile(params, query, key.T, tile) for tile in _tiles()]
+        return [position.tile(params, query, key.T, tile) for tile in _tiles(position, params)]
 
     if depends(turned, x, params) or depends(term, (params, x), x):
         return False
@@ -134,12 +136,14 @@ def _params_of_a_head(mechanism, head_dim, value_dim):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
 
 
-def _tiles():
+def _tiles(position: Position | None = None, params: Any = None):
     """One that knows no lengths and segments, and one that knows all: a part may ask for either."""
     index: Any = np.arange(_SIZE)
     zero: Any = np.int32(0)
     all_pairs: Any = np.ones((_SIZE, _SIZE), bool)
     bare = Tile(*(index,) * 4, zero, 1, consecutive=True, visible=all_pairs)
+    if position is not None:
+        bare = with_zero_gates(position, params, bare)
     numbers = dict.fromkeys(("query_length", "key_length", "prefix_length"), zero)
     segments = dict.fromkeys(("query_segments", "key_segments"), index)
     return bare, dataclasses.replace(bare, **numbers, **segments)
@@ -152,7 +156,7 @@ def _has_terms(position: Position, params, x):
         weights = jnp.zeros((_SIZE, _SIZE))
         return [
             (position.tile(params, x, x.T, tile), position.mix(params, weights, tile))
-            for tile in _tiles()
+            for tile in _tiles(position, params)
         ]
 
     try:

@@ -72,6 +72,7 @@ class Kernel(NamedTuple):
         aux: tuple of names
         block_sizes: None or two sizes, where `has_blocks`
         non_finite: None or two [B, S, K] bool, where `reads_non_finite`: see `attention.attend`
+        gates: two of [B or 1, T, H, n], [B or 1, S, K, n] or None, where `takes_gates`
 
     `heads.lift` makes it of a function of one head of one example.
 
@@ -83,6 +84,7 @@ class Kernel(NamedTuple):
       platforms: of `Device`, those it runs on; None: all.
       has_blocks: `attend` takes block_sizes.
       reads_non_finite: `attend` takes non_finite.
+      takes_gates: `attend` takes gates, the numbers of tokens that a position may ask for.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Kernel(NamedTuple):
     platforms: tuple[str, ...] | None = None
     has_blocks: bool = False
     reads_non_finite: bool = False
+    takes_gates: bool = False
 
 
 def register(kernel: Kernel) -> None:
@@ -104,6 +107,9 @@ def unsupported(kernel: Kernel, call: Call) -> str | None:
     platforms, own = kernel.platforms, call.device.platform
     if platforms is not None and own not in platforms:
         return f"it runs on {' and '.join(platforms)}, and this program on {own}"
+    position = call.mechanism.position
+    if not kernel.takes_gates and (position.query_gates or position.key_gates):
+        return f"it reads no numbers of tokens (query_gates, key_gates), as {position} does"
     return kernel.unsupported(call)
 
 

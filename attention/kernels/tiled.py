@@ -198,6 +198,7 @@ class Arrays(NamedTuple):
       params: of the mechanism.
       query, features: [row blocks, t, D], [row blocks, t, F].
       key, key_features, value: [D, S'], [F, S'], [V, S'].
+      query_gates, key_gates: [row blocks, t, ·], [·, S'], trees of such.
       bias: [T' or 1, S' or 1], T' the rows with padding; None: there is none.
     """
 
@@ -208,6 +209,8 @@ class Arrays(NamedTuple):
     key_features: Array
     value: Array
     bias: Array | None
+    query_gates: Any = None
+    key_gates: Any = None
 
 
 class Labels(NamedTuple):
@@ -270,6 +273,8 @@ def _arrays(plan, inputs, bias):
         key_features=_pad_columns(plan, inputs.key_features),
         value=_pad_columns(plan, inputs.value.T),
         bias=bias,
+        query_gates=jax.tree.map(lambda x: _blocks(x, plan.block[0]), inputs.query_gates),
+        key_gates=jax.tree.map(lambda x: _pad_columns(plan, x.T), inputs.key_gates),
     )
 
 
@@ -379,6 +384,8 @@ def _piece(plan, arrays, row, start):
         _at(arrays.features, row),
         _from(arrays.key_features, start, plan),
         _from(arrays.value, start, plan).T,
+        jax.tree.map(lambda x: _at(x, row), arrays.query_gates),
+        jax.tree.map(lambda x: _from(x, start, plan).T, arrays.key_gates),
     )
     bias = arrays.bias
     return Piece(inputs, bias if bias is None else _pairs_at(bias, row, start, plan))
@@ -443,6 +450,8 @@ def _hide(plan, arrays, data):
         key=jnp.where(columns, arrays.key, 0),
         key_features=jnp.where(columns, arrays.key_features, 0),
         value=jnp.where(columns, arrays.value, 0),
+        query_gates=jax.tree.map(lambda x: jnp.where(rows[..., None], x, 0), arrays.query_gates),
+        key_gates=jax.tree.map(lambda x: jnp.where(columns, x, 0), arrays.key_gates),
     )
 
 
@@ -724,6 +733,8 @@ def _by_whole_rows(plan, arrays, data, aux):
             _at(arrays.features, row),
             arrays.key_features[:, index],
             arrays.value[:, index].T,
+            jax.tree.map(lambda x: _at(x, row), arrays.query_gates),
+            jax.tree.map(lambda x: x[:, index].T, arrays.key_gates),
         )
         dropout_key = jax.random.wrap_key_data(data.dropout_key) if plan.dropout_rate else None
         out, extra = dense.attend_rows(
@@ -785,4 +796,14 @@ def outputs(
     return {"out": out, **extra}
 
 
-register(Kernel("tiled", attend, unsupported, cost, has_blocks=True, reads_non_finite=True))
+register(
+    Kernel(
+        "tiled",
+        attend,
+        unsupported,
+        cost,
+        has_blocks=True,
+        reads_non_finite=True,
+        takes_gates=True,
+    )
+)

@@ -12,6 +12,7 @@ from attention.models.rnn import (
     RNNEncoderDecoder,
 )
 from attention.models.transformer import Encoder, EncoderDecoder, LanguageModel
+from attention.models.vision import VisionTransformer
 
 __all__ = [
     "Bahdanau",
@@ -24,6 +25,7 @@ __all__ = [
     "Luong",
     "RNNConfig",
     "RNNEncoderDecoder",
+    "VisionTransformer",
 ]
 
 

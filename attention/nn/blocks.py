@@ -20,6 +20,7 @@ from attention.nn.mlp import MLPS
 from attention.nn.multi_head import MultiHeadAttention, param_if_any
 from attention.nn.norms import NORMS, QK_NORMS
 from attention.nn.partition import by_batch, named
+from attention.nn.readouts import READOUTS
 from attention.parts import Array, Position, check_choices, check_counts
 
 
@@ -43,6 +44,8 @@ class TransformerConfig:
       norm_kind: 'layer' or 'rms'; see `attention.nn.norms.NORMS`.
       qk_norm: of query and key in every attention, 'none', 'rms', 'rms_full' or 'l2'; see
         `attention.nn.norms.QK_NORMS`.
+      readout: what becomes of what the heads of self-attention return, 'none', 'differential' or
+        'exclusive'; see `attention.nn.readouts`.
       output_gate: on the heads' output in every attention, 'none', 'element' or 'head'; see
         `attention.nn.gates.OutputGate`.
       dropout_rate: of embeddings and of each residual branch.
@@ -79,6 +82,7 @@ class TransformerConfig:
     norm: Literal["pre", "post"] = "pre"
     norm_kind: str = "layer"
     qk_norm: str = "none"
+    readout: str = "none"
     output_gate: str = "none"
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
@@ -104,6 +108,7 @@ class TransformerConfig:
             norm=("pre", "post"),
             norm_kind=NORMS,
             qk_norm=QK_NORMS,
+            readout=READOUTS,
             output_gate=OUTPUT_GATES,
         )
         if self.block == "parallel" and self.norm == "post":
@@ -330,6 +335,7 @@ class Block(nn.Module):
                 mechanism=mechanism,
                 dropout_rate=c.attention_dropout_rate,
                 qk_norm=c.qk_norm,
+                readout=c.readout if name == "self_attention" else "none",
                 output_gate=c.output_gate,
                 implementation=c.implementation,
                 name=name,
@@ -417,10 +423,10 @@ class Stack(nn.Module):
 
         Of `data` a layer gets what its mask reads, and what that of no layer does.
         """
-        of_all = set().union(*(_mask_inputs(self.mechanism, layer) for layer in self._period))
+        of_all = set().union(*(mask_inputs(self.mechanism, layer) for layer in self._period))
 
         def layer(block, x, state):
-            of_others = of_all - _mask_inputs(self.mechanism, block.layer)
+            of_others = of_all - mask_inputs(self.mechanism, block.layer)
             own = {name: value for name, value in (data or {}).items() if name not in of_others}
             out = block(x, memory, state=state, data=own, **kwargs)
             return (out, None) if state is None else out
@@ -457,6 +463,7 @@ class Stack(nn.Module):
                 dtype=c.dtype,
                 position=mechanism.position,
                 mask=mechanism.mask,
+                normalizer=mechanism.normalizer,
             )
 
         caches = self._field([cache(layer) for layer in self._period])
@@ -536,7 +543,7 @@ class Stack(nn.Module):
         return BLOCKS[c.block](c, self.mechanism, *layers, name="layers"), norm
 
 
-def _mask_inputs(mechanism, layer):
+def mask_inputs(mechanism, layer):
     """The names of the data that the mask of a layer reads."""
     return set().union(*layer.mechanism(mechanism).mask.required_inputs)
 

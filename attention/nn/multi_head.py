@@ -13,10 +13,11 @@ from attention.api import attend
 from attention.decoding import Cache
 from attention.integers import whole_number
 from attention.mechanism import Mechanism
-from attention.nn.dense import dense
+from attention.nn.dense import Dense, dense
 from attention.nn.gates import OUTPUT_GATES
 from attention.nn.norms import QK_NORMS
 from attention.nn.partition import named
+from attention.nn.readouts import READOUTS
 from attention.parts import Array, check_choices
 
 
@@ -26,6 +27,9 @@ class _Parts(NamedTuple):
     query: Callable
     key: Callable
     value: Callable
+    query_gates: Callable
+    key_gates: Callable
+    readout: Callable
     gate: Callable
     out: Callable
     mechanism: Any
@@ -33,6 +37,9 @@ class _Parts(NamedTuple):
 
 class MultiHeadAttention(nn.Module):
     """Concat_h(head_h) W_O, head_h = attend(x W_Q, c W_K, c W_V).  Vaswani et al. 2017, sec. 3.2.2.
+
+    Numbers of each token that the position asks for (`Position`) are x W + b, c W + b: parameters
+    'query_gates' and 'key_gates', the bias from `Position.gate_bias`.
 
     Self-attention (c = x) or cross-attention (another c). The mechanism's learned arrays are the
     parameter tree 'mechanism'. When the collection 'intermediates' is mutable, the weights
@@ -47,6 +54,7 @@ class MultiHeadAttention(nn.Module):
       dropout_rate: share of weights to drop, with the rng 'dropout'.
       use_bias: biases in the projections.
       qk_norm: the norm of query and key before the mechanism, one of `norms.QK_NORMS`.
+      readout: what becomes of what the mechanism returns, one of `readouts.READOUTS`.
       output_gate: what multiplies the output of the heads, one of `gates.OUTPUT_GATES`.
       dtype, param_dtype: of the computation and of the parameters.
       kernel_init, out_kernel_init: of W_Q, W_K, W_V, the gate and of W_O.
@@ -61,6 +69,7 @@ class MultiHeadAttention(nn.Module):
     dropout_rate: float = 0.0
     use_bias: bool = False
     qk_norm: str = "none"
+    readout: str = "none"
     output_gate: str = "none"
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -93,8 +102,14 @@ class MultiHeadAttention(nn.Module):
         `decoding.append` do.
         """
         parts = self._parts(x.shape[-1])
+        if context is not None and READOUTS[self.readout].reads_value:
+            raise ValueError(
+                f"readout={self.readout!r} is for self-attention: leave the context out, or take "
+                "another readout"
+            )
         query = parts.query(x)
         options: dict[str, Any] = {**data, "implementation": self.implementation}
+        options["query_gates"] = parts.query_gates(x)
         if self.dropout_rate > 0 and not deterministic:
             options["dropout_rate"] = self.dropout_rate
             options["dropout_key"] = self.make_rng("dropout")
@@ -121,11 +136,13 @@ class MultiHeadAttention(nn.Module):
                 for name in ("positions", "lengths", "segments"):
                     options.setdefault(f"key_{name}", data.get(f"query_{name}"))
             key, value = parts.key(context), parts.value(context)
+            options["key_gates"] = parts.key_gates(context)
             out = attend(self.mechanism, parts.mechanism, query, key, value, **options)
         if sow:
             out, aux = out
             (weights,) = aux.values()
             self.sow("intermediates", "weights", weights.astype(query.dtype))
+        out = parts.readout(x, out, parts.value(x) if READOUTS[self.readout].reads_value else None)
         out = parts.gate(x, out)
         out = parts.out(out.reshape(*out.shape[:-2], -1))
         return out if cache is None else (out, cache)
@@ -140,7 +157,8 @@ class MultiHeadAttention(nn.Module):
         parts = self._parts(context.shape[-1])
         *batch, S, _ = context.shape
         length = decoding.counts("lengths", S if lengths is None else lengths, tuple(batch), S, S)
-        return decoding.of_context(parts.key(context), parts.value(context), length)
+        key, value = parts.key(context), parts.value(context)
+        return decoding.of_context(key, value, length, parts.key_gates(context))
 
     def keep(self, context: Array, lengths: Array | None = None) -> Cache:
         """The old name of `precompute_kv`, until release 0.3."""
@@ -161,11 +179,11 @@ class MultiHeadAttention(nn.Module):
                 "query_positions were given without key_positions: a cache does not keep the "
                 "positions of its keys; pass those of all slots, or neither: 0, 1, 2 ..."
             )
-        return decoding.append(cache, parts.key(x), parts.value(x), lengths)
+        return decoding.append(cache, parts.key(x), parts.value(x), lengths, parts.key_gates(x))
 
     @nn.compact
     def _parts(self, model_dim):
-        check_choices(self, qk_norm=QK_NORMS, output_gate=OUTPUT_GATES)
+        check_choices(self, qk_norm=QK_NORMS, readout=READOUTS, output_gate=OUTPUT_GATES)
         H = whole_number("num_heads", self.num_heads, 1)
         K = H if self.num_kv_heads is None else whole_number("num_kv_heads", self.num_kv_heads, 1)
         for name in ("head_dim", "value_dim"):
@@ -181,7 +199,9 @@ class MultiHeadAttention(nn.Module):
         head_dim = model_dim // H if self.head_dim is None else self.head_dim
         value_dim = head_dim if self.value_dim is None else self.value_dim
 
+        query_heads = H * READOUTS[self.readout].query_heads
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        around = {"use_bias": self.use_bias, "kernel_init": self.kernel_init, **settings}
 
         def projection(name, heads, width, axis="kv_heads", norm="none"):
             project = dense(self, heads * width, self.kernel_init, name, ("embed", axis))
@@ -193,21 +213,43 @@ class MultiHeadAttention(nn.Module):
 
             return of_heads
 
+        def gates(side, heads, axis):
+            """The numbers of each token [..., T, heads, n] that the position asks for, or None."""
+            bias = self.mechanism.position.gate_bias(side)
+            if not len(bias):
+                return lambda inputs: None
+            project = Dense(
+                heads * len(bias),
+                kernel_init=named(self.kernel_init, "embed", axis),
+                bias_init=named(
+                    lambda *_: jnp.tile(jnp.asarray(bias, self.param_dtype), heads), axis
+                ),
+                name=f"{side}_gates",
+                **settings,
+            )
+
+            def of_heads(inputs):
+                y = project(inputs)
+                return y.reshape(*y.shape[:-1], heads, len(bias))
+
+            return of_heads
+
         return _Parts(
-            query=projection("query", H, head_dim, "heads", norm=self.qk_norm),
+            query=projection("query", query_heads, head_dim, "heads", norm=self.qk_norm),
             key=projection("key", K, head_dim, norm=self.qk_norm),
             value=projection("value", K, value_dim),
-            gate=OUTPUT_GATES[self.output_gate](
-                use_bias=self.use_bias, kernel_init=self.kernel_init, name="output_gate", **settings
-            ),
+            query_gates=gates("query", query_heads, "heads"),
+            key_gates=gates("key", K, "kv_heads"),
+            readout=READOUTS[self.readout].module(name="readout", **around),
+            gate=OUTPUT_GATES[self.output_gate](name="output_gate", **around),
             out=dense(self, model_dim, self.out_kernel_init, "out", ("heads", "embed")),
-            mechanism=self._mechanism_params(head_dim, value_dim),
+            mechanism=self._mechanism_params(query_heads, head_dim, value_dim),
         )
 
-    def _mechanism_params(self, head_dim, value_dim):
+    def _mechanism_params(self, num_heads, head_dim, value_dim):
         def init(rng):
             params = self.mechanism.init(
-                rng, num_heads=self.num_heads, head_dim=head_dim, value_dim=value_dim
+                rng, num_heads=num_heads, head_dim=head_dim, value_dim=value_dim
             )
             return jax.tree.map(lambda x: x.astype(self.param_dtype), params)
 

@@ -6,6 +6,7 @@ relative ones add a term to the scores (`tile`). Learned arrays are per head. `a
 
 from attention.parts import Sum
 from attention.positions.absolute import Learned, NoPE, Sinusoidal
+from attention.positions.gated import Forget, GatedT5, PositionTemperature
 from attention.positions.relative import FIRE, T5, ALiBi, CoPE, KerpleLog, KerplePower, Shaw
 from attention.positions.rotary import NTK, Linear, RoPE, XPos, YaRN
 
@@ -13,12 +14,15 @@ __all__ = [
     "ALiBi",
     "CoPE",
     "FIRE",
+    "Forget",
+    "GatedT5",
     "KerpleLog",
     "KerplePower",
     "Learned",
     "Linear",
     "NTK",
     "NoPE",
+    "PositionTemperature",
     "RoPE",
     "Shaw",
     "Sinusoidal",

@@ -47,7 +47,7 @@ def transformer(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
     crossed = {**padded, "position": attention.positions.NoPE()}
     sizes = (
         *("model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "norm"),
-        *("mlp", "block", "norm_kind", "qk_norm", "output_gate"),
+        *("mlp", "block", "norm_kind", "qk_norm", "readout", "output_gate"),
         *("dropout_rate", "attention_dropout_rate", "use_bias", "tie_embeddings", "init_stddev"),
         *("scan_layers", "remat_layers", "implementation"),
     )

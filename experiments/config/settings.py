@@ -134,6 +134,13 @@ SETTINGS: dict[str, Any] = {
             "of query and key, with learned gains: by head, of all heads together, directions",
             TRANSFORMER,
         ),
+        "readout": Setting(
+            "none",
+            one_of("none", "differential", "exclusive"),
+            "of the heads of self-attention: two query heads each, one against the other; or "
+            "without what lies along the token's own value",
+            TRANSFORMER,
+        ),
         "output_gate": Setting(
             "none",
             one_of("none", "element", "head"),

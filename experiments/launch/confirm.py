@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from experiments.analysis import comparisons, learning, statistics
 from experiments.analysis.run_directory import LOOKS, Experiment
 from experiments.config import settings, sweep
-from experiments.launch import looks
+from experiments.launch import looks, match, tune
 from experiments.launch.cells import folder, outcome
 from experiments.training import loop
 
@@ -77,6 +77,22 @@ def enough_seeds(rows: Sequence[comparisons.Row]) -> int:
     return min(needed, MOST_SEEDS)
 
 
+def _check_flags(experiment, specs):
+    """Raises ValueError for cells tuned or matched by other flags than those of today's command."""
+    then = {cell.id: cell for cell in experiment.cells}
+    for spec in specs:
+        cell = then[spec.id]
+        for name, own, before in (
+            ("--tune", tune.flags(spec.tuned), tune.flags(cell.tuned)),
+            ("--match", match.flags(spec.matched), match.flags(cell.matched)),
+        ):
+            if own != before:
+                raise ValueError(
+                    f"{cell.id} of {experiment.path} was trained {before or f'without {name}'}, "
+                    f"and this command has {own or 'none'}: give the same"
+                )
+
+
 def cells(
     experiment: Experiment, swept: Sequence[sweep.CellSpec], seeds: int | None = None
 ) -> list[sweep.CellSpec]:
@@ -105,6 +121,7 @@ def cells(
             f"{experiment.path} has cells that this config has not: {', '.join(missing)}; give the "
             "--config and --sweep that it was trained with"
         )
+    _check_flags(experiment, [specs[row.cell.id] for row, _ in best])
     count = enough_seeds([row for row, _ in best]) if seeds is None else seeds
     first = swept[0].config.train.first_seed
     if first == experiment.seeds[0]:

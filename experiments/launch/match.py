@@ -5,7 +5,8 @@ in every cell, as Shazeer (2019, sec. 4) widens them where heads share keys and 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -37,6 +38,11 @@ def match(swept: Sequence[sweep.CellSpec], by: str) -> list[sweep.CellSpec]:
         )
     targets = {base: COSTS[by](config) for base, config in bases.items()}
     return [cell if cell.axis is None else _matched(cell, targets[cell.base], by) for cell in swept]
+
+
+def flags(matched: Mapping[str, Any]) -> str:
+    """The flag that a cell's `matched` comes from, '' of a cell that is not."""
+    return f"--match={matched['by']}" if matched else ""
 
 
 def _matched(cell, target, by):

@@ -169,6 +169,16 @@ def tried(tuned: Mapping[str, Any]) -> list[Any]:
     return [tuned.get("seeds"), [point["settings"] for point in tuned.get("points", ())]]
 
 
+def flags(tuned: Mapping[str, Any]) -> str:
+    """The flags that a cell's `tuned` comes from, '' of a cell that is not."""
+    points = [point["settings"] for point in tuned.get("points", ())]
+    if not points:
+        return ""
+    values_of = {name: dict.fromkeys(str(point[name]) for point in points) for name in points[0]}
+    texts = [f"--tune={name}:{','.join(values)}" for name, values in values_of.items()]
+    return " ".join([*texts, f"--tuning_seeds={tuned['seeds']}"])
+
+
 def failures(swept: Sequence[sweep.CellSpec]) -> dict[str, str]:
     """By the id of a cell of which no point of the grid was trained to its end, why it fails."""
     return {

@@ -81,6 +81,22 @@ def hardmax(p, s):
     return (s == s.max()) / (s == s.max()).sum()
 
 
+def entmax(p, s):
+    """Correia et al. 2019: α-entmax with α = 1 + σ(a)."""
+    share = 1 / (1 + np.exp(-p["a"]))
+    return threshold(lambda tau: np.maximum(share * s - tau, 0) ** (1 / share), s, share * s.max())
+
+
+def top_two(p, s):
+    largest = s >= np.sort(s)[-2:][0]  # Zhao et al. 2019
+    return largest * np.exp(s) / np.exp(s[largest]).sum()
+
+
+def stick_breaking(p, s):
+    taken = 1 / (1 + np.exp(-s))  # Tan et al. 2025
+    return np.array([taken[j] * np.prod(1 - taken[j + 1 :]) for j in range(len(s))])
+
+
 NORMALIZERS = {
     "softmax": (normalizers.Softmax(), lambda p, s: softmax(s)),
     "off by one": (normalizers.SoftmaxOffByOne(), off_by_one),
@@ -92,6 +108,9 @@ NORMALIZERS = {
     "sparsemax": (normalizers.Sparsemax(), sparsemax),
     "entmax": (normalizers.Entmax15(), entmax15),
     "hardmax": (normalizers.Hardmax(), hardmax),
+    "learned entmax": (normalizers.Entmax(), entmax),
+    "top k": (normalizers.TopK(2), top_two),
+    "stick-breaking": (normalizers.StickBreaking(), stick_breaking),
 }
 SUM_TO_ONE = ["softmax", "sparsemax", "entmax", "hardmax"]
 
@@ -267,3 +286,27 @@ def test_starting_values():
     # So that n keys of score 0 share a weight of about 1.
     weights = of_scores(normalizers.Sigmoid(), np.zeros(99), {"bias": np.zeros(1)})
     same(weights, 1 / 100)
+
+
+def test_learned_entmax_has_every_derivative():
+    """To scores and to α: the second derivative against differences of the first."""
+    s, row = np.array([0.3, -1.0, 0.9, 0.2]), np.arange(4.0)
+
+    @jax.jit
+    def slopes(x):
+        weights = normalizers.Entmax().weights
+        return jax.grad(lambda x: weights({"a": x[0]}, x[None, 1:])[0] @ row)(x)
+
+    x = np.concatenate([[0.2], s])
+    step = 1e-5 * np.eye(5)
+    want = [(slopes(x + d) - slopes(x - d)) / 2e-5 for d in step]
+    np.testing.assert_allclose(jax.jacfwd(slopes)(x), want, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(jax.jacrev(slopes)(x), want, rtol=0, atol=1e-7)
+    assert np.count_nonzero(want[0]) == 4  # one score is below τ
+
+
+def test_fewer_keys_than_k():
+    """Where k keys or fewer are visible, the k largest are all of them."""
+    s = np.array([0.3, -np.inf, 0.9])
+    same(of_scores(normalizers.TopK(9), s), np.exp(s) / np.exp(s).sum())
+    same(of_scores(normalizers.TopK(1), s), [0, 0, 1])

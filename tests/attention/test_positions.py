@@ -171,6 +171,11 @@ def xpos(p, q, keys, i, js, h):
     return [scaled_dot(q, turn(k, j, angles, [z ** (-j / 512) for z in zeta])) for k, j in pairs]
 
 
+def position_temperature(p, q, keys, i, js, h):
+    """Llama 4, with a = 0.5 and n = 3."""
+    return none(p, q * (1 + 0.5 * math.log((i + 1) // 3 + 1)), keys, i, js, h)
+
+
 def theta(width, base=10000.0):
     return [base ** (-2 * m / width) for m in range(width // 2)]
 
@@ -224,11 +229,13 @@ POSITIONS = {
         rope(yarn(D, 4, 200, 30, 1), 0.1 * math.log(4) + 1),
     ),
     "xpos": (positions.XPos(), xpos),
+    "temperature": (positions.PositionTemperature(0.5, 3), position_temperature),
     "shaw + rope + alibi": (SHAW + positions.RoPE() + positions.ALiBi(), shaw_rope_alibi),
     "cope + alibi": (COPE + positions.ALiBi(), cope_alibi),
 }
 EMBEDDED = {positions.Sinusoidal, positions.Learned}  # tested below
-ABSOLUTE = {"fire", "cope + alibi"}  # i − j is not all they know
+WITH_GATES = {positions.Forget, positions.GatedT5}  # tested in test_gates.py
+ABSOLUTE = {"fire", "cope + alibi", "temperature"}  # i − j is not all they know
 
 
 def case(name):
@@ -243,7 +250,7 @@ def case(name):
 
 def test_every_position_is_here():
     tested = set().union(*(classes_in(position) for position, _ in POSITIONS.values()))
-    assert public_classes(positions) <= tested | EMBEDDED
+    assert public_classes(positions) <= tested | EMBEDDED | WITH_GATES
 
 
 VARIANTS = ("none", "t5, causal", "rope, ntk", "rope, half the width, linear", "alibi")

@@ -46,6 +46,9 @@ NORMALIZERS = [
     normalizers.Sparsemax(),
     normalizers.Entmax15(),
     normalizers.Hardmax(),
+    normalizers.Entmax(),
+    normalizers.TopK(2),
+    normalizers.StickBreaking(),
 ]
 MECHANISMS = [
     *itertools.starmap(Mechanism, itertools.zip_longest(SCORES, POSITIONS, fillvalue=scores.Dot())),

@@ -152,6 +152,18 @@ def test_a_nan_reaches_exactly_the_rows_that_see_it(kernel):
     assert (out[2] == 0).all()
 
 
+@every_kernel
+def test_a_huge_value_of_the_future_leaves_second_derivatives_finite(kernel):
+    query, key, value = qkv((), T, S)
+    run = by_kernel(kernel, Mechanism(mask=masks.Causal()))
+
+    def slope(query, value):
+        return jax.grad(lambda query: run(NO_PARAMS, query, key, value)[:6].sum())(query).sum()
+
+    function = compiled(jax.grad(slope))
+    assert_same(function(query, put(value, 6, 3e38))[:6], function(query, value)[:6])
+
+
 # Rows that see nothing.
 
 SEES_NOTHING = [

@@ -10,13 +10,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import attention
-from attention import Layer, Mechanism, masks, positions
+from attention import Layer, Mechanism, decoding, masks, positions
 from attention.models import EncoderDecoder, LanguageModel
 from attention.nn import Block, MultiHeadAttention, ParallelBlock, TransformerConfig, logical_axes
 from attention.nn.blocks import BLOCKS
 from attention.nn.gates import OUTPUT_GATES
 from attention.nn.mlp import MLPS
 from attention.nn.norms import NORMS, QK_NORMS
+from attention.nn.readouts import READOUTS, exclusive
 from experiments.config import settings
 from support.helpers import one_line
 from support.mechanisms import NO_PARAMS, compiled, normal, random_params
@@ -26,6 +27,7 @@ TABLES = {
     "norm_kind": NORMS,
     "mlp": MLPS,
     "qk_norm": QK_NORMS,
+    "readout": READOUTS,
     "output_gate": OUTPUT_GATES,
     "block": BLOCKS,
 }
@@ -37,6 +39,10 @@ SMALL = TransformerConfig(
 MODERN = {"norm_kind": "rms", "mlp": "swiglu", "qk_norm": "rms", "output_gate": "element"}
 MODERN |= {"block": "parallel"}
 OTHER = {"norm_kind": "rms", "mlp": "geglu", "qk_norm": "rms_full", "output_gate": "head"}
+FORGETFUL = {
+    "readout": "differential",
+    "decoder": Mechanism(position=positions.RoPE() + positions.Forget(), mask=masks.Causal()),
+}
 PATTERN = (Layer(mask=masks.SlidingWindow(2), num_heads=2, num_kv_heads=1), Layer())
 
 
@@ -202,9 +208,10 @@ def test_scanned_layers_are_those_one_by_one_and_gradients_reach_every_parameter
         assert (leaf.reshape(2, -1) != 0).any(1).all(), jax.tree_util.keystr(path)
 
 
-def test_decoding_is_the_full_pass():
+@pytest.mark.parametrize("changes", [MODERN, FORGETFUL], ids=["modern", "forgetful"])
+def test_decoding_is_the_full_pass(changes):
     """A prompt of a pattern with a window, of two lengths, and then one by one."""
-    model, text = LanguageModel(changed(**MODERN, layers=PATTERN)), tokens(2, 7)
+    model, text = LanguageModel(changed(**changes, layers=PATTERN)), tokens(2, 7)
     variables = random_params(model.init, text, scale=0.3)
 
     @compiled
@@ -262,6 +269,12 @@ def test_axes_have_names():
     own = names(**OTHER)["self_attention"]
     assert own["query_norm"]["scale"] == P("layers", "heads", None)
     assert own["key_norm"]["scale"] == P("layers", "kv_heads", None)
+    own = names(**FORGETFUL)["self_attention"]
+    assert own["readout"]["in"]["kernel"] == P("layers", "embed", "heads")
+    assert own["key_gates"] == {
+        "kernel": P("layers", "embed", "kv_heads"),
+        "bias": P("layers", "kv_heads"),
+    }
     own = names(qk_norm="l2")["self_attention"]
     assert own["key_norm"]["scale"] == P("layers", "kv_heads")
 
@@ -275,9 +288,48 @@ def test_a_name_that_is_in_no_table_is_refused(name):
     assert setting.default == getattr(SMALL, name) == next(iter(TABLES[name]))
     assert setting.range.text == f"one of {known}"
     assert setting.reader is settings.TRANSFORMER
-    if name in ("qk_norm", "output_gate"):
+    if name in ("qk_norm", "readout", "output_gate"):
         with one_line(ValueError, f"{name} must be one of {known}, got 'rsm'"):
             MultiHeadAttention(2, **{name: "rsm"}).init(jax.random.key(0), np.ones((1, 2, 4)))
+
+
+@pytest.mark.parametrize("readout", ["differential", "exclusive"])
+def test_readouts(readout):
+    """Against their equations, fed at once and in pieces, of heads in groups."""
+    layer = MultiHeadAttention(4, MECHANISM, num_kv_heads=2, readout=readout)
+    x = normal(0, 2, 5, 16)
+    variables = random_params(layer.init, x, scale=0.3)
+    own = variables["params"]
+
+    @compiled
+    def both(variables):
+        cache, pieces = decoding.empty((2,), 5, 2, 4, position=MECHANISM.position), []
+        for piece in x[:, :3], x[:, 3:4], x[:, 4:]:
+            out, cache = layer.apply(variables, piece, cache=cache)
+            pieces.append(out)
+        return layer.apply(variables, x), jnp.concatenate(pieces, 1)
+
+    def heads(name):
+        return (x @ own[name]["kernel"]).reshape(2, 5, -1, 4)
+
+    value = heads("value")
+    y = np.asarray(attention.attend(MECHANISM, NO_PARAMS, heads("query"), heads("key"), value))
+    if readout == "differential":
+        y = y[:, :, ::2] - sigmoid(x @ own["readout"]["in"]["kernel"])[..., None] * y[:, :, 1::2]
+    else:
+        v = np.repeat(value, 2, axis=2)
+        y = y - (y * v).sum(-1, keepdims=True) / (v * v).sum(-1, keepdims=True) * v
+        np.testing.assert_allclose((y * v).sum(-1), 0, atol=1e-5)
+    full, pieces = both(variables)
+    np.testing.assert_allclose(full, y.reshape(2, 5, 16) @ own["out"]["kernel"], atol=1e-5)
+    np.testing.assert_allclose(pieces, full, atol=1e-5)
+
+
+def test_the_exclusive_readout_is_of_self_attention():
+    assert (exclusive(normal(0, 1, 2, 4), normal(0, 1, 1, 4) * 0) == normal(0, 1, 2, 4)).all()
+    layer = MultiHeadAttention(2, readout="exclusive")
+    with one_line(ValueError, "readout='exclusive' is for self-attention"):
+        layer.init(jax.random.key(0), np.ones((1, 2, 4)), np.ones((1, 3, 4)))
 
 
 def test_branches_side_by_side_have_no_norm_after_them():

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.analysis import comparisons, run_directory, statistics
 from experiments.config import settings, sweep
-from experiments.launch import confirm, runner
+from experiments.launch import confirm, runner, tune
 from experiments.reporting import findings, terminal
 from support.helpers import one_line
 from support.launching import ablate
@@ -106,6 +106,23 @@ def test_what_cannot_be_confirmed_is_one_line(tmp_path, swept):
     alone = write(tmp_path / "alone", swept[:1], LOSSES)
     with one_line(ValueError, "no base with a result and another cell beside it"):
         confirm.cells(alone, swept[:1])
+
+
+def test_a_sweep_is_confirmed_by_the_flags_it_was_trained_with(tmp_path, swept):
+    grid = {"optimizer.learning_rate": [0.001, 0.002]}
+    points = [{"settings": point, "score": 2.0, "flops": 1} for point in tune.points(grid)]
+    record = {"seeds": 2, "metric": "validation/loss", "points": points, "choice": None}
+    tuned = [dataclasses.replace(cell, tuned=record) for cell in swept]
+    first = write(tmp_path / "first", tuned, LOSSES)
+    flags = "trained --tune=optimizer.learning_rate:0.001,0.002 --tuning_seeds=2, and"
+    with one_line(ValueError, flags, "this command has none: give the same"):
+        confirm.cells(first, swept, 4)
+    assert confirm.cells(first, tuned, 4)
+    width = {"by": "params", "setting": "model.mlp_dim", "before": 4, "width": 5}
+    second = write(tmp_path / "second", swept, LOSSES)
+    matched = [dataclasses.replace(cell, matched=width) for cell in swept]
+    with one_line(ValueError, "trained without --match, and this command has --match=params"):
+        confirm.cells(second, matched, 4)
 
 
 def test_as_many_seeds_as_half_the_difference_needs(tmp_path, swept):

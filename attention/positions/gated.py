@@ -1,0 +1,120 @@
+"""Positional schemes that depend on the tokens: on numbers that each of them brings."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention.parts import Array, Position, Tile, check_counts, check_numbers
+from attention.positions.relative import T5
+
+
+@dataclasses.dataclass(frozen=True)
+class Forget(Position):
+    """Σ_{l=j+1..i} log f_l, f_l = σ(gate of key l): what lies behind a small f is forgotten.
+
+    Lin et al. 2025 (forgetting attention, FoX). It is computed as F_i − F_j of running sums
+    F over all keys of the text, within a segment where there are segments. Padding counts as f = 1.
+    For causal masks: ahead of the query the term grows. Query heads of a group share the gates of
+    their key head.
+
+    The token of query i is key i where T = S; else it is the last key that does not stand after
+    the query, by positions that ascend: with a cache, positions are not to begin anew by segment.
+
+    Attributes:
+      start: f at the start of training, where x W is 0; `nn.MultiHeadAttention` learns
+        σ(x W + b).
+    """
+
+    start: float = 0.98
+    key_gates = 1
+    ordered = True
+
+    def __post_init__(self):
+        check_numbers(self, "start")
+        if not self.start < 1:
+            raise ValueError(f"start of Forget must be above 0 and below 1, got {self.start}")
+
+    def gate_bias(self, side):
+        return np.full(1 if side == "key" else 0, math.log(self.start / (1 - self.start)))
+
+    def prepare_gates(self, params, tile):
+        log_forget = jax.nn.log_sigmoid(tile.key_gates[:, 0])
+        if tile.key_length is not None:
+            log_forget = jnp.where(tile.key_index < tile.key_length, log_forget, 0)
+        total = _running_sum(log_forget, tile.key_segments)[:, None]
+        return total[_own_key(tile)], total
+
+    def tile(self, params, query, key, tile):
+        return tile.query_gates - tile.key_gates.T
+
+
+def _running_sum(x: Array, segments: Array | None) -> Array:
+    """Σ_{l ≤ j} x_l, [S], of the l in the run of equal `segments` [S] that holds j."""
+    if segments is None:
+        return jnp.cumsum(x)
+    first = jnp.concatenate([jnp.ones(1, bool), segments[1:] != segments[:-1]])
+
+    def join(left, right):
+        (left_first, left_sum), (right_first, right_sum) = left, right
+        total = jnp.where(right_first, right_sum, left_sum + right_sum)
+        return left_first | right_first, total
+
+    return jax.lax.associative_scan(join, (first, x))[1]
+
+
+def _own_key(tile: Tile) -> Array:
+    """The index of the key of each query's own token, [T]."""
+    if len(tile.query_index) == len(tile.key_index):
+        return tile.query_index
+    after = jnp.searchsorted(tile.key_positions, tile.query_positions, side="right")
+    return jnp.maximum(after - 1, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedT5(T5):
+    """b_c (1 + u_i + (1 − u_i) a r_i), c the bucket of j − i: T5's term, gated by the query.
+
+    u_i and r_i are σ of the two gates of query i, b (`T5`) and a are learned per head.  Chi et al.
+    2022 (XLM-E); Chen et al. 2022 (WavLM). Those make the gates of the query
+    vector, `nn.MultiHeadAttention` makes them of its token.
+    """
+
+    query_gates = 2
+
+    def init(self, key, head_dim, value_dim):
+        return {**super().init(key, head_dim, value_dim), "scale": jnp.ones(())}
+
+    def tile(self, params, query, key, tile):
+        update, reset = jnp.split(jax.nn.sigmoid(tile.query_gates), 2, axis=1)
+        factor = 1 + update + (1 - update) * params["scale"] * reset
+        return factor * super().tile(params, query, key, tile)
+
+
+@dataclasses.dataclass(frozen=True)
+class PositionTemperature(Position):
+    """q_i · (1 + a log(⌊(i + 1) / n⌋ + 1)): sharper weights far into a long text.
+
+    Llama 4 (Meta 2025), where it is for the layers without rotary positions; after Nakanishi 2025
+    (scalable softmax). Nothing is learned. Queries before position n − 1 stay as they are.
+
+    Attributes:
+      a: how fast it grows.
+      n: positions of one step.
+    """
+
+    a: float = 0.1
+    n: int = 8192
+
+    def __post_init__(self):
+        check_numbers(self, "a", positive=False)
+        check_counts(self, n=1)
+
+    def rotate(self, params, x, positions, side, gates=None):
+        if side == "key":
+            return x
+        steps = (jnp.maximum(positions, 0) + 1) // self.n
+        factor = 1 + self.a * jnp.log1p(steps.astype(jnp.promote_types(x.dtype, jnp.float32)))
+        return (x * factor[:, None]).astype(x.dtype)

@@ -1,0 +1,205 @@
+"""The page of every mechanism, made from the parts: `python -m docs.mechanisms` prints it.
+
+The equation and the paper are the first line of a part's docstring; which kernels serve it is what
+they answer, and what a decoder keeps is what its cache holds.
+"""
+
+import functools
+import inspect
+import math
+
+import jax
+import jax.numpy as jnp
+
+import attention
+from attention import decoding, masks, nn, normalizers, positions, scores
+from attention.kernels.registry import KERNELS, Device, describe, unsupported
+from attention.parsing import unparse
+from attention.parts import Mask, Normalizer, Position, Score
+
+_PAGE = """# Every mechanism
+
+A mechanism is a score, a position, a mask and a normaliser, in any combination. Here each has
+the name that a config or a flag gives it. The page is made from the code, and its equations are
+those of the [reference](reference/parts.md).
+
+**Other kernels.** *dense* and *tiled* serve all, on every device. A row names the others that
+serve the part beside other parts that they know, in bfloat16, at {T:,} tokens, with heads of
+width {D} and JAX {version}: {devices}. [Kernels](kernels.md) has their conditions;
+`attention.explain` answers for your arrays.
+
+**Cost.** Time is O(T · S) a head, and O(T) with *linear*, or where the mask leaves each query a
+number of keys that does not grow with the text. Memory is O(T) but with *dense*, and where
+"whole rows" says that a tile of *tiled* holds all keys of its queries.
+
+**Cache.** To decode a token a layer keeps the keys and the values of all tokens before it, K ·
+(D + V) numbers each. A mask that needs fewer says so.
+
+**Learns** is how many numbers a head of width {D} learns.
+"""
+_AROUND = """
+## Around attention
+
+Modules of a Transformer block, by the field of [`TransformerConfig`](models.md).
+"""
+_DEVICES = {
+    "cpu": Device("cpu", "cpu"),
+    "cuda": Device("cuda", "NVIDIA H100 80GB HBM3", 9.0),
+    "tpu": Device("tpu", "TPU v5 lite"),
+}
+_LENGTH, _WIDTH = 4096, 128
+# Of parts that have no default of all their numbers.
+_NUMBERS: dict[str, tuple] = {
+    "Location": (_LENGTH,),
+    "Learned": (_LENGTH,),
+    "SlidingWindow": (256,),
+    "BlockLocal": (256,),
+    "Dilated": (4,),
+    "Scale": (scores.ScaledDot(), 0.5),
+    "Temperature": (scores.ScaledDot(),),
+    "SoftCap": (scores.ScaledDot(), 30.0),
+}
+_SECTIONS = (
+    ("score", "Scores", scores, Score),
+    ("position", "Positions", positions, Position),
+    ("mask", "Masks", masks, Mask),
+    ("normalizer", "Normalisers", normalizers, Normalizer),
+)
+# Each kernel knows the other parts of one of these.
+_CONTEXTS = (
+    attention.Mechanism(),
+    attention.Mechanism(mask=masks.Causal()),
+    attention.Mechanism(score=scores.EluFeatures(), normalizer=normalizers.SumToOne()),
+)
+
+
+def page() -> str:
+    """The text of the page, in Markdown."""
+    devices = ", ".join(f"*{name}* ({_devices(KERNELS[name])})" for name in _others())
+    text = _PAGE.format(T=_LENGTH, D=_WIDTH, version=jax.__version__, devices=devices)
+    for kind, title, module, base in _SECTIONS:
+        text += f"\n## {title}\n\n"
+        text += "| name | equation and paper | learns | other kernels | |\n|---|---|---|---|---|\n"
+        text += "".join(row(kind, part) for part in parts(module, base))
+    return text + _AROUND + "".join(map(_modules, _around()))
+
+
+def parts(module, base) -> list:
+    """One part of each class of a module that a config can name."""
+    classes = [
+        cls
+        for cls in vars(module).values()
+        if inspect.isclass(cls) and issubclass(cls, base) and not inspect.isabstract(cls)
+        if cls.__module__.startswith(module.__name__) and not cls.__name__.startswith("_")
+    ]
+    return [cls(*_NUMBERS.get(cls.__name__, ())) for cls in classes]
+
+
+def row(kind: str, part) -> str:
+    """The row of a part in the table of its kind."""
+    first_line = _in_table((part.__doc__ or "").split("\n\n")[0])
+    fields = (
+        f"`{unparse(part)}`",
+        first_line,
+        _learns(kind, part),
+        ", ".join(_kernels(kind, part)),
+        _remark(kind, part),
+    )
+    return f"| {' | '.join(fields)} |\n"
+
+
+def _others():
+    return [name for name in KERNELS if name not in ("dense", "tiled")]
+
+
+def _kernels(kind, part):
+    """The kernels that serve a part besides those that serve all."""
+    for name in ("dense", "tiled"):
+        assert _serves(name, kind, part, _CONTEXTS[0]), f"{name} does not serve {part}"
+    return [name for name in _others() if any(_serves(name, kind, part, c) for c in _CONTEXTS)]
+
+
+def _serves(name, kind, part, context):
+    kernel = KERNELS[name]
+    mechanism = attention.Mechanism(**{**vars(context), kind: part})
+    array = jax.ShapeDtypeStruct((1, _LENGTH, 1, _WIDTH), jnp.bfloat16)
+    data = {
+        names[0]: jax.ShapeDtypeStruct((1,) if "lengths" in names[0] else (1, _LENGTH), jnp.int32)
+        for names in mechanism.mask.required_inputs
+    }
+    call = functools.partial(describe, mechanism, array, array, array, **data)
+    platforms = _platforms(kernel) or _DEVICES
+    return any(unsupported(kernel, call(device=_DEVICES[p])) is None for p in platforms)
+
+
+def _learns(kind, part):
+    mechanism = attention.Mechanism(**{kind: part})
+    shapes = jax.eval_shape(
+        lambda key: mechanism.init(key, num_heads=1, head_dim=_WIDTH), jax.random.key(0)
+    )
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+    if kind == "position":
+        table = jax.eval_shape(lambda key: part.init_embed(key, _WIDTH), jax.random.key(0))
+        if rows := sum(x.shape[0] for x in jax.tree.leaves(table)):
+            return f"{rows:,} · M once"
+    return f"{count:,}" if count else ""
+
+
+def _remark(kind, part):
+    whole = kind == "normalizer" and not isinstance(part, attention.OnlineNormalizer)
+    if whole or (kind == "position" and part.whole_row):
+        return "whole rows"
+    if kind == "mask":
+        tokens = decoding.empty((1,), _LENGTH, 1, 1, mask=masks.Causal() & part).key.shape[-3]
+        return f"caches {tokens:,} tokens" if tokens <= _LENGTH / 2 else ""
+    return ""
+
+
+def _around():
+    return {
+        "mlp": nn.mlp.MLPS,
+        "norm_kind": nn.norms.NORMS,
+        "qk_norm": nn.norms.QK_NORMS,
+        "output_gate": nn.gates.OUTPUT_GATES,
+        "block": nn.blocks.BLOCKS,
+    }.items()
+
+
+def _modules(item):
+    field, modules = item
+    rows = "".join(
+        f"| `{name}` | {_in_table(_docstring(module))} |\n"
+        for name, module in modules.items()
+        if name != "none"
+    )
+    return f"\n### `{field}`\n\n| value | computes |\n|---|---|\n{rows}"
+
+
+def _docstring(module):
+    """The first lines of a module's docstring, and how the module sets its arguments."""
+    if not isinstance(module, functools.partial):
+        return (module.__doc__ or "").split("\n\n")[0]
+    settings = inspect.signature(module.func).bind_partial(*module.args, **module.keywords)
+    own = ", ".join(
+        f"{name} = {getattr(value, '__name__', value)}"
+        for name, value in settings.arguments.items()
+    )
+    return f"{_docstring(module.func)} Here {own}."
+
+
+def _devices(kernel):
+    names = {"cuda": "NVIDIA GPU", "tpu": "TPU"}
+    return " and ".join(names[platform] for platform in _platforms(kernel)) or "any device"
+
+
+def _platforms(kernel):
+    """Those a kernel is made for: on a CPU the fused ones run in an interpreter, for tests."""
+    return [platform for platform in kernel.platforms or () if platform != "cpu"]
+
+
+def _in_table(text):
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(page())

@@ -1,0 +1,208 @@
+"""Numbers of each token that a position asks for: in every kernel, layer and cache."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import attention
+from attention import Mechanism, attend, decoding, masks, normalizers, positions
+from attention.kernels.registry import KERNELS, describe, unsupported
+from attention.nn import MultiHeadAttention
+from support.mechanisms import assert_close, assert_same, compiled, init, normal, put, qkv
+
+T = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Slope(attention.Position):
+    """−a exp(g_i + f_j) |i − j|, and keys times their own number: every way that gates go."""
+
+    query_gates = 1
+    key_gates = 2
+
+    def init(self, key, head_dim, value_dim):
+        return {"a": jnp.ones(())}
+
+    def rotate(self, params, x, positions, side, gates=None):
+        return x * (1 + jnp.tanh(gates[:, :1]))
+
+    def tile(self, params, query, key, tile):
+        rate = jnp.exp(tile.query_gates + tile.key_gates[:, 1:].T)
+        return -params["a"] * rate * jnp.abs(tile.distance)
+
+
+BOTH = Slope() + positions.Forget()
+GATED = [
+    Mechanism(position=BOTH, mask=masks.Causal()),
+    Mechanism(position=BOTH, mask=masks.Causal(), normalizer=normalizers.Sigmoid()),
+]
+
+
+def gates(position, T=T, H=2, K=1, batch=(2,), dtype="float32"):
+    return {
+        "query_gates": normal(5, *batch, T, H, position.query_gates, dtype=dtype),
+        "key_gates": normal(6, *batch, T, K, position.key_gates, dtype=dtype),
+    }
+
+
+def derivatives(mechanism, kernel, tangent=True, **data):
+    """(arrays, gates, direction) -> (out, lse), gradient of a sum, its tangent; `compiled`."""
+    size = {"block_sizes": (2, 3)} if kernel == "tiled" else {}
+
+    @compiled
+    def run(arrays, gates, direction):
+        def loss(arrays, gates):
+            out, aux = attend(
+                mechanism, *arrays, **gates, **size, **data, implementation=kernel, aux=("lse",)
+            )
+            lse = jnp.where(jnp.isfinite(aux["lse"]), aux["lse"], 0)
+            return jnp.sum(out**2) + lse.sum(), (out, aux["lse"])
+
+        def gradient(*args):
+            return jax.grad(loss, (0, 1), has_aux=True)(*args)
+
+        if not tangent:
+            slopes, results = gradient(arrays, gates)
+            return results, slopes
+        (slopes, results), (changes, _) = jax.jvp(gradient, (arrays, gates), direction)
+        return results, slopes, changes
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "mechanism", [GATED[0], pytest.param(GATED[1], marks=pytest.mark.slow)], ids=str
+)
+def test_kernels_agree_on_every_derivative(mechanism, x64):
+    """Of outputs, every array's gradient and its tangent; a row sees nothing, blocks are small."""
+    arrays = jax.tree.map(
+        lambda x: x.astype("float64"), (init(mechanism), *qkv(T=T, S=T, dtype="float64"))
+    )
+    of_tokens = gates(mechanism.position, dtype="float64")
+    data = {"mask": np.arange(T)[:, None] != 3}
+    inputs = arrays, of_tokens, (arrays, of_tokens)
+    kernels = [name for name, kernel in KERNELS.items() if kernel.takes_gates]
+    want, *others = (derivatives(mechanism, kernel, **data)(*inputs) for kernel in kernels)
+    for got in others:
+        assert_close(got, want, 1e-12)
+    for leaf in jax.tree.leaves(want[1:]):
+        assert np.abs(leaf).max() > 1e-3
+
+
+@pytest.mark.parametrize("kernel", ["tiled", pytest.param("dense", marks=pytest.mark.slow)])
+def test_absent_gates_change_nothing(kernel):
+    """NaN in the gates of padding: the same bits and gradients of 0.
+
+    NaN in a gate that is seen: in the rows that see it.
+    """
+    mechanism = Mechanism(position=BOTH, mask=masks.Causal() & masks.Padding())
+    arrays, of_tokens = (init(mechanism), *qkv(T=T, S=T)), gates(mechanism.position)
+    lengths = {"query_lengths": np.array([5, 5]), "key_lengths": np.array([5, 5])}
+    run = derivatives(mechanism, kernel, tangent=False, **lengths)
+    want = _, (_, to_gates) = run(arrays, of_tokens, ())
+    poisoned = {name: put(x, np.s_[:, 5:], np.nan) for name, x in of_tokens.items()}
+    assert_same(run(arrays, poisoned, ()), want)
+    assert all((x[:, 5:] == 0).all() for x in to_gates.values())
+    spoilt = of_tokens | {"key_gates": put(of_tokens["key_gates"], np.s_[:, 2], np.nan)}
+    (out, _), slopes = run(arrays, spoilt, ())
+    assert np.isnan(out[:, 2:5]).all() and np.isfinite(out[:, :2]).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slopes))
+
+
+def test_the_choice_and_its_errors():
+    mechanism = Mechanism(position=positions.Forget(), mask=masks.Causal())
+    query, key, value = qkv(T=T, S=T)
+    run = functools.partial(attend, mechanism, init(mechanism), query, key, value)
+    with pytest.raises(ValueError, match=r"Forget.*needs key_gates \[..., S, K, 1\]"):
+        run()
+    with pytest.raises(ValueError, match=r"key_gates must be .* got \(2, 7, 1, 3\)"):
+        run(key_gates=normal(0, 2, T, 1, 3))
+    with pytest.raises(ValueError, match="query_gates was given, but the position"):
+        run(query_gates=normal(0, 2, T, 2, 1))
+    call = describe(mechanism, query, key, value)
+    able = [name for name, kernel in KERNELS.items() if not unsupported(kernel, call)]
+    assert able == ["dense", "tiled"]
+    assert "key_gates" in unsupported(KERNELS["linear"], call)
+
+
+# Schemes.
+
+
+def test_forget(x64):
+    """Against the sum written out, whole, in segments and by the rows of 'row_weights'."""
+    mechanism = Mechanism(position=positions.Forget(), mask=masks.Causal() & masks.Segments())
+    query, key, value = qkv(T=T, S=T, dtype="float64")
+    of_tokens = {"key_gates": normal(6, 2, T, 1, 1, dtype="float64")}
+    segments = np.array([0, 0, 0, 1, 1, 1, 1])
+    rows = np.array([5, 2])
+    _, aux = attend(
+        mechanism, init(mechanism), query, key, value, query_segments=segments,
+        aux=("weights", "row_weights"), weight_rows=rows, **of_tokens,
+    )  # fmt: skip
+    log_forget = -np.log1p(np.exp(-of_tokens["key_gates"][..., 0, 0]))
+    for n, h, i in np.ndindex(2, 2, T):
+        seen = [j for j in range(i + 1) if segments[j] == segments[i]]
+        logits = [
+            query[n, i, h] @ key[n, j, 0] / 2 + log_forget[n, j + 1 : i + 1].sum() for j in seen
+        ]
+        want = np.zeros(T)
+        want[seen] = np.exp(logits) / np.exp(logits).sum()
+        np.testing.assert_allclose(aux["weights"][n, h, i], want, atol=1e-12)
+    np.testing.assert_allclose(aux["row_weights"], np.asarray(aux["weights"])[:, :, rows])
+
+
+def test_gated_t5(x64):
+    position = positions.GatedT5(num_buckets=4, max_distance=6)
+    mechanism, plain = Mechanism(position=position), Mechanism()
+    params, (query, key, value) = init(mechanism), qkv(T=T, S=T, dtype="float64")
+    of_tokens = {"query_gates": normal(5, 2, T, 2, 2, dtype="float64")}
+    own = params["position"]
+    update, reset = np.moveaxis(1 / (1 + np.exp(-of_tokens["query_gates"])), -1, 0)
+    distance = np.arange(T)[:, None] - np.arange(T)
+    bias = own["table"][:, np.asarray(position.bucket(jnp.asarray(distance)))]
+    factor = 1 + update + (1 - update) * own["scale"] * reset
+    bias = np.swapaxes(factor, 1, 2)[..., None] * bias
+    got = attend(mechanism, params, query, key, value, **of_tokens)
+    want = attend(plain, {**params, "position": {}}, query, key, value, bias=bias)
+    np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+# Layers and caches.
+
+
+def test_layer_and_its_cache():
+    """A text fed in pieces gives what it gives at once; the start of a gate is that of its part."""
+    position = Slope() + positions.GatedT5(4, 6) + positions.Forget(start=0.9)
+    mechanism = Mechanism(position=position, mask=masks.Causal() & masks.SlidingWindow(4))
+    layer = MultiHeadAttention(num_heads=2, num_kv_heads=1, mechanism=mechanism)
+    x = normal(1, 2, T, 8)
+    params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
+    assert params["query_gates"]["kernel"].shape == (8, 2 * 3)
+    np.testing.assert_allclose(params["key_gates"]["bias"], [0, 0, np.log(9)], rtol=1e-6)
+    want = layer.apply({"params": params}, x)
+    cache = decoding.empty((2,), T, 1, 4, position=position, mask=mechanism.mask)
+    assert cache.window is None  # the running sum needs every key
+
+    @jax.jit
+    def run(cache, x):
+        return layer.apply({"params": params}, x, cache=cache)
+
+    pieces = []
+    for piece in x[:, :4], x[:, 4:5], x[:, 5:6], x[:, 6:7]:
+        out, cache = run(cache, piece)
+        pieces.append(out)
+    assert_close(np.concatenate(pieces, 1), want)
+
+
+def test_no_gates_no_parameters():
+    layer = MultiHeadAttention(num_heads=2, mechanism=Mechanism(position=positions.ALiBi()))
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), np.zeros((1, 3, 8), np.float32))
+    assert set(shapes["params"]) == {"query", "key", "value", "out"}
+    cache = decoding.empty((), 4, 1, 4)
+    with pytest.raises(ValueError, match="key_gates go with a cache"):
+        decoding.append(cache, *(np.zeros((1, 1, 4), np.float32),) * 2,
+                        key_gates=np.zeros((1, 1, 1), np.float32))  # fmt: skip
