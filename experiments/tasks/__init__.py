@@ -91,8 +91,8 @@ class Task(typing.Protocol):
     def eval_splits(self) -> dict[str, Batch]:
         """All evaluation examples by split: 'validation', 'test' if any, and 'length_<n>'.
 
-        The last for every longer test length n, of images 'size_<n>'; some tasks have more.  Where the task makes the
-        splits itself, their examples are hashed apart from those of training.
+        The last for every longer test length n, of images 'size_<n>'; some tasks have more.  Where
+        the task makes the splits itself, their examples are hashed apart from those of training.
 
         Reads and checks all the data a task has, so call it before compiling anything.
         """

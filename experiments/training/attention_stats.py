@@ -16,6 +16,8 @@ def weights(model: Any, params: Any, batch: Mapping[str, Any]) -> dict[str, list
     """The weights of each kind of attention on a batch, [B, H, T, S] of each layer, float32."""
     _, sown = model.apply(params, *model_inputs(batch), mutable=["intermediates"])
     sown = sown["intermediates"]
+    if "decoder" not in sown:
+        return {"image": _layers(sown["stack"], "self_attention")}
     if "source" not in batch:
         return {"self": _layers(sown["decoder"], "self_attention")}
     by_kind = {}
@@ -48,8 +50,8 @@ def totals(by_kind: Mapping[str, Sequence[jax.Array]], batch: Mapping[str, Any])
 
     With p_ij = w_ij / Σ_j w_ij, 'entropy' is −Σ_j p_ij log p_ij in nats of all queries that give
     some weight, and 'first_token' w_i1, what a query gives to the first key (Xiao et al. 2024,
-    fig. 2).  Padded queries do not count, nor in self-attention the first query, which may have
-    nothing else to look at.
+    fig. 2).  Padded queries do not count, nor in self-attention of texts the first query, which may
+    have nothing else to look at.
     """
     measured = {}
     for kind, layers in by_kind.items():
@@ -59,7 +61,7 @@ def totals(by_kind: Mapping[str, Sequence[jax.Array]], batch: Mapping[str, Any])
             rows = batch["weights"] > 0
             if kind == "encoder":
                 rows = jnp.arange(T) < batch["source_lengths"][:, None]
-        if kind != "cross":
+        if kind not in ("cross", "image"):
             rows = rows * (jnp.arange(T) > 0)
         of_layers = [_totals(w, rows) for w in layers]
         measured[kind] = {name: [x[name] for x in of_layers] for name in of_layers[0]}
