@@ -1,5 +1,6 @@
 """From the settings `model` and a task to a Linen model: where a new architecture is named."""
 
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
@@ -17,6 +18,7 @@ from attention.models import (
     Luong,
     RNNConfig,
     RNNEncoderDecoder,
+    VisionTransformer,
 )
 from attention.nn import TransformerConfig
 from experiments import tasks
@@ -36,12 +38,14 @@ def build(config: ConfigDict) -> tuple[tasks.Task, Any]:
     return task, {"transformer": transformer, "rnn": rnn}[m.architecture](task, m, parts)
 
 
-def transformer(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
-    """The Transformer of the settings `model`: a decoder or an encoder-decoder, as the task is.
+def transformer(task: Any, m: ConfigDict, parts: dict[str, Any]) -> Any:
+    """The Transformer of the settings `model`: what the architecture of the task is.
 
-    `model.mask` and `model.layers` are of the decoder's self-attention: an encoder sees all of the
-    source, and so does every layer of the decoder.
+    `model.mask` is of the decoder's self-attention: an encoder sees all of the source, and so does
+    every layer of the decoder; a patch sees the whole image. `model.layers` is of the decoder's
+    self-attention, or of that of an image.
     """
+    of_images = isinstance(task, tasks.OfImages)
     padded = {**parts, "mask": attention.masks.Padding()}
     # The encoder adds positions to the source; i − j between two texts means nothing.
     crossed = {**padded, "position": attention.positions.NoPE()}
@@ -52,7 +56,7 @@ def transformer(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
         *("scan_layers", "remat_layers", "implementation"),
     )
     config = TransformerConfig(
-        vocab_size=task.vocab_size,
+        vocab_size=len(task.classes) if of_images else task.vocab_size,
         decoder=attention.Mechanism(**parts),
         encoder=attention.Mechanism(**padded),
         cross=attention.Mechanism(**crossed),
@@ -60,7 +64,26 @@ def transformer(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
         dtype=jnp.dtype(m.dtype),
         **{name: m[name] for name in sizes},
     )
+    if isinstance(task, tasks.OfImages):
+        return vision(task, m, config)
     return {"decoder": LanguageModel, "encoder_decoder": EncoderDecoder}[task.architecture](config)
+
+
+def vision(task: Any, m: ConfigDict, config: TransformerConfig) -> VisionTransformer:
+    """The Vision Transformer of the settings `model` with the layers of `config`."""
+    height, width, channels = task.image_shape
+    sides = {height, width, *(getattr(task, "test_sizes", ()))}
+    for side in sorted(sides):
+        if side % m.patch_size:
+            raise ValueError(
+                f"model.patch_size={m.patch_size} does not divide images of {side} pixels: take "
+                "one that does, or other sizes (task.resize, task.crop, task.test_sizes)"
+            )
+    # There is no padding; every token sees all others.
+    config = dataclasses.replace(
+        config, encoder=dataclasses.replace(config.encoder, mask=attention.masks.Full())
+    )
+    return VisionTransformer(config, (m.patch_size, m.patch_size), channels, m.pooling, m.registers)
 
 
 def layer_names(m: ConfigDict, kinds: Collection[str]) -> dict[str, list[str]]:
@@ -69,7 +92,8 @@ def layer_names(m: ConfigDict, kinds: Collection[str]) -> dict[str, list[str]]:
     Layers with a mixer have no weights and are left out; then the others say where they are.
     """
     pattern = attention.parse_layers(m.layers)
-    mechanism = attention.Mechanism(mask=attention.parse("mask", m.mask))
+    mask = attention.parse("mask", "full" if "image" in kinds else m.mask)
+    mechanism = attention.Mechanism(mask=mask)
     layers = pattern * (m.num_layers // (len(pattern) or 1))
     names = [layer.label(mechanism) for layer in layers]
     if any(layer.mixer is not None for layer in layers):
@@ -78,10 +102,10 @@ def layer_names(m: ConfigDict, kinds: Collection[str]) -> dict[str, list[str]]:
             for i, (name, layer) in enumerate(zip(names, layers, strict=True), start=1)
             if layer.mixer is None
         ]
-    return {kind: names for kind in kinds if names and kind in ("self", "decoder")}
+    return {kind: names for kind in kinds if names and kind in ("self", "decoder", "image")}
 
 
-def rnn(task: tasks.Task, m: ConfigDict, parts: dict[str, Any]) -> Any:
+def rnn(task: Any, m: ConfigDict, parts: dict[str, Any]) -> Any:
     """The recurrent encoder-decoder of the settings `model`; its mask is that of padding."""
     if task.architecture != "encoder_decoder":
         raise ValueError(

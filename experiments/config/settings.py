@@ -69,6 +69,12 @@ LANGUAGE_MODEL = _tasks(
     lambda task: task.architecture == "decoder", "a task of a decoder alone, such as text"
 )
 
+IMAGES = _tasks(lambda task: task.architecture == "image_classifier", "a task of images")
+MASKED = Reader(
+    "the Transformer of a task of tokens (model.layers has masks for images)",
+    lambda c: TRANSFORMER.reads(c) and not IMAGES.reads(c),
+)
+
 PART = ValueRange("a text that `attention.parse` reads", TEXT.holds)
 
 
@@ -100,11 +106,11 @@ SETTINGS: dict[str, Any] = {
         "architecture": Setting("transformer", one_of("transformer", "rnn")),
         "score": Setting("scaled_dot", PART, reader=ATTENTION),
         "position": Setting("rope", PART, reader=ATTENTION),
-        "mask": Setting("causal", PART, "of a decoder", TRANSFORMER),
+        "mask": Setting("causal", PART, "of a decoder", MASKED),
         "layers": Setting(
             "",
             ValueRange("a text that `attention.parse_layers` reads", TEXT.holds),
-            "what the layers of a decoder have of their own, repeated to num_layers",
+            "what the layers of a decoder, or of images, have of their own, repeated to num_layers",
             TRANSFORMER,
         ),
         "normalizer": Setting("softmax", PART, reader=ATTENTION),
@@ -150,6 +156,11 @@ SETTINGS: dict[str, Any] = {
         "dropout_rate": Setting(0.0, FRACTION),
         "attention_dropout_rate": Setting(0.0, FRACTION, reader=TRANSFORMER),
         "use_bias": Setting(False, SWITCH, reader=TRANSFORMER),
+        "patch_size": Setting(4, at_least(1), "pixels of a patch, to a side", IMAGES),
+        "pooling": Setting(
+            "class", one_of("class", "mean"), "what a class is told by: its token, or all", IMAGES
+        ),
+        "registers": Setting(0, at_least(0), "learned tokens beside the patches", IMAGES),
         "tie_embeddings": Setting(True, SWITCH),
         "init_stddev": Setting(0.02, above(0.0)),
         "scan_layers": Setting(
@@ -291,8 +302,8 @@ def check_read(config: ConfigDict, changed: Collection[str] = ()) -> None:
         for name, value in config.task.items():
             if name.startswith("synthetic_") and value != defaults[name]:
                 raise ValueError(
-                    f"task.{name}={value!r} is read only where the text is generated, without path "
-                    f"and tfds: leave it at {defaults[name]!r}"
+                    f"task.{name}={value!r} is read only where the data are generated, without "
+                    f"path and tfds: leave it at {defaults[name]!r}"
                 )
     if config.model.architecture == "rnn" and ATTENTION.reads(config):
         if embeds(attention.parse("position", config.model.position)):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from experiments.tasks.copying import DecoderCopy
+from experiments.tasks.images.task import Images
 from experiments.tasks.mad import (
     Compression,
     FuzzyRecall,
@@ -51,6 +52,7 @@ TASKS = {
     "reverse": Reverse,
     "sort": Sort,
     "translation": Translation,
+    "images": Images,
 }
 
 Batch = dict[str, np.ndarray]
@@ -58,9 +60,9 @@ Batch = dict[str, np.ndarray]
 
 @typing.runtime_checkable
 class Task(typing.Protocol):
-    """The interface of a task.  Letters: n examples, T and S tokens.
+    """The interface of a task; a task of tokens is `OfTokens`, of images `OfImages`.
 
-    A batch is a dict of arrays:
+    Letters: n examples, T and S tokens. A batch is a dict of arrays:
 
     - 'inputs' int32 [n, T]: what a decoder reads;
     - 'targets' int32 [n, T]: what it should predict at each position;
@@ -68,10 +70,13 @@ class Task(typing.Protocol):
     - for an encoder-decoder also 'source' int32 [n, S], padded with PAD, and 'source_lengths'
       int32 [n]; 'inputs' are then the targets shifted right behind BEGIN, and source and targets
       end with END.
+
+    Of an image classifier 'inputs' are pixels, float32 [n, height, width, channels] from −1 to 1,
+    and 'targets' (classes) and 'weights' are [n].
     """
 
     architecture: ClassVar[str]
-    """'decoder' or 'encoder_decoder'."""
+    """'decoder', 'encoder_decoder' or 'image_classifier'."""
 
     primary: ClassVar[str]
     """The metric that models are chosen by: 'validation/loss' or 'validation/accuracy', or of a
@@ -79,6 +84,23 @@ class Task(typing.Protocol):
 
     lower_is_better: ClassVar[bool]
     """Whether a smaller primary metric is better."""
+
+    def batch(self, seed: int, indices: np.ndarray) -> Batch:
+        """The training examples numbered `indices` [n]: a pure function of (seed, index)."""
+
+    def eval_splits(self) -> dict[str, Batch]:
+        """All evaluation examples by split: 'validation', 'test' if any, and 'length_<n>'.
+
+        The last for every longer test length n, of images 'size_<n>'; some tasks have more.  Where
+        the task makes the splits itself, their examples are hashed apart from those of training.
+
+        Reads and checks all the data a task has, so call it before compiling anything.
+        """
+
+
+@typing.runtime_checkable
+class OfTokens(Task, typing.Protocol):
+    """A task whose inputs and targets are tokens."""
 
     @property
     def vocab_size(self) -> int:
@@ -92,20 +114,21 @@ class Task(typing.Protocol):
     def max_length(self) -> int:
         """The largest T or S of training and all evaluation splits: the size of position tables."""
 
-    def batch(self, seed: int, indices: np.ndarray) -> Batch:
-        """The training examples numbered `indices` [n]: a pure function of (seed, index)."""
-
-    def eval_splits(self) -> dict[str, Batch]:
-        """All evaluation examples by split: 'validation', 'test' if any, and 'length_<n>'.
-
-        The last for every longer test length n; some tasks have more.  Where the task makes the
-        splits itself, their examples are hashed apart from those of training.
-
-        Reads and checks all the data a task has, so call it before compiling anything.
-        """
-
     def tokens(self, ids: np.ndarray) -> list[str]:
         """Printable labels of token ids [T]."""
+
+
+@typing.runtime_checkable
+class OfImages(Task, typing.Protocol):
+    """A task whose inputs are images, and its targets their classes."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The name of each class."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the images of training and validation."""
 
 
 @typing.runtime_checkable

@@ -1,8 +1,9 @@
 """Attention maps that a run keeps: of which examples, and how they are written down.
 
-A model has some kinds of attention: 'self' of a language model; 'encoder', 'decoder' and 'cross' of
-a Transformer from one sequence to another; 'cross' of a recurrent one. `attention_stats` finds
-their weights. Letters as everywhere: L layers, B examples, H heads, T queries, S keys.
+A model has some kinds of attention: 'self' of a language model; 'image' of an image classifier;
+'encoder', 'decoder' and 'cross' of a Transformer from one sequence to another; 'cross' of a
+recurrent one. `attention_stats` finds their weights.
+Letters as everywhere: L layers, B examples, H heads, T queries, S keys.
 """
 
 import io
@@ -35,6 +36,8 @@ class Map(NamedTuple):
 def first(split: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
     """The first `count` examples of a split, no wider than the longest of them or `LONGEST`."""
     rows = {name: x[:count] for name, x in split.items()}
+    if rows["inputs"].ndim > 2:  # images
+        return rows
     widths = dict.fromkeys(("inputs", "targets", "weights", "source"), LONGEST)
     if "source" in rows:
         rows["source_lengths"] = np.minimum(rows["source_lengths"], LONGEST)
@@ -75,13 +78,13 @@ def describe(measured: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(by_kind: Mapping[str, Any]) -> Any:
-    """Of what there is by kind that of a model to its source, else to its own text."""
+    """Of what there is by kind that of a model to its source, else to its own input."""
     return by_kind[main_kind(by_kind)]
 
 
 def main_kind(by_kind: Collection[str]) -> str:
     """The kind of attention that `main` takes."""
-    return "cross" if "cross" in by_kind else "self"
+    return next(kind for kind in ("cross", "image", "self") if kind in by_kind)
 
 
 def keep(
@@ -95,6 +98,13 @@ def keep(
     if not weights:
         return maps
     by_kind = {kind: _with_all_heads(layers) for kind, layers in weights.items()}
+    if "image" in by_kind:
+        shape = examples["inputs"].shape[1:3]
+        return [
+            {"image": Map(w, labels, labels)}
+            for w in np.moveaxis(by_kind["image"], 1, 0)
+            for labels in [patch_labels(shape, w.shape[-1])]
+        ]
     for b in range(len(examples["inputs"])):
         inputs = task.tokens(examples["inputs"][b])
         if "source" in examples:
@@ -112,6 +122,19 @@ def keep(
             }
         )
     return maps
+
+
+def patch_labels(shape: Sequence[int], count: int) -> list[str]:
+    """Labels of the tokens of height × width pixels: '+1' before the patches, of which 'r1c1' ...
+
+    The patches are the most squares that the image has room for in `count` tokens.
+    """
+    height, width = shape
+    sides = (n for n in range(1, min(shape) + 1) if height % n == 0 and width % n == 0)
+    side = next(n for n in sides if height // n * (width // n) <= count)
+    rows, columns = height // side, width // side
+    patches = [f"r{row + 1}c{column + 1}" for row in range(rows) for column in range(columns)]
+    return [f"+{i + 1}" for i in range(count - len(patches))] + patches
 
 
 def _with_all_heads(layers):

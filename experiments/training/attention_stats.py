@@ -19,6 +19,8 @@ def weights(model: Any, params: Any, batch: Mapping[str, Any]) -> dict[str, list
     """
     _, sown = model.apply(params, *model_inputs(batch), mutable=["intermediates"])
     sown = sown.get("intermediates", {})
+    if "stack" in sown:
+        return {"image": _layers(sown["stack"], "self_attention")}
     decoder = sown.get("decoder", {})
     if "source" not in batch:
         by_kind = {"self": _layers(decoder, "self_attention")}
@@ -56,8 +58,8 @@ def totals(by_kind: Mapping[str, Sequence[jax.Array]], batch: Mapping[str, Any])
 
     With p_ij = w_ij / Σ_j w_ij, 'entropy' is −Σ_j p_ij log p_ij in nats of all queries that give
     some weight, and 'first_token' w_i1, what a query gives to the first key (Xiao et al. 2024,
-    fig. 2).  Padded queries do not count, nor in self-attention the first query, which may have
-    nothing else to look at.
+    fig. 2).  Padded queries do not count, nor in self-attention of texts the first query, which may
+    have nothing else to look at.
     """
     measured = {}
     for kind, layers in by_kind.items():
@@ -67,7 +69,7 @@ def totals(by_kind: Mapping[str, Sequence[jax.Array]], batch: Mapping[str, Any])
             rows = batch["weights"] > 0
             if kind == "encoder":
                 rows = jnp.arange(T) < batch["source_lengths"][:, None]
-        if kind != "cross":
+        if kind not in ("cross", "image"):
             rows = rows * (jnp.arange(T) > 0)
         of_layers = [_totals(w, rows) for w in layers]
         measured[kind] = {name: [x[name] for x in of_layers] for name in of_layers[0]}

@@ -1,0 +1,274 @@
+"""Images with classes from files and data sets, decoded once: idx files, folders, TFDS sets."""
+
+import gzip
+import itertools
+import math
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.tasks import tfds_sets
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+_IDX = re.compile(r"(?:.*-)?(train|t10k|test)-(images|labels)[-.]idx\d-ubyte(?:\.gz)?")
+_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
+_SPLITS |= {"test": "test", "t10k": "test"}
+
+
+class Part(NamedTuple):
+    """Images uint8 [n, height, width, channels] of a split, and the name of each one's class."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def read_path(path: str, resize: int | None, channels: int | None) -> dict[str, Part]:
+    """The parts 'train', and 'validation' and 'test' where they are there, of a folder.
+
+    It holds idx files (train-images-idx3-ubyte, t10k-labels-idx1-ubyte ..., plain or .gz), or
+    folders of PNG and JPEG files, one for each class, in folders train, val and test or by
+    themselves.
+
+    Args:
+      path: the folder.
+      resize: scale every image to resize × resize pixels.
+      channels: 1 for gray, 3 for red, green, blue; None for those that all files have.
+
+    Raises:
+      FileNotFoundError: there is none of all that; OSError: a file is damaged.
+      ValueError: images differ in size or channels; says what to set.
+    """
+    folder = pathlib.Path(path).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder at path={str(folder)!r}: give one of images")
+    if files := _idx_files(folder):
+        return _read_idx(folder, files, resize, channels)
+    splits = {
+        _SPLITS[own.name]: own
+        for own in sorted(folder.iterdir())
+        if own.is_dir() and own.name in _SPLITS
+    }
+    if "train" not in splits:
+        splits = {"train": folder}
+    files_of = {split: _by_class(own) for split, own in splits.items()}
+    for split, own in splits.items():
+        if not files_of[split]:
+            raise FileNotFoundError(
+                f"{own} holds no folders of {', '.join(SUFFIXES)} files, one for each class, and "
+                "no idx files: give another path"
+            )
+    decoded = _decode_all(list(itertools.chain(*files_of.values())), resize, channels)
+    parts, at = {}, 0
+    for split, files in files_of.items():
+        labels = np.array([file.parent.name for file in files])
+        parts[split] = Part(decoded[at : at + len(files)], labels)
+        at += len(files)
+    return parts
+
+
+def _by_class(folder):
+    return [
+        file
+        for own in sorted(folder.iterdir())
+        if own.is_dir() and not own.name.startswith(".")
+        for file in sorted(own.iterdir())
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+    ]
+
+
+def _decode_all(files, resize, channels):
+    from PIL import Image, ImageOps
+
+    images: list[np.ndarray] = []
+    for file in files:
+        try:
+            with Image.open(file) as opened:
+                image = ImageOps.exif_transpose(opened)
+                gray = image.mode in ("1", "L", "I", "I;16", "F", "LA")
+                wanted = channels or (1 if gray else 3)
+                image = image.convert("L" if wanted == 1 else "RGB")
+        except Exception as error:  # Pillow has exceptions of its own for each format
+            reason = tfds_sets.one_line(error)
+            raise OSError(
+                f"cannot read the image {file} ({reason}): get it anew, or remove it"
+            ) from error
+        images.append(_resized(np.asarray(image).reshape(image.height, image.width, -1), resize))
+        _check_alike(images[-1].shape, file, images[0].shape, files[0])
+    return np.stack(images)
+
+
+def _check_alike(shape, name, first_shape, first_name):
+    if shape[2] != first_shape[2]:
+        raise ValueError(
+            f"{name} has {shape[2]} channels, {first_name} has {first_shape[2]}: set "
+            "task.channels=1 for gray, or 3"
+        )
+    if shape != first_shape:
+        raise ValueError(
+            f"{name} has {shape[0]} × {shape[1]} pixels, {first_name} has {first_shape[0]} × "
+            f"{first_shape[1]}: set task.resize to scale all to one size"
+        )
+
+
+def _resized(image, size):
+    """The image [height, width, channels] scaled bilinearly to size × size, as it is where None."""
+    if size is None or image.shape[:2] == (size, size):
+        return image
+    from PIL import Image
+
+    planes = [
+        np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BILINEAR))
+        for plane in np.moveaxis(image, -1, 0)
+    ]
+    return np.stack(planes, -1)
+
+
+def resized(images: np.ndarray, size: int | None) -> np.ndarray:
+    """Images [n, height, width, channels] scaled bilinearly to size × size pixels."""
+    if size is None or images.shape[1:3] == (size, size):
+        return images
+    return np.stack([_resized(image, size) for image in images])
+
+
+def with_channels(images: np.ndarray, channels: int | None, name: str) -> np.ndarray:
+    """Images [n, height, width, ·] with so many channels: gray is ITU-R 601 luma, as Pillow's.
+
+    Raises ValueError for images of neither 1 nor 3 channels.
+    """
+    there = images.shape[-1]
+    if there not in (1, 3):
+        raise ValueError(f"the images of {name} have {there} channels: 1 and 3 can be read")
+    if channels == 3 and there == 1:
+        return np.repeat(images, 3, -1)
+    if channels == 1 and there == 3:
+        luma = images.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32)
+        return ((luma + 0x8000) >> 16).astype(np.uint8)[..., None]
+    return images
+
+
+def _idx_files(folder):
+    """The idx files of a folder by (train, t10k or test; images or labels)."""
+    matches = {file: _IDX.fullmatch(file.name) for file in sorted(folder.iterdir())}
+    return {match.groups(): file for file, match in matches.items() if match}
+
+
+def _read_idx(folder, files, resize, channels):
+    parts = {}
+    for own in ("train", "t10k", "test"):
+        missing = [kind for kind in ("images", "labels") if (own, kind) not in files]
+        if len(missing) == 2 and own != "train":
+            continue
+        if missing:
+            raise FileNotFoundError(
+                f"{folder} has idx files, but none with the {missing[0]} of {own}: add it"
+            )
+        images, labels = (_idx(files[own, kind]) for kind in ("images", "labels"))
+        if images.ndim not in (3, 4) or labels.ndim != 1 or len(images) != len(labels):
+            raise ValueError(
+                f"{files[own, 'images']} has the shape {images.shape}, {files[own, 'labels']} "
+                f"{labels.shape}: expected [n, height, width] and [n], get them anew"
+            )
+        images = with_channels(
+            images.reshape(*images.shape[:3], -1), channels, files[own, "images"]
+        )
+        parts[_SPLITS[own]] = Part(resized(images, resize), labels)
+    return parts
+
+
+def _idx(file):
+    """The array of an idx file of unsigned bytes (LeCun, Cortes & Burges, MNIST)."""
+    try:
+        data = file.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+    except Exception as error:  # gzip, zlib and the system each have their own
+        raise OSError(f"cannot read {file} ({tfds_sets.one_line(error)}): get it anew") from error
+    head = 4 + 4 * (data[3] if len(data) > 3 else 0)
+    shape = tuple(np.frombuffer(data[4:head], ">u4").tolist()) if len(data) >= head else ()
+    if data[:3] != b"\0\0\x08" or len(data) != head + math.prod(shape):
+        raise OSError(
+            f"cannot read {file}: it is no idx file of bytes, or not whole ({len(data)} bytes): "
+            "get it anew"
+        )
+    return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
+
+
+def read_tfds(
+    name: str, records: int | None, data_dir: str | None, resize: int | None, channels: int | None
+) -> dict[str, Part]:
+    """The parts of a TFDS set with one image feature and one of class labels.
+
+    Args:
+      name, data_dir: as of `tfds_sets.find`.
+      records: take so many examples of each split, from the first on; None for all.
+      resize, channels: as of `read_path`.
+
+    Raises ValueError where it has no such features, or as `read_path` does; OSError as
+    `tfds_sets.open_splits`.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = tfds_sets.find(name, data_dir)
+    splits = {"train": "train", "validation": None, "test": None}
+    sources = tfds_sets.open_splits(name, builder, splits, "give a folder of images as path=")
+    features = builder.info.features
+    image_key = _only(features, tfds.features.Image, "image", name)
+    label_key = _only(features, tfds.features.ClassLabel, "label", name)
+    names = np.array(features[label_key].names)
+    parts, first = {}, None
+    for split, source in sources.items():
+        images, labels = [], []
+        for i, example in enumerate(itertools.islice(source, records)):
+            image = with_channels(np.asarray(example[image_key])[None], channels, name)[0]
+            images.append(_resized(image, resize))
+            labels.append(int(example[label_key]))
+            first = first or (images[0].shape, f"{name} {split}[0]")
+            _check_alike(images[-1].shape, f"{name} {split}[{i}]", *first)
+        parts[split] = Part(np.stack(images), names[labels])
+    return parts
+
+
+def _only(features: Mapping[str, Any], kind: type, usual: str, name: str) -> str:
+    keys = [key for key, own in features.items() if isinstance(own, kind)]
+    if usual in keys or len(keys) == 1:
+        return usual if usual in keys else keys[0]
+    raise ValueError(
+        f"the TFDS set {name!r} has no {kind.__name__} feature {usual!r}, nor a single one of "
+        f"another name: {tfds_sets.one_line(features)}"
+    )
+
+
+def number(parts: Mapping[str, Part]) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """The classes of the training part, sorted, and by part the number int32 [n] of each image's.
+
+    Raises ValueError where another part has a class that training lacks, or another shape.
+    """
+    classes = np.unique(parts["train"].labels)
+    numbers = {}
+    for split, part in parts.items():
+        if len(extra := np.setdiff1d(part.labels, classes)):
+            raise ValueError(
+                f"class {str(extra[0])!r} is in the {split} part but not among the "
+                f"{len(classes)} of training: add images of it there, or remove it"
+            )
+        _check_alike(
+            part.images.shape[1:], f"the {split} part", parts["train"].images.shape[1:], "training"
+        )
+        numbers[split] = np.searchsorted(classes, part.labels).astype(np.int32)
+    return tuple(map(str, classes.tolist())), numbers
+
+
+def shifted(
+    images: np.ndarray, down: np.ndarray, right: np.ndarray, size: Sequence[int]
+) -> np.ndarray:
+    """Windows of `size` (rows, columns) that begin at rows `down` and columns `right` [n].
+
+    What lies outside an image continues the nearest pixel of its edge.
+    """
+    height, width = images.shape[1:3]
+    rows = np.clip(down[:, None] + np.arange(size[0]), 0, height - 1)
+    columns = np.clip(right[:, None] + np.arange(size[1]), 0, width - 1)
+    return images[np.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None]]
