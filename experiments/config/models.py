@@ -72,7 +72,7 @@ def transformer(task: Any, m: ConfigDict, parts: dict[str, Any]) -> Any:
 def vision(task: Any, m: ConfigDict, config: TransformerConfig) -> VisionTransformer:
     """The Vision Transformer of the settings `model` with the layers of `config`."""
     height, width, channels = task.image_shape
-    sides = {height, width, *(getattr(task, "test_sizes", ()))}
+    sides = {height, width, *task.test_sizes}
     for side in sorted(sides):
         if side % m.patch_size:
             raise ValueError(

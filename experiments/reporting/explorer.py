@@ -92,7 +92,9 @@ def _map(kind, one, group, names):
         "query": _number(one.query[:LONGEST], group["tokens"]),
         "key": _number(one.key[:LONGEST], group["tokens"]),
         "entropy": [
-            np.round(_entropy(np.nan_to_num(w[:, int(kind != "cross") :], posinf=0.0)), 3).tolist()
+            np.round(
+                _entropy(np.nan_to_num(w[:, int(kind not in ("cross", "image")) :], posinf=0.0)), 3
+            ).tolist()
             for w in attention_maps.heads(one)
         ],
         "largest": largest,

@@ -50,6 +50,21 @@ def pixels(batch):
     return np.rint((batch["inputs"] + 1) * 127.5).astype(int)
 
 
+def test_interface():
+    task = tasks.Images(test_sizes=(30,), synthetic_eval=3)
+    assert isinstance(task, tasks.OfImages) and not isinstance(task, tasks.OfTokens)
+    splits = task.eval_splits()
+    assert splits.keys() == {"validation", "test", "size_30"}
+    for batch in splits.values():
+        assert {name: (x.dtype, x.shape[:1]) for name, x in batch.items()} == {
+            "inputs": (np.float32, (3,)),
+            "targets": (np.int32, (3,)),
+            "weights": (np.float32, (3,)),
+        }
+        assert -1 <= batch["inputs"].min() < batch["inputs"].max() <= 1
+    assert task.fingerprint != tasks.Images(synthetic_size=30).fingerprint
+
+
 # Made-up images
 
 
