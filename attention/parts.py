@@ -85,10 +85,11 @@ class Tile:
 
         [t, s] each; without a place they are 0.
         """
-        query, key = jnp.asarray(self.query_coordinates), jnp.asarray(self.key_coordinates)
+        query: Any = self.query_coordinates
+        key: Any = self.key_coordinates
         placed = (query >= 0).all(-1)[:, None] & (key >= 0).all(-1)[None, :]
         rows, columns = (query[:, None, axis] - key[None, :, axis] for axis in (0, 1))
-        return jnp.where(placed, rows, 0), jnp.where(placed, columns, 0), placed
+        return rows * placed, columns * placed, placed
 
     def at_rows(self, rows: Array) -> "Tile":
         """The tile of some of its rows."""

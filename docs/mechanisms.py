@@ -159,7 +159,7 @@ def _learns(kind, part):
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     if kind == "position":
         table = jax.eval_shape(lambda key: part.init_embed(key, _WIDTH), jax.random.key(0))
-        if rows := sum(x.shape[0] for x in jax.tree.leaves(table)):
+        if rows := sum(math.prod(x.shape[:-1]) for x in jax.tree.leaves(table)):
             return f"{rows:,} · M once"
     return f"{count:,}" if count else ""
 
