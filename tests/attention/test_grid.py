@@ -168,9 +168,7 @@ def derivatives(mechanism, kernel, coordinates):
 
 
 MECHANISMS = {
-    "window": Mechanism(
-        position=positions.RoPE2D() + positions.Relative2D(2), mask=masks.Window2D(1)
-    ),
+    "window": Mechanism(position=positions.Relative2D(2), mask=masks.Window2D(1)),
     "whole rows": Mechanism(position=positions.CoPE(3) + positions.ALiBi2D(), mask=masks.Causal()),
 }
 
@@ -238,6 +236,7 @@ def test_which_kernels_serve():
         )
 
 
+@pytest.mark.slow
 def test_linear_attention_turns_by_rows_and_columns():
     score = scores.EluFeatures()
     mechanism = Mechanism(score, positions.RoPE2D(), normalizer=SumToOne())
