@@ -208,6 +208,8 @@ def smooth():
         Mechanism(
             scores.Cosine(), p.CoPE(2) + p.RoPE(scaling=yarn), masks.Causal(), n.SquaredReLU()
         ),
+        Mechanism(scores.HedgehogFeatures(), p.PositionTemperature(n=2), normalizer=n.Entmax()),
+        Mechanism(mask=masks.Causal(), normalizer=n.StickBreaking()),
     ]
 
 
@@ -220,7 +222,8 @@ NOT_OF_THEIR_OWN = {
     *(positions.Sinusoidal2D, positions.Learned2D, positions.RoPE2D),
     *(positions.Relative2D, positions.ALiBi2D),
     *(normalizers.Softmax, normalizers.SoftmaxOffByOne),
-    *(normalizers.Sparsemax, normalizers.Hardmax),
+    *(normalizers.Sparsemax, normalizers.Hardmax, normalizers.TopK),
+    *(positions.Forget, positions.GatedT5),  # test_gates.py has theirs
 }
 
 

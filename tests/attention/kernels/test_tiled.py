@@ -140,6 +140,9 @@ class AnyNormalizer(attention.Normalizer):
     def weight(self, params, logits, statistic):
         return stacked(number(params), self.each(params, "weight", logits, statistic))
 
+    def weights(self, params, logits):
+        return stacked(number(params), self.each(params, "weights", logits))
+
 
 @dataclasses.dataclass(frozen=True)
 class AnyOnline(AnyNormalizer, attention.OnlineNormalizer):

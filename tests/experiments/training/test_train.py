@@ -605,13 +605,3 @@ def test_the_tiled_kernel_trains_as_the_dense_one(tmp_path, task):
         assert (tmp_path / kernel / "attention.npz").exists()
     for name, dense in metrics["dense"].items():
         np.testing.assert_allclose(metrics["tiled"][name], dense, rtol=1e-4, err_msg=name)
-
-
-def test_an_image_classifier_trains_and_shows_where_it_looks(tmp_path):
-    result = run(tiny("images"), tmp_path)
-    assert {"validation", "test", "size_36"} <= {name.split("/")[0] for name in result["metrics"]}
-    assert all(0 <= x <= 1 for x in result["metrics"]["size_36/accuracy"])
-    for kinds in attention_maps.load(tmp_path / "attention.npz"):
-        assert kinds["image"].key[:3] == ["+1", "r1c1", "r1c2"]
-        assert kinds["image"].weights.shape == (1, 2, 37, 37)
-        np.testing.assert_allclose(kinds["image"].weights.sum(-1), 1, atol=2e-3)
