@@ -31,9 +31,11 @@ def check(mechanism, params, query, key, value, pairs, data):
             if not any(name in data for name in names)
         ]
         if missing:
+            of_grid = "query_coordinates" in missing
             raise ValueError(
                 f"the {kind} {part} needs {' and '.join(sorted(missing, reverse=True))}: "
-                "pass it to attend"
+                f"pass {'them' if len(missing) > 1 else 'it'} to attend"
+                + (", as models.VisionTransformer does; a text has none" if of_grid else "")
             )
     for name in data:
         if not name.endswith(("positions", "coordinates")) and not any(
