@@ -565,8 +565,9 @@ class Stack(nn.Module):
 
 
 def required_inputs(mechanism: Mechanism, layer: Layer) -> set[str]:
-    """The names of the data that the mask or the position of a layer reads."""
-    return set().union(*layer.mechanism(mechanism).required_inputs)
+    """Names of the data that a layer's mask and position read; a mixer has no position."""
+    own = layer.mechanism(mechanism)
+    return set().union(*(own if layer.mixer is None else own.mask).required_inputs)
 
 
 def _check_segments(mechanism, layer):

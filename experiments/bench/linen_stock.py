@@ -86,7 +86,7 @@ class Transformer(nn.Module):
         return embedding.attend(x).astype(jnp.float32)
 
 
-class VisionTransformer(nn.Module):
+class StockVision(nn.Module):
     """Images [B, height, width, C] -> logits [B, classes], read off a class token."""
 
     num_classes: int
@@ -109,10 +109,10 @@ class VisionTransformer(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype)(x[:, 0]).astype(jnp.float32)
 
 
-def build(work: Any) -> Transformer | VisionTransformer:
+def build(work: Any) -> Transformer | StockVision:
     """Of the sizes of an `experiments.bench.models.ModelWork`."""
     if work.architecture == "vision":
-        return VisionTransformer(
+        return StockVision(
             work.vocab_size,
             work.patch_size,
             work.model_dim,

@@ -119,6 +119,15 @@ def test_places_in_a_grid(position, same):
     np.testing.assert_array_equal(coordinates(4, 6, (2, 3)), [[0, 0], [0, 1], [1, 0], [1, 1]])
 
 
+def test_a_mixer_beside_places_in_a_grid():
+    mechanism = Mechanism(position=positions.RoPE2D(), mask=masks.Causal())
+    layers = parse_layers("layer(mixer=gla) + full")
+    config = dataclasses.replace(CONFIG, encoder=mechanism, layers=layers)
+    model = VisionTransformer(config, (2, 2))
+    out, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), random_images(1, 4, 4, 1))
+    assert out.shape == (1, 3)
+
+
 @pytest.mark.parametrize(
     "shape, fields, words",
     [
