@@ -26,6 +26,7 @@ SCORES = [
     scores.Cosine(), scores.Gaussian(), scores.Scale(scores.Dot(), 0.3),
     scores.Temperature(scores.General()), scores.SoftCap(scores.ScaledDot(), 2.0),
     scores.EluFeatures(), scores.TaylorFeatures(), scores.RandomFeatures(5),
+    scores.HedgehogFeatures(),
 ]  # fmt: skip
 POSITIONS = [
     positions.NoPE(), positions.Sinusoidal(), positions.Learned(T), positions.RoPE(),
