@@ -305,9 +305,9 @@ class Position:
     all rows and columns. Those of `a + b` are concatenated for `attend`: first the numbers of a,
     then those of b; each scheme sees its own.
 
-    A scheme of the places in a grid takes coordinates [..., T, 2] int instead of positions, row and
-    column from 0. A token with a negative one has no place in the grid, as a class token: nothing
-    is added to it or to its scores, and it does not turn.
+    A scheme of a grid reads coordinates [..., T, 2] int beside positions, row and column from 0. A
+    token with a negative one has no place in the grid, as a class token: nothing is added to it or
+    to its scores, and it does not turn.
 
     Attributes:
       whole_row: `tile` needs all keys of a row at once (and gets `tile.visible`).
