@@ -171,7 +171,7 @@ def test_what_an_rnn_or_a_text_does_not_read_is_refused():
     with pytest.raises(ValueError, match="one sequence to another"):
         loop.build(own)
     text = settings.override(config(), {"task.path": "a"})
-    with one_line(ValueError, "task.synthetic_eval=8 is read only where the text is generated"):
+    with one_line(ValueError, "task.synthetic_eval=8 is read only where the data are generated"):
         settings.check_read(text)
     for changes, message in (
         ({"model.rnn.attention": "bahdanu"}, "must be one of bahdanau, luong, none"),
