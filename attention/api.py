@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from attention.integers import index_array, label_array
+from attention.integers import Constant, index_array, label_array
 from attention.kernels.dense import row_weights
-from attention.kernels.registry import KERNELS, Call, Kernel, describe, unsupported
+from attention.kernels.registry import KERNELS, Call, Kernel, describe, readable, unsupported
 from attention.mechanism import Mechanism
 from attention.parts import Array, Params, accumulator
 from attention.validation import (
@@ -22,6 +23,8 @@ from attention.validation import (
     check_non_finite,
 )
 
+# How many axes `DATA` have besides those of the batch.
+_AXES = {"positions": 1, "lengths": 0, "segments": 1, "coordinates": 2}
 _AUX = ("weights", "row_weights", "lse", "row_max", "entropy", "column_sums")
 
 
@@ -41,6 +44,8 @@ def attend(
     query_segments: Array | None = None,
     key_segments: Array | None = None,
     prefix_lengths: Array | None = None,
+    query_coordinates: Array | None = None,
+    key_coordinates: Array | None = None,
     query_gates: Array | None = None,
     key_gates: Array | None = None,
     dropout_rate: float = 0.0,
@@ -72,6 +77,10 @@ def attend(
       query_segments, key_segments: [..., T], [..., S] int, for `masks.Segments`; where T = S the
         keys' are those of the queries unless given.
       prefix_lengths: [...] int, for `masks.Prefix()`.
+      query_coordinates, key_coordinates: [..., T, 2], [..., S, 2] int, row and column in a grid,
+        from 0, for parts that read them (`positions.grid`, `masks.Window2D`); with a negative one
+        the token has no place. Where T = S the keys' are those of the queries unless given. NumPy
+        arrays [T, 2] and [S, 2] are static: what a mask hides is then known while tracing.
       query_gates, key_gates: [..., T, H, n], [..., S, K, n] of a floating dtype: the numbers of
         each token that mechanism.position asks for; see `Position`.
       dropout_rate, dropout_key: the share of weights to drop, 0 to 1 and static, and the
@@ -107,6 +116,8 @@ def attend(
     query, key, value = map(jnp.asarray, (query, key, value))
     if key_segments is None and query.shape[-3:-2] == key.shape[-3:-2]:
         key_segments = query_segments
+    if key_coordinates is None and query.shape[-3:-2] == key.shape[-3:-2]:
+        key_coordinates = query_coordinates
     pairs: dict[str, Any] = {"bias": bias, "mask": mask}
     data: dict[str, Any] = {
         "query_positions": query_positions,
@@ -116,8 +127,16 @@ def attend(
         "query_segments": query_segments,
         "key_segments": key_segments,
         "prefix_lengths": prefix_lengths,
+        "query_coordinates": query_coordinates,
+        "key_coordinates": key_coordinates,
     }
+    data = readable(mechanism, data)
     pairs = {name: jnp.asarray(x) for name, x in pairs.items() if x is not None}
+    known = {
+        name: x
+        for name, x in data.items()
+        if name.endswith("coordinates") and isinstance(x, np.ndarray) and x.ndim == 2
+    }
     data = {
         name: (label_array if name.endswith("segments") else index_array)(name, x)
         for name, x in data.items()
@@ -147,7 +166,8 @@ def attend(
         value,
         bias=pairs.get("bias"),
         mask=pairs.get("mask"),
-        data=data,
+        data={name: x for name, x in data.items() if name not in known},
+        constants=tuple((name, Constant(x.astype(data[name].dtype))) for name, x in known.items()),
         dropout_key=dropout_key if dropout_rate > 0 else None,
         dropout_rate=float(dropout_rate),
         kernel=kernel,
@@ -239,7 +259,7 @@ def _runs(kernel, call):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("mechanism", "dropout_rate", "kernel", "block_sizes", "aux"),
+    static_argnames=("mechanism", "dropout_rate", "kernel", "block_sizes", "aux", "constants"),
 )
 def _attend(
     mechanism,
@@ -251,6 +271,7 @@ def _attend(
     bias,
     mask,
     data,
+    constants,
     dropout_key,
     dropout_rate,
     kernel,
@@ -269,8 +290,8 @@ def _attend(
         "bias": bias if bias is None else flatten_batch(bias, batch, 3),
         "mask": mask if mask is None else flatten_batch(mask, batch, 3),
         "data": {
-            name: flatten_batch(x, batch, 0 if name.endswith("lengths") else 1)
-            for name, x in data.items()
+            name: flatten_batch(x, batch, _AXES[name.partition("_")[2]])
+            for name, x in (data | {name: x.array for name, x in constants}).items()
         },
     }
     if dropout_key is not None:

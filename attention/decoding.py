@@ -78,14 +78,20 @@ class QueryRotation(Position):
     def ordered(self):  # type: ignore[override]
         return self.position.ordered
 
+    @property
+    def required_inputs(self):  # type: ignore[override]
+        return self.position.required_inputs
+
     def init(self, key, head_dim, value_dim):
         return self.position.init(key, head_dim, value_dim)
 
     def prepare_gates(self, params, tile):
         return self.position.prepare_gates(params, tile)
 
-    def rotate(self, params, x, positions, side, gates=None):
-        return x if side == "key" else rotated(self.position, params, x, positions, side, gates)
+    def rotate(self, params, x, positions, side, gates=None, coordinates=None):
+        if side == "key":
+            return x
+        return rotated(self.position, params, x, positions, side, gates, coordinates)
 
     def tile(self, params, query, key, tile):
         return self.position.tile(params, query, key, tile)

@@ -81,6 +81,22 @@ def count_array(name: str, x: Any, shape: tuple[int, ...], most: int) -> jax.Arr
         ) from None
 
 
+class Constant:
+    """An array whose values are known while tracing: a static argument of `jax.jit`."""
+
+    def __init__(self, x: np.ndarray):
+        self.array = np.array(x)
+
+    def _key(self):
+        return self.array.shape, self.array.dtype, self.array.tobytes()
+
+    def __hash__(self):
+        return hash(self._key())
+
+    def __eq__(self, other):
+        return isinstance(other, Constant) and self._key() == other._key()
+
+
 def whole_number(name: str, x: Any, least: int = 0, most: int | None = None) -> int:
     """x as an int.  ValueError, naming `name`, unless it is a whole number in least … most."""
     top = "or more" if most is None else f"… {most}"

@@ -5,11 +5,15 @@ that continue S − T earlier keys pass `query_positions=jnp.arange(S - T, S)` t
 """
 
 import dataclasses
+import functools
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attention.integers import INT32_MAX, clip_to, difference
-from attention.parts import FULL, And, Mask, Not, Or, check_counts, fewer
+from attention.parts import COORDINATES, FULL, PARTIAL, And, Mask, Not, Or, check_counts, fewer
 
 __all__ = [
     "And",
@@ -23,6 +27,7 @@ __all__ = [
     "Prefix",
     "Segments",
     "SlidingWindow",
+    "Window2D",
 ]
 
 
@@ -71,6 +76,42 @@ class SlidingWindow(Mask):
     def block(self, bounds):
         left, right = self._sides()
         return bounds.distance.within(-right, left)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window2D(Mask):
+    """Keys at most `rows` rows and `columns` columns away; columns = rows unless given.
+
+    What a convolution of (2 · rows + 1) × (2 · columns + 1) sees: Ramachandran et al. 2019
+    (stand-alone self-attention). A token without a place in the grid sees all keys and is seen by
+    all queries. Pass `query_coordinates` and `key_coordinates` to `attend`, as NumPy arrays [T, 2]
+    and [S, 2] where all examples share them: the blocks to visit are then known while tracing.
+    """
+
+    rows: int
+    columns: int | None = None
+    required_inputs = COORDINATES
+
+    def __post_init__(self):
+        check_counts(self, rows=0, columns=0, most=INT32_MAX)
+
+    def _sides(self):
+        return self.rows, self.rows if self.columns is None else self.columns
+
+    def tile(self, tile):
+        (rows, columns), (below, right, placed) = self._sides(), tile.grid_distance
+        return ~placed | ((abs(below) <= rows) & (abs(right) <= columns))
+
+    def block(self, bounds):
+        rows, columns = self._sides()
+        below = (bounds.query_rows - bounds.key_rows).within(-rows, rows)
+        right = (bounds.query_columns - bounds.key_columns).within(-columns, columns)
+        state = fewer(below, right)
+        places = (bounds.query_rows, bounds.key_rows, bounds.query_columns, bounds.key_columns)
+        lowest = functools.reduce(fewer, (place.low for place in places))
+        known = not (isinstance(state, jax.Array) or isinstance(lowest, jax.Array))
+        xp: Any = np if known else jnp
+        return xp.where(lowest < 0, xp.maximum(state, PARTIAL), state)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,11 @@ class Mechanism:
         for kind, base in PART_KINDS.items():
             check_part(kind, getattr(self, kind), base)
 
+    @property
+    def required_inputs(self) -> frozenset[tuple[str, ...]]:
+        """Arguments of `attend` that the mask or the position needs; see `Mask`."""
+        return self.mask.required_inputs | self.position.required_inputs
+
     def init(
         self, key: Array, *, num_heads: int, head_dim: int, value_dim: int | None = None
     ) -> Params:

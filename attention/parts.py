@@ -51,6 +51,8 @@ class Tile:
       visible: [t, s] bool, what the mask left, for position parts with `whole_row`; else None.
       query_gates, key_gates: what `Position.prepare_gates` made of the numbers [t, n], [s, n] of
         each token that the position asks for; None: it asks for none.
+      query_coordinates, key_coordinates: [t, 2], [s, 2] int, row and column in a grid; a negative
+        one: the token has no place in it. None: no part reads them.
     """
 
     query_index: Array
@@ -68,6 +70,8 @@ class Tile:
     visible: Array | None = None
     query_gates: Any = None
     key_gates: Any = None
+    query_coordinates: Array | None = None
+    key_coordinates: Array | None = None
 
     @property
     def distance(self) -> Array:
@@ -75,10 +79,22 @@ class Tile:
         i, j = self.query_positions[:, None], self.key_positions[None, :]
         return i - j if self.consecutive else difference(i, j)
 
+    @property
+    def grid_distance(self) -> tuple[Array, Array, Array]:
+        """Rows and columns that each key lies behind each query, and whether both have a place.
+
+        [t, s] each; without a place they are 0.
+        """
+        query: Any = self.query_coordinates
+        key: Any = self.key_coordinates
+        placed = (query >= 0).all(-1)[:, None] & (key >= 0).all(-1)[None, :]
+        rows, columns = (query[:, None, axis] - key[None, :, axis] for axis in (0, 1))
+        return rows * placed, columns * placed, placed
+
     def at_rows(self, rows: Array) -> "Tile":
         """The tile of some of its rows."""
-        names = ("query_index", "query_positions", "query_segments", "query_gates")
-        own = {name: getattr(self, name) for name in names}
+        names = ("index", "positions", "segments", "gates", "coordinates")
+        own = {f"query_{name}": getattr(self, f"query_{name}") for name in names}
         own = jax.tree.map(lambda x: jnp.asarray(x)[rows], own)
         return dataclasses.replace(self, **own, consecutive=False)
 
@@ -124,6 +140,8 @@ class Tile:
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 FAR = 2**60  # larger than every position and distance; sums of a few fit int64
+COORDINATES = frozenset({("query_coordinates",), ("key_coordinates",)})
+"""`required_inputs` of a part that reads rows and columns of a grid."""
 
 
 class Range(NamedTuple):
@@ -158,8 +176,9 @@ class Range(NamedTuple):
 class BlockBounds:
     """Ranges of the attributes of a block of queries and keys.
 
-    The attributes of `Tile` that masks read, as `Range`s. Each end is an array that broadcasts to
-    [query blocks, key blocks]: of NumPy where it is known while tracing, else of JAX.
+    The attributes of `Tile` that masks read, as `Range`s, rows and columns of coordinates apart.
+    Each end is an array that broadcasts to [query blocks, key blocks]: of NumPy where it is known
+    while tracing, else of JAX.
     """
 
     query_index: Range
@@ -171,6 +190,10 @@ class BlockBounds:
     query_segments: Range
     key_segments: Range
     prefix_length: Range
+    query_rows: Range = Range(-FAR, FAR)
+    key_rows: Range = Range(-FAR, FAR)
+    query_columns: Range = Range(-FAR, FAR)
+    key_columns: Range = Range(-FAR, FAR)
 
     @property
     def distance(self) -> Range:
@@ -282,16 +305,25 @@ class Position:
     all rows and columns. Those of `a + b` are concatenated for `attend`: first the numbers of a,
     then those of b; each scheme sees its own.
 
+    A scheme of a grid reads coordinates [..., T, 2] int beside positions, row and column from 0. A
+    token with a negative one has no place in the grid, as a class token: nothing is added to it or
+    to its scores, and it does not turn.
+
     Attributes:
       whole_row: `tile` needs all keys of a row at once (and gets `tile.visible`).
       query_gates, key_gates: how many numbers per head a query and a key has.
       ordered: `prepare_gates` needs all keys of the text, in their order.
+      required_inputs: keyword arguments of `attend` that the scheme needs, as `Mask` has them:
+        `COORDINATES`, or none.
+      embeds_coordinates: `embed` takes coordinates.
     """
 
     whole_row: ClassVar[bool] = False
     query_gates: ClassVar[int] = 0
     key_gates: ClassVar[int] = 0
     ordered: ClassVar[bool] = False
+    required_inputs: ClassVar[frozenset[tuple[str, ...]]] = frozenset()
+    embeds_coordinates: ClassVar[bool] = False
 
     def gate_bias(self, side: Literal["query", "key"]) -> np.ndarray:
         """Where the numbers start, [n]: the first bias of the layer that makes them; default 0."""
@@ -316,9 +348,18 @@ class Position:
         del key, model_dim
         return {}
 
-    def embed(self, params: Params, x: Array, positions: Array | np.ndarray) -> Array:
-        """Token embeddings [..., T, M] at `positions` [..., T] -> the same with place added."""
-        del params, positions
+    def embed(
+        self,
+        params: Params,
+        x: Array,
+        positions: Array | np.ndarray,
+        coordinates: Array | np.ndarray | None = None,
+    ) -> Array:
+        """Token embeddings [..., T, M] at `positions` [..., T] -> the same with place added.
+
+        `coordinates` [..., T, 2] are passed where the scheme takes them.
+        """
+        del params, positions, coordinates
         return x
 
     def rotate(
@@ -328,13 +369,14 @@ class Position:
         positions: Array,
         side: Literal["query", "key"],
         gates: Any = None,
+        coordinates: Array | None = None,
     ) -> Array:
         """Query or key vectors [T, D] at `positions` [T] -> [T, D].
 
-        `gates` [T, n] are the numbers of that side after `prepare_gates`, passed where the scheme
-        asks for some.
+        `gates` [T, n] are the numbers of that side after `prepare_gates`, `coordinates` [T, 2]
+        those of that side: each is passed where the scheme asks for it.
         """
-        del params, positions, side, gates
+        del params, positions, side, gates, coordinates
         return x
 
     def tile(self, params: Params, query: Array, key: Array, tile: Tile) -> Array | None:
@@ -385,6 +427,14 @@ class Sum(Position):
     def ordered(self):  # type: ignore[override]
         return any(part.ordered for part in self.parts)
 
+    @property
+    def required_inputs(self):  # type: ignore[override]
+        return frozenset().union(*(part.required_inputs for part in self.parts))
+
+    @property
+    def embeds_coordinates(self):  # type: ignore[override]
+        return any(part.embeds_coordinates for part in self.parts)
+
     def gate_bias(self, side):
         return np.concatenate([part.gate_bias(side) for part in self.parts])
 
@@ -413,14 +463,14 @@ class Sum(Position):
         keys = jax.random.split(key, len(self.parts))
         return tuple(p.init_embed(k, model_dim) for p, k in zip(self.parts, keys, strict=True))
 
-    def embed(self, params, x, positions):
+    def embed(self, params, x, positions, coordinates=None):
         for part, own in zip(self.parts, params, strict=True):
-            x = part.embed(own, x, positions)
+            x = embedded(part, own, x, positions, coordinates)
         return x
 
-    def rotate(self, params, x, positions, side, gates=None):
+    def rotate(self, params, x, positions, side, gates=None, coordinates=None):
         for part, own, own_gates in zip(self.parts, params, self._by_part(gates), strict=True):
-            x = rotated(part, own, x, positions, side, own_gates)
+            x = rotated(part, own, x, positions, side, own_gates, coordinates)
         return x
 
     def tile(self, params, query, key, tile):
@@ -460,11 +510,27 @@ def with_zero_gates(position: Position, params: Params, tile: Tile) -> Tile:
     return dataclasses.replace(tile, query_gates=query, key_gates=key)
 
 
-def rotated(position: Position, params, x, positions, side, gates) -> Array:
-    """`Position.rotate`, of a scheme that asks for no gates without them."""
-    if gates is None:
-        return position.rotate(params, x, positions, side)
-    return position.rotate(params, x, positions, side, gates)
+def rotated(position: Position, params, x, positions, side, gates=None, coordinates=None) -> Array:
+    """`Position.rotate`, with gates and coordinates where the scheme asks for them."""
+    options = {} if gates is None else {"gates": gates}
+    if position.required_inputs >= COORDINATES:
+        options["coordinates"] = coordinates
+    return position.rotate(params, x, positions, side, **options)
+
+
+def embedded(position: Position, params, x, positions, coordinates=None) -> Array:
+    """`Position.embed`, with coordinates where the scheme takes them.
+
+    Raises ValueError where it takes them and there are none.
+    """
+    if not position.embeds_coordinates:
+        return position.embed(params, x, positions)
+    if coordinates is None:
+        raise ValueError(
+            f"the position {position} needs the rows and columns of tokens, which a text has not: "
+            "take it for images (models.VisionTransformer), or another position"
+        )
+    return position.embed(params, x, positions, coordinates)
 
 
 def _sum(terms):

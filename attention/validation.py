@@ -23,14 +23,24 @@ def check(mechanism, params, query, key, value, pairs, data):
     if "bias" in pairs and not jnp.issubdtype(pairs["bias"].dtype, jnp.floating):
         raise ValueError(f"bias must be of a floating dtype, got {pairs['bias'].dtype}")
     needs = mechanism.mask.required_inputs
-    missing = [" or ".join(names) for names in needs if not any(name in data for name in names)]
-    if missing:
-        raise ValueError(
-            f"the mask {mechanism.mask} needs {' and '.join(sorted(missing, reverse=True))}: "
-            "pass it to attend"
-        )
+    for kind in ("mask", "position"):
+        part = getattr(mechanism, kind)
+        missing = [
+            " or ".join(names)
+            for names in part.required_inputs
+            if not any(name in data for name in names)
+        ]
+        if missing:
+            of_grid = "query_coordinates" in missing
+            raise ValueError(
+                f"the {kind} {part} needs {' and '.join(sorted(missing, reverse=True))}: "
+                f"pass {'them' if len(missing) > 1 else 'it'} to attend"
+                + (", as models.VisionTransformer does; a text has none" if of_grid else "")
+            )
     for name in data:
-        if not name.endswith("positions") and not any(name in names for names in needs):
+        if not name.endswith(("positions", "coordinates")) and not any(
+            name in names for names in needs
+        ):
             readers = {"prefix_lengths": "Prefix"}
             reader = readers.get(name, "Padding" if name.endswith("lengths") else "Segments")
             raise ValueError(
@@ -42,9 +52,12 @@ def check(mechanism, params, query, key, value, pairs, data):
             _check_broadcast(name, x, tuple(batch), "[...]")
         else:
             length, letter = (T, "T") if name.startswith("query") else (S, "S")
-            if x.ndim == 0 or x.shape[-1] != length:
-                raise ValueError(f"{name} must be [..., {letter}={length}], got {x.shape}")
-            _check_broadcast(name, x, (*batch, length), f"[..., {letter}]")
+            own, letters = (length,), f"[..., {letter}={length}]"
+            if name.endswith("coordinates"):
+                own, letters = (length, 2), f"[..., {letter}={length}, 2], row and column"
+            if x.shape[-len(own) :] != own:
+                raise ValueError(f"{name} must be {letters}, got {x.shape}")
+            _check_broadcast(name, x, (*batch, *own), letters)
     one_head = params_shape(mechanism, 1, D, value.shape[-1])  # of H, which may be symbolic
     expected = jax.tree.map(lambda x: (H, *x.shape[1:]), one_head)
     got = jax.tree.map(jnp.shape, params)

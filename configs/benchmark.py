@@ -199,6 +199,10 @@ def models():
     yield versus("forward", {}, linen, TORCH, derivative="none", **base)
     pairs = {"kind": "model", "architecture": "encoder_decoder", "context": 64, "batch": 32}
     yield versus("train step, encoder-decoder", {}, linen, TORCH, **pairs)
+    images = {"kind": "model", "architecture": "vision", "num_layers": 4, "model_dim": 128,
+              "image_size": 32, "patch_size": 4, "vocab_size": 10, "batch": 32}  # fmt: skip
+    yield versus("train step, images", {}, linen, TORCH, measure=measure, **images)
+    yield versus("forward, images", {}, linen, TORCH, derivative="none", **images)
     stacks = [{}, {"scan_layers": True}, {"scan_layers": True, "remat_layers": True}]
     yield versus("our stacks", *stacks, measure=measure, **base)
     seeds = [{"seeds_impl": impl, "seeds": 4} for impl in ("map", "vmap")]

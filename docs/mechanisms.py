@@ -58,11 +58,13 @@ _DEVICES = {
     "tpu": Device("tpu", "TPU v5 lite"),
 }
 _LENGTH, _WIDTH = 4096, 128
+_SHAPES = {"lengths": (1,), "segments": (1, _LENGTH), "coordinates": (1, _LENGTH, 2)}
 # Of parts that have no default of all their numbers.
 _NUMBERS: dict[str, tuple] = {
     "Location": (_LENGTH,),
     "Learned": (_LENGTH,),
     "SlidingWindow": (256,),
+    "Window2D": (8,),
     "BlockLocal": (256,),
     "Dilated": (4,),
     "Scale": (scores.ScaledDot(), 0.5),
@@ -141,8 +143,8 @@ def _serves(name, kind, part, context):
     mechanism = attention.Mechanism(**{**vars(context), kind: part})
     array = jax.ShapeDtypeStruct((1, _LENGTH, 1, _WIDTH), jnp.bfloat16)
     data = {
-        names[0]: jax.ShapeDtypeStruct((1,) if "lengths" in names[0] else (1, _LENGTH), jnp.int32)
-        for names in mechanism.mask.required_inputs
+        names[0]: jax.ShapeDtypeStruct(_SHAPES[names[0].partition("_")[2]], jnp.int32)
+        for names in mechanism.required_inputs
     }
     call = functools.partial(describe, mechanism, array, array, array, **data)
     platforms = _platforms(kernel) or _DEVICES
@@ -157,7 +159,7 @@ def _learns(kind, part):
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     if kind == "position":
         table = jax.eval_shape(lambda key: part.init_embed(key, _WIDTH), jax.random.key(0))
-        if rows := sum(x.shape[0] for x in jax.tree.leaves(table)):
+        if rows := sum(math.prod(x.shape[:-1]) for x in jax.tree.leaves(table)):
             return f"{rows:,} · M once"
     return f"{count:,}" if count else ""
 

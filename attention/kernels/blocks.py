@@ -118,8 +118,9 @@ def block_bounds(
     """
     t, s = block
 
-    def ends(name):
+    def ends(name, axis=None):
         x = getattr(tile, name)
+        x = x if axis is None or x is None else x[:, axis]
         if not isinstance(x, np.ndarray) and (x is None or not look):
             return Range(-FAR, FAR)
         if name.startswith("query"):
@@ -138,7 +139,13 @@ def block_bounds(
     both = [f"{side}_{name}" for name in ("index", "positions", "segments") for side in _SIDES]
     lengths = ("query_length", "key_length", "prefix_length")
     return BlockBounds(
-        **{name: ends(name) for name in both}, **{name: length(name) for name in lengths}
+        **{name: ends(name) for name in both},
+        **{name: length(name) for name in lengths},
+        **{
+            f"{side}_{name}": ends(f"{side}_coordinates", axis)
+            for axis, name in enumerate(("rows", "columns"))
+            for side in _SIDES
+        },
     )
 
 

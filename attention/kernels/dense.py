@@ -67,8 +67,7 @@ def attend_head(
     float32, or float64 for float64 inputs; out has the dtype of the query. `non_finite`: see
     `prepare`.
     """
-    # XLA would spend minutes on folding constants.
-    tile = jax.tree.map(lambda x: jnp.arange(len(x)) if isinstance(x, np.ndarray) else x, tile)
+    tile = jax.tree.map(_traced, tile)
     inputs, bad = prepare(mechanism, params, query, key, value, tile, non_finite)
     # Asked of caches alone, where a pass over all keys is most of a step: it traces the score.
     overflows = non_finite is None or not is_bilinear(mechanism, key.shape[1], value.shape[1])
@@ -85,6 +84,14 @@ def attend_head(
         overflows=overflows,
     )
     return out.astype(query.dtype), extra
+
+
+def _traced(x):
+    """A constant as a result of the program: XLA would spend minutes on folding constants."""
+    if not isinstance(x, np.ndarray):
+        return x
+    # Those of one axis are 0, 1, 2 ...
+    return jnp.arange(len(x)) if x.ndim == 1 else jax.lax.optimization_barrier(jnp.asarray(x))
 
 
 def row_weights(
@@ -206,8 +213,12 @@ def prepare(
         )
         key, key_gates = jax.tree.map(functools.partial(_without, bad_key), (key, key_gates))
     position, own = mechanism.position, params["position"]
-    turned = rotated(position, own, query, tile.query_positions, "query", query_gates)
-    key_turned = rotated(position, own, key, tile.key_positions, "key", key_gates)
+    turned = rotated(
+        position, own, query, tile.query_positions, "query", query_gates, tile.query_coordinates
+    )
+    key_turned = rotated(
+        position, own, key, tile.key_positions, "key", key_gates, tile.key_coordinates
+    )
     features, key_features = mechanism.score.prepare(params["score"], turned, key_turned)
     # The square of a huge number is not finite either.
     bad_query |= _non_finite(features)
@@ -354,7 +365,16 @@ def numbers_per_pair(mechanism: Mechanism, num_heads: int, head_dim: int) -> int
     index: Any = np.arange(n)
     none: Any = np.int32(0)
     all_pairs: Any = np.ones((n, n), bool)
-    tile = Tile(*(index,) * 4, none, num_heads, consecutive=True, visible=all_pairs)
+    places: Any = np.stack([index, index], axis=1)
+    tile = Tile(
+        *(index,) * 4,
+        none,
+        num_heads,
+        consecutive=True,
+        visible=all_pairs,
+        query_coordinates=places,
+        key_coordinates=places,
+    )
     shapes = params_shape(mechanism, num_heads, head_dim, head_dim)
     of_head = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
     tile = with_zero_gates(mechanism.position, of_head["position"], tile)
@@ -386,4 +406,14 @@ def chunk_size(mechanism: Mechanism, query: Array, key: Array) -> int:
 
 
 attend = lift(attend_head, chunk_size)
-register(Kernel("dense", attend, lambda call: None, cost, reads_non_finite=True, takes_gates=True))
+register(
+    Kernel(
+        "dense",
+        attend,
+        lambda call: None,
+        cost,
+        reads_non_finite=True,
+        takes_gates=True,
+        takes_coordinates=True,
+    )
+)

@@ -200,6 +200,8 @@ def map_heads(
             prefix_length=own.get("prefix_lengths"),
             query_gates=arrays.get("query_gates"),
             key_gates=arrays.get("key_gates"),
+            query_coordinates=own.get("query_coordinates"),
+            key_coordinates=own.get("key_coordinates"),
             consecutive=not (
                 {"query_positions", "key_positions"} & own.keys()
                 or is_symbolic_dim(T)

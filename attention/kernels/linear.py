@@ -149,4 +149,4 @@ def _causal(features, key_features, value):
 
 
 attend = lift(attend_head, dense.chunk_size)
-register(Kernel("linear", attend, unsupported, cost, reads_non_finite=True))
+register(Kernel("linear", attend, unsupported, cost, reads_non_finite=True, takes_coordinates=True))

@@ -15,7 +15,7 @@ import numpy as np
 from attention import scores
 from attention.mechanism import Mechanism, params_shape
 from attention.normalizers import Softmax
-from attention.parts import Position, Tile, with_zero_gates
+from attention.parts import Position, Tile, rotated, with_zero_gates
 
 
 class Product(NamedTuple):
@@ -97,7 +97,12 @@ def term_reads_vectors(position: Position, head_dim: int, value_dim: int) -> boo
 
 @functools.cache
 def rotates_by_place(position: Position, head_dim: int, value_dim: int) -> bool:
-    """Whether keys and their places alone say how they turn, and no term reads them besides."""
+    """Whether keys and their places alone say how they turn, and no term reads them besides.
+
+    Places in a text: a cache counts its keys, and knows no rows and columns of them.
+    """
+    if position.required_inputs:
+        return False
     params = jax.eval_shape(lambda: position.init(jax.random.key(0), head_dim, value_dim))
     x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
 
@@ -129,6 +134,7 @@ def depends(function: Callable[[Any, Any], Any], fixed: Any, x: Any) -> bool:
 
 
 _SIZE = 8
+_COORDINATES: Any = np.zeros((_SIZE, 2), np.int32)
 
 
 def _params_of_a_head(mechanism, head_dim, value_dim):
@@ -141,7 +147,15 @@ def _tiles(position: Position | None = None, params: Any = None):
     index: Any = np.arange(_SIZE)
     zero: Any = np.int32(0)
     all_pairs: Any = np.ones((_SIZE, _SIZE), bool)
-    bare = Tile(*(index,) * 4, zero, 1, consecutive=True, visible=all_pairs)
+    bare = Tile(
+        *(index,) * 4,
+        zero,
+        1,
+        consecutive=True,
+        visible=all_pairs,
+        query_coordinates=_COORDINATES,
+        key_coordinates=_COORDINATES,
+    )
     if position is not None:
         bare = with_zero_gates(position, params, bare)
     numbers = dict.fromkeys(("query_length", "key_length", "prefix_length"), zero)
@@ -188,9 +202,10 @@ def _scale(mechanism, params, x):
     """c where the features of query and key are c · query and key, or None."""
 
     def features(query, key):
-        rotate, index = mechanism.position.rotate, np.arange(_SIZE)
-        query = rotate(params["position"], query, index, "query")
-        key = rotate(params["position"], key, index, "key")
+        place = functools.partial(rotated, mechanism.position, params["position"])
+        index = np.arange(_SIZE)
+        query = place(query, index, "query", coordinates=_COORDINATES)
+        key = place(key, index, "key", coordinates=_COORDINATES)
         return mechanism.score.prepare(params["score"], query, key)
 
     traced = jax.make_jaxpr(features)(x, x).jaxpr

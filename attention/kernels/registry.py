@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from attention.mechanism import Mechanism
-from attention.parts import Array
+from attention.parts import COORDINATES, Array
 
 KERNELS: dict[str, "Kernel"] = {}
 # Arguments of `attend` that say what the tokens are.
@@ -18,6 +18,8 @@ DATA = (
     "query_segments",
     "key_segments",
     "prefix_lengths",
+    "query_coordinates",
+    "key_coordinates",
 )
 
 
@@ -85,6 +87,7 @@ class Kernel(NamedTuple):
       has_blocks: `attend` takes block_sizes.
       reads_non_finite: `attend` takes non_finite.
       takes_gates: `attend` takes gates, the numbers of tokens that a position may ask for.
+      takes_coordinates: data may hold coordinates, where a part reads them.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Kernel(NamedTuple):
     has_blocks: bool = False
     reads_non_finite: bool = False
     takes_gates: bool = False
+    takes_coordinates: bool = False
 
 
 def register(kernel: Kernel) -> None:
@@ -110,6 +114,10 @@ def unsupported(kernel: Kernel, call: Call) -> str | None:
     position = call.mechanism.position
     if not kernel.takes_gates and (position.query_gates or position.key_gates):
         return f"it reads no numbers of tokens (query_gates, key_gates), as {position} does"
+    if not kernel.takes_coordinates:
+        for part in (position, call.mechanism.mask):
+            if part.required_inputs >= COORDINATES:
+                return f"it reads no rows and columns of tokens (query_coordinates), as {part} does"
     return kernel.unsupported(call)
 
 
@@ -145,11 +153,19 @@ def describe(
         shape(value),
         shape(bias),
         shape(mask),
-        {name: shape(x) for name, x in data.items() if x is not None},
+        {name: shape(x) for name, x in readable(mechanism, data).items() if x is not None},
         dropout_rate,
         tuple(aux),
         device or device_of(query),
     )
+
+
+def readable(mechanism: Mechanism, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The `DATA` without coordinates where no part of the mechanism reads them."""
+    names = {name for names in mechanism.required_inputs for name in names}
+    return {
+        name: x for name, x in data.items() if name in names or not name.endswith("coordinates")
+    }
 
 
 def device_of(x: Any) -> Device:

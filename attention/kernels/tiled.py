@@ -37,7 +37,7 @@ from attention.kernels.registry import Call, Kernel, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
 from attention.normalizers import Softmax
-from attention.parts import EMPTY, Array, OnlineNormalizer, Params, Tile
+from attention.parts import COORDINATES, EMPTY, Array, OnlineNormalizer, Params, Tile
 
 
 def unsupported(call: Call) -> str | None:
@@ -69,7 +69,7 @@ def chunk_size(mechanism: Mechanism, query: Array, key: Array) -> int:
     each example has its own of.
     """
     B, T, H, D = query.shape
-    if mechanism.mask.required_inputs:
+    if mechanism.mask.required_inputs - COORDINATES:
         return 1
     if jax.default_backend() != "cpu":
         return B
@@ -219,10 +219,12 @@ class Labels(NamedTuple):
     Attributes:
       positions: None: 0, 1, 2 ...
       segments: None: there are none.
+      coordinates: [row blocks, t, 2] or [2, S']; None: no part reads them.
     """
 
     positions: Array | None
     segments: Array | None
+    coordinates: Array | None = None
 
 
 class RowVisits(NamedTuple):
@@ -279,10 +281,10 @@ def _arrays(plan, inputs, bias):
 
 
 def _data(plan, bad, tile, mask, visits, dropout_key):
-    def labels(cut, positions, segments):
-        # NumPy arrays are 0, 1, 2 ..., which `_tile` makes itself.
+    def labels(cut, positions, segments, coordinates):
+        # NumPy arrays of one axis are 0, 1, 2 ..., which `_tile` makes itself.
         traced = [None if isinstance(x, np.ndarray) else x for x in (positions, segments)]
-        return Labels(*(x if x is None else cut(x, mode="edge") for x in traced))
+        return Labels(*(x if x is None else cut(x, mode="edge") for x in (*traced, coordinates)))
 
     rows = functools.partial(_blocks, size=plan.block[0])
     columns = functools.partial(_pad_columns, plan)
@@ -290,8 +292,13 @@ def _data(plan, bad, tile, mask, visits, dropout_key):
     return Data(
         head=tile.head,
         bad=dense.NonFinite(rows(bad.query), columns(bad.key), columns(bad.value)),
-        query=labels(rows, tile.query_positions, tile.query_segments),
-        key=labels(columns, tile.key_positions, tile.key_segments),
+        query=labels(rows, tile.query_positions, tile.query_segments, tile.query_coordinates),
+        key=labels(
+            columns,
+            tile.key_positions,
+            tile.key_segments,
+            None if tile.key_coordinates is None else tile.key_coordinates.T,
+        ),
         query_length=tile.query_length,
         key_length=tile.key_length,
         prefix_length=tile.prefix_length,
@@ -360,6 +367,8 @@ def _tile(plan, data, row, start):
         key_segments=key.segments,
         prefix_length=data.prefix_length,
         consecutive=plan.consecutive,
+        query_coordinates=query.coordinates,
+        key_coordinates=None if key.coordinates is None else key.coordinates.T,
     )
 
 
@@ -712,7 +721,7 @@ def _by_whole_rows(plan, arrays, data, aux):
             return x[:, index] if x.shape[1] > 1 else x
 
         tile = _tile(plan, data, row, 0)
-        key = jax.tree.map(lambda x: x[index], data.key)
+        key = jax.tree.map(lambda x: x[..., index], data.key)
         if key.positions is None:
             key = key._replace(positions=jnp.minimum(index, plan.columns - 1))
         tile = dataclasses.replace(
@@ -720,6 +729,7 @@ def _by_whole_rows(plan, arrays, data, aux):
             key_index=index,
             key_positions=key.positions,
             key_segments=key.segments,
+            key_coordinates=None if key.coordinates is None else key.coordinates.T,
             consecutive=False,
         )
         visible = (jnp.repeat(real, s) & (index < plan.columns))[None, :]
@@ -805,5 +815,6 @@ register(
         has_blocks=True,
         reads_non_finite=True,
         takes_gates=True,
+        takes_coordinates=True,
     )
 )

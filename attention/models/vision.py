@@ -6,13 +6,14 @@ from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from attention.layers import Layer
-from attention.nn.blocks import Stack, TransformerConfig, mask_inputs
+from attention.nn.blocks import Stack, TransformerConfig, required_inputs
 from attention.nn.dense import Dense
 from attention.nn.multi_head import param_if_any
 from attention.nn.partition import by_batch, named
-from attention.parts import Array, check_choices, check_counts
+from attention.parts import Array, check_choices, check_counts, embedded
 
 
 def patches(images: Array, patch_size: Sequence[int]) -> Array:
@@ -32,6 +33,11 @@ def patches(images: Array, patch_size: Sequence[int]) -> Array:
     return jnp.swapaxes(grid, -4, -3).reshape(*batch, -1, h * w * channels)
 
 
+def coordinates(height: int, width: int, patch_size: Sequence[int]) -> np.ndarray:
+    """Row and column of each of the `patches` of such images, [S, 2]."""
+    return np.indices((height // patch_size[0], width // patch_size[1])).reshape(2, -1).T
+
+
 class _Modules(NamedTuple):
     """The parameters of `VisionTransformer`."""
 
@@ -49,8 +55,9 @@ class VisionTransformer(nn.Module):
 
     A patch is the pixels of it times a learned matrix; the tokens are a learned class token where
     `pooling` reads one, registers, and the patches from left to right, then from top to bottom.
-    Positions number the class token and the patches; images of any size that patches divide are
-    read, as far as the position of config.encoder does.
+    Positions number the class token and the patches, coordinates are rows and columns of patches,
+    and a class token or register has no place among those (`positions.grid`). Images of any size
+    that patches divide are read, as far as the position of config.encoder does.
 
     Attributes:
       config: of the Transformer: its encoder's mechanism is that between the patches, `layers`
@@ -99,16 +106,19 @@ class VisionTransformer(nn.Module):
 
         if parts.first is not None:
             x = before(parts.first, x)
-        x = c.encoder.position.embed(parts.position, x, jnp.arange(x.shape[-2]))
+        count = self._specials - self.registers
+        places = coordinates(*images.shape[-3:-1], self.patch_size)
+        x = embedded(
+            c.encoder.position, parts.position, x, np.arange(x.shape[-2]), _after(count, places)
+        )
         if parts.registers is not None:
-            count = self._specials - self.registers
             x = jnp.concatenate([x[..., :count, :], before(parts.registers, x[..., count:, :])], -2)
         x = parts.dropout(by_batch(x), deterministic=deterministic)
-        data = {}
-        if any(
-            "query_lengths" in mask_inputs(c.encoder, layer) for layer in c.layers or (Layer(),)
-        ):
-            data["query_lengths"] = jnp.full(batch, x.shape[-2], jnp.int32)
+        data: dict[str, Any] = {"query_coordinates": _after(self._specials, places)}
+        data["query_lengths"] = jnp.full(batch, x.shape[-2], jnp.int32)
+        read = (required_inputs(c.encoder, layer) for layer in c.layers or (Layer(),))
+        names = set().union(*read)
+        data = {name: value for name, value in data.items() if name in names}
         return parts.stack(x, data=data, deterministic=deterministic)
 
     @property
@@ -155,3 +165,8 @@ class VisionTransformer(nn.Module):
                 **settings,
             ),
         )
+
+
+def _after(count: int, places: np.ndarray) -> np.ndarray:
+    """Coordinates of `count` tokens without a place and of the patches after them."""
+    return np.concatenate([np.full((count, 2), -1), places])

@@ -21,7 +21,7 @@ from attention.nn.multi_head import MultiHeadAttention, param_if_any
 from attention.nn.norms import NORMS, QK_NORMS
 from attention.nn.partition import by_batch, named
 from attention.nn.readouts import READOUTS
-from attention.parts import Array, Position, check_choices, check_counts
+from attention.parts import Array, Position, check_choices, check_counts, embedded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Embedding(nn.Module):
         rows = jnp.asarray(self.table).at[tokens]
         x = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         x = x.astype(self.dtype)
-        return by_batch(self.position.embed(self.place, x, places))
+        return by_batch(embedded(self.position, self.place, x, places))
 
     def logits(self, x: Array) -> Array:
         """[..., T, M] -> [..., T, vocab_size] in float32."""
@@ -438,12 +438,12 @@ class Stack(nn.Module):
     ) -> Any:
         """As `Block`: -> x, or (x, state) with a state, which `start` makes.
 
-        Of `data` a layer gets what its mask reads, and what that of no layer does.
+        Of `data` a layer gets what its mask and position read, and what those of no layer do.
         """
-        of_all = set().union(*(mask_inputs(self.mechanism, layer) for layer in self._period))
+        of_all = set().union(*(required_inputs(self.mechanism, layer) for layer in self._period))
 
         def layer(block, x, state):
-            of_others = of_all - mask_inputs(self.mechanism, block.layer)
+            of_others = of_all - required_inputs(self.mechanism, block.layer)
             own = {name: value for name, value in (data or {}).items() if name not in of_others}
             out = block(x, memory, state=state, data=own, **kwargs)
             return (out, None) if state is None else out
@@ -564,13 +564,14 @@ class Stack(nn.Module):
         return BLOCKS[c.block](c, self.mechanism, *layers, name="layers"), norm
 
 
-def mask_inputs(mechanism, layer):
-    """The names of the data that the mask of a layer reads."""
-    return set().union(*layer.mechanism(mechanism).mask.required_inputs)
+def required_inputs(mechanism: Mechanism, layer: Layer) -> set[str]:
+    """Names of the data that a layer's mask and position read; a mixer has no position."""
+    own = layer.mechanism(mechanism)
+    return set().union(*(own if layer.mixer is None else own.mask).required_inputs)
 
 
 def _check_segments(mechanism, layer):
-    if "query_segments" not in mask_inputs(mechanism, layer):
+    if "query_segments" not in required_inputs(mechanism, layer):
         raise ValueError(
             f"query_segments was given, but the mask {mechanism.mask} ignores it, and so does "
             f"{layer}: combine it with masks.Segments()"

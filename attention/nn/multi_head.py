@@ -89,9 +89,9 @@ class MultiHeadAttention(nn.Module):
     ) -> Any:
         """x [..., T, M], context [..., S, C] or None: x itself -> [..., T, M].
 
-        `data` are the arguments of `attend` from `bias` to `prefix_lengths`. In self-attention
-        positions, lengths and segments of the query are also those of the key, unless the key has
-        its own.
+        `data` are the arguments of `attend` from `bias` to `key_coordinates`. In self-attention
+        positions, lengths, segments and coordinates of the query are also those of the key, unless
+        the key has its own.
 
         With a `cache` x continues a text: its keys and values are appended, its queries attend to
         all keys in it, and the result is (out, cache). `lengths` [...] is then how many of an
@@ -133,7 +133,7 @@ class MultiHeadAttention(nn.Module):
         else:
             if context is None:
                 context = x
-                for name in ("positions", "lengths", "segments"):
+                for name in ("positions", "lengths", "segments", "coordinates"):
                     options.setdefault(f"key_{name}", data.get(f"query_{name}"))
             key, value = parts.key(context), parts.value(context)
             options["key_gates"] = parts.key_gates(context)

@@ -1,13 +1,14 @@
 """Absolute positional schemes: a vector for each position is added to the embeddings."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attention.integers import index_array
-from attention.parts import Position, check_counts, check_numbers
+from attention.parts import Array, Position, check_counts, check_numbers
 from attention.positions.angles import angles
 
 
@@ -31,13 +32,17 @@ class Sinusoidal(Position):
         check_numbers(self, "base")
         check_numbers(self, "scale", positive=False)
 
-    def embed(self, params, x, positions):
-        model_dim = x.shape[-1]
-        frequencies = self.base ** (-np.arange(0, model_dim, 2) / model_dim)
-        turned = angles(positions, frequencies, jnp.promote_types(x.dtype, jnp.float32))
-        waves = jnp.stack([jnp.sin(turned), jnp.cos(turned)], axis=-1)
-        waves = waves.reshape(*turned.shape[:-1], -1)[..., :model_dim]
-        return x + (self.scale * waves).astype(x.dtype)
+    def embed(self, params, x, positions, coordinates=None):
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        return x + (self.scale * waves(positions, x.shape[-1], self.base, dtype)).astype(x.dtype)
+
+
+def waves(positions: Array | np.ndarray, width: int, base: float, dtype: Any) -> Array:
+    """[sin(p / base^(2m/width)), cos(p / base^(2m/width))]_m of positions [...]: [..., width]."""
+    frequencies = base ** (-np.arange(0, width, 2) / width)
+    turned = angles(positions, frequencies, dtype)
+    both = jnp.stack([jnp.sin(turned), jnp.cos(turned)], axis=-1)
+    return both.reshape(*turned.shape[:-1], -1)[..., :width]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Learned(Position):
     def init_embed(self, key, model_dim):
         return {"table": self.stddev * jax.random.normal(key, (self.length, model_dim))}
 
-    def embed(self, params, x, positions):
+    def embed(self, params, x, positions, coordinates=None):
         if isinstance(positions, np.ndarray) and positions.size:
             for end in positions.min(), positions.max():
                 if not 0 <= end < self.length:

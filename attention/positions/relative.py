@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.parts import Array, Position, check_counts, check_numbers
+from attention.parts import Array, Position, Tile, check_counts, check_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +120,16 @@ class ALiBi(Position):
         between = 2.0 ** (-8 * np.arange(1, 2 * lower + 1, 2) / (2 * lower))
         return np.concatenate([first, between[: num_heads - lower]])
 
-    def tile(self, params, query, key, tile):
+    def slope(self, tile: Tile, dtype: Any) -> Array:
+        """m_h of the tile's head, []."""
         # Selected, not indexed: a kernel may have no place for a table.
-        slope = jnp.zeros((), query.dtype)
+        slope = jnp.zeros((), dtype)
         for head, own in enumerate(self.slopes(tile.num_heads)):
             slope = jnp.where(tile.head == head, float(own), slope)
-        return -slope * jnp.abs(tile.distance)
+        return slope
+
+    def tile(self, params, query, key, tile):
+        return -self.slope(tile, query.dtype) * jnp.abs(tile.distance)
 
 
 @dataclasses.dataclass(frozen=True)

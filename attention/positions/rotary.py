@@ -108,12 +108,14 @@ class RoPE(Position):
 
     def rotate(self, params, x, positions, side):
         amplitude = self.scaling.amplitude if self.scaling else 1.0
-        return _turn(x, positions, self.frequencies(x.shape[-1]), amplitude)
+        frequencies = self.frequencies(x.shape[-1])
+        turned = angles(positions, frequencies, jnp.promote_types(x.dtype, jnp.float32))
+        return turn(x, turned, amplitude)
 
 
-def _turn(x: Array, positions: Array, frequencies: np.ndarray, amplitude: float | Array) -> Array:
-    pairs = len(frequencies)
-    turned = angles(positions, frequencies, jnp.promote_types(x.dtype, jnp.float32))
+def turn(x: Array, turned: Array, amplitude: float | Array = 1.0) -> Array:
+    """x [T, D] with pair m, (x_m, x_{m + n}), turned by the angle [T, n], times amplitude."""
+    pairs = turned.shape[-1]
     cos, sin = amplitude * jnp.cos(turned), amplitude * jnp.sin(turned)
     a, b, rest = jnp.split(x, (pairs, 2 * pairs), axis=-1)
     vectors = [a * cos - b * sin, b * cos + a * sin, rest]
@@ -142,4 +144,5 @@ class XPos(Position):
         zeta = (np.arange(len(frequencies)) / len(frequencies) + self.gamma) / (1 + self.gamma)
         power = positions[:, None].astype(dtype) / self.scale_base
         sign = 1 if side == "query" else -1
-        return _turn(x, positions, frequencies, jnp.exp(sign * power * np.log(zeta).astype(dtype)))
+        amplitude = jnp.exp(sign * power * np.log(zeta).astype(dtype))
+        return turn(x, angles(positions, frequencies, dtype), amplitude)

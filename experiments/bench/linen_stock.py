@@ -86,8 +86,40 @@ class Transformer(nn.Module):
         return embedding.attend(x).astype(jnp.float32)
 
 
-def build(work: Any) -> Transformer:
+class StockVision(nn.Module):
+    """Images [B, height, width, C] -> logits [B, classes], read off a class token."""
+
+    num_classes: int
+    patch_size: int
+    model_dim: int
+    num_layers: int
+    num_heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images):
+        sides = (self.patch_size, self.patch_size)
+        x = nn.Conv(self.model_dim, sides, sides, "VALID", dtype=self.dtype)(images)
+        x = x.reshape(x.shape[0], -1, self.model_dim)
+        normal = nn.initializers.normal(0.02)
+        first = self.param("first", normal, (1, 1, self.model_dim)).astype(self.dtype)
+        x = jnp.concatenate([jnp.tile(first, (len(x), 1, 1)), x], axis=1)
+        x += self.param("place", normal, x.shape[1:]).astype(self.dtype)
+        x = StockStack(self.num_layers, self.num_heads, self.dtype)(x)
+        return nn.Dense(self.num_classes, dtype=self.dtype)(x[:, 0]).astype(jnp.float32)
+
+
+def build(work: Any) -> Transformer | StockVision:
     """Of the sizes of an `experiments.bench.models.ModelWork`."""
+    if work.architecture == "vision":
+        return StockVision(
+            work.vocab_size,
+            work.patch_size,
+            work.model_dim,
+            work.num_layers,
+            work.num_heads,
+            jnp.dtype(work.dtype),
+        )
     return Transformer(
         work.vocab_size,
         work.model_dim,

@@ -24,20 +24,21 @@ from experiments.tasks.ranges import at_least, check_fields, ranged
 
 @dataclasses.dataclass(frozen=True)
 class ModelWork(Work):
-    """A Transformer: a language model or an encoder-decoder.
+    """A Transformer: a language model, an encoder-decoder or a Vision Transformer.
 
-    Pre-norm, GELU, biases, learned positions, tied embeddings.
+    Pre-norm, GELU, biases, learned positions, tied embeddings, a class token for images.
 
     Attributes:
       library: 'attention', 'flax.linen' (of its stock attention, Dense, LayerNorm, Embed), 'torch'
         (of `torch.nn.TransformerEncoder` or `torch.nn.Transformer`).
-      architecture: 'decoder', or 'encoder_decoder' with as many layers each, which reads a source
-        as long as its target.
+      architecture: 'decoder'; 'encoder_decoder' with as many layers each, which reads a source as
+        long as its target; 'vision', which sorts images into vocab_size classes.
       derivative: 'none', the logits; 'train', a step of AdamW; 'decode', one token more for texts
         that are `context` − 1 tokens long; 'generate', the likeliest text of `context` tokens.
       num_layers, model_dim, num_heads, num_kv_heads, vocab_size: as of
         `attention.nn.TransformerConfig`; the MLP is 4 times as wide as the model.
-      context, batch: T and B.
+      context, batch: T and B; of 'vision' B alone.
+      image_size, patch_size: pixels of a side, of images of three channels.
       score, position, normalizer, layers, implementation: of our attention.
       scan_layers, remat_layers: of our stack.
       seeds, seeds_impl: that many models at once, by 'vmap' or one after another by 'map'.
@@ -54,6 +55,8 @@ class ModelWork(Work):
     vocab_size: int = ranged(256, at_least(1))
     context: int = ranged(256, at_least(1))
     batch: int = ranged(32, at_least(1))
+    image_size: int = ranged(32, at_least(1))
+    patch_size: int = ranged(4, at_least(1))
     score: str = "scaled_dot"
     position: str = "learned"
     normalizer: str = "softmax"
@@ -70,13 +73,25 @@ class ModelWork(Work):
         check_choices(
             self,
             library=("attention", "flax.linen", "torch"),
-            architecture=("decoder", "encoder_decoder"),
+            architecture=("decoder", "encoder_decoder", "vision"),
             derivative=("none", "train", "decode", "generate"),
             seeds_impl=("map", "vmap"),
         )
         for kind in ("score", "position", "normalizer"):
             attention.parse(kind, getattr(self, kind))  # raises where a part cannot be parsed
         attention.parse_layers(self.layers)
+        if self.architecture == "vision":
+            if self.derivative in ("decode", "generate"):
+                raise ValueError(f"derivative={self.derivative!r} is of texts, not of images")
+            if self.image_size % self.patch_size:
+                raise ValueError(
+                    f"patch_size={self.patch_size} must divide image_size={self.image_size}"
+                )
+
+    @property
+    def num_patches(self) -> int:
+        """Of an image."""
+        return (self.image_size // self.patch_size) ** 2
 
     def build(self) -> JaxWork | Foreign:
         if self.library != "attention":
@@ -84,10 +99,9 @@ class ModelWork(Work):
         if self.library == "torch":
             return _torch(self)
         module = self.module()
-        tokens = self.tokens()
         if self.derivative == "generate":
             return _generation(self, module)
-        inputs = (tokens, tokens) if self.architecture == "encoder_decoder" else (tokens,)
+        inputs = self.inputs()
         seeds = jnp.arange(self.seeds)
         init = jax.jit(jax.vmap(lambda seed: module.init(jax.random.key(seed), *inputs)))
         params = init(seeds)
@@ -98,11 +112,12 @@ class ModelWork(Work):
                 raise Unavailable(f"{self.library}'s stock blocks do not decode step by step here")
             state = _start(module, self, params, inputs)
             static = (module, self.seeds_impl)
-            return JaxWork(_decode, static, (params, state, tokens[:, :1]), carry=1)
+            return JaxWork(_decode, static, (params, state, inputs[-1][:, :1]), carry=1)
         import optax
 
         optimizer = jax.jit(jax.vmap(optax.adamw(1e-3).init))(params)
-        return JaxWork(_train, (module, self.seeds_impl), ((params, optimizer), inputs), carry=0)
+        arguments = ((params, optimizer), inputs, self.targets())
+        return JaxWork(_train, (module, self.seeds_impl), arguments, carry=0)
 
     def module(self) -> Any:
         """The Linen module."""
@@ -111,7 +126,7 @@ class ModelWork(Work):
 
             return linen_stock.build(self)
         try:
-            from attention.models import EncoderDecoder, LanguageModel
+            from attention.models import EncoderDecoder, LanguageModel, VisionTransformer
             from attention.nn import TransformerConfig
         except ImportError:
             raise Unavailable("flax is not installed: pip install '.[nn]'") from None
@@ -122,9 +137,10 @@ class ModelWork(Work):
             *("vocab_size", "model_dim", "num_layers", "num_heads", "num_kv_heads"),
             *("scan_layers", "remat_layers", "implementation"),
         )
+        of_images = self.architecture == "vision"
         config = TransformerConfig(
             decoder=mechanism(mask=attention.masks.Causal()),
-            encoder=mechanism(mask=attention.masks.Padding()),
+            encoder=mechanism() if of_images else mechanism(mask=attention.masks.Padding()),
             cross=attention.Mechanism(
                 parts["score"], mask=attention.masks.Padding(), normalizer=parts["normalizer"]
             ),
@@ -133,9 +149,25 @@ class ModelWork(Work):
             dtype=jnp.dtype(self.dtype),
             **{name: getattr(self, name) for name in sizes},
         )
+        if of_images:
+            return VisionTransformer(config, (self.patch_size, self.patch_size), 3)
         return {"decoder": LanguageModel, "encoder_decoder": EncoderDecoder}[self.architecture](
             config
         )
+
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        """What the model reads: tokens, source and tokens, or images [B, height, width, 3]."""
+        if self.architecture == "vision":
+            shape = (self.batch, self.image_size, self.image_size, 3)
+            return (np.random.default_rng(0).normal(size=shape).astype(np.float32),)
+        tokens = self.tokens()
+        return (tokens, tokens) if self.architecture == "encoder_decoder" else (tokens,)
+
+    def targets(self) -> np.ndarray:
+        """What it is to predict: the next tokens [B, T], or classes [B]."""
+        if self.architecture == "vision":
+            return np.random.default_rng(1).integers(self.vocab_size, size=self.batch)
+        return np.roll(self.tokens(), -1, axis=1)
 
     def tokens(self) -> np.ndarray:
         """[B, T] int32."""
@@ -144,15 +176,17 @@ class ModelWork(Work):
 
     def flops(self) -> float | None:
         """Of all matrix products; three times as many with the gradient."""
-        plain = self.architecture == "decoder" and not self.layers
+        plain = self.architecture != "encoder_decoder" and not self.layers
         if self.derivative in ("decode", "generate") or not plain:
             return None
-        M, T = self.model_dim, self.context
+        of_images = self.architecture == "vision"
+        M, T = self.model_dim, self.num_patches + 1 if of_images else self.context
         heads = (self.num_kv_heads or self.num_heads) / self.num_heads
-        per_token = 2 * M * M * (2 + 2 * heads + 8) + 4 * M * (T + 1) / 2
-        per_token = self.num_layers * per_token + 2 * M * self.vocab_size
+        keys = T if of_images else (T + 1) / 2  # that a query sees
+        blocks = self.num_layers * T * (2 * M * M * (2 + 2 * heads + 8) + 4 * M * keys)
+        numbers = 3 * self.image_size**2 + self.vocab_size if of_images else T * self.vocab_size
         times = 3 if self.derivative == "train" else 1
-        return per_token * T * self.batch * self.seeds * times
+        return (blocks + 2 * M * numbers) * self.batch * self.seeds * times
 
     def different(self) -> "ModelWork | None":
         if self.library != "attention":
@@ -190,7 +224,7 @@ def _logits(static, params, inputs):
     return _over_seeds(seeds_impl, lambda own: module.apply(own, *inputs), params)
 
 
-def _train(static, state, inputs):
+def _train(static, state, inputs, targets):
     import optax
 
     module, seeds_impl = static
@@ -198,7 +232,6 @@ def _train(static, state, inputs):
     def step(params, optimizer):
         def loss(params):
             logits = module.apply(params, *inputs)
-            targets = jnp.roll(inputs[-1], -1, axis=1)
             return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
 
         value, gradients = jax.value_and_grad(loss)(params)
@@ -320,6 +353,26 @@ def _torch(work):
         "norm_first": True,
     }
 
+    def encoder():
+        layer = nn.TransformerEncoderLayer(*sizes, **options)
+        norm = nn.LayerNorm(work.model_dim)
+        return nn.TransformerEncoder(layer, work.num_layers, norm, enable_nested_tensor=False)
+
+    class TorchVision(nn.Module):
+        def __init__(self):
+            super().__init__()
+            side = work.patch_size
+            self.patch = nn.Conv2d(3, work.model_dim, side, stride=side)
+            self.first = nn.Parameter(lib.randn(work.model_dim) * 0.02)
+            self.place = nn.Parameter(lib.randn(work.num_patches + 1, work.model_dim) * 0.02)
+            self.stack = encoder()
+            self.classes = nn.Linear(work.model_dim, work.vocab_size)
+
+        def forward(self, images):
+            x = self.patch(images.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+            x = lib.cat([self.first.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.place
+            return self.classes(self.stack(x)[:, 0])
+
     class TorchModel(nn.Module):
         def __init__(self):
             super().__init__()
@@ -330,11 +383,7 @@ def _torch(work):
                 with warnings.catch_warnings(action="ignore"):  # norm_first: nothing is nested
                     self.stack = nn.Transformer(*sizes, **depth, **options)
             else:
-                layer = nn.TransformerEncoderLayer(*sizes, **options)
-                norm = nn.LayerNorm(work.model_dim)
-                self.stack = nn.TransformerEncoder(
-                    layer, work.num_layers, norm, enable_nested_tensor=False
-                )
+                self.stack = encoder()
             self.mask = nn.Transformer.generate_square_subsequent_mask(work.context, device=device)
 
         def forward(self, tokens):
@@ -345,13 +394,16 @@ def _torch(work):
                 x = self.stack(x, mask=self.mask, is_causal=True)
             return x @ self.embedding.weight.T
 
-    model = TorchModel().to(device).train(work.derivative == "train")
+    of_images = work.architecture == "vision"
+    model = (TorchVision if of_images else TorchModel)().to(device)
+    model = model.train(work.derivative == "train")
     if work.derivative == "generate":
         if work.architecture != "decoder":
             raise Unavailable("derivative='generate' is for one decoder")
         return Foreign(_torch_generation(work, model))
-    tokens = lib.tensor(work.tokens(), dtype=lib.long, device=device)
-    targets = tokens.roll(-1, 1)
+    inputs = lib.tensor(work.inputs()[-1], device=device)
+    inputs = inputs if of_images else inputs.long()
+    targets = lib.tensor(work.targets(), dtype=lib.long, device=device)
     optimizer = lib.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
 
     narrow = {"dtype": getattr(lib, work.dtype), "enabled": work.dtype != "float32"}
@@ -359,12 +411,12 @@ def _torch(work):
     def run():
         if work.derivative == "none":
             with lib.no_grad(), lib.autocast(device, **narrow):
-                result = model(tokens)
+                result = model(inputs)
         else:
             optimizer.zero_grad()
             with lib.autocast(device, **narrow):
-                logits = model(tokens).float()
-            result = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+                logits = model(inputs).float()
+            result = nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
             result.backward()
             optimizer.step()
         if device == "cuda":

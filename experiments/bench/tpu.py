@@ -86,8 +86,13 @@ def attended(
     params = jax.eval_shape(
         lambda key: mechanism.init(key, num_heads=heads, head_dim=width), jax.random.key(0)
     )
-    needed = {name for names in mechanism.mask.required_inputs for name in names} | {*inputs}
-    shapes = {"bias": ((length, length), dtype), "mask": ((length, length), bool)}
+    needed = {name for names in mechanism.required_inputs for name in names} | {*inputs}
+    shapes = {
+        "bias": ((length, length), dtype),
+        "mask": ((length, length), bool),
+        "query_coordinates": ((length, 2), jnp.int32),
+        "key_coordinates": ((length, 2), jnp.int32),
+    }
     data = {}
     for name in sorted(needed):
         default = (() if name.endswith("lengths") else (length,), jnp.int32)

@@ -36,6 +36,9 @@ GRID = {
     "query_lengths": np.array([7, 4]),
     "key_lengths": np.array([5, 8]),
     "prefix_lengths": np.array([0, 3]),
+    # Of places 0, 1, 2 ... in a grid of 3 columns, and of none (−1).
+    "query_coordinates": np.array([[2, 3, -1, 5, 6, 7, 8], [0, 1, 2, 9, 4, 3, 12]]),
+    "key_coordinates": np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8], [3, 0, -1, 7, 2, 4, 9, 12, 5]]),
 }
 SMALL = {
     "query_positions": QUERY_POSITIONS,
@@ -45,7 +48,13 @@ SMALL = {
     "query_lengths": np.array([3, 1]),
     "key_lengths": np.array([2, 3]),
     "prefix_lengths": np.array([4, 1]),
+    "query_coordinates": np.array([[0, 4, -1], [0, 1, 8]]),
+    "key_coordinates": np.array([[-1, 3, 5, 6], [0, 2, 7, 4]]),
 }
+for data in GRID, SMALL:
+    for name in "query_coordinates", "key_coordinates":
+        row, column = np.divmod(data[name], 3)
+        data[name] = np.stack([row, np.where(row < 0, -1, column)], axis=-1)
 
 
 class Pair:
@@ -60,9 +69,13 @@ class Pair:
         )
         self.rows, self.columns = data["query_lengths"][b], data["key_lengths"][b]
         self.prefix = data["prefix_lengths"][b]
+        place, other = data["query_coordinates"][b, t], data["key_coordinates"][b, s]
+        self.placed = min(*place, *other) >= 0
+        self.rows_apart, self.columns_apart = abs(place - other)
 
 
 SEGMENTS = ("query_segments", "key_segments")
+COORDINATES = ("query_coordinates", "key_coordinates")
 MASKS = {  # name: (mask, what it is given besides positions, rule)
     "full": (masks.Full(), (), lambda at: True),
     "causal": (masks.Causal(), (), lambda at: at.j <= at.i),
@@ -78,6 +91,18 @@ MASKS = {  # name: (mask, what it is given besides positions, rule)
         lambda at: at.t < at.rows and at.s < at.columns,
     ),
     "segments": (masks.Segments(), SEGMENTS, lambda at: at.document_of_i == at.document_of_j),
+    "window2d": (
+        masks.Window2D(1),
+        COORDINATES,
+        lambda at: not at.placed or max(at.rows_apart, at.columns_apart) <= 1,
+    ),
+    "window2d, sides": (
+        masks.Causal() & masks.Window2D(2, 0),
+        COORDINATES,
+        lambda at: (
+            at.j <= at.i and (not at.placed or (at.rows_apart <= 2 and at.columns_apart == 0))
+        ),
+    ),
     "blocks": (masks.BlockLocal(3), (), lambda at: at.i // 3 == at.j // 3),
     "dilated": (masks.Dilated(3), (), lambda at: (at.i - at.j) % 3 == 0),
     "not": (~masks.Causal(), (), lambda at: at.j > at.i),
@@ -148,6 +173,7 @@ def test_truth_table(name):
             "prefix each",
             "padding",
             "segments",
+            "window2d",
             "blocks",
             "dilated",
             "or",
@@ -189,6 +215,8 @@ def test_a_mask_asks_for_what_it_needs(name):
     [
         (masks.SlidingWindow, (-1,)),
         (masks.SlidingWindow, (2, -1)),
+        (masks.Window2D, (-1,)),
+        (masks.Window2D, (2, -1)),
         (masks.BlockLocal, (0,)),
         (masks.Dilated, (0,)),
     ],
@@ -211,6 +239,10 @@ def block_of(data, rows, columns):
             tile[f"{side}_{name}"] = data[f"{side}_{name}"][places]
     for name, x in tile.items():
         bounds[name] = Range(x.min(), x.max())
+    for side, places in index.items():
+        x = tile[f"{side}_coordinates"] = data[f"{side}_coordinates"][places]
+        for axis, name in enumerate(("rows", "columns")):
+            bounds[f"{side}_{name}"] = Range(x[:, axis].min(), x[:, axis].max())
     for name in "query_length", "key_length", "prefix_length":
         tile[name] = data[f"{name}s"]
         bounds[name] = Range(tile[name], tile[name])
@@ -240,8 +272,10 @@ def test_blocks(name):
     for n in range(30):
         if n % 2:  # runs of the text, where masks of intervals are precise
             data = {k: np.arange(a := rng.integers(0, 20), a + 9) for k in GRID if "positions" in k}
+            places = np.arange(a := rng.integers(0, 9), a + 9)
+            data |= dict.fromkeys(COORDINATES, np.stack(np.divmod(places, 3), axis=-1))
         else:
-            data = {k: x[n // 2 % 2] for k, x in GRID.items() if "positions" in k}
+            data = {k: x[n // 2 % 2] for k, x in GRID.items() if k.endswith(("ons", "ates"))}
         for side, length in ("query", ROWS), ("key", COLUMNS):
             data[f"{side}_segments"] = np.sort(rng.integers(0, 4, 9))
             data[f"{side}_lengths"] = rng.integers(0, length + 1)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from attention import Mechanism, Tile, masks, normalizers, positions
+from attention.positions import grid
 from support.formulas import (
     KEY_POSITIONS,
     PLACES,
@@ -234,6 +235,7 @@ POSITIONS = {
     "cope + alibi": (COPE + positions.ALiBi(), cope_alibi),
 }
 EMBEDDED = {positions.Sinusoidal, positions.Learned}  # tested below
+OF_GRIDS = set(public_classes(grid))  # tested in test_grid.py
 WITH_GATES = {positions.Forget, positions.GatedT5}  # tested in test_gates.py
 ABSOLUTE = {"fire", "cope + alibi", "temperature"}  # i − j is not all they know
 
@@ -250,7 +252,7 @@ def case(name):
 
 def test_every_position_is_here():
     tested = set().union(*(classes_in(position) for position, _ in POSITIONS.values()))
-    assert public_classes(positions) <= tested | EMBEDDED | WITH_GATES
+    assert public_classes(positions) <= tested | EMBEDDED | WITH_GATES | OF_GRIDS
 
 
 VARIANTS = ("none", "t5, causal", "rope, ntk", "rope, half the width, linear", "alibi")

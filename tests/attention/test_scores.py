@@ -218,6 +218,9 @@ NOT_OF_THEIR_OWN = {
     *(scores.Dot, scores.ScaledDot, scores.Location, scores.Scale),
     *(positions.NoPE, positions.Sum, positions.Sinusoidal, positions.Learned, positions.Linear),
     *(positions.T5, positions.ALiBi),
+    # In test_grid.py.
+    *(positions.Sinusoidal2D, positions.Learned2D, positions.RoPE2D),
+    *(positions.Relative2D, positions.ALiBi2D),
     *(normalizers.Softmax, normalizers.SoftmaxOffByOne),
     *(normalizers.Sparsemax, normalizers.Hardmax, normalizers.TopK),
     *(positions.Forget, positions.GatedT5),  # test_gates.py has theirs

@@ -9,7 +9,7 @@ import pytest
 
 from attention import Mechanism, masks, parse_layers, positions
 from attention.models import VisionTransformer
-from attention.models.vision import patches
+from attention.models.vision import coordinates, patches
 from attention.nn import Stack, TransformerConfig, logical_axes
 from support.helpers import one_line
 
@@ -94,6 +94,38 @@ def test_without_positions_the_order_of_patches_is_nothing():
     np.testing.assert_allclose(
         model.apply(params, images), model.apply(params, turned), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "position, same",
+    [
+        (positions.ALiBi2D(), True),
+        pytest.param(positions.ALiBi2D() + positions.RoPE2D(), False, marks=pytest.mark.slow),
+        pytest.param(positions.ALiBi2D() + positions.Learned2D(2), False, marks=pytest.mark.slow),
+        pytest.param(positions.ALiBi2D() + positions.ALiBi(), False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_places_in_a_grid(position, same):
+    """An image and its transpose have the same distances, and not the same rows."""
+    mechanism = Mechanism(position=position, mask=masks.Window2D(1))
+    config = dataclasses.replace(CONFIG, encoder=mechanism, remat_layers=True)
+    model = VisionTransformer(config, (1, 1), registers=1)
+    images = random_images(2, 2, 3, 1)
+    params = variables(model, images)
+    out, turned = (model.apply(params, x) for x in (images, images.swapaxes(1, 2)))
+    assert np.allclose(out, turned, rtol=1e-4, atol=1e-5) == same
+    assert not np.allclose(out, model.apply(params, np.roll(images, 1, axis=2)), rtol=1e-3)
+    np.testing.assert_array_equal(coordinates(4, 6, (2, 3)), [[0, 0], [0, 1], [1, 0], [1, 1]])
+
+
+def test_a_mixer_beside_places_in_a_grid():
+    mechanism = Mechanism(position=positions.RoPE2D(), mask=masks.Causal())
+    layers = parse_layers("layer(mixer=gla) + full")
+    config = dataclasses.replace(CONFIG, encoder=mechanism, layers=layers)
+    model = VisionTransformer(config, (2, 2))
+    out, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), random_images(1, 4, 4, 1))
+    assert out.shape == (1, 3)
 
 
 @pytest.mark.parametrize(

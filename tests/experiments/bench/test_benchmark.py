@@ -108,6 +108,8 @@ def test_peers_say_what_they_cannot(change, message):
     (lambda: KernelWork(derivative="third"), "derivative must be one of .* got 'third'"),
     (lambda: KernelWork(length=4, source_length=4, derivative="decode").build(), "T=4, S=4"),
     (lambda: ModelWork(architecture="encoder"), "architecture must be one of .* got 'encoder'"),
+    (lambda: ModelWork(architecture="vision", derivative="decode"), "'decode' is of texts"),
+    (lambda: ModelWork(architecture="vision", patch_size=5), "patch_size=5 must divide image_size"),
     (lambda: FunctionWork("numpy").build(), "package.module:name, got 'numpy'"),
     (lambda: FunctionWork("numpy:nothing"), "package.module:name, got 'numpy:nothing'"),
     (lambda: FunctionWork("os:getcwd").build(), r"must return \(function, arguments\).* str"),
@@ -176,6 +178,8 @@ def test_a_decode_step_is_the_last_row_of_all():
         {"seeds": 2, "seeds_impl": "vmap"},
         {"library": "flax.linen"},
         {"architecture": "encoder_decoder", "num_layers": 1},
+        {"architecture": "vision", "image_size": 8},
+        {"architecture": "vision", "image_size": 8, "library": "flax.linen"},
     )),
 ], ids=str)  # fmt: skip
 def test_models_learn(change):
@@ -201,10 +205,16 @@ def test_flops_are_those_of_the_products():
     assert window.pairs() == 3000 * 10 - 9 * 10 / 2
     packed = dataclasses.replace(SMALL, mask="segments", documents=4)
     assert packed.pairs() == 4 * (T / 4) ** 2
-    forward = dataclasses.replace(TINY, derivative="none", context=64, model_dim=32)
-    _, costs = compiling.compile_work(forward.build())
-    # XLA counts masked pairs as well, norms and activations; it may not count fewer.
-    assert 0.7 < forward.flops() / costs["xla_flops"] < 1
+
+
+@pytest.mark.parametrize("architecture", slow_but(["decoder"], ["decoder", "vision"]))
+def test_flops_of_models_are_those_that_xla_counts(architecture):
+    """XLA counts masked pairs as well, norms and activations; it may not count fewer."""
+    work = dataclasses.replace(
+        TINY, architecture=architecture, derivative="none", context=64, model_dim=32
+    )
+    _, costs = compiling.compile_work(work.build())
+    assert 0.7 < work.flops() / costs["xla_flops"] < 1
 
 
 # Times.

@@ -48,6 +48,13 @@ def test_model_of_the_settings():
     assert layer_names(config.model, ("image",)) == {"image": ["sliding_window(2)", "full"]}
 
 
+def test_places_of_patches_by_the_settings():
+    changes = {"model.position": "learned2d(2) + rope2d", "model.layers": "window2d(1)"}
+    loop.check(tiny("images", **changes, **{"model.patch_size": 12}))
+    with one_line(ValueError, "RoPE2D", "models.VisionTransformer does; a text has none"):
+        loop.check(tiny("recall", **{"model.position": "rope2d"}))
+
+
 def test_every_query_of_an_image_is_measured():
     config = tiny("images", **{"model.position": "none", "model.patch_size": 12})
     task, model = build(config)
