@@ -417,6 +417,14 @@ def positions(cache: Cache, count: int) -> Array:
     return cache.length[..., None] + jnp.arange(count, dtype=jnp.int32)
 
 
+def last_positions(cache: Cache, count: int, lengths: Array | None = None) -> Array:
+    """Where the tokens stand that `append` was given last, of them `lengths` real: [..., count]."""
+    added = count
+    if lengths is not None:
+        added = counts("lengths", lengths, cache.length.shape, count, cache.max_length)
+    return positions(cache._replace(length=cache.length - added), count)
+
+
 def attend(
     mechanism: Mechanism,
     params: Params,
@@ -478,12 +486,7 @@ def attend(
             f"its keys; pass those of all {S} slots, [..., {S}]"
         )
     if query_positions is None:
-        batch = cache.length.shape
-        most = cache.max_length
-        start = cache.length - (
-            T if lengths is None else counts("lengths", lengths, batch, T, most)
-        )
-        query_positions = positions(cache._replace(length=start), T)
+        query_positions = last_positions(cache, T, lengths)
     if cache.window is None:
         places, real = jnp.arange(S, dtype=jnp.int32), cache.length
         filled = places < cache.length[..., None]

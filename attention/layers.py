@@ -44,6 +44,8 @@ class Layer:
         is causal `SlidingWindow(128)` looks back only, and `Full()` is the model's mask.
       num_heads, num_kv_heads, head_dim: in place of the model's; None: the model's.
       mixer: in place of the attention, see `attention.mixers`; None: the layer attends.
+      shared_kv: the layer attends to the keys and values of the last one before it that has its
+        own, and has none of its own (cross-layer attention, Brandon et al. 2024).
 
     Raises ValueError where a part is not of its kind, a size is not positive, the position adds to
     the embeddings, of which a model has one, or a layer has a mixer and parts of an attention.
@@ -57,6 +59,7 @@ class Layer:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     mixer: Mixer | None = None
+    shared_kv: bool = False
 
     def __post_init__(self):
         for kind, base in PART_KINDS.items():
@@ -65,6 +68,11 @@ class Layer:
         check_counts(self, num_heads=1, num_kv_heads=1, head_dim=1)
         if self.mixer is not None:
             self._check_mixer()
+        if self.shared_kv and self.num_kv_heads is not None:
+            raise ValueError(
+                f"a layer with shared_kv=True has no keys of its own, got num_kv_heads="
+                f"{self.num_kv_heads}: leave one of them out"
+            )
         if self.position is not None and embeds(self.position):
             raise ValueError(
                 f"position={unparse(self.position)} of a layer is added to the embeddings, which "
@@ -78,8 +86,8 @@ class Layer:
                 f"mixer of Layer must be an attention.mixers.Mixer, got {self.mixer!r}; a name "
                 "becomes one with attention.parse"
             )
-        for name in (*PART_KINDS, "num_kv_heads"):
-            if (value := getattr(self, name)) is not None:
+        for name in (*PART_KINDS, "num_kv_heads", "shared_kv"):
+            if (value := getattr(self, name)) not in (None, False):
                 raise ValueError(
                     f"a layer has a mixer or an attention, got mixer={unparse(self.mixer)} and "
                     f"{name}={unparse(value)}: leave one of them out"
@@ -207,8 +215,9 @@ def _value(keyword):
     has_part = name == "mixer" or name in PART_KINDS
     if has_part and isinstance(constant, str):
         return parse(name, constant)
-    if has_part or not isinstance(constant, int):
-        expected = "a part" if has_part else "a whole number"
+    wanted = bool if name == "shared_kv" else int
+    if has_part or not isinstance(constant, wanted):
+        expected = "a part" if has_part else "True" if wanted is bool else "a whole number"
         raise ValueError(
             f"{name}={ast.unparse(node)} is not {expected}; leave it out for that of the model"
         )
@@ -235,4 +244,4 @@ def _terms(mask):
 def _fields(layer):
     """The text of each field of a layer that is not the model's."""
     own = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer)}
-    return {name: unparse(value) for name, value in own.items() if value is not None}
+    return {name: unparse(value) for name, value in own.items() if value not in (None, False)}

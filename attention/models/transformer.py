@@ -34,7 +34,7 @@ def _step(model, state, tokens, lengths):
         lengths = count_array("lengths", lengths, tokens.shape[:-1], tokens.shape[-1])
     at = decoding.positions(cache._replace(length=cache.length[..., 0]), tokens.shape[-1])
     x = model.embedding(tokens, at)
-    x, state = model.decoder(x, state=state, lengths=lengths)
+    x, state = model.decoder(x, state=state, lengths=lengths, tokens=tokens)
     return model.embedding.logits(x), state
 
 
@@ -70,7 +70,7 @@ class LanguageModel(nn.Module):
         """
         x = self.dropout(self.embedding(tokens, positions), deterministic=deterministic)
         data = {"query_positions": positions, "query_segments": segments}
-        x = self.decoder(x, data=data, deterministic=deterministic)
+        x = self.decoder(x, data=data, tokens=tokens, deterministic=deterministic)
         return self.embedding.logits(x)
 
     def start(self, batch: int | tuple[int, ...], max_length: int) -> DecoderState:
@@ -104,7 +104,8 @@ class Encoder(nn.Module):
         x = _embedding(c, c.encoder, "embedding")(tokens)
         x = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x)
         data = {"query_lengths": _lengths(tokens, lengths)}
-        return Stack(c, c.encoder, name="stack")(x, data=data, deterministic=deterministic)
+        stack = Stack(c, c.encoder, name="stack")
+        return stack(x, data=data, tokens=tokens, deterministic=deterministic)
 
 
 class EncoderDecoder(nn.Module):
@@ -149,6 +150,7 @@ class EncoderDecoder(nn.Module):
         x = self.decoder(
             x,
             memory,
+            tokens=tokens,
             memory_data={"key_lengths": source_lengths},
             deterministic=deterministic,
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,8 @@ from attention.nn.multi_head import MultiHeadAttention, param_if_any
 from attention.nn.norms import NORMS, QK_NORMS
 from attention.nn.partition import by_batch, named
 from attention.nn.readouts import READOUTS
+from attention.nn.relay import Relay
+from attention.nn.values import VALUE_RESIDUALS
 from attention.parts import Array, Position, check_choices, check_counts, embedded
 
 
@@ -48,6 +51,8 @@ class TransformerConfig:
         'exclusive'; see `attention.nn.readouts`.
       output_gate: on the heads' output in every attention, 'none', 'element' or 'head'; see
         `attention.nn.gates.OutputGate`.
+      value_residual: what is added to the values of self-attention, 'none', 'first_layer' or
+        'token'; see `attention.nn.values`.
       dropout_rate: of embeddings and of each residual branch.
       attention_dropout_rate: of the attention weights.
       use_bias: in projections, gates, MLP and layer norms.
@@ -84,6 +89,7 @@ class TransformerConfig:
     qk_norm: str = "none"
     readout: str = "none"
     output_gate: str = "none"
+    value_residual: str = "none"
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     use_bias: bool = False
@@ -110,6 +116,7 @@ class TransformerConfig:
             qk_norm=QK_NORMS,
             readout=READOUTS,
             output_gate=OUTPUT_GATES,
+            value_residual=VALUE_RESIDUALS,
         )
         if self.block == "parallel" and self.norm == "post":
             raise ValueError(
@@ -132,6 +139,7 @@ class TransformerConfig:
                 f"num_layers={self.num_layers} is no multiple of the {count} layers of layers="
                 f"{unparse_layers(self.layers)!r}: take num_layers={more}, or another pattern"
             )
+        _check_shared(self)
 
 
 def _heads(config, layer):
@@ -154,6 +162,51 @@ def _check_heads(config, layer):
         raise ValueError(
             f"num_kv_heads must divide num_heads: got num_kv_heads={K}, num_heads={H}{where}"
         )
+
+
+def _kv_widths(config, layer):
+    """K and D of a layer's own keys."""
+    H, K, head_dim = _heads(config, layer).values()
+    return K or H, head_dim or config.model_dim // H
+
+
+def _sharing(layers, index):
+    """The layers of a pattern that attend to the keys of the one at `index`, itself included."""
+    later = [layer for layer in layers[index + 1 :] if layer.mixer is None]
+    return [layers[index], *itertools.takewhile(lambda layer: layer.shared_kv, later)]
+
+
+def _check_shared(config):
+    """Raises ValueError where layers cannot read the keys or the values of another one."""
+    attending = [layer for layer in config.layers if layer.mixer is None]
+    if attending and attending[0].shared_kv:
+        raise ValueError(
+            "the first layer of layers that attends has shared_kv=True, and there are no keys "
+            "before it: give it its own"
+        )
+    for index, owner in enumerate(attending):
+        if owner.shared_kv:
+            continue
+        K, head_dim = _kv_widths(config, owner)
+        for layer in _sharing(attending, index)[1:]:
+            if layer.mechanism(config.decoder).position != owner.mechanism(config.decoder).position:
+                raise ValueError(
+                    f"{layer} of layers shares the keys of {owner}, which turn by another "
+                    "position: give both the same"
+                )
+            H, width = _heads(config, layer)["num_heads"], _kv_widths(config, layer)[1]
+            if H % K or width != head_dim:
+                raise ValueError(
+                    f"{layer} of layers has {H} heads of {width} numbers, and shares {K} keys of "
+                    f"{head_dim}: take the same head_dim, and a multiple of the keys"
+                )
+    if config.value_residual == "first_layer":
+        widths = {_kv_widths(config, layer) for layer in attending if not layer.shared_kv}
+        if len(widths) > 1:
+            raise ValueError(
+                "value_residual='first_layer' adds values of one layer to those of others, but "
+                f"layers have {sorted(widths)} key heads and numbers of each: take the same"
+            )
 
 
 class Embedding(nn.Module):
@@ -212,7 +265,8 @@ class DecoderState(NamedTuple):
     the repetitions.
 
     Attributes:
-      self_attention: `decoding.Cache`, keys and values of the text so far, or the state of a mixer.
+      self_attention: `decoding.Cache`, keys and values of the text so far, or the state of a mixer;
+        None of a layer that shares those of another.
       cross_attention: `decoding.Cache`, those of the memory, or None where there is none.
     """
 
@@ -223,7 +277,8 @@ class DecoderState(NamedTuple):
     def caches(self) -> tuple[Any, ...]:
         """Those of self-attention and the states of mixers, by layer of the pattern."""
         own = self.self_attention
-        return (own,) if hasattr(own, "length") else own
+        of_layers = (own,) if hasattr(own, "length") else own
+        return tuple(cache for cache in of_layers if cache is not None)
 
 
 class Block(nn.Module):
@@ -248,6 +303,7 @@ class Block(nn.Module):
         memory: Array | None = None,
         *,
         state: DecoderState | None = None,
+        relay: Relay | None = None,
         lengths: Array | None = None,
         data: dict | None = None,
         memory_data: dict | None = None,
@@ -260,6 +316,8 @@ class Block(nn.Module):
 
         With a `state` x continues a text, `lengths` [...] of the T are real, the memory is in the
         state, and the result is (x, state). Raises ValueError where both are given.
+
+        With a `relay` of the layers before, the result is (x, state or None, relay of the next).
         """
         data, memory_data = dict(data or {}), dict(memory_data or {})
         context: Array | Cache | None = memory
@@ -270,17 +328,27 @@ class Block(nn.Module):
                 )
             context = state.cross_attention
             data |= {"cache": state.self_attention, "lengths": lengths}
-            at = decoding.positions(state.self_attention, x.shape[-2])
+            T = x.shape[-2]
+            if state.self_attention is not None:
+                at = decoding.positions(state.self_attention, T)
+            else:
+                at = decoding.last_positions(relay.key_values.cache, T, lengths)
             memory_data.setdefault("query_positions", at)
         parts = self._parts(cross=context is not None)
         if self.layer.mixer is not None and data.get("query_segments") is not None:
             _check_segments(self.mechanism, self.layer)
 
+        relayed = relay is not None and self.layer.mixer is None
+
         def attend_self(y):
-            nonlocal state
-            y = parts[self._mixes](y, deterministic=deterministic, **data)
-            if state is not None:
+            nonlocal state, relay
+            own = {"relay": relay} if relayed else {}
+            y = parts[self._mixes](y, deterministic=deterministic, **data, **own)
+            if relayed:
+                y, cache, relay = y
+            elif state is not None:
                 y, cache = y
+            if state is not None:
                 state = state._replace(self_attention=cache)
             return y
 
@@ -299,6 +367,8 @@ class Block(nn.Module):
         x = self._residual(
             x, [(parts[f"{name}_norm"], with_dropout(name, f)) for name, f in branches.items()]
         )
+        if relay is not None:
+            return x, state, relay
         return x if state is None else (x, state)
 
     @property
@@ -354,6 +424,8 @@ class Block(nn.Module):
                 qk_norm=c.qk_norm,
                 readout=c.readout if name == "self_attention" else "none",
                 output_gate=c.output_gate,
+                value_residual=c.value_residual if name == "self_attention" else "none",
+                vocab_size=c.vocab_size,
                 implementation=c.implementation,
                 name=name,
                 **heads,
@@ -433,23 +505,35 @@ class Stack(nn.Module):
         memory: Array | None = None,
         *,
         state: DecoderState | None = None,
+        tokens: Array | None = None,
         data: dict | None = None,
         **kwargs,
     ) -> Any:
         """As `Block`: -> x, or (x, state) with a state, which `start` makes.
 
-        Of `data` a layer gets what its mask and position read, and what those of no layer do.
+        `tokens` [..., T] int are the ids that the value_residual 'token' reads. Of `data` a layer
+        gets what its mask and position read, and what those of no layer do.
         """
         of_all = set().union(*(required_inputs(self.mechanism, layer) for layer in self._period))
 
-        def layer(block, x, state):
+        def layer(index, block, carry, state):
+            x, relay = carry
             of_others = of_all - required_inputs(self.mechanism, block.layer)
             own = {name: value for name, value in (data or {}).items() if name not in of_others}
-            out = block(x, memory, state=state, data=own, **kwargs)
-            return (out, None) if state is None else out
+            if relay is None:
+                out = block(x, memory, state=state, data=own, **kwargs)
+                x, state = (out, None) if state is None else out
+                return (x, None), state
+            if not block.layer.shared_kv and block.layer.mixer is None:
+                relay = relay._replace(key_values=None)
+            x, state, relay = block(x, memory, state=state, relay=relay, data=own, **kwargs)
+            if not any(later.shared_kv for later in self._period[index + 1 :]):
+                relay = relay._replace(key_values=None)
+            return (x, relay._replace(depth=relay.depth + 1)), state
 
         blocks, norm = self._parts()
-        x, states = self._layers(blocks, layer, x, self._by_layer(state), axis=x.ndim - 2)
+        carry = x, self._relay(x, tokens)
+        (x, _), states = self._layers(blocks, layer, carry, self._by_layer(state), axis=x.ndim - 2)
         x = norm(x) if self.config.norm == "pre" else x
         if state is None:
             return x
@@ -469,34 +553,54 @@ class Stack(nn.Module):
         """
         c = self.config
 
-        def cache(layer):
-            H, K, head_dim = _heads(c, layer).values()
-            head_dim = head_dim or c.model_dim // H
-            mechanism = layer.mechanism(self.mechanism)
+        def cache(index, layer):
+            K, head_dim = _kv_widths(c, layer)
             of_layers = (*batch, c.num_layers // len(self._period))
             if layer.mixer is not None:
-                return layer.mixer.empty(of_layers, H, head_dim, c.dtype)
-            return decoding.empty(
-                of_layers,
-                max_length,
-                K or H,
-                head_dim,
-                dtype=c.dtype,
-                position=mechanism.position,
-                mask=mechanism.mask,
-                normalizer=mechanism.normalizer,
-            )
+                num_heads = _heads(c, layer)["num_heads"]
+                return layer.mixer.empty(of_layers, num_heads, head_dim, c.dtype)
+            if layer.shared_kv:
+                return None
+            # One of several readers may need more of the text than another.
+            of_readers = [
+                decoding.empty(
+                    of_layers,
+                    max_length,
+                    K,
+                    head_dim,
+                    dtype=c.dtype,
+                    position=mechanism.position,
+                    mask=mechanism.mask,
+                    normalizer=mechanism.normalizer,
+                )
+                for reader in _sharing(self._period, index)
+                for mechanism in [reader.mechanism(self.mechanism)]
+            ]
+            return max(of_readers, key=lambda cache: cache.key.shape[-3])
 
-        caches = self._field([cache(layer) for layer in self._period])
+        caches = self._field([cache(*item) for item in enumerate(self._period)])
         if memory is None:
             return DecoderState(caches)
 
-        def layer(block, carry, _):
+        def layer(index, block, carry, _):
             return carry, block.precompute_kv(memory, lengths)
 
         blocks, _ = self._parts()
         _, memory_caches = self._layers(blocks, layer, (), self._by_layer(None), axis=len(batch))
         return DecoderState(caches, self._field(memory_caches))
+
+    def _relay(self, x, tokens):
+        """What the first layer gets from those before; None where no layer reads it."""
+        c, first = self.config, None
+        shared = any(layer.shared_kv for layer in self._period)
+        if c.value_residual == "none" and not shared:
+            return None
+        if c.value_residual == "first_layer":
+            attending = [layer for layer in self._period if layer.mixer is None]
+            widths = _kv_widths(c, (*attending, Layer())[0])
+            first = jnp.zeros((*x.shape[:-1], *widths), c.dtype), jnp.bool_(False)
+        reads_tokens = c.value_residual == "token"
+        return Relay(jnp.int32(0), tokens if reads_tokens else None, first)
 
     @property
     def _period(self):
@@ -514,26 +618,36 @@ class Stack(nn.Module):
             return [state] * count
         return [
             DecoderState(*own)
-            for own in zip(state.caches, state.cross_attention or (None,) * count, strict=True)
+            for own in zip(
+                state.self_attention, state.cross_attention or (None,) * count, strict=True
+            )
         ]
 
-    def _layers(self, blocks, layer, x, states, axis):
-        """layer(block, x, state of the layer) -> x, state, one after another.
+    def _layers(self, blocks, layer, carry, states, axis):
+        """layer(index in the pattern, block, carry, state) -> carry, state, one after another.
 
         `states` are by layer of the pattern; their leaves have the repetitions at `axis`.
         """
         count = len(states)
-        if self.config.remat_layers:
-            layer = nn.remat(layer, prevent_cse=not self.config.scan_layers)
+
+        def at(index):
+            def own_layer(block, carry, state):
+                return layer(index, block, carry, state)
+
+            if self.config.remat_layers:
+                return nn.remat(own_layer, prevent_cse=not self.config.scan_layers)
+            return own_layer
+
+        of_pattern = [at(index) for index in range(count)]
         if self.config.scan_layers:
 
-            def period(module, x, states):
+            def period(module, carry, states):
                 own_blocks = module.blocks() if isinstance(module, _Period) else [module]
                 new = []
-                for block, state in zip(own_blocks, states, strict=True):
-                    x, state = layer(block, x, state)
+                for own_layer, block, state in zip(of_pattern, own_blocks, states, strict=True):
+                    carry, state = own_layer(block, carry, state)
                     new.append(state)
-                return x, new
+                return carry, new
 
             scan = nn.scan(
                 period,
@@ -544,14 +658,14 @@ class Stack(nn.Module):
                 out_axes=axis,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            return scan(blocks, x, states)
+            return scan(blocks, carry, states)
         new: list[list] = [[] for _ in states]
         for i, block in enumerate(blocks):
             repetition, which = divmod(i, count)
             own = jax.tree.map(functools.partial(_at, repetition, axis), states[which])
-            x, own = layer(block, x, own)
+            carry, own = of_pattern[which](block, carry, own)
             new[which].append(own)
-        return x, [jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *own) for own in new]
+        return carry, [jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *own) for own in new]
 
     @nn.compact
     def _parts(self):

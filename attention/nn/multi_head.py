@@ -18,6 +18,8 @@ from attention.nn.gates import OUTPUT_GATES
 from attention.nn.norms import QK_NORMS
 from attention.nn.partition import named
 from attention.nn.readouts import READOUTS
+from attention.nn.relay import KeyValues, Relay
+from attention.nn.values import VALUE_RESIDUALS
 from attention.parts import Array, check_choices
 
 
@@ -27,6 +29,7 @@ class _Parts(NamedTuple):
     query: Callable
     key: Callable
     value: Callable
+    value_residual: Callable
     query_gates: Callable
     key_gates: Callable
     readout: Callable
@@ -56,6 +59,8 @@ class MultiHeadAttention(nn.Module):
       qk_norm: the norm of query and key before the mechanism, one of `norms.QK_NORMS`.
       readout: what becomes of what the mechanism returns, one of `readouts.READOUTS`.
       output_gate: what multiplies the output of the heads, one of `gates.OUTPUT_GATES`.
+      value_residual: what is added to the values of x itself, one of `values.VALUE_RESIDUALS`.
+      vocab_size: number of token ids, for the value_residual 'token'.
       dtype, param_dtype: of the computation and of the parameters.
       kernel_init, out_kernel_init: of W_Q, W_K, W_V, the gate and of W_O.
       implementation: the kernel; see `attend`.
@@ -71,6 +76,8 @@ class MultiHeadAttention(nn.Module):
     qk_norm: str = "none"
     readout: str = "none"
     output_gate: str = "none"
+    value_residual: str = "none"
+    vocab_size: int | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Callable = nn.initializers.lecun_normal()
@@ -84,6 +91,7 @@ class MultiHeadAttention(nn.Module):
         *,
         cache: Cache | None = None,
         lengths: Array | None = None,
+        relay: Relay | None = None,
         deterministic: bool = True,
         **data,
     ) -> Any:
@@ -97,6 +105,10 @@ class MultiHeadAttention(nn.Module):
         all keys in it, and the result is (out, cache). `lengths` [...] is then how many of an
         example's T are real; `data` about keys are about all slots (see `attention.decoding`), and
         without segments the text is one. A context may be the result of `precompute_kv`.
+
+        With a `relay` of the layers before, the result is (out, cache or None, relay of the next).
+        With `relay.key_values` x is attended to by those keys and values and has none of its own;
+        in decoding they have a cache, and the layer needs none.
 
         Raises ValueError where the widths and head counts do not fit, and as `attend` and
         `decoding.append` do.
@@ -119,32 +131,34 @@ class MultiHeadAttention(nn.Module):
             options |= {"aux": ("row_weights",), "weight_rows": jnp.arange(query.shape[-3])}
         elif sow:
             options["aux"] = ("weights",)
-        if cache is not None:
-            cache = self._append(cache, parts, x, context, lengths, data)
-            if self._reads("query_segments") and data.get("query_segments") is None:
-                options["query_segments"] = jnp.zeros(query.shape[-3], jnp.int32)
-                options["key_segments"] = jnp.zeros(cache.key.shape[-3], jnp.int32)
-            out = decoding.attend(
-                self.mechanism, parts.mechanism, cache, query, lengths=lengths, **options
-            )
-            cache = decoding.trim(cache)
-        elif isinstance(context, Cache):
+        key_values, onward = None, Relay() if relay is None else relay
+        if isinstance(context, Cache):
             out = decoding.attend(self.mechanism, parts.mechanism, context, query, **options)
         else:
-            if context is None:
-                context = x
-                for name in ("positions", "lengths", "segments", "coordinates"):
-                    options.setdefault(f"key_{name}", data.get(f"query_{name}"))
-            key, value = parts.key(context), parts.value(context)
-            options["key_gates"] = parts.key_gates(context)
-            out = attend(self.mechanism, parts.mechanism, query, key, value, **options)
+            key_values, onward = self._key_values(parts, x, context, onward)
+            if cache is not None:
+                cache = self._append(cache, key_values, context, lengths, data)
+                key_values = key_values._replace(cache=cache)
+            onward = onward._replace(key_values=key_values)
+            if key_values.cache is not None:
+                out = self._attend_cached(parts, query, key_values.cache, lengths, options)
+            else:
+                if context is None:
+                    for name in ("positions", "lengths", "segments", "coordinates"):
+                        options.setdefault(f"key_{name}", data.get(f"query_{name}"))
+                key, value, options["key_gates"], _ = key_values
+                out = attend(self.mechanism, parts.mechanism, query, key, value, **options)
         if sow:
             out, aux = out
             (weights,) = aux.values()
             self.sow("intermediates", "weights", weights.astype(query.dtype))
-        out = parts.readout(x, out, parts.value(x) if READOUTS[self.readout].reads_value else None)
+        own_value = key_values.value if READOUTS[self.readout].reads_value else None
+        out = parts.readout(x, out, own_value)
         out = parts.gate(x, out)
         out = parts.out(out.reshape(*out.shape[:-2], -1))
+        cache = None if cache is None else decoding.trim(cache)
+        if relay is not None:
+            return out, cache, onward
         return out if cache is None else (out, cache)
 
     def precompute_kv(self, context: Array, lengths: Array | None = None) -> Cache:
@@ -168,7 +182,25 @@ class MultiHeadAttention(nn.Module):
     def _reads(self, name):
         return any(name in names for names in self.mechanism.mask.required_inputs)
 
-    def _append(self, cache, parts, x, context, lengths, data):
+    def _key_values(self, parts, x, context, relay):
+        """The keys and values of x or of its context, and the relay of the next layer."""
+        if relay.key_values is not None:
+            return relay.key_values, relay
+        inputs = x if context is None else context
+        value = parts.value(inputs)
+        if context is None:
+            value, relay = parts.value_residual(value, relay)
+        return KeyValues(parts.key(inputs), value, parts.key_gates(inputs)), relay
+
+    def _attend_cached(self, parts, query, cache, lengths, options):
+        if self._reads("query_segments") and options.get("query_segments") is None:
+            options["query_segments"] = jnp.zeros(query.shape[-3], jnp.int32)
+            options["key_segments"] = jnp.zeros(cache.key.shape[-3], jnp.int32)
+        return decoding.attend(
+            self.mechanism, parts.mechanism, cache, query, lengths=lengths, **options
+        )
+
+    def _append(self, cache, key_values, context, lengths, data):
         if context is not None:
             raise ValueError(
                 "a cache holds the keys of x itself and goes without a context; for one that is "
@@ -179,11 +211,18 @@ class MultiHeadAttention(nn.Module):
                 "query_positions were given without key_positions: a cache does not keep the "
                 "positions of its keys; pass those of all slots, or neither: 0, 1, 2 ..."
             )
-        return decoding.append(cache, parts.key(x), parts.value(x), lengths, parts.key_gates(x))
+        key, value, key_gates, _ = key_values
+        return decoding.append(cache, key, value, lengths, key_gates)
 
     @nn.compact
     def _parts(self, model_dim):
-        check_choices(self, qk_norm=QK_NORMS, readout=READOUTS, output_gate=OUTPUT_GATES)
+        check_choices(
+            self,
+            qk_norm=QK_NORMS,
+            readout=READOUTS,
+            output_gate=OUTPUT_GATES,
+            value_residual=VALUE_RESIDUALS,
+        )
         H = whole_number("num_heads", self.num_heads, 1)
         K = H if self.num_kv_heads is None else whole_number("num_kv_heads", self.num_kv_heads, 1)
         for name in ("head_dim", "value_dim"):
@@ -238,6 +277,12 @@ class MultiHeadAttention(nn.Module):
             query=projection("query", query_heads, head_dim, "heads", norm=self.qk_norm),
             key=projection("key", K, head_dim, norm=self.qk_norm),
             value=projection("value", K, value_dim),
+            value_residual=VALUE_RESIDUALS[self.value_residual](
+                vocab_size=self.vocab_size,
+                kernel_init=self.kernel_init,
+                name="value_residual",
+                **settings,
+            ),
             query_gates=gates("query", query_heads, "heads"),
             key_gates=gates("key", K, "kv_heads"),
             readout=READOUTS[self.readout].module(name="readout", **around),

@@ -153,6 +153,12 @@ SETTINGS: dict[str, Any] = {
             "on what the heads read; one for each element, or for each head",
             TRANSFORMER,
         ),
+        "value_residual": Setting(
+            "none",
+            one_of("none", "first_layer", "token"),
+            "added to the values of self-attention: those of the first layer, or of the token's id",
+            TRANSFORMER,
+        ),
         "dropout_rate": Setting(0.0, FRACTION),
         "attention_dropout_rate": Setting(0.0, FRACTION, reader=TRANSFORMER),
         "use_bias": Setting(False, SWITCH, reader=TRANSFORMER),
