@@ -55,10 +55,9 @@ from attention.parts import (
 )
 
 
-@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class QueryRotation(Position):
-    """`position` for keys that it has turned already: of its rotations only that of queries."""
+class PositionWrapper(Position):
+    """`position`, but for what a subclass changes."""
 
     position: Position
 
@@ -89,8 +88,6 @@ class QueryRotation(Position):
         return self.position.prepare_gates(params, tile)
 
     def rotate(self, params, x, positions, side, gates=None, coordinates=None):
-        if side == "key":
-            return x
         return rotated(self.position, params, x, positions, side, gates, coordinates)
 
     def tile(self, params, query, key, tile):
@@ -98,6 +95,17 @@ class QueryRotation(Position):
 
     def mix(self, params, weights, tile):
         return self.position.mix(params, weights, tile)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class QueryRotation(PositionWrapper):
+    """`position` for keys that it has turned already: of its rotations only that of queries."""
+
+    def rotate(self, params, x, positions, side, gates=None, coordinates=None):
+        if side == "key":
+            return x
+        return super().rotate(params, x, positions, side, gates, coordinates)
 
 
 @jax.tree_util.register_dataclass
@@ -419,7 +427,7 @@ def positions(cache: Cache, count: int) -> Array:
 
 def last_positions(cache: Cache, count: int, lengths: Array | None = None) -> Array:
     """Where the tokens stand that `append` was given last, of them `lengths` real: [..., count]."""
-    added = count
+    added: Any = count
     if lengths is not None:
         added = counts("lengths", lengths, cache.length.shape, count, cache.max_length)
     return positions(cache._replace(length=cache.length - added), count)

@@ -23,6 +23,7 @@ from attention.nn.norms import NORMS, QK_NORMS
 from attention.nn.partition import by_batch, named
 from attention.nn.readouts import READOUTS
 from attention.nn.relay import Relay
+from attention.nn.spaces import check_latent
 from attention.nn.values import VALUE_RESIDUALS
 from attention.parts import Array, Position, check_choices, check_counts, embedded
 
@@ -53,6 +54,9 @@ class TransformerConfig:
         `attention.nn.gates.OutputGate`.
       value_residual: what is added to the values of self-attention, 'none', 'first_layer' or
         'token'; see `attention.nn.values`.
+      kv_rank, rotary_dim: of self-attention, whose keys and values are made from a vector of
+        kv_rank numbers that all heads share, and turn in rotary_dim more (D // 2 unless given);
+        see `attention.nn.spaces.LatentSpace`. None: from x.
       dropout_rate: of embeddings and of each residual branch.
       attention_dropout_rate: of the attention weights.
       use_bias: in projections, gates, MLP and layer norms.
@@ -90,6 +94,8 @@ class TransformerConfig:
     readout: str = "none"
     output_gate: str = "none"
     value_residual: str = "none"
+    kv_rank: int | None = None
+    rotary_dim: int | None = None
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     use_bias: bool = False
@@ -103,7 +109,8 @@ class TransformerConfig:
 
     def __post_init__(self):
         sizes = ("vocab_size", "model_dim", "num_layers", "num_heads")
-        check_counts(self, **dict.fromkeys((*sizes, "num_kv_heads", "head_dim", "mlp_dim"), 1))
+        sizes += ("num_kv_heads", "head_dim", "mlp_dim", "kv_rank", "rotary_dim")
+        check_counts(self, **dict.fromkeys(sizes, 1))
         for name in ("dropout_rate", "attention_dropout_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -124,6 +131,7 @@ class TransformerConfig:
                 "block='sequential'; got norm='post'"
             )
         _check_heads(self, Layer())
+        check_latent(self)
         if not all(isinstance(layer, Layer) for layer in self.layers):
             raise ValueError(
                 f"layers must be a tuple of attention.Layer, got {self.layers!r}; a text becomes "
@@ -162,12 +170,25 @@ def _check_heads(config, layer):
         raise ValueError(
             f"num_kv_heads must divide num_heads: got num_kv_heads={K}, num_heads={H}{where}"
         )
+    if config.kv_rank is not None and layer.num_kv_heads is not None:
+        raise ValueError(
+            f"kv_rank={config.kv_rank} gives all heads keys from one vector: leave num_kv_heads out "
+            f"of {layer} of layers"
+        )
 
 
 def _kv_widths(config, layer):
     """K and D of a layer's own keys."""
     H, K, head_dim = _heads(config, layer).values()
     return K or H, head_dim or config.model_dim // H
+
+
+def _cache_widths(config, layer):
+    """What a layer's cache keeps: key heads, and the numbers of a key and of a value."""
+    K, head_dim = _kv_widths(config, layer)
+    if config.kv_rank is not None:
+        return 1, config.rotary_dim or head_dim // 2, config.kv_rank
+    return K, head_dim, head_dim
 
 
 def _sharing(layers, index):
@@ -332,7 +353,8 @@ class Block(nn.Module):
             if state.self_attention is not None:
                 at = decoding.positions(state.self_attention, T)
             else:
-                at = decoding.last_positions(relay.key_values.cache, T, lengths)
+                shared: Any = relay
+                at = decoding.last_positions(shared.key_values.cache, T, lengths)
             memory_data.setdefault("query_positions", at)
         parts = self._parts(cross=context is not None)
         if self.layer.mixer is not None and data.get("query_segments") is not None:
@@ -400,7 +422,17 @@ class Block(nn.Module):
         mechanism = own.mechanism(self.mechanism)  # raises where a mixer does not fit the mask
         attentions = {}
         if own.mixer is None:
-            attentions["self_attention"] = mechanism, _heads(c, own)
+            attentions["self_attention"] = (
+                mechanism,
+                {
+                    **_heads(c, own),
+                    "readout": c.readout,
+                    "value_residual": c.value_residual,
+                    "vocab_size": c.vocab_size,
+                    "kv_rank": c.kv_rank,
+                    "rotary_dim": c.rotary_dim,
+                },
+            )
         if cross:
             attentions["cross_attention"] = c.cross, _heads(c, Layer())
         branches = c.num_layers * (3 if cross else 2)
@@ -422,16 +454,13 @@ class Block(nn.Module):
                 mechanism=mechanism,
                 dropout_rate=c.attention_dropout_rate,
                 qk_norm=c.qk_norm,
-                readout=c.readout if name == "self_attention" else "none",
                 output_gate=c.output_gate,
-                value_residual=c.value_residual if name == "self_attention" else "none",
-                vocab_size=c.vocab_size,
                 implementation=c.implementation,
                 name=name,
-                **heads,
+                **own_settings,
                 **settings,
             )
-            for name, (mechanism, heads) in attentions.items()
+            for name, (mechanism, own_settings) in attentions.items()
         }
         parts["mlp"] = MLPS[c.mlp](hidden=c.mlp_dim or 4 * c.model_dim, name="mlp", **settings)
         for name, norm in self._norms(tuple(parts)).items():
@@ -554,11 +583,10 @@ class Stack(nn.Module):
         c = self.config
 
         def cache(index, layer):
-            K, head_dim = _kv_widths(c, layer)
             of_layers = (*batch, c.num_layers // len(self._period))
             if layer.mixer is not None:
-                num_heads = _heads(c, layer)["num_heads"]
-                return layer.mixer.empty(of_layers, num_heads, head_dim, c.dtype)
+                H, _, head_dim = _heads(c, layer).values()
+                return layer.mixer.empty(of_layers, H, head_dim or c.model_dim // H, c.dtype)
             if layer.shared_kv:
                 return None
             # One of several readers may need more of the text than another.
@@ -566,8 +594,7 @@ class Stack(nn.Module):
                 decoding.empty(
                     of_layers,
                     max_length,
-                    K,
-                    head_dim,
+                    *_cache_widths(c, layer),
                     dtype=c.dtype,
                     position=mechanism.position,
                     mask=mechanism.mask,

@@ -1,5 +1,6 @@
 """Multi-head attention with learned projections, for every mechanism."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,6 +20,14 @@ from attention.nn.norms import QK_NORMS
 from attention.nn.partition import named
 from attention.nn.readouts import READOUTS
 from attention.nn.relay import KeyValues, Relay
+from attention.nn.spaces import (
+    HeadSpace,
+    LatentSpace,
+    Matrices,
+    RotatedBlocks,
+    check_latent,
+    query_scale,
+)
 from attention.nn.values import VALUE_RESIDUALS
 from attention.parts import Array, check_choices
 
@@ -27,14 +36,14 @@ class _Parts(NamedTuple):
     """The parameters of `MultiHeadAttention`; the projections split their heads and norm them."""
 
     query: Callable
-    key: Callable
-    value: Callable
+    key_value: Callable
     value_residual: Callable
     query_gates: Callable
     key_gates: Callable
     readout: Callable
     gate: Callable
     out: Callable
+    space: HeadSpace
     mechanism: Any
 
 
@@ -61,6 +70,9 @@ class MultiHeadAttention(nn.Module):
       output_gate: what multiplies the output of the heads, one of `gates.OUTPUT_GATES`.
       value_residual: what is added to the values of x itself, one of `values.VALUE_RESIDUALS`.
       vocab_size: number of token ids, for the value_residual 'token'.
+      kv_rank: R, keys and values of all heads are made from one vector of so many numbers, which a
+        cache keeps in their place; see `spaces.LatentSpace`. None: from x.
+      rotary_dim: r, of the part of a key that turns there; D // 2 unless given.
       dtype, param_dtype: of the computation and of the parameters.
       kernel_init, out_kernel_init: of W_Q, W_K, W_V, the gate and of W_O.
       implementation: the kernel; see `attend`.
@@ -78,6 +90,8 @@ class MultiHeadAttention(nn.Module):
     output_gate: str = "none"
     value_residual: str = "none"
     vocab_size: int | None = None
+    kv_rank: int | None = None
+    rotary_dim: int | None = None
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Callable = nn.initializers.lecun_normal()
@@ -131,9 +145,11 @@ class MultiHeadAttention(nn.Module):
             options |= {"aux": ("row_weights",), "weight_rows": jnp.arange(query.shape[-3])}
         elif sow:
             options["aux"] = ("weights",)
-        key_values, onward = None, Relay() if relay is None else relay
+        key_values: Any = None
+        onward = Relay() if relay is None else relay
         if isinstance(context, Cache):
-            out = decoding.attend(self.mechanism, parts.mechanism, context, query, **options)
+            query, stored = parts.space.absorbed(query, context)
+            out = decoding.attend(parts.space.mechanism, parts.mechanism, stored, query, **options)
         else:
             key_values, onward = self._key_values(parts, x, context, onward)
             if cache is not None:
@@ -147,12 +163,16 @@ class MultiHeadAttention(nn.Module):
                     for name in ("positions", "lengths", "segments", "coordinates"):
                         options.setdefault(f"key_{name}", data.get(f"query_{name}"))
                 key, value, options["key_gates"], _ = key_values
-                out = attend(self.mechanism, parts.mechanism, query, key, value, **options)
+                arrays = parts.space.expanded(query, key, value)
+                out = attend(parts.space.mechanism, parts.mechanism, *arrays, **options)
         if sow:
             out, aux = out
             (weights,) = aux.values()
             self.sow("intermediates", "weights", weights.astype(query.dtype))
-        own_value = key_values.value if READOUTS[self.readout].reads_value else None
+        own_value = None
+        if READOUTS[self.readout].reads_value:
+            own_value = parts.space.values(key_values.value)
+        out = parts.space.read(out, key_values is None or key_values.cache is not None)
         out = parts.readout(x, out, own_value)
         out = parts.gate(x, out)
         out = parts.out(out.reshape(*out.shape[:-2], -1))
@@ -171,7 +191,7 @@ class MultiHeadAttention(nn.Module):
         parts = self._parts(context.shape[-1])
         *batch, S, _ = context.shape
         length = decoding.counts("lengths", S if lengths is None else lengths, tuple(batch), S, S)
-        key, value = parts.key(context), parts.value(context)
+        key, value = parts.key_value(context)
         return decoding.of_context(key, value, length, parts.key_gates(context))
 
     def keep(self, context: Array, lengths: Array | None = None) -> Cache:
@@ -187,17 +207,18 @@ class MultiHeadAttention(nn.Module):
         if relay.key_values is not None:
             return relay.key_values, relay
         inputs = x if context is None else context
-        value = parts.value(inputs)
+        key, value = parts.key_value(inputs)
         if context is None:
             value, relay = parts.value_residual(value, relay)
-        return KeyValues(parts.key(inputs), value, parts.key_gates(inputs)), relay
+        return KeyValues(key, value, parts.key_gates(inputs)), relay
 
     def _attend_cached(self, parts, query, cache, lengths, options):
         if self._reads("query_segments") and options.get("query_segments") is None:
             options["query_segments"] = jnp.zeros(query.shape[-3], jnp.int32)
             options["key_segments"] = jnp.zeros(cache.key.shape[-3], jnp.int32)
+        query, cache = parts.space.absorbed(query, cache)
         return decoding.attend(
-            self.mechanism, parts.mechanism, cache, query, lengths=lengths, **options
+            parts.space.mechanism, parts.mechanism, cache, query, lengths=lengths, **options
         )
 
     def _append(self, cache, key_values, context, lengths, data):
@@ -238,6 +259,7 @@ class MultiHeadAttention(nn.Module):
         head_dim = model_dim // H if self.head_dim is None else self.head_dim
         value_dim = head_dim if self.value_dim is None else self.value_dim
 
+        check_latent(self)
         query_heads = H * READOUTS[self.readout].query_heads
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         around = {"use_bias": self.use_bias, "kernel_init": self.kernel_init, **settings}
@@ -273,10 +295,25 @@ class MultiHeadAttention(nn.Module):
 
             return of_heads
 
+        if self.kv_rank is None:
+            space, width = HeadSpace(self.mechanism), head_dim
+            key = projection("key", K, head_dim, norm=self.qk_norm)
+            value = projection("value", K, value_dim)
+        else:
+            space = self._latent(H, head_dim, value_dim)
+            width = head_dim + space.rotary_dim
+            key = projection("rotary_key", 1, space.rotary_dim, None)
+            latent = projection("latent", 1, self.kv_rank, None)
+            latent_norm = nn.RMSNorm(
+                scale_init=named(nn.initializers.ones_init()), name="latent_norm", **settings
+            )
+
+            def value(inputs):
+                return latent_norm(latent(inputs))
+
         return _Parts(
-            query=projection("query", query_heads, head_dim, "heads", norm=self.qk_norm),
-            key=projection("key", K, head_dim, norm=self.qk_norm),
-            value=projection("value", K, value_dim),
+            query=projection("query", query_heads, width, "heads", norm=self.qk_norm),
+            key_value=lambda inputs: (key(inputs), value(inputs)),
             value_residual=VALUE_RESIDUALS[self.value_residual](
                 vocab_size=self.vocab_size,
                 kernel_init=self.kernel_init,
@@ -288,12 +325,37 @@ class MultiHeadAttention(nn.Module):
             readout=READOUTS[self.readout].module(name="readout", **around),
             gate=OUTPUT_GATES[self.output_gate](name="output_gate", **around),
             out=dense(self, model_dim, self.out_kernel_init, "out", ("heads", "embed")),
-            mechanism=self._mechanism_params(query_heads, head_dim, value_dim),
+            space=space,
+            mechanism=self._mechanism_params(space.mechanism, query_heads, width, value_dim),
         )
 
-    def _mechanism_params(self, num_heads, head_dim, value_dim):
+    def _latent(self, H, head_dim, value_dim):
+        R = whole_number("kv_rank", self.kv_rank, 1)
+        r = head_dim // 2 if self.rotary_dim is None else self.rotary_dim
+        whole_number("rotary_dim", r, 1)
+        scales = [query_scale(self.mechanism, width, "kv_rank") for width in (head_dim + r, R + r)]
+
+        def matrices(name, width):
+            return Matrices(
+                (R, H, width),
+                (None, "heads"),
+                self.kernel_init,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=name,
+            )()
+
+        return LatentSpace(
+            dataclasses.replace(self.mechanism, position=RotatedBlocks(self.mechanism.position, r)),
+            key_matrices=matrices("key", head_dim),
+            value_matrices=matrices("value", value_dim),
+            rotary_dim=r,
+            factor=scales[0] / scales[1],
+        )
+
+    def _mechanism_params(self, mechanism, num_heads, head_dim, value_dim):
         def init(rng):
-            params = self.mechanism.init(
+            params = mechanism.init(
                 rng, num_heads=num_heads, head_dim=head_dim, value_dim=value_dim
             )
             return jax.tree.map(lambda x: x.astype(self.param_dtype), params)

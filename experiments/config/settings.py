@@ -70,6 +70,7 @@ LANGUAGE_MODEL = _tasks(
 )
 
 IMAGES = _tasks(lambda task: task.architecture == "image_classifier", "a task of images")
+LATENT = Reader("a model.kv_rank", lambda c: TRANSFORMER.reads(c) and c.model.kv_rank is not None)
 MASKED = Reader(
     "the Transformer of a task of tokens (model.layers has masks for images)",
     lambda c: TRANSFORMER.reads(c) and not IMAGES.reads(c),
@@ -158,6 +159,16 @@ SETTINGS: dict[str, Any] = {
             one_of("none", "first_layer", "token"),
             "added to the values of self-attention: those of the first layer, or of the token's id",
             TRANSFORMER,
+        ),
+        "kv_rank": Setting(
+            int,
+            at_least(1),
+            "self-attention makes keys and values of all heads from so many numbers; from x unless "
+            "given",
+            TRANSFORMER,
+        ),
+        "rotary_dim": Setting(
+            int, at_least(1), "of a key beside those, which turns; half of head_dim", LATENT
         ),
         "dropout_rate": Setting(0.0, FRACTION),
         "attention_dropout_rate": Setting(0.0, FRACTION, reader=TRANSFORMER),
