@@ -4,12 +4,13 @@
 
 `--match=params` gives all cells as many parameters as their base: gated MLPs are narrower then. The
 text is the source of Python's own standard library unless `--config.task.path` names another.
-`--sweep=qk_norm,output_gate` takes two of the axes. The 12 cells of three seeds without the axis
-`readout` take 10 minutes of CPU time, 24 minutes on two cores that were busy with other work.
+`--sweep=qk_norm,output_gate` takes two of the axes. The 12 cells of three seeds without the axes
+`readout`, `values` and `cache` take 10 minutes of CPU time, 24 minutes on two cores that were busy
+with other work.
 
 Expect a test loss of 1.93 nats of the base, 1.79 to 1.81 of the gated MLPs and 1.83 of `all`
 (Holm's p below 0.02). No other cell differs significantly; three seeds show no difference below
-0.07. Readouts are not measured.
+0.07. The axes `readout`, `values`, and `cache` are not measured.
 """
 
 from experiments.config import settings
@@ -37,13 +38,24 @@ def sweep_qk_norm():
 
 
 def sweep_readout():
-    for readout in ("differential", "exclusive"):
+    for readout in ("differential", "differential_v1", "exclusive"):
         yield {"model.readout": readout}
 
 
 def sweep_output_gate():
     for gate in ("element", "head"):
         yield {"model.output_gate": gate}
+
+
+def sweep_values():
+    for residual in ("first_layer", "token"):
+        yield {"model.value_residual": residual}
+
+
+def sweep_cache():
+    """What keeps fewer numbers of a token: a latent, and keys that two layers share."""
+    yield {"name": "latent", "model.kv_rank": 32}
+    yield {"name": "shared", "model.layers": "layer + layer(shared_kv=True)"}
 
 
 def sweep_block():

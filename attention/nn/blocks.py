@@ -48,8 +48,8 @@ class TransformerConfig:
       norm_kind: 'layer' or 'rms'; see `attention.nn.norms.NORMS`.
       qk_norm: of query and key in every attention, 'none', 'rms', 'rms_full' or 'l2'; see
         `attention.nn.norms.QK_NORMS`.
-      readout: what becomes of what the heads of self-attention return, 'none', 'differential' or
-        'exclusive'; see `attention.nn.readouts`.
+      readout: what becomes of what the heads of self-attention return, 'none', 'differential',
+        'differential_v1' or 'exclusive'; see `attention.nn.readouts`.
       output_gate: on the heads' output in every attention, 'none', 'element' or 'head'; see
         `attention.nn.gates.OutputGate`.
       value_residual: what is added to the values of self-attention, 'none', 'first_layer' or
@@ -172,7 +172,7 @@ def _check_heads(config, layer):
         )
     if config.kv_rank is not None and layer.num_kv_heads is not None:
         raise ValueError(
-            f"kv_rank={config.kv_rank} gives all heads keys from one vector: leave num_kv_heads out "
+            f"kv_rank={config.kv_rank} gives all heads keys of one vector: leave num_kv_heads out "
             f"of {layer} of layers"
         )
 
@@ -188,7 +188,8 @@ def _cache_widths(config, layer):
     K, head_dim = _kv_widths(config, layer)
     if config.kv_rank is not None:
         return 1, config.rotary_dim or head_dim // 2, config.kv_rank
-    return K, head_dim, head_dim
+    of_each = READOUTS[config.readout].key_heads
+    return K * of_each, head_dim // of_each, head_dim
 
 
 def _sharing(layers, index):
@@ -620,7 +621,7 @@ class Stack(nn.Module):
         """What the first layer gets from those before; None where no layer reads it."""
         c, first = self.config, None
         shared = any(layer.shared_kv for layer in self._period)
-        if c.value_residual == "none" and not shared:
+        if c.value_residual == "none" and not shared and not READOUTS[c.readout].reads_depth:
             return None
         if c.value_residual == "first_layer":
             attending = [layer for layer in self._period if layer.mixer is None]

@@ -173,7 +173,7 @@ class MultiHeadAttention(nn.Module):
         if READOUTS[self.readout].reads_value:
             own_value = parts.space.values(key_values.value)
         out = parts.space.read(out, key_values is None or key_values.cache is not None)
-        out = parts.readout(x, out, own_value)
+        out = parts.readout(x, out, own_value, onward.depth)
         out = parts.gate(x, out)
         out = parts.out(out.reshape(*out.shape[:-2], -1))
         cache = None if cache is None else decoding.trim(cache)
@@ -191,8 +191,8 @@ class MultiHeadAttention(nn.Module):
         parts = self._parts(context.shape[-1])
         *batch, S, _ = context.shape
         length = decoding.counts("lengths", S if lengths is None else lengths, tuple(batch), S, S)
-        key, value = parts.key_value(context)
-        return decoding.of_context(key, value, length, parts.key_gates(context))
+        key, value, key_gates, _ = self._key_values(parts, context, context, Relay())[0]
+        return decoding.of_context(key, value, length, key_gates)
 
     def keep(self, context: Array, lengths: Array | None = None) -> Cache:
         """The old name of `precompute_kv`, until release 0.3."""
@@ -210,6 +210,7 @@ class MultiHeadAttention(nn.Module):
         key, value = parts.key_value(inputs)
         if context is None:
             value, relay = parts.value_residual(value, relay)
+        value = jnp.tile(value, (READOUTS[self.readout].key_heads, 1))
         return KeyValues(key, value, parts.key_gates(inputs)), relay
 
     def _attend_cached(self, parts, query, cache, lengths, options):
@@ -261,6 +262,13 @@ class MultiHeadAttention(nn.Module):
 
         check_latent(self)
         query_heads = H * READOUTS[self.readout].query_heads
+        of_each = READOUTS[self.readout].key_heads
+        if head_dim % of_each or (of_each > 1 and self.kv_rank is not None):
+            raise ValueError(
+                f"readout={self.readout!r} splits queries and keys in {of_each}: it takes a "
+                f"head_dim that this divides, and no kv_rank; got head_dim={head_dim}, "
+                f"kv_rank={self.kv_rank}"
+            )
         settings = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         around = {"use_bias": self.use_bias, "kernel_init": self.kernel_init, **settings}
 
@@ -296,8 +304,8 @@ class MultiHeadAttention(nn.Module):
             return of_heads
 
         if self.kv_rank is None:
-            space, width = HeadSpace(self.mechanism), head_dim
-            key = projection("key", K, head_dim, norm=self.qk_norm)
+            space, width = HeadSpace(self.mechanism), head_dim // of_each
+            key = projection("key", K * of_each, width, norm=self.qk_norm)
             value = projection("value", K, value_dim)
         else:
             space = self._latent(H, head_dim, value_dim)
@@ -321,7 +329,7 @@ class MultiHeadAttention(nn.Module):
                 **settings,
             ),
             query_gates=gates("query", query_heads, "heads"),
-            key_gates=gates("key", K, "kv_heads"),
+            key_gates=gates("key", K * of_each, "kv_heads"),
             readout=READOUTS[self.readout].module(name="readout", **around),
             gate=OUTPUT_GATES[self.output_gate](name="output_gate", **around),
             out=dense(self, model_dim, self.out_kernel_init, "out", ("heads", "embed")),

@@ -143,9 +143,9 @@ SETTINGS: dict[str, Any] = {
         ),
         "readout": Setting(
             "none",
-            one_of("none", "differential", "exclusive"),
-            "of the heads of self-attention: two query heads each, one against the other; or "
-            "without what lies along the token's own value",
+            one_of("none", "differential", "differential_v1", "exclusive"),
+            "of the heads of self-attention: two query heads each, one against the other; the same "
+            "with half of the keys each; or without what lies along the token's own value",
             TRANSFORMER,
         ),
         "output_gate": Setting(

@@ -12,12 +12,21 @@ from jax.sharding import PartitionSpec as P
 import attention
 from attention import Layer, Mechanism, decoding, masks, positions
 from attention.models import EncoderDecoder, LanguageModel
-from attention.nn import Block, MultiHeadAttention, ParallelBlock, TransformerConfig, logical_axes
+from attention.nn import (
+    Block,
+    MultiHeadAttention,
+    ParallelBlock,
+    Stack,
+    TransformerConfig,
+    logical_axes,
+)
 from attention.nn.blocks import BLOCKS
 from attention.nn.gates import OUTPUT_GATES
 from attention.nn.mlp import MLPS
 from attention.nn.norms import NORMS, QK_NORMS
 from attention.nn.readouts import READOUTS, exclusive
+from attention.nn.relay import Relay
+from attention.nn.values import VALUE_RESIDUALS
 from experiments.config import settings
 from support.helpers import one_line
 from support.mechanisms import NO_PARAMS, compiled, normal, random_params
@@ -29,6 +38,7 @@ TABLES = {
     "qk_norm": QK_NORMS,
     "readout": READOUTS,
     "output_gate": OUTPUT_GATES,
+    "value_residual": VALUE_RESIDUALS,
     "block": BLOCKS,
 }
 MECHANISM = Mechanism(position=positions.RoPE(), mask=masks.Causal())
@@ -288,12 +298,12 @@ def test_a_name_that_is_in_no_table_is_refused(name):
     assert setting.default == getattr(SMALL, name) == next(iter(TABLES[name]))
     assert setting.range.text == f"one of {known}"
     assert setting.reader is settings.TRANSFORMER
-    if name in ("qk_norm", "readout", "output_gate"):
+    if name in ("qk_norm", "readout", "output_gate", "value_residual"):
         with one_line(ValueError, f"{name} must be one of {known}, got 'rsm'"):
             MultiHeadAttention(2, **{name: "rsm"}).init(jax.random.key(0), np.ones((1, 2, 4)))
 
 
-@pytest.mark.parametrize("readout", ["differential", "exclusive"])
+@pytest.mark.parametrize("readout", ["differential", "differential_v1", "exclusive"])
 def test_readouts(readout):
     """Against their equations, fed at once and in pieces, of heads in groups."""
     layer = MultiHeadAttention(4, MECHANISM, num_kv_heads=2, readout=readout)
@@ -303,16 +313,23 @@ def test_readouts(readout):
 
     @compiled
     def both(variables):
-        cache, pieces = decoding.empty((2,), 5, 2, 4, position=MECHANISM.position), []
+        sizes = (4, 2, 4) if readout == "differential_v1" else (2, 4, 4)
+        cache, pieces = decoding.empty((2,), 5, *sizes, position=MECHANISM.position), []
         for piece in x[:, :3], x[:, 3:4], x[:, 4:]:
             out, cache = layer.apply(variables, piece, cache=cache)
             pieces.append(out)
         return layer.apply(variables, x), jnp.concatenate(pieces, 1)
 
-    def heads(name):
-        return (x @ own[name]["kernel"]).reshape(2, 5, -1, 4)
+    def heads(name, width=4):
+        return (x @ own[name]["kernel"]).reshape(2, 5, -1, width)
 
+    full, pieces = both(variables)
+    np.testing.assert_allclose(pieces, full, atol=1e-5)
     value = heads("value")
+    if readout == "differential_v1":
+        y = differential_v1(own["readout"], heads("query", 2), heads("key", 2), value, depth=0)
+        np.testing.assert_allclose(full, y.reshape(2, 5, 16) @ own["out"]["kernel"], atol=1e-5)
+        return
     y = np.asarray(attention.attend(MECHANISM, NO_PARAMS, heads("query"), heads("key"), value))
     if readout == "differential":
         y = y[:, :, ::2] - sigmoid(x @ own["readout"]["in"]["kernel"])[..., None] * y[:, :, 1::2]
@@ -320,9 +337,40 @@ def test_readouts(readout):
         v = np.repeat(value, 2, axis=2)
         y = y - (y * v).sum(-1, keepdims=True) / (v * v).sum(-1, keepdims=True) * v
         np.testing.assert_allclose((y * v).sum(-1), 0, atol=1e-5)
-    full, pieces = both(variables)
     np.testing.assert_allclose(full, y.reshape(2, 5, 16) @ own["out"]["kernel"], atol=1e-5)
-    np.testing.assert_allclose(pieces, full, atol=1e-5)
+
+
+def differential_v1(own, query, key, value, depth):
+    """Equations 1 to 3 of Ye et al. 2025; the heads of the first softmax come first."""
+    start = 0.8 - 0.6 * np.exp(-0.3 * depth)
+    first, second = (np.exp(np.dot(*own[f"lambda_{name}"])) for name in ("first", "second"))
+    share = first - second + start
+    halves = zip(np.split(query, 2, axis=2), np.split(key, 2, axis=2), strict=True)
+    a, b = (np.asarray(attention.attend(MECHANISM, NO_PARAMS, *half, value)) for half in halves)
+    y = a - share * b
+    y = own["norm"]["scale"] * y / np.sqrt(np.mean(y**2, -1, keepdims=True) + 1e-5)
+    return (1 - start) * y
+
+
+def test_a_later_layer_subtracts_more():
+    """λ₀ by depth, which scanned layers count."""
+    config = changed(readout="differential_v1", num_layers=2, init_stddev=0.5)
+    stack, x = Stack(config, MECHANISM), normal(0, 1, 4, 16)
+    variables = random_params(stack.init, x, scale=0.5)
+    block = BLOCKS["sequential"](config, MECHANISM)
+
+    @compiled
+    def both(variables):
+        y = x
+        for i in range(2):
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], variables["params"]["layers"])
+            y, _, _ = block.apply({"params": own}, y, relay=Relay(depth=i))
+        return y, stack.apply(variables, x)
+
+    y, scanned = map(np.asarray, both(variables))
+    y = y - y.mean(-1, keepdims=True)
+    y = variables["params"]["norm"]["scale"] * y / np.sqrt(np.mean(y**2, -1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(scanned, y, atol=2e-5)
 
 
 def test_the_exclusive_readout_is_of_self_attention():
