@@ -679,7 +679,7 @@ class Stack(nn.Module):
 
             scan = nn.scan(
                 period,
-                variable_axes={"params": 0, "intermediates": 0},
+                variable_axes={"params": 0, "intermediates": 0, "max_logits": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=self.config.num_layers // count,
                 in_axes=axis,

@@ -1,6 +1,7 @@
 """Multi-head attention with learned projections, for every mechanism."""
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -55,7 +56,8 @@ class MultiHeadAttention(nn.Module):
 
     Self-attention (c = x) or cross-attention (another c). The mechanism's learned arrays are the
     parameter tree 'mechanism'. When the collection 'intermediates' is mutable, the weights
-    [..., H, T, S] are sown there as 'weights', in the dtype of the computation.
+    [..., H, T, S] are sown there as 'weights', in the dtype of the computation. When 'max_logits'
+    is, the largest score of each head [H] is put there by the same name.
 
     Attributes:
       num_heads: H.
@@ -145,6 +147,9 @@ class MultiHeadAttention(nn.Module):
             options |= {"aux": ("row_weights",), "weight_rows": jnp.arange(query.shape[-3])}
         elif sow:
             options["aux"] = ("weights",)
+        is_measured = self.is_mutable_collection("max_logits") and not self.is_initializing()
+        if is_measured:
+            options["aux"] = (*options.get("aux", ()), "row_max")
         key_values: Any = None
         onward = Relay() if relay is None else relay
         if isinstance(context, Cache):
@@ -165,10 +170,9 @@ class MultiHeadAttention(nn.Module):
                 key, value, options["key_gates"], _ = key_values
                 arrays = parts.space.expanded(query, key, value)
                 out = attend(parts.space.mechanism, parts.mechanism, *arrays, **options)
-        if sow:
+        if sow or is_measured:
             out, aux = out
-            (weights,) = aux.values()
-            self.sow("intermediates", "weights", weights.astype(query.dtype))
+            self._sow(aux, query.dtype)
         own_value = None
         if READOUTS[self.readout].reads_value:
             own_value = parts.space.values(key_values.value)
@@ -201,6 +205,14 @@ class MultiHeadAttention(nn.Module):
 
     def _reads(self, name):
         return any(name in names for names in self.mechanism.mask.required_inputs)
+
+    def _sow(self, aux, dtype):
+        if (row_max := aux.pop("row_max", None)) is not None:
+            largest = jnp.max(row_max, axis=tuple(range(row_max.ndim - 1)))
+            below_all = functools.partial(jnp.full, largest.shape, -jnp.inf, largest.dtype)
+            self.sow("max_logits", "max_logits", largest, jnp.maximum, below_all)
+        for weights in aux.values():
+            self.sow("intermediates", "weights", weights.astype(dtype))
 
     def _key_values(self, parts, x, context, relay):
         """The keys and values of x or of its context, and the relay of the next layer."""

@@ -1,6 +1,7 @@
 """From the settings `model` and a task to a Linen model: where a new architecture is named."""
 
 import dataclasses
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import attention
+from attention.kernels import products
 from attention.models import (
     Bahdanau,
     EncoderDecoder,
@@ -35,7 +37,25 @@ def build(config: ConfigDict) -> tuple[tasks.Task, Any]:
     m = config.model
     kinds = ("score", "position", "mask", "normalizer")
     parts = {kind: attention.parse(kind, m[kind]) for kind in kinds}
+    if math.isfinite(config.optimizer.qk_clip):
+        _check_clip(config.optimizer.qk_clip, m, parts)
     return task, {"transformer": transformer, "rnn": rnn}[m.architecture](task, m, parts)
+
+
+def _check_clip(threshold, m, parts):
+    """Raises ValueError where scores do not shrink with the weights of query and key."""
+    if m.qk_norm != "none":
+        raise ValueError(
+            f"optimizer.qk_clip={threshold} scales weights of query and key, and model.qk_norm="
+            f"{m.qk_norm!r} undoes that: leave one of them out"
+        )
+    width = m.head_dim or max(1, m.model_dim // m.num_heads)
+    of_score = attention.Mechanism(parts["score"])
+    if isinstance(reason := products.product_of(of_score, width, width), str):
+        raise ValueError(
+            f"optimizer.qk_clip={threshold} is for products of query and key, not for "
+            f"model.score={m.score!r} ({reason}): leave it at inf"
+        )
 
 
 def transformer(task: Any, m: ConfigDict, parts: dict[str, Any]) -> Any:

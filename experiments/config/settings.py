@@ -210,6 +210,13 @@ SETTINGS: dict[str, Any] = {
         "weight_decay": Setting(0.1, at_least(0.0)),
         "clip_norm": Setting(1.0, above(0.0) | exactly(math.inf), "inf: not clipped"),
         "label_smoothing": Setting(0.0, FRACTION),
+        "qk_clip": Setting(
+            math.inf,
+            above(0.0) | exactly(math.inf),
+            "the largest score; the weights of query and key of heads with a larger one shrink "
+            "after a step; inf: not clipped",
+            TRANSFORMER,
+        ),
         "ema_decay": Setting(0.0, FRACTION, "a model is judged by this mean of its parameters"),
     },
     "decoding": {

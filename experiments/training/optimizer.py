@@ -1,5 +1,6 @@
 """The optimiser of a run, and the learning rate of each of its steps."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,8 @@ class Recipe(NamedTuple):
         tokens' (Szegedy et al. 2016, sec. 7).
       ema_decay: a model is judged by the running mean of its parameters with this decay, less at
         the start; 0: by its last ones.
+      qk_clip: τ of `qk_clip.clip`, after each step by the largest scores of the step's batch; inf:
+        nothing is clipped.
     """
 
     b1: float
@@ -30,6 +33,7 @@ class Recipe(NamedTuple):
     clip_norm: float
     label_smoothing: float = 0.0
     ema_decay: float = 0.0
+    qk_clip: float = math.inf
 
     def transformation(self) -> optax.GradientTransformation:
         def decayed(path, _):

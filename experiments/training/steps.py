@@ -4,6 +4,7 @@ A state has 'params', 'optimizer', 'dropout' (a key) and 'step'; 'average' where
 'best', parameters and score, where the best of a run are kept. Of all seeds, R leads every array.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.training import attention_maps, attention_stats
+from experiments.training import attention_maps, attention_stats, qk_clip
 from experiments.training.data import model_inputs
 from experiments.training.optimizer import Recipe
 
@@ -64,15 +65,19 @@ def train_step(
 
     def mean_loss(params):
         key = jax.random.fold_in(state["dropout"], state["step"])
-        sums = losses(model, params, batch, key, recipe.label_smoothing)
+        collections = (qk_clip.COLLECTION,) if recipe.qk_clip < math.inf else ()
+        sums, measured = _losses(model, params, batch, key, recipe.label_smoothing, collections)
         total = jnp.maximum(sums["weights"], 1)
-        return sums["loss"] / total, sums["accuracy"] / total
+        return sums["loss"] / total, (sums["accuracy"] / total, measured)
 
     grad = jax.value_and_grad(mean_loss, has_aux=True)
-    (loss, accuracy), grads = grad(state["params"])
+    (loss, (accuracy, measured)), grads = grad(state["params"])
     optimizer = recipe.transformation()
     updates, moments = optimizer.update(grads, state["optimizer"], state["params"])
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state["params"], updates)
+    if measured:
+        own = qk_clip.clip(params["params"], measured[qk_clip.COLLECTION], recipe.qk_clip)
+        params = {**params, "params": own}
     state = {**state, "params": params, "optimizer": moments, "step": state["step"] + 1}
     if recipe.ema_decay:
         state["average"] = recipe.average(state["average"], params, state["step"])
@@ -91,8 +96,20 @@ def losses(
 
     Without a `dropout_key` nothing is dropped.
     """
+    sums, _ = _losses(model, params, batch, dropout_key, label_smoothing)
+    return sums
+
+
+def _losses(model, params, batch, dropout_key, label_smoothing, collections=()):
+    """`losses`, and what the model has put into the collections."""
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    logits = model.apply(params, *model_inputs(batch), deterministic=dropout_key is None, rngs=rngs)
+    options = {"deterministic": dropout_key is None, "rngs": rngs}
+    measured: Any = {}
+    if collections:
+        options["mutable"] = collections
+    logits = model.apply(params, *model_inputs(batch), **options)
+    if collections:
+        logits, measured = logits
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
     if label_smoothing:
         of_all = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
@@ -101,11 +118,12 @@ def losses(
     own = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
     hits = (own >= jnp.max(logits, axis=-1)).astype(jnp.float32)
     weights = batch["weights"]
-    return {
+    sums = {
         "loss": jnp.sum(weights * loss),
         "accuracy": jnp.sum(weights * hits),
         "weights": jnp.sum(weights),
     }
+    return sums, measured
 
 
 def measure_attention(

@@ -1,0 +1,87 @@
+"""QK-clip: no head has a score above the threshold, and others stay as they are."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from attention import Mechanism, masks, positions
+from attention.models import LanguageModel
+from attention.nn import MultiHeadAttention, TransformerConfig
+from experiments.config import settings
+from experiments.config.models import build
+from experiments.training import qk_clip, steps
+from experiments.training.optimizer import Recipe
+from support.helpers import one_line
+from support.mechanisms import normal, random_params
+
+MECHANISM = Mechanism(position=positions.RoPE(), mask=masks.Causal())
+
+
+def largest(layer, variables, x):
+    _, measured = layer.apply(variables, x, mutable=[qk_clip.COLLECTION])
+    return measured[qk_clip.COLLECTION]
+
+
+@pytest.mark.parametrize("changes", [
+    {"use_bias": True},
+    pytest.param({"num_kv_heads": 2}, marks=pytest.mark.slow),
+    pytest.param({"kv_rank": 3}, marks=pytest.mark.slow),
+    pytest.param({"readout": "differential"}, marks=pytest.mark.slow),
+    pytest.param({"readout": "differential_v1"}, marks=pytest.mark.slow),
+    pytest.param({"readout": "differential", "kv_rank": 3}, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_no_head_is_above_the_threshold(changes):
+    """And heads below keep theirs, of which the weights stay to the bit."""
+    layer, x = MultiHeadAttention(4, MECHANISM, **changes), normal(0, 2, 5, 16)
+    variables = random_params(layer.init, x, scale=1.0)
+    assert set(variables) == {"params"}  # what init makes is what it always was
+    before = largest(layer, variables, x)
+    logits = before[qk_clip.COLLECTION]
+    threshold = float(np.median(logits))
+    own = qk_clip.clip(variables["params"], before, threshold)
+    after = largest(layer, {"params": own}, x)[qk_clip.COLLECTION]
+    np.testing.assert_allclose(after, np.minimum(logits, threshold), rtol=1e-4)
+    width = own["query"]["kernel"].shape[-1] // len(logits)
+    below = np.repeat(logits <= threshold, width)
+    same = own["query"]["kernel"] == variables["params"]["query"]["kernel"]
+    assert np.array_equal(same.all(0), below)
+    unchanged = qk_clip.clip(variables["params"], before, float(logits.max()))
+    assert all(map(np.array_equal, *map(jax.tree.leaves, (unchanged, variables["params"]))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_step_ends_below_the_threshold(scan):
+    """At a learning rate of 0 the scores are those of the batch; far below nothing changes."""
+    config = TransformerConfig(
+        11, model_dim=8, num_layers=1, num_heads=2, init_stddev=1.0, decoder=MECHANISM,
+        scan_layers=scan,
+    )  # fmt: skip
+    model = LanguageModel(config)
+    text = np.random.default_rng(0).integers(11, size=(2, 6))
+    batch = {"inputs": text, "targets": text, "weights": np.ones((2, 6), np.float32)}
+
+    def step(threshold, rate):
+        recipe = Recipe(0.9, 0.99, 0.0, math.inf, qk_clip=threshold)
+        state = steps.init_state(model, recipe, 0, 0, batch, False)
+        new, metrics = steps.train_step(model, recipe, state, batch, rate)
+        _, measured = model.apply(new["params"], text, mutable=[qk_clip.COLLECTION])
+        return new["params"], metrics, np.max(jax.tree.leaves(measured)[0])
+
+    _, _, unclipped = step(math.inf, 0.0)
+    _, _, clipped = step(unclipped / 2, 0.0)
+    np.testing.assert_allclose(clipped, unclipped / 2, rtol=1e-4)
+    plain, far = step(math.inf, 0.1), step(1e9, 0.1)
+    assert all(map(np.array_equal, *map(jax.tree.leaves, (plain, far))))
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model.qk_norm": "rms"}, ["optimizer.qk_clip=2.0", "model.qk_norm='rms' undoes that"]),
+    ({"model.score": "additive(8)"}, ["optimizer.qk_clip=2.0", "model.score='additive(8)'"]),
+])  # fmt: skip
+def test_what_cannot_be_clipped_is_refused(changes, words):
+    config = settings.override(settings.config("recall"), {"optimizer.qk_clip": 2.0, **changes})
+    with one_line(ValueError, *words):
+        build(config)
