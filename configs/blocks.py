@@ -5,12 +5,12 @@
 `--match=params` gives all cells as many parameters as their base: gated MLPs are narrower then. The
 text is the source of Python's own standard library unless `--config.task.path` names another.
 `--sweep=qk_norm,output_gate` takes two of the axes. The 12 cells of three seeds without the axes
-`readout`, `values` and `cache` take 10 minutes of CPU time, 24 minutes on two cores that were busy
-with other work.
+`readout`, `head_mix`, `values` and `cache` take 10 minutes of CPU time, 24 minutes on two cores
+that were busy with other work.
 
 Expect a test loss of 1.93 nats of the base, 1.79 to 1.81 of the gated MLPs and 1.83 of `all`
 (Holm's p below 0.02). No other cell differs significantly; three seeds show no difference below
-0.07. The axes `readout`, `values`, and `cache` are not measured.
+0.07. The axes `readout`, `head_mix`, `values` and `cache` are not measured.
 """
 
 from experiments.config import settings
@@ -45,6 +45,10 @@ def sweep_readout():
 def sweep_output_gate():
     for gate in ("element", "head"):
         yield {"model.output_gate": gate}
+
+
+def sweep_head_mix():
+    yield {"model.head_mix": "talking"}
 
 
 def sweep_values():

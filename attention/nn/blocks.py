@@ -23,7 +23,7 @@ from attention.nn.norms import NORMS, QK_NORMS
 from attention.nn.partition import by_batch, named
 from attention.nn.readouts import READOUTS
 from attention.nn.relay import Relay
-from attention.nn.spaces import check_latent
+from attention.nn.spaces import HEAD_MIXES, check_latent
 from attention.nn.values import VALUE_RESIDUALS
 from attention.parts import Array, Position, check_choices, check_counts, embedded
 
@@ -57,6 +57,7 @@ class TransformerConfig:
       kv_rank, rotary_dim: of self-attention, whose keys and values are made from a vector of
         kv_rank numbers that all heads share, and turn in rotary_dim more (D // 2 unless given);
         see `attention.nn.spaces.LatentSpace`. None: from x.
+      head_mix: of self-attention, 'none' or 'talking'; see `attention.nn.spaces.TalkingSpace`.
       dropout_rate: of embeddings and of each residual branch.
       attention_dropout_rate: of the attention weights.
       use_bias: in projections, gates, MLP and layer norms.
@@ -96,6 +97,7 @@ class TransformerConfig:
     value_residual: str = "none"
     kv_rank: int | None = None
     rotary_dim: int | None = None
+    head_mix: str = "none"
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
     use_bias: bool = False
@@ -124,6 +126,7 @@ class TransformerConfig:
             readout=READOUTS,
             output_gate=OUTPUT_GATES,
             value_residual=VALUE_RESIDUALS,
+            head_mix=HEAD_MIXES,
         )
         if self.block == "parallel" and self.norm == "post":
             raise ValueError(
@@ -432,6 +435,7 @@ class Block(nn.Module):
                     "vocab_size": c.vocab_size,
                     "kv_rank": c.kv_rank,
                     "rotary_dim": c.rotary_dim,
+                    "head_mix": c.head_mix,
                 },
             )
         if cross:

@@ -22,10 +22,12 @@ from attention.nn.partition import named
 from attention.nn.readouts import READOUTS
 from attention.nn.relay import KeyValues, Relay
 from attention.nn.spaces import (
+    HEAD_MIXES,
     HeadSpace,
     LatentSpace,
     Matrices,
     RotatedBlocks,
+    TalkingSpace,
     check_latent,
     query_scale,
 )
@@ -75,6 +77,7 @@ class MultiHeadAttention(nn.Module):
       kv_rank: R, keys and values of all heads are made from one vector of so many numbers, which a
         cache keeps in their place; see `spaces.LatentSpace`. None: from x.
       rotary_dim: r, of the part of a key that turns there; D // 2 unless given.
+      head_mix: 'talking': heads mix their scores and their weights; see `spaces.TalkingSpace`.
       dtype, param_dtype: of the computation and of the parameters.
       kernel_init, out_kernel_init: of W_Q, W_K, W_V, the gate and of W_O.
       implementation: the kernel; see `attend`.
@@ -94,6 +97,7 @@ class MultiHeadAttention(nn.Module):
     vocab_size: int | None = None
     kv_rank: int | None = None
     rotary_dim: int | None = None
+    head_mix: str = "none"
     dtype: Any = None
     param_dtype: Any = jnp.float32
     kernel_init: Callable = nn.initializers.lecun_normal()
@@ -256,6 +260,7 @@ class MultiHeadAttention(nn.Module):
             readout=READOUTS,
             output_gate=OUTPUT_GATES,
             value_residual=VALUE_RESIDUALS,
+            head_mix=HEAD_MIXES,
         )
         H = whole_number("num_heads", self.num_heads, 1)
         K = H if self.num_kv_heads is None else whole_number("num_kv_heads", self.num_kv_heads, 1)
@@ -319,6 +324,8 @@ class MultiHeadAttention(nn.Module):
             space, width = HeadSpace(self.mechanism), head_dim // of_each
             key = projection("key", K * of_each, width, norm=self.qk_norm)
             value = projection("value", K, value_dim)
+            if self.head_mix == "talking":
+                space = self._talking(query_heads, K * of_each, width)
         else:
             space = self._latent(H, head_dim, value_dim)
             width = head_dim + space.rotary_dim
@@ -347,6 +354,22 @@ class MultiHeadAttention(nn.Module):
             out=dense(self, model_dim, self.out_kernel_init, "out", ("heads", "embed")),
             space=space,
             mechanism=self._mechanism_params(space.mechanism, query_heads, width, value_dim),
+        )
+
+    def _talking(self, H, K, width):
+        scales = [query_scale(self.mechanism, n, "head_mix") for n in (width, K * width)]
+        position = RotatedBlocks(self.mechanism.position, width, K)
+
+        def mix(name):
+            init = named(lambda key, shape, dtype: jnp.eye(*shape, dtype=dtype), "heads", None)
+            return self.param(name, init, (H, H), self.param_dtype)
+
+        return TalkingSpace(
+            dataclasses.replace(self.mechanism, position=position),
+            scores_mix=mix("scores_mix"),
+            weights_mix=mix("weights_mix"),
+            num_kv_heads=K,
+            factor=scales[0] / scales[1],
         )
 
     def _latent(self, H, head_dim, value_dim):

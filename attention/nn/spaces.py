@@ -1,4 +1,4 @@
-"""In which space queries meet keys: that of a head, or that of a latent which all heads share."""
+"""In which space queries meet keys: of a head, of a latent that all heads share, of all heads."""
 
 import dataclasses
 from collections.abc import Callable
@@ -136,6 +136,72 @@ class LatentSpace(HeadSpace):
         return by_head.reshape(*lead, heads, -1)
 
 
+@dataclasses.dataclass(frozen=True)
+class TalkingSpace(HeadSpace):
+    """Talking heads: scores are mixed over the heads, and so are the weights.  Shazeer et al. 2020.
+
+        l_h = Σ_h' P_hh' q_h' · k_h'      w_h = normalised l_h      y_h = (Σ_h' W_hh' w_h') v_h
+
+    All heads see the keys of all heads as one vector of K · D numbers, and read their values as one
+    of K · V, so that any kernel computes it:
+
+        l_h = [Σ_{h' of key 1} P_hh' q_h'; ...; Σ_{h' of key K} P_hh' q_h'] · [k_1; ...; k_K]
+
+    That is exact, and the products cost K times those of heads that do not talk. Terms of the
+    position are added after the first mix, and dropout and what is measured on weights come before
+    the second.
+
+    Attributes:
+      scores_mix: P [H, H].
+      weights_mix: W [H, H].
+      num_kv_heads: K.
+      factor: what scales a query, so that the score sees K · D numbers as it sees D.
+    """
+
+    scores_mix: Array
+    weights_mix: Array
+    num_kv_heads: int
+    factor: float
+
+    def expanded(self, query, key, value):
+        return self._mixed(query), _as_one(key), _as_one(value)
+
+    def absorbed(self, query, cache):
+        non_finite = cache.non_finite
+        if non_finite is not None:
+            non_finite = tuple(x.any(-1, keepdims=True) for x in non_finite)
+        stored = cache._replace(
+            key=_as_one(cache.key),
+            value=_as_one(cache.value),
+            non_finite=non_finite,
+            rotation=None if cache.rotation is None else QueryRotation(self.mechanism.position),
+        )
+        return self._mixed(query), stored
+
+    def _mixed(self, query):
+        *lead, H, D = query.shape
+        groups = query.reshape(*lead, self.num_kv_heads, -1, D)
+        mix = self.scores_mix.reshape(H, self.num_kv_heads, -1) * self.factor
+        mixed = jnp.einsum("...kgd,hkg->...hkd", groups, mix.astype(query.dtype))
+        return mixed.reshape(*lead, H, -1)
+
+    def read(self, out, is_absorbed):
+        *lead, H, width = out.shape
+        by_key = out.reshape(*lead, H, self.num_kv_heads, -1)
+        mix = self.weights_mix.reshape(self.num_kv_heads, -1, H).astype(out.dtype)
+        mixed = jnp.einsum("...hkv,kgh->...kgv", by_key, mix)
+        return mixed.reshape(*lead, H, width // self.num_kv_heads)
+
+
+def _as_one(x):
+    """The vectors [..., K, D] of all heads as one of one head, [..., 1, K · D]."""
+    return x.reshape(*x.shape[:-2], 1, -1)
+
+
+HEAD_MIXES = ("none", "talking")
+"""Of `MultiHeadAttention.head_mix`."""
+
+
 def joined(cache: Cache, position: RotatedBlocks) -> Cache:
     """A cache of keys k_R and values c as one of keys [c; k_R] and values c."""
     non_finite = cache.non_finite
@@ -180,11 +246,8 @@ def check_latent(module: Any) -> None:
                 f"rotary_dim={module.rotary_dim} is of a kv_rank: give it, or leave rotary_dim out"
             )
         return
-    for name, default in {
-        "num_kv_heads": None,
-        "qk_norm": "none",
-        "value_residual": "none",
-    }.items():
+    apart = {"qk_norm": "none", "value_residual": "none", "head_mix": "none"}
+    for name, default in {"num_kv_heads": None, **apart}.items():
         if (value := getattr(module, name)) != default:
             raise ValueError(
                 f"kv_rank={module.kv_rank} makes keys and values of all heads from one vector and "

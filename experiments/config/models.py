@@ -44,11 +44,12 @@ def build(config: ConfigDict) -> tuple[tasks.Task, Any]:
 
 def _check_clip(threshold, m, parts):
     """Raises ValueError where scores do not shrink with the weights of query and key."""
-    if m.qk_norm != "none":
-        raise ValueError(
-            f"optimizer.qk_clip={threshold} scales weights of query and key, and model.qk_norm="
-            f"{m.qk_norm!r} undoes that: leave one of them out"
-        )
+    for name in ("qk_norm", "head_mix"):
+        if m[name] != "none":
+            raise ValueError(
+                f"optimizer.qk_clip={threshold} scales the scores of a head by its weights, which "
+                f"model.{name}={m[name]!r} prevents: leave one of them out"
+            )
     width = m.head_dim or max(1, m.model_dim // m.num_heads)
     of_score = attention.Mechanism(parts["score"])
     if isinstance(reason := products.product_of(of_score, width, width), str):
@@ -81,6 +82,7 @@ def transformer(task: Any, m: ConfigDict, parts: dict[str, Any]) -> Any:
             "value_residual",
             "kv_rank",
             "rotary_dim",
+            "head_mix",
         ),
         *("dropout_rate", "attention_dropout_rate", "use_bias", "tie_embeddings", "init_stddev"),
         *("scan_layers", "remat_layers", "implementation"),

@@ -170,6 +170,12 @@ SETTINGS: dict[str, Any] = {
         "rotary_dim": Setting(
             int, at_least(1), "of a key beside those, which turns; half of head_dim", LATENT
         ),
+        "head_mix": Setting(
+            "none",
+            one_of("none", "talking"),
+            "whether heads of self-attention mix their scores and their weights",
+            TRANSFORMER,
+        ),
         "dropout_rate": Setting(0.0, FRACTION),
         "attention_dropout_rate": Setting(0.0, FRACTION, reader=TRANSFORMER),
         "use_bias": Setting(False, SWITCH, reader=TRANSFORMER),

@@ -26,6 +26,7 @@ from attention.nn.mlp import MLPS
 from attention.nn.norms import NORMS, QK_NORMS
 from attention.nn.readouts import READOUTS, exclusive
 from attention.nn.relay import Relay
+from attention.nn.spaces import HEAD_MIXES
 from attention.nn.values import VALUE_RESIDUALS
 from experiments.config import settings
 from support.helpers import one_line
@@ -39,6 +40,7 @@ TABLES = {
     "readout": READOUTS,
     "output_gate": OUTPUT_GATES,
     "value_residual": VALUE_RESIDUALS,
+    "head_mix": HEAD_MIXES,
     "block": BLOCKS,
 }
 MECHANISM = Mechanism(position=positions.RoPE(), mask=masks.Causal())
@@ -298,7 +300,7 @@ def test_a_name_that_is_in_no_table_is_refused(name):
     assert setting.default == getattr(SMALL, name) == next(iter(TABLES[name]))
     assert setting.range.text == f"one of {known}"
     assert setting.reader is settings.TRANSFORMER
-    if name in ("qk_norm", "readout", "output_gate", "value_residual"):
+    if name in ("qk_norm", "readout", "output_gate", "value_residual", "head_mix"):
         with one_line(ValueError, f"{name} must be one of {known}, got 'rsm'"):
             MultiHeadAttention(2, **{name: "rsm"}).init(jax.random.key(0), np.ones((1, 2, 4)))
 

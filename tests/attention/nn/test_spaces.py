@@ -1,4 +1,4 @@
-"""Where queries meet keys: in the space of a latent that all heads share."""
+"""Where queries meet keys: in the space of a latent, or of all heads at once."""
 
 import dataclasses
 
@@ -86,6 +86,50 @@ def test_latent_attention(changes):
     if layer.readout == "none" and mechanism is ROPE:
         expected = latent_in_numpy(jax.tree.map(np.float64, own), np.float64(x), 2, 4, 2)
         np.testing.assert_allclose(full, expected, atol=1e-5)
+
+
+def talking_in_numpy(own, x, K):
+    """Causal talking heads by the equations of the paper, with rotary positions."""
+    H, T = len(own["scores_mix"]), x.shape[1]
+    query, key, value = (
+        (x @ own[name]["kernel"]).reshape(*x.shape[:-1], -1, x.shape[-1] // H)
+        for name in ("query", "key", "value")
+    )
+    key, value = (np.repeat(y, H // K, axis=2) for y in (turned(key), value))
+    s = np.einsum("bthd,bshd->bhts", turned(query), key) / np.sqrt(key.shape[-1])
+    s = np.einsum("gh,bhts->bgts", own["scores_mix"], s) + np.triu(np.full((T, T), -np.inf), 1)
+    w = np.exp(s - s.max(-1, keepdims=True))
+    w = np.einsum("gh,bhts->bgts", own["weights_mix"], w / w.sum(-1, keepdims=True))
+    return np.einsum("bhts,bshv->bthv", w, value).reshape(x.shape) @ own["out"]["kernel"]
+
+
+@pytest.mark.parametrize("changes", [
+    {"num_kv_heads": 2, "implementation": "tiled"},
+    pytest.param({"mechanism": CAPPED}, marks=pytest.mark.slow),
+    pytest.param({"readout": "differential_v1"}, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_talking_heads(changes):
+    """By a kernel that holds no weights, at once and in pieces."""
+    changes = {"mechanism": ROPE, **changes}
+    layer, x = MultiHeadAttention(4, head_mix="talking", **changes), normal(0, 2, 5, 16)
+    mechanism, K = layer.mechanism, layer.num_kv_heads or 4
+    sizes = (2 * K, 2, 4) if layer.readout == "differential_v1" else (K, 4, 4)
+    cache = decoding.empty((2,), 5, *sizes, position=mechanism.position, mask=mechanism.mask)
+    own, full, pieces, _ = both_passes(layer, x, cache)
+    np.testing.assert_allclose(pieces, full, atol=1e-5)
+    if K == 2:
+        expected = talking_in_numpy(jax.tree.map(np.float64, own), np.float64(x), K)
+        np.testing.assert_allclose(full, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_heads_that_have_not_learned_to_talk_are_plain_ones():
+    plain, talking = (MultiHeadAttention(4, ROPE, head_mix=name) for name in ("none", "talking"))
+    x = normal(0, 2, 5, 16)
+    variables = talking.init(jax.random.key(0), x)
+    own = {k: v for k, v in variables["params"].items() if not k.endswith("_mix")}
+    expected = plain.apply({"params": own}, x)
+    np.testing.assert_allclose(talking.apply(variables, x), expected, atol=1e-6)
 
 
 def test_a_model_caches_the_latent_alone():
