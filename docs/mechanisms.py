@@ -179,7 +179,11 @@ def _around():
         "mlp": nn.mlp.MLPS,
         "norm_kind": nn.norms.NORMS,
         "qk_norm": nn.norms.QK_NORMS,
+        "readout": {name: readout.module for name, readout in nn.readouts.READOUTS.items()},
         "output_gate": nn.gates.OUTPUT_GATES,
+        "value_residual": nn.values.VALUE_RESIDUALS,
+        "kv_rank": {"512": nn.spaces.LatentSpace},
+        "head_mix": nn.spaces.HEAD_MIXES,
         "block": nn.blocks.BLOCKS,
     }.items()
 

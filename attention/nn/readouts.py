@@ -118,6 +118,7 @@ def _none(**settings: Any) -> Callable:
 
 
 def _exclusive(**settings: Any) -> Callable:
+    """y − (y · v) v / ‖v‖², v the value of the token itself.  Exclusive self-attention (2026)."""
     return lambda x, y, value, depth: exclusive(y, value)
 
 

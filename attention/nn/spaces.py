@@ -198,8 +198,8 @@ def _as_one(x):
     return x.reshape(*x.shape[:-2], 1, -1)
 
 
-HEAD_MIXES = ("none", "talking")
-"""Of `MultiHeadAttention.head_mix`."""
+HEAD_MIXES: dict[str, type[HeadSpace]] = {"none": HeadSpace, "talking": TalkingSpace}
+"""By the name `MultiHeadAttention.head_mix`."""
 
 
 def joined(cache: Cache, position: RotatedBlocks) -> Cache:
