@@ -87,38 +87,47 @@ CASES = {
 }
 
 
+def stack_of(name, **changes):
+    """The stack of a case, its input and random parameters, and what the equations make of them."""
+    config, x, ids = changed(**CASES[name], **changes), normal(0, 2, 5, 8), tokens(2, 5)
+    pattern = config.layers or (Layer(),)
+    stack = Stack(config, MECHANISM, config.layers)
+    variables = random_params(functools.partial(stack.init, tokens=ids), x, scale=0.5)
+    params = variables["params"]
+    params = one_by_one(params, len(pattern)) if config.scan_layers else params
+    wide = jax.tree.map(np.float64, params)
+    return stack, x, ids, variables, stack_in_numpy(config, pattern, wide, np.float64(x), ids)
+
+
 @pytest.mark.parametrize("name", [
-    "first_layer", "token", "shared", pytest.param("shared first_layer", marks=pytest.mark.slow)
+    "shared first_layer",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("first_layer", "token", "shared")),
 ])  # fmt: skip
 def test_a_stack_is_the_equations_of_the_papers(name):
-    """Scanned and recomputed, and one by one; and gradients reach every parameter."""
-    config, x, ids = changed(**CASES[name]), normal(0, 2, 5, 8), tokens(2, 5)
-    pattern = config.layers or (Layer(),)
-    scanned = Stack(dataclasses.replace(config, remat_layers=True), MECHANISM, config.layers)
-    apart = Stack(dataclasses.replace(config, scan_layers=False), MECHANISM, config.layers)
-    variables = random_params(functools.partial(scanned.init, tokens=ids), x, scale=0.5)
-    params = one_by_one(variables["params"], len(pattern))
+    stack, x, ids, variables, expected = stack_of(name)
+    y = compiled(functools.partial(stack.apply, tokens=ids))(variables, x)
+    np.testing.assert_allclose(y, expected, atol=5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_reach_every_parameter(name, scan):
+    """And layers that are recomputed are the equations, too, scanned and one by one."""
+    stack, x, ids, variables, expected = stack_of(name, scan_layers=scan, remat_layers=True)
 
     def loss(variables):
-        y = scanned.apply(variables, x, tokens=ids)
+        y = stack.apply(variables, x, tokens=ids)
         return jnp.sum(jnp.sin(y)), y
 
-    @compiled
-    def both(variables, params):
-        grads, y = jax.grad(loss, has_aux=True)(variables)
-        return grads, y, apart.apply({"params": params}, x, tokens=ids)
-
-    grads, y, by_layer = both(variables, params)
-    wide = jax.tree.map(np.float64, params)
-    expected = stack_in_numpy(config, pattern, wide, np.float64(x), ids)
+    grads, y = compiled(jax.grad(loss, has_aux=True))(variables)
     np.testing.assert_allclose(y, expected, atol=5e-5)
-    np.testing.assert_allclose(by_layer, expected, atol=5e-5)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         assert (leaf != 0).any(), jax.tree_util.keystr(path)
 
 
 def decoded_and_full(config, ids, pieces):
-    """The logits of a text fed in pieces, those of all of it, and the state before it."""
+    """The logits of a text that is fed in pieces, and those of all of it."""
     model = LanguageModel(config)
     variables = random_params(model.init, ids, scale=0.3)
 
@@ -132,11 +141,11 @@ def decoded_and_full(config, ids, pieces):
             start += count
         return jnp.concatenate(logits, 1), model.apply(variables, ids)
 
-    return *both(variables), model.apply(variables, 2, ids.shape[1], method="start")
+    return both(variables)
 
 
 @pytest.mark.parametrize("changes", [
-    {"layers": SHARED, "value_residual": "token"},
+    {"layers": SHARED, "value_residual": "token", "num_layers": 2},
     pytest.param({"layers": HYBRID, "value_residual": "first_layer"}, marks=pytest.mark.slow),
     pytest.param({"layers": SHARED[:1] * 2 + SHARED[1:] * 2}, marks=pytest.mark.slow),
     pytest.param(
@@ -145,7 +154,7 @@ def decoded_and_full(config, ids, pieces):
     ),
 ])  # fmt: skip
 def test_decoding_is_the_full_pass(changes):
-    pieces, full, _ = decoded_and_full(changed(**changes), tokens(2, 6), (4, 1, 1))
+    pieces, full = decoded_and_full(changed(**changes), tokens(2, 6), (5, 1))
     np.testing.assert_allclose(pieces, full, atol=2e-5)
 
 
@@ -186,12 +195,29 @@ def test_a_target_reads_its_source_beside_keys_that_it_shares():
     np.testing.assert_allclose(np.concatenate([first, last], 1), full, atol=2e-5)
 
 
+@pytest.mark.parametrize("changes", [
+    *({"value_residual": name} for name in ("first_layer", "token")),
+    {"layers": SHARED}, {"readout": "differential_v1"}, {"head_mix": "talking"},
+    {"kv_rank": 3, "num_kv_heads": None},
+])  # fmt: skip
+def test_what_is_narrow_stays_narrow(changes):
+    config = changed(dtype=jnp.bfloat16, num_layers=2, head_dim=4, **changes)
+    x = jax.ShapeDtypeStruct((1, 3, 8), jnp.bfloat16)
+    init = Stack(config, MECHANISM, config.layers).init_with_output
+    out, variables = jax.eval_shape(
+        functools.partial(init, tokens=tokens(1, 3)), jax.random.key(0), x
+    )
+    assert out.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
 def test_values_of_tokens_need_tokens():
     layer = MultiHeadAttention(2, MECHANISM, value_residual="token", vocab_size=3)
     x, key = np.ones((1, 2, 4), np.float32), jax.random.key(0)
     with one_line(ValueError, "value_residual='token' reads the ids of tokens, and there are none"):
         layer.init(key, x)
-    (out, cache, _), _ = layer.init_with_output(key, x, relay=Relay(tokens=np.array([[0, 3]])))
+    relay = Relay(tokens=np.array([[0, 3]]))
+    (out, cache, _), _ = compiled(layer.init_with_output)(key, x, relay=relay)
     assert cache is None and np.isfinite(out[0, 0]).all() and np.isnan(out[0, 1]).all()
 
 

@@ -61,7 +61,7 @@ def both_passes(layer, x, cache):
     @compiled
     def both(variables):
         pieces, state = [], cache
-        for piece in x[:, :3], x[:, 3:4], x[:, 4:]:
+        for piece in x[:, :4], x[:, 4:]:
             out, state = layer.apply(variables, piece, cache=state)
             pieces.append(out)
         return layer.apply(variables, x), jnp.concatenate(pieces, 1), state
@@ -104,12 +104,13 @@ def talking_in_numpy(own, x, K):
 
 
 @pytest.mark.parametrize("changes", [
-    {"num_kv_heads": 2, "implementation": "tiled"},
+    {"num_kv_heads": 2},
+    pytest.param({"num_kv_heads": 2, "implementation": "tiled"}, marks=pytest.mark.slow),
     pytest.param({"mechanism": CAPPED}, marks=pytest.mark.slow),
     pytest.param({"readout": "differential_v1"}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_talking_heads(changes):
-    """By a kernel that holds no weights, at once and in pieces."""
+    """At once and in pieces; by a kernel that holds no weights, too."""
     changes = {"mechanism": ROPE, **changes}
     layer, x = MultiHeadAttention(4, head_mix="talking", **changes), normal(0, 2, 5, 16)
     mechanism, K = layer.mechanism, layer.num_kv_heads or 4

@@ -1,5 +1,6 @@
 """QK-clip: no head has a score above the threshold, and others stay as they are."""
 
+import functools
 import math
 
 import jax
@@ -14,14 +15,15 @@ from experiments.config.models import build
 from experiments.training import qk_clip, steps
 from experiments.training.optimizer import Recipe
 from support.helpers import one_line
-from support.mechanisms import normal, random_params
+from support.mechanisms import compiled, normal, random_params
 
 MECHANISM = Mechanism(position=positions.RoPE(), mask=masks.Causal())
 
 
-def largest(layer, variables, x):
-    _, measured = layer.apply(variables, x, mutable=[qk_clip.COLLECTION])
-    return measured[qk_clip.COLLECTION]
+def measured(layer, variables, x):
+    """The largest score of each head."""
+    apply = functools.partial(layer.apply, mutable=(qk_clip.COLLECTION,))
+    return compiled(apply)(variables, x)[1][qk_clip.COLLECTION]
 
 
 @pytest.mark.parametrize("changes", [
@@ -37,11 +39,11 @@ def test_no_head_is_above_the_threshold(changes):
     layer, x = MultiHeadAttention(4, MECHANISM, **changes), normal(0, 2, 5, 16)
     variables = random_params(layer.init, x, scale=1.0)
     assert set(variables) == {"params"}  # what init makes is what it always was
-    before = largest(layer, variables, x)
+    before = measured(layer, variables, x)
     logits = before[qk_clip.COLLECTION]
     threshold = float(np.median(logits))
     own = qk_clip.clip(variables["params"], before, threshold)
-    after = largest(layer, {"params": own}, x)[qk_clip.COLLECTION]
+    after = measured(layer, {"params": own}, x)[qk_clip.COLLECTION]
     np.testing.assert_allclose(after, np.minimum(logits, threshold), rtol=1e-4)
     width = own["query"]["kernel"].shape[-1] // len(logits)
     below = np.repeat(logits <= threshold, width)
@@ -67,8 +69,8 @@ def test_a_step_ends_below_the_threshold(scan):
         recipe = Recipe(0.9, 0.99, 0.0, math.inf, qk_clip=threshold)
         state = steps.init_state(model, recipe, 0, 0, batch, False)
         new, metrics = steps.train_step(model, recipe, state, batch, rate)
-        _, measured = model.apply(new["params"], text, mutable=[qk_clip.COLLECTION])
-        return new["params"], metrics, np.max(jax.tree.leaves(measured)[0])
+        logits = measured(model, new["params"], text)
+        return new["params"], metrics, np.max(jax.tree.leaves(logits)[0])
 
     _, _, unclipped = step(math.inf, 0.0)
     _, _, clipped = step(unclipped / 2, 0.0)
