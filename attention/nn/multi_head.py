@@ -226,7 +226,8 @@ class MultiHeadAttention(nn.Module):
         key, value = parts.key_value(inputs)
         if context is None:
             value, relay = parts.value_residual(value, relay)
-        value = jnp.tile(value, (READOUTS[self.readout].key_heads, 1))
+        if (of_each := READOUTS[self.readout].key_heads) > 1:
+            value = jnp.tile(value, (of_each, 1))
         return KeyValues(key, value, parts.key_gates(inputs)), relay
 
     def _attend_cached(self, parts, query, cache, lengths, options):

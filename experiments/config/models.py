@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import attention
-from attention.kernels import products
 from attention.models import (
     Bahdanau,
     EncoderDecoder,
@@ -23,6 +22,7 @@ from attention.models import (
     VisionTransformer,
 )
 from attention.nn import TransformerConfig
+from attention.nn.spaces import query_scale
 from experiments import tasks
 from experiments.config import settings
 
@@ -51,12 +51,9 @@ def _check_clip(threshold, m, parts):
                 f"model.{name}={m[name]!r} prevents: leave one of them out"
             )
     width = m.head_dim or max(1, m.model_dim // m.num_heads)
-    of_score = attention.Mechanism(parts["score"])
-    if isinstance(reason := products.product_of(of_score, width, width), str):
-        raise ValueError(
-            f"optimizer.qk_clip={threshold} is for products of query and key, not for "
-            f"model.score={m.score!r} ({reason}): leave it at inf"
-        )
+    of_layers = (layer.score for layer in attention.parse_layers(m.layers) if layer.score)
+    for score in (parts["score"], *of_layers):
+        query_scale(attention.Mechanism(score), width, "optimizer.qk_clip")
 
 
 def transformer(task: Any, m: ConfigDict, parts: dict[str, Any]) -> Any:

@@ -82,7 +82,8 @@ def test_a_step_ends_below_the_threshold(scan):
 @pytest.mark.parametrize("changes, words", [
     ({"model.qk_norm": "rms"}, ["optimizer.qk_clip=2.0", "which model.qk_norm='rms' prevents"]),
     ({"model.head_mix": "talking"}, ["which model.head_mix='talking' prevents"]),
-    ({"model.score": "additive(8)"}, ["optimizer.qk_clip=2.0", "model.score='additive(8)'"]),
+    ({"model.score": "additive(8)"}, ["optimizer.qk_clip needs a score of", "additive(8)"]),
+    ({"model.layers": "layer + layer(score=cosine)"}, ["optimizer.qk_clip needs", "score=cosine"]),
 ])  # fmt: skip
 def test_what_cannot_be_clipped_is_refused(changes, words):
     config = settings.override(settings.config("recall"), {"optimizer.qk_clip": 2.0, **changes})
