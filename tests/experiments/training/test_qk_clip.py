@@ -16,6 +16,7 @@ from experiments.training import qk_clip, steps
 from experiments.training.optimizer import Recipe
 from support.helpers import one_line
 from support.mechanisms import compiled, normal, random_params
+from support.training import run, tiny
 
 MECHANISM = Mechanism(position=positions.RoPE(), mask=masks.Causal())
 
@@ -77,6 +78,21 @@ def test_a_step_ends_below_the_threshold(scan):
     np.testing.assert_allclose(clipped, unclipped / 2, rtol=1e-4)
     plain, far = step(math.inf, 0.1), step(1e9, 0.1)
     assert all(map(np.array_equal, *map(jax.tree.leaves, (plain, far))))
+
+
+@pytest.mark.slow
+def test_runs_of_what_is_around_attention(tmp_path):
+    """Trained with a low threshold, measured, and timed on generating."""
+    changes = {"model.num_layers": 2, "decoding.timed_tokens": 4}
+    clip = {"optimizer.qk_clip": 0.01}
+    latent = {"model.kv_rank": 3, "model.layers": "layer + layer(shared_kv=True)"}
+    first = {"model.value_residual": "first_layer", "model.readout": "differential_v1"}
+    token = {"model.value_residual": "token", "model.head_mix": "talking"}
+    numbers = {"latent": 3 + 2, "first": 2 * 2 * 2 * (2 + 4), "token": 2 * 2 * (4 + 4)}
+    for name, own in {"latent": latent | clip, "first": first | clip, "token": token}.items():
+        result = run(tiny(**changes | own), tmp_path / name)
+        assert result["status"] == "done" and result["attention"].keys() == {"self"}
+        assert result["cache_bytes_per_token"] == 4 * numbers[name]
 
 
 @pytest.mark.parametrize("changes, words", [
