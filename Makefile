@@ -37,8 +37,13 @@ lint: setup  ## Check formatting, lint and types.
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Side by side, since the type checker has one thread.
+test: setup  ## Run the tests, and lint (minutes).
+	@$(MAKE) --no-print-directory -j2 lint pytest
+
 # Three on two cores, since tests of commands wait for processes.
-test: lint  ## Run the tests (minutes).
+.PHONY: pytest
+pytest: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -n 3 --dist worksteal -m 'not slow'
 
 test-fast: setup  ## Run the tests for work in between (about a minute): the contracts, statistics, reports, imports.

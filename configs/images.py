@@ -20,7 +20,7 @@ def get_config(arg=""):
     """`arg` is one of `DATA`."""
     arg = settings.argument(__file__, arg, DATA)
     config = settings.config("images")
-    config.model.update(position="learned", num_layers=4, model_dim=64)
+    config.model.update(position="learned2d", num_layers=4, model_dim=64)
     config.optimizer.update(learning_rate=2e-3, final_learning_rate=1e-5, warmup_steps=200)
     if arg == "mnist":
         config.task.update(shift=2)
@@ -33,7 +33,7 @@ def get_config(arg=""):
 
 
 def sweep_position():
-    for position in ("none", "sinusoidal", "rope", "alibi"):
+    for position in ("none", "sinusoidal2d", "rope2d", "relative2d"):
         yield {"model.position": position}
 
 

@@ -294,7 +294,7 @@ def test_parse_a_part_of_ones_own():
 
 
 def test_explain():
-    mechanism = Mechanism(scores.Additive(), mask=masks.Causal())
+    mechanism = Mechanism(scores.Additive(hidden=2), mask=masks.Causal())
     query = jax.ShapeDtypeStruct((2, 8, 4, 16), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((2, 9, 2, 16), jnp.bfloat16)
     text = explain(mechanism, query, key, key)

@@ -10,6 +10,7 @@ from attention import Mechanism, decoding, masks, positions, scores
 from attention.mechanism import params_shape
 from attention.parts import Tile
 from support.helpers import one_line
+from support.marks import slow_but
 from support.mechanisms import compiled, normal, random_params
 
 B, T, H, K, D, V = 2, 12, 4, 2, 4, 3
@@ -60,7 +61,7 @@ MECHANISMS = [
 PIECES = ([5, 3], [4, 4], [1, 1], [1, 0], [1, 1])  # tokens of each example in each step
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS, ids=str)
+@pytest.mark.parametrize("mechanism", slow_but(MECHANISMS[1:2], MECHANISMS), ids=str)
 def test_a_window_decodes_as_the_full_pass(mechanism, x64):
     """Prompts of different lengths, longer than the window, then in pieces of any size."""
     shapes = [(B, T, H, D), (B, T, K, D), (B, T, K, V)]

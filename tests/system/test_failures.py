@@ -36,6 +36,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(config, tmp_path, kind, sta
     assert json.loads(log.read_text().splitlines()[-1])["step"] <= int(saved)
 
 
+@pytest.mark.slow
 def test_a_signal_while_it_compiles_ends_it_at_once(config, tmp_path):
     work = tmp_path / "work"
     flags = [f"--config={config}", "--sweep=", f"--workdir={work}"]

@@ -46,11 +46,14 @@ def kill(config, work, instant, seconds, *flags):
     return early
 
 
-def test_killed_while_it_saves_and_writes_it_ends_in_the_same_bits(tmp_path):
+@pytest.mark.parametrize(
+    "instants", [["save"], pytest.param(["save", "done"], marks=pytest.mark.slow)], ids="+".join
+)
+def test_killed_while_it_saves_and_writes_it_ends_in_the_same_bits(tmp_path, instants):
     """With two workers in those of a quiet one."""
     config, expected, _ = quiet(tmp_path, "rate", "--workers=1", "--config.threads=1")
     work, flags = tmp_path / "cut", ("rate", "--workers=2", "--config.threads=1")
-    for instant in ("save", "done"):
+    for instant in instants:
         assert kill(config, work, instant, 0, *flags), instant
     finish(launch(config, work, *flags))
     assert left(work) == expected

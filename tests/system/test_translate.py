@@ -181,12 +181,15 @@ def test_what_an_rnn_or_a_text_does_not_read_is_refused():
         ),
         ({"model.rnn.window": "local_m"}, "only with model.rnn.attention='luong'"),
         ({"model.rnn.window_width": 3}, "only with a model.rnn.window"),
+        (
+            {"model.mask": "causal & sliding_window(8)"},
+            "only with the Transformer of a task of tokens",
+        ),
         ({"model.position": "learned"}, "added to embeddings"),
         ({"model.position": "rope + sinusoidal"}, "added to embeddings"),
         *(
             ({name: value}, f"{name}={value!r} is read only with model.architecture='transformer'")
             for name, value in {
-                "model.mask": "causal & sliding_window(8)",
                 "model.norm": "post",
                 "model.scan_layers": True,
                 "model.use_bias": True,

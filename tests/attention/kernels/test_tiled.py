@@ -315,7 +315,9 @@ def in_turn(*sizes):
 
 @pytest.mark.parametrize("name", ANY)
 def test_every_part(name, x64):
-    parts = ANY[name] if name == "online" else (EVERY_SCORE[:1], *ANY[name][1:])
+    parts = ANY[name]
+    if name != "online":
+        parts = (parts[0][:1], parts[1], parts[2][:6], parts[3])
     check_any(parts, in_turn(*map(len, parts)), SUMMARIES if name == "whole rows" else ())
 
 
@@ -355,7 +357,7 @@ def test_masks_known_while_tracing(mask, x64):
 
 
 ROUNDED = [(m, dtype) for m in (*MECHANISMS, *LEARNED) for dtype in ("float32", "bfloat16")]
-QUICK_ROUNDED = [(MECHANISMS[3], "bfloat16")]
+QUICK_ROUNDED = [(MECHANISMS[0], "bfloat16")]
 
 
 @pytest.mark.parametrize(
@@ -421,7 +423,7 @@ ORDERS = [*LEARNED, Mechanism(normalizer=normalizers.Sigmoid()), MECHANISMS[8]]
 
 @pytest.mark.parametrize(
     "mechanism, thorough",
-    [(LEARNED[1], False), *(pytest.param(x, True, marks=pytest.mark.slow) for x in ORDERS)],
+    [(LEARNED[0], False), *(pytest.param(x, True, marks=pytest.mark.slow) for x in ORDERS)],
     ids=str,
 )
 def test_every_order(mechanism, thorough, x64):

@@ -220,7 +220,11 @@ def test_scanned_layers_are_those_one_by_one_and_gradients_reach_every_parameter
         assert (leaf.reshape(2, -1) != 0).any(1).all(), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("changes", [MODERN, FORGETFUL], ids=["modern", "forgetful"])
+@pytest.mark.parametrize(
+    "changes",
+    [MODERN, pytest.param(FORGETFUL, marks=pytest.mark.slow)],
+    ids=["modern", "forgetful"],
+)
 def test_decoding_is_the_full_pass(changes):
     """A prompt of a pattern with a window, of two lengths, and then one by one."""
     model, text = LanguageModel(changed(**changes, layers=PATTERN)), tokens(2, 7)

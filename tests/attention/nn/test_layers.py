@@ -254,7 +254,7 @@ PIECES = ([5, 3], [1, 1], [1, 0], [1, 1])  # tokens of each text in each step
 
 
 @pytest.mark.parametrize(
-    "scan, repetitions", [(True, 2), pytest.param(False, 1, marks=pytest.mark.slow)]
+    "scan, repetitions", [pytest.param(True, 2, marks=pytest.mark.slow), (False, 1)]
 )
 def test_a_pattern_is_decoded_by_small_caches(scan, repetitions):
     """A prompt longer than the windows, of two lengths, and then one by one."""
