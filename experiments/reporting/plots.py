@@ -306,7 +306,7 @@ def score_maps(
         _base_name(experiment, base, axis) if cell.axis is None else str(cell.value)
         for cell, _ in examples_by_cell
     ]
-    _, (weights, query, key) = examples_by_cell[0]
+    _, (weights, query, key, _) = examples_by_cell[0]
     where = "the last layer" if layer == -1 else f"layer {range(len(weights))[layer] + 1}"
     title = f"{base}: attention weights of {where} by {axis}"
     rows = [maps.heads(one)[layer] for _, one in examples_by_cell]

@@ -8,6 +8,7 @@ Letters as everywhere: L layers, B examples, H heads, T queries, S keys.
 
 import io
 import json
+import math
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -20,17 +21,46 @@ MEASURED = 32  # examples that are measured, see `heads.totals`
 LONGEST = 512  # tokens of an example that are looked at
 
 
+CLASS_TOKEN = "class token"
+"""The name of the token that the class of an image is read from."""
+
+
+class Picture(NamedTuple):
+    """An image that is cut into patches.
+
+    Attributes:
+      pixels: uint8 [height, width, channels], 1 channel of gray or 3 of red, green, blue.
+      grid: rows and columns of patches.
+      truth, prediction: names of classes, or '' where there are none.
+    """
+
+    pixels: np.ndarray
+    grid: tuple[int, int]
+    truth: str = ""
+    prediction: str = ""
+
+
 class Map(NamedTuple):
     """The weights of one kind of attention on one example.
 
     Attributes:
       weights: [L, H, T, S], H the most heads of a layer; NaN where one has fewer.
       query, key: the T and S tokens.
+      picture: where keys are patches, the image that they are of: the last keys are its patches,
+        row by row. So are the last queries where `query` is `key`; else they are words. None where
+        no key is a patch.
     """
 
     weights: np.ndarray
     query: list[str]
     key: list[str]
+    picture: Picture | None = None
+
+    @property
+    def patches(self) -> slice:
+        """Those keys that are patches of the picture."""
+        assert self.picture is not None
+        return slice(len(self.key) - math.prod(self.picture.grid), None)
 
 
 def first(split: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
@@ -88,23 +118,29 @@ def main_kind(by_kind: Collection[str]) -> str:
 
 
 def keep(
-    task: Any, examples: Mapping[str, np.ndarray], weights: Mapping[str, Sequence[np.ndarray]]
+    task: Any,
+    examples: Mapping[str, np.ndarray],
+    weights: Mapping[str, Sequence[np.ndarray]],
+    model: Any,
+    predictions: np.ndarray,
 ) -> list[dict[str, Map]]:
-    """For each example the map of each kind, without padding; `weights` [B, H, T, S] by layer.
+    """For each example the map of each kind, without padding; none of a model without weights.
 
-    None of a model without weights.
+    Args:
+      task, examples: those that the weights are of, B.
+      weights: by kind [B, H, T, S] of each layer.
+      model: the settings `model`.
+      predictions: the class or tokens that the model predicts, [B, ...].
     """
     maps: list[dict[str, Map]] = []
     if not weights:
         return maps
     by_kind = {kind: _with_all_heads(layers) for kind, layers in weights.items()}
     if "image" in by_kind:
-        shape = examples["inputs"].shape[1:3]
-        return [
-            {"image": Map(w, labels, labels)}
-            for w in np.moveaxis(by_kind["image"], 1, 0)
-            for labels in [patch_labels(shape, w.shape[-1])]
-        ]
+        pictures = _pictures(task, examples, model.patch_size, predictions)
+        labels = patch_labels(pictures[0].grid, model.pooling, model.registers)
+        of_examples = zip(np.moveaxis(by_kind["image"], 1, 0), pictures, strict=True)
+        return [{"image": Map(w, labels, labels, picture)} for w, picture in of_examples]
     for b in range(len(examples["inputs"])):
         inputs = task.tokens(examples["inputs"][b])
         if "source" in examples:
@@ -124,17 +160,23 @@ def keep(
     return maps
 
 
-def patch_labels(shape: Sequence[int], count: int) -> list[str]:
-    """Labels of the tokens of height × width pixels: '+1' before the patches, of which 'r1c1' ...
+def patch_labels(grid: Sequence[int], pooling: str, registers: int) -> list[str]:
+    """The names of the tokens of an image: class token and registers, then patches 'r1c1' ..."""
+    rows, columns = grid
+    first = [CLASS_TOKEN] * (pooling == "class")
+    first += [f"register {i + 1}" for i in range(registers)]
+    return first + [f"r{row + 1}c{column + 1}" for row in range(rows) for column in range(columns)]
 
-    The patches are the most squares that the image has room for in `count` tokens.
-    """
-    height, width = shape
-    sides = (n for n in range(1, min(shape) + 1) if height % n == 0 and width % n == 0)
-    side = next(n for n in sides if height // n * (width // n) <= count)
-    rows, columns = height // side, width // side
-    patches = [f"r{row + 1}c{column + 1}" for row in range(rows) for column in range(columns)]
-    return [f"+{i + 1}" for i in range(count - len(patches))] + patches
+
+def _pictures(task, examples, patch_size, predictions):
+    images = np.round((examples["inputs"] + 1) * 127.5).astype(np.uint8)
+    _, height, width, _ = images.shape
+    grid = height // patch_size, width // patch_size
+    classes = (examples["targets"], predictions)
+    return [
+        Picture(pixels, grid, task.classes[truth], task.classes[prediction])
+        for pixels, truth, prediction in zip(images, *classes, strict=True)
+    ]
 
 
 def _with_all_heads(layers):
@@ -151,16 +193,38 @@ def heads(one: Map) -> list[np.ndarray]:
     return [w if no.all() else w[~no] for w, no in zip(one.weights, absent, strict=True)]
 
 
+def rollout(layers: Sequence[np.ndarray]) -> np.ndarray:
+    """How much of each token has gone into each other one after all layers: [..., T, T].
+
+        A_l = mean of the heads of layer l,  A'_l = rows of (A_l + I) / 2, each over its sum
+        rollout = A'_L · … · A'_2 · A'_1
+
+    The identity stands for the residual connection. `layers` are weights [..., H, T, T] from the
+    first layer to the last, H may differ; those below zero count as zero. Row i tells where token
+    i comes from, and sums to 1. Abnar & Zuidema 2020, arXiv:2005.00928.
+    """
+    flow = np.eye(layers[0].shape[-1])
+    for weights in layers:
+        step = (np.maximum(weights, 0).mean(-3) + np.eye(weights.shape[-1])) / 2
+        flow = step / step.sum(-1, keepdims=True) @ flow
+    return flow
+
+
 def dump(maps: Sequence[Mapping[str, Map]]) -> bytes:
-    """The content of attention.npz: weights in half precision, and the tokens."""
+    """The content of attention.npz: weights in half precision, the tokens, and pictures."""
     arrays: dict[str, Any] = {}
-    tokens = []
+    tokens, pictures = [], []
     for i, kinds in enumerate(maps):
         tokens.append({kind: [one.query, one.key] for kind, one in kinds.items()})
+        pictures.append({kind: one.picture[1:] for kind, one in kinds.items() if one.picture})
         for kind, one in kinds.items():
             arrays[f"{i}.{kind}"] = np.asarray(one.weights, np.float16)
+            if one.picture:
+                arrays[f"{i}.pixels"] = one.picture.pixels
     buffer = io.BytesIO()
     arrays["tokens"] = json.dumps(tokens)
+    if any(pictures):
+        arrays["pictures"] = json.dumps(pictures)
     np.savez_compressed(buffer, **arrays)
     return buffer.getvalue()
 
@@ -174,12 +238,28 @@ def load(path: Path) -> list[dict[str, Map]]:
         with np.load(io.BytesIO(path.read_bytes())) as arrays:
             if "tokens" not in arrays:
                 return []
+            tokens = json.loads(str(arrays["tokens"]))
+            pictures: list[dict[str, Any]] = [{} for _ in tokens]
+            if "pictures" in arrays:
+                pictures = json.loads(str(arrays["pictures"]))
             return [
                 {
-                    kind: Map(arrays[f"{i}.{kind}"].astype(np.float32), query, key)
+                    kind: Map(
+                        arrays[f"{i}.{kind}"].astype(np.float32),
+                        query,
+                        key,
+                        _picture(arrays, i, of_kinds.get(kind)),
+                    )
                     for kind, (query, key) in kinds.items()
                 }
-                for i, kinds in enumerate(json.loads(str(arrays["tokens"])))
+                for i, (kinds, of_kinds) in enumerate(zip(tokens, pictures, strict=True))
             ]
     except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it") from error
+
+
+def _picture(arrays, example, described):
+    if described is None:
+        return None
+    grid, *classes = described
+    return Picture(arrays[f"{example}.pixels"], tuple(grid), *classes)

@@ -17,8 +17,18 @@ def weights(model: Any, params: Any, batch: Mapping[str, Any]) -> dict[str, list
 
     Only of kinds and layers that have weights: a layer with a mixer has none.
     """
-    _, sown = model.apply(params, *model_inputs(batch), mutable=["intermediates"])
-    sown = sown.get("intermediates", {})
+    return logits_and_weights(model, params, batch)[1]
+
+
+def logits_and_weights(
+    model: Any, params: Any, batch: Mapping[str, Any]
+) -> tuple[jax.Array, dict[str, list[jax.Array]]]:
+    """The logits of a batch [B, ..., classes or tokens], and the `weights` that led to them."""
+    logits, sown = model.apply(params, *model_inputs(batch), mutable=["intermediates"])
+    return logits, _by_kind(sown.get("intermediates", {}), batch)
+
+
+def _by_kind(sown, batch):
     if "stack" in sown:
         return {"image": _layers(sown["stack"], "self_attention")}
     decoder = sown.get("decoder", {})

@@ -269,9 +269,10 @@ def _finish(config, run, program, params, directory):
 
     Writes translations and attention maps.
     """
-    statistics, weights = jax.device_get(program.attention_stats(params, run.examples))
+    measured = jax.device_get(program.attention_stats(params, run.examples))
+    statistics, weights, predictions = measured
     few = attention_maps.first(run.examples, attention_maps.NUM_MAPS)
-    maps = attention_maps.keep(run.task, few, weights)
+    maps = attention_maps.keep(run.task, few, weights, config.model, predictions)
     write(directory / "attention.npz", attention_maps.dump(maps))
     details: dict[str, Any] = {"attention": attention_maps.describe(statistics)}
     if names := layer_names(config.model, statistics):
