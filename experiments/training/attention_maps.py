@@ -60,7 +60,16 @@ class Map(NamedTuple):
     def patches(self) -> slice:
         """Those keys that are patches of the picture."""
         assert self.picture is not None
-        return slice(len(self.key) - math.prod(self.picture.grid), None)
+        return slice(len(self.key) - math.prod(self.picture.grid), len(self.key))
+
+    @property
+    def pooled(self) -> tuple[str, slice]:
+        """What the queries are read by, and which of them: the class token, or a mean."""
+        if self.query != self.key:
+            return "mean of the words", slice(0, len(self.query))
+        if self.query[0] == CLASS_TOKEN:
+            return CLASS_TOKEN, slice(0, 1)
+        return "mean of the patches", self.patches
 
 
 def first(split: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
@@ -208,6 +217,16 @@ def rollout(layers: Sequence[np.ndarray]) -> np.ndarray:
         step = (np.maximum(weights, 0).mean(-3) + np.eye(weights.shape[-1])) / 2
         flow = step / step.sum(-1, keepdims=True) @ flow
     return flow
+
+
+def rollout_of(one: Map, num_layers: int) -> np.ndarray | None:
+    """The `rollout` [T, T] of a map of patches on patches.
+
+    None where its queries are not its keys, or some of the model's layers have no weights.
+    """
+    if one.query != one.key or len(one.weights) < num_layers:
+        return None
+    return rollout([np.nan_to_num(weights, posinf=0.0) for weights in heads(one)])
 
 
 def dump(maps: Sequence[Mapping[str, Map]]) -> bytes:

@@ -75,7 +75,7 @@ def test_config_and_its_sweeps(arg):
     module = runpy.run_path(IMAGES)
     config = module["get_config"](arg)
     loop.check(config)
-    for name in ("sweep_position", "sweep_pooling"):
+    for name in ("sweep_position", "sweep_pooling", "sweep_registers"):
         for changes in module[name]():
             build(settings.override(config, changes))
 
