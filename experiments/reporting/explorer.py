@@ -93,6 +93,8 @@ def _examples(cell, group):
 
 
 def _map(cell, kind, one, group):
+    # In a text the first query may have nothing else to look at.
+    start = int(one.picture is None and kind not in ("cross", "image"))
     if one.picture:
         shown = _in_blocks(one, group)
     else:
@@ -107,9 +109,7 @@ def _map(cell, kind, one, group):
         "query": _number(shown.query, group["tokens"]),
         "key": _number(shown.key, group["tokens"]),
         "entropy": [
-            np.round(
-                _entropy(np.nan_to_num(w[:, int(kind not in ("cross", "image")) :], posinf=0.0)), 3
-            ).tolist()
+            np.round(_entropy(np.nan_to_num(w[:, start:], posinf=0.0)), 3).tolist()
             for w in attention_maps.heads(one)
         ],
         **_levels(shown.weights),

@@ -24,7 +24,7 @@ class Classified(NamedTuple):
     Attributes:
       probabilities: by class, the largest first.
       weights: of all layers and heads on the picture.
-      note: how the picture was changed to be read, '' where it was not.
+      note: the sizes, where the picture is of another one than what the model reads; else ''.
     """
 
     probabilities: dict[str, float]
@@ -44,11 +44,8 @@ def load(workdir: str | Path, cell: str | None = None, seed: int = 0) -> trained
         if cell is None and len(cells) == 1:
             (cell,) = cells
         if cell not in cells:
-            raise ValueError(
-                f"{folder} has no cell {cell!r}: give --cell=... one of {', '.join(cells)}"
-                if cell
-                else f"{folder} has {len(cells)} cells: give --cell=... one of {', '.join(cells)}"
-            )
+            wrong = "several cells" if cell is None else f"no cell {cell!r}"
+            raise ValueError(f"{folder} has {wrong}: give --cell=... one of {', '.join(cells)}")
         folder = cells[cell]
     elif cell is not None:
         raise ValueError(f"{folder} is no directory of a sweep: leave out --cell={cell}")
@@ -65,7 +62,7 @@ def classify(model: trained.Trained, path: str | Path) -> Classified:
     """What a model for images makes of an image file.
 
     Raises FileNotFoundError where there is none, OSError where it is damaged or no image, and
-    ValueError where it has other channels than the model reads, or the model has no weights.
+    ValueError where it has other channels than the model reads, or no layer has weights.
     """
     task, m = model.task, model.config.model
     file = Path(path).expanduser()
@@ -87,14 +84,12 @@ def classify(model: trained.Trained, path: str | Path) -> Classified:
     (kinds,) = attention_maps.keep(task, {**batch, "targets": best[:1]}, weights, m, best[:1])
     (one,) = kinds.values()
     assert one.picture
-    (height, width), (rows, columns) = image.shape[:2], one.picture.pixels.shape[:2]
-    changed = (height, width) != (rows, columns)
+    sizes = [f"{rows} × {columns}" for rows, columns, _ in (image.shape, one.picture.pixels.shape)]
+    note = f"{sizes[0]} pixels, read as the {sizes[1]} that the model was trained on"
     return Classified(
         {task.classes[i]: float(shares[i]) for i in best},
         one._replace(picture=one.picture._replace(truth="")),
-        f"scaled or cropped from {height} × {width} pixels to the {rows} × {columns} of training"
-        if changed
-        else "",
+        note if sizes[0] != sizes[1] else "",
     )
 
 

@@ -314,7 +314,7 @@ class Explorer {
     for (const [, canvas, one] of ofTexts) draw(canvas, one, 1, largest);
     this.pointStrip = own => {
       const rows = ofPictures.map(([, , one, map]) => rowOf(map, one, own(map)));
-      const strongest = Math.max(...rows.map((row, k) => largestOnPicture(ofPictures[k][3], row)));
+      const strongest = Math.max(...rows.map((row, k) => unitOf(ofPictures[k][3], row)));
       rows.forEach((row, k) => lay(ofPictures[k][1], ofPictures[k][3], row, strongest));
     };
     this.point(this.query);

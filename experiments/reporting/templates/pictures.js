@@ -13,20 +13,23 @@ function rowOf(map, head, i) {
 // The first key that is a patch.
 const firstPatch = map => map.shape[3] - map.grid[0] * map.grid[1];
 
-const largestOnPicture = (map, row) => Math.max(...row.slice(firstPatch(map)));
+// The unit of a row on the picture: its largest weight, or four equal shares where that is less, so
+// that a head which prefers no patch looks so.
+const unitOf = (map, row) =>
+  Math.max(4 / (map.grid[0] * map.grid[1]), ...row.slice(firstPatch(map)));
 
 // A gray picture with a canvas of its patches over it.
 const overlay = (data, map) => make(
   "span", { class: "overlay" },
   make("img", { src: data.pictures[map.picture], alt: "" }), make("canvas", { "aria-hidden": true }));
 
-// Colours the patches of an overlay: each is as opaque as √(weight / largest).
+// Colours the patches of an overlay by √(weight / largest).
 function lay(element, map, row, largest) {
   const canvas = element.querySelector("canvas"), [rows, columns] = map.grid;
   const [red, green, blue] = getComputedStyle(canvas).color.match(/[\d.]+/g).map(Number);
   const image = new ImageData(columns, rows);
   row.slice(firstPatch(map)).forEach((weight, k) =>
-    image.data.set([red, green, blue, 230 * Math.sqrt(weight / (largest || 1))], 4 * k));
+    image.data.set([red, green, blue, 200 * Math.sqrt(Math.min(1, weight / largest))], 4 * k));
   [canvas.width, canvas.height] = [columns, rows];
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
@@ -125,7 +128,7 @@ function pictureView(explorer, id, map, all, rollout) {
   }
   const readout = make("p", { class: "readout", "aria-live": "polite" });
   const element = make(
-    "div", { class: "panel" }, make("h4", {}, data.labels[id]), said, heads,
+    "div", { class: "panel of-picture" }, make("h4", {}, data.labels[id]), said, heads,
     make("div", { class: "controls" }, select),
     make("div", { class: "pictures" }, ...panels.map(([figure]) => figure)),
     make("div", { class: "words" }, ...words.map(([button]) => button)),
@@ -138,9 +141,9 @@ function pictureView(explorer, id, map, all, rollout) {
   };
   const ofWords = words.map((_, i) => rowOf(map, chosen, i));
   let current = -1;
-  const strongest = i => Math.max(...rowsOf(i).map(row => largestOnPicture(map, row)));
+  const strongest = i => Math.max(...rowsOf(i).map(row => unitOf(map, row)));
   const paint = () => {
-    const largest = Math.max(...ofWords.map(row => largestOnPicture(map, row)));
+    const largest = Math.max(...ofWords.map(row => unitOf(map, row)));
     words.forEach(([, element], i) => lay(element, map, ofWords[i], largest));
   };
   const point = (i, j, largest) => {
@@ -150,7 +153,7 @@ function pictureView(explorer, id, map, all, rollout) {
     lay(over, map, row, largest);
     if (flow) {
       const whole = rowOf(map, rollout, i);
-      lay(flow, map, whole, largestOnPicture(map, whole));
+      lay(flow, map, whole, unitOf(map, whole));
     }
     const marked = ofPatches ? i : j;
     for (const [, mark] of panels) {
