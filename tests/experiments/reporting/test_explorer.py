@@ -13,7 +13,7 @@ from experiments.analysis import run_directory
 from experiments.reporting import explorer
 from experiments.reporting import page as report
 from experiments.training import attention_maps
-from support.runs import CELLS, keep, write_run
+from support.runs import CELLS, keep, of_picture, write_run
 
 
 def unpack(one):
@@ -78,16 +78,6 @@ def test_a_small_budget_keeps_first_examples_of_all(tmp_path):
     (tiny,) = explorer.pack([cells], budget=int(1.5 * sizes[0]))
     assert tiny["shown"] == [1, 1]
     assert explorer.pack([cells], budget=0)[0]["cells"] == {}
-
-
-def of_picture(grid, before=(), pixels=(8, 12, 3), L=2, queries=None):
-    """Random weights of patches on patches, or of words on them."""
-    rng = np.random.default_rng(0)
-    key = [*before, *attention_maps.patch_labels(grid, "mean", 0)]
-    weights = rng.dirichlet(np.ones(len(key)), (L, 2, len(queries or key))).astype(np.float32)
-    picture = rng.integers(0, 256, pixels, np.uint8)
-    one = attention_maps.Picture(picture, grid, "a cat", "a dog")
-    return attention_maps.Map(weights, queries or key, key, one)
 
 
 def packed_map(path, *maps, kind="image"):
