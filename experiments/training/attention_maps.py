@@ -2,7 +2,8 @@
 
 A model has some kinds of attention: 'self' of a language model; 'image' of an image classifier;
 'encoder', 'decoder' and 'cross' of a Transformer from one sequence to another; 'cross' of a
-recurrent one. `attention_stats` finds their weights.
+recurrent one. Of images and their captions 'encoder' is between patches and 'cross' from words to
+patches. `attention_stats` finds their weights.
 Letters as everywhere: L layers, B examples, H heads, T queries, S keys.
 """
 
@@ -25,7 +26,8 @@ class Map(NamedTuple):
 
     Attributes:
       weights: [L, H, T, S], H the most heads of a layer; NaN where one has fewer.
-      query, key: the T and S tokens.
+      query, key: the T and S tokens: those that are read, and of the words of a caption that attend
+        to patches those that are predicted.
     """
 
     weights: np.ndarray
@@ -36,7 +38,7 @@ class Map(NamedTuple):
 def first(split: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
     """The first `count` examples of a split, no wider than the longest of them or `LONGEST`."""
     rows = {name: x[:count] for name, x in split.items()}
-    if rows["inputs"].ndim > 2:  # images
+    if rows["inputs"].ndim > 2 or "images" in rows:
         return rows
     widths = dict.fromkeys(("inputs", "targets", "weights", "source"), LONGEST)
     if "source" in rows:
@@ -106,14 +108,7 @@ def keep(
             for labels in [patch_labels(shape, w.shape[-1])]
         ]
     for b in range(len(examples["inputs"])):
-        inputs = task.tokens(examples["inputs"][b])
-        if "source" in examples:
-            source = task.tokens(examples["source"][b])[: examples["source_lengths"][b]]
-            inputs = inputs[: int(np.flatnonzero(examples["weights"][b])[-1]) + 1]
-        else:
-            source = inputs
-        tokens = {"self": (inputs, inputs), "decoder": (inputs, inputs)}
-        tokens |= {"encoder": (source, source), "cross": (inputs, source)}
+        tokens = _tokens(task, {name: x[b] for name, x in examples.items()}, by_kind)
         maps.append(
             {
                 kind: Map(w[:, b, :, : len(query), : len(key)], query, key)
@@ -122,6 +117,25 @@ def keep(
             }
         )
     return maps
+
+
+def _tokens(task, example, by_kind):
+    """By kind the tokens of queries and of keys, without padding."""
+    inputs = task.tokens(example["inputs"])
+    if not ("source" in example or "images" in example):
+        return {"self": (inputs, inputs)}
+    length = int(np.flatnonzero(example["weights"])[-1]) + 1
+    inputs = inputs[:length]
+    if "source" in example:
+        source = task.tokens(example["source"])[: example["source_lengths"]]
+        return {"decoder": (inputs, inputs), "encoder": (source, source), "cross": (inputs, source)}
+    shape = example["images"].shape[:2]
+    patches = {kind: patch_labels(shape, w.shape[-1]) for kind, w in by_kind.items()}
+    return {
+        "decoder": (inputs, inputs),
+        "encoder": (patches["encoder"], patches["encoder"]),
+        "cross": (task.tokens(example["targets"])[:length], patches["cross"]),
+    }
 
 
 def patch_labels(shape: Sequence[int], count: int) -> list[str]:
