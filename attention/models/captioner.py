@@ -1,4 +1,4 @@
-"""Captions of images, by a decoder that attends to patches: Xu et al. 2015, "Show, Attend and Tell".
+"""Captions of images, by decoders that attend to patches: "Show, Attend and Tell", Xu et al. 2015.
 
     a_1 … a_S = VisionTransformer(image)             one vector for each patch
     p(y_t | y_<t, image) = softmax(decoder(y_<t, a))

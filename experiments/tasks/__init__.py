@@ -2,8 +2,8 @@
 
 A task is a frozen dataclass of hyper-parameters with the interface of `Task`; `create` makes one
 from a config.  Some offer more: batches of several shapes (`Bucketed`), or a text that a decoded
-output is scored against (`Writes`, `Translates`).  To add a task, write such a class in a file of its own and
-name it in `TASKS`.
+output is scored against (`Writes`, `Translates`).  To add a task, write such a class in a file of
+its own and name it in `TASKS`.
 """
 
 import dataclasses
