@@ -2,7 +2,8 @@
 
 A model has some kinds of attention: 'self' of a language model; 'image' of an image classifier;
 'encoder', 'decoder' and 'cross' of a Transformer from one sequence to another; 'cross' of a
-recurrent one. `attention_stats` finds their weights.
+recurrent one. Of images and their captions 'encoder' is between patches and 'cross' from words to
+patches. `attention_stats` finds their weights.
 Letters as everywhere: L layers, B examples, H heads, T queries, S keys.
 """
 
@@ -31,7 +32,8 @@ class Picture(NamedTuple):
     Attributes:
       pixels: uint8 [height, width, channels], 1 channel of gray or 3 of red, green, blue.
       grid: rows and columns of patches.
-      truth, prediction: names of classes, or '' where there are none.
+      truth: the name of its class, or its caption.
+      prediction: the class that a model says, or ''.
     """
 
     pixels: np.ndarray
@@ -45,7 +47,8 @@ class Map(NamedTuple):
 
     Attributes:
       weights: [L, H, T, S], H the most heads of a layer; NaN where one has fewer.
-      query, key: the T and S tokens.
+      query, key: the T and S tokens: those that are read, and of the words of a caption that attend
+        to patches those that are predicted.
       picture: where keys are patches, the image that they are of: the last keys are its patches,
         row by row. So are the last queries where `query` is `key`; else they are words. None where
         no key is a patch.
@@ -75,7 +78,7 @@ class Map(NamedTuple):
 def first(split: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
     """The first `count` examples of a split, no wider than the longest of them or `LONGEST`."""
     rows = {name: x[:count] for name, x in split.items()}
-    if rows["inputs"].ndim > 2:  # images
+    if rows["inputs"].ndim > 2 or "images" in rows:
         return rows
     widths = dict.fromkeys(("inputs", "targets", "weights", "source"), LONGEST)
     if "source" in rows:
@@ -145,28 +148,48 @@ def keep(
     if not weights:
         return maps
     by_kind = {kind: _with_all_heads(layers) for kind, layers in weights.items()}
-    if "image" in by_kind:
-        pictures = _pictures(task, examples, model.patch_size, predictions)
-        labels = patch_labels(pictures[0].grid, model.pooling, model.registers)
-        of_examples = zip(np.moveaxis(by_kind["image"], 1, 0), pictures, strict=True)
-        return [{"image": Map(w, labels, labels, picture)} for w, picture in of_examples]
-    for b in range(len(examples["inputs"])):
-        inputs = task.tokens(examples["inputs"][b])
-        if "source" in examples:
-            source = task.tokens(examples["source"][b])[: examples["source_lengths"][b]]
-            inputs = inputs[: int(np.flatnonzero(examples["weights"][b])[-1]) + 1]
-        else:
-            source = inputs
-        tokens = {"self": (inputs, inputs), "decoder": (inputs, inputs)}
-        tokens |= {"encoder": (source, source), "cross": (inputs, source)}
+    for b, prediction in enumerate(predictions):
+        of_kinds = _tokens(task, {name: x[b] for name, x in examples.items()}, model, prediction)
         maps.append(
             {
-                kind: Map(w[:, b, :, : len(query), : len(key)], query, key)
+                kind: Map(w[:, b, :, : len(query), : len(key)], query, key, picture)
                 for kind, w in by_kind.items()
-                for query, key in [tokens[kind]]
+                for query, key, picture in [of_kinds[kind]]
             }
         )
     return maps
+
+
+def _tokens(task, example, model, prediction):
+    """By kind the tokens of queries and of keys, without padding, and the picture or None."""
+    if example["inputs"].ndim > 1:
+        classes = task.classes[example["targets"]], task.classes[prediction]
+        picture = _picture(example["inputs"], model.patch_size, *classes)
+        tokens = patch_labels(picture.grid, model.pooling, model.registers)
+        return {"image": (tokens, tokens, picture)}
+    inputs = task.tokens(example["inputs"])
+    if not ("source" in example or "images" in example):
+        return {"self": (inputs, inputs, None)}
+    length = int(np.flatnonzero(example["weights"])[-1]) + 1
+    inputs = inputs[:length]
+    if "source" in example:
+        source = task.tokens(example["source"])[: example["source_lengths"]]
+        sides = {"decoder": (inputs, inputs), "encoder": (source, source)}
+        return {kind: (*own, None) for kind, own in {**sides, "cross": (inputs, source)}.items()}
+    picture = _picture(example["images"], model.patch_size, task.detokenize(example["targets"]))
+    tokens = patch_labels(picture.grid, "mean", model.registers)
+    words, patches = task.tokens(example["targets"])[:length], tokens[model.registers :]
+    return {
+        "encoder": (tokens, tokens, picture),
+        "decoder": (inputs, inputs, None),
+        "cross": (words, patches, picture),
+    }
+
+
+def _picture(image, patch_size, *texts):
+    pixels = np.round((image + 1) * 127.5).astype(np.uint8)
+    height, width, _ = pixels.shape
+    return Picture(pixels, (height // patch_size, width // patch_size), *texts)
 
 
 def patch_labels(grid: Sequence[int], pooling: str, registers: int) -> list[str]:
@@ -175,17 +198,6 @@ def patch_labels(grid: Sequence[int], pooling: str, registers: int) -> list[str]
     first = [CLASS_TOKEN] * (pooling == "class")
     first += [f"register {i + 1}" for i in range(registers)]
     return first + [f"r{row + 1}c{column + 1}" for row in range(rows) for column in range(columns)]
-
-
-def _pictures(task, examples, patch_size, predictions):
-    images = np.round((examples["inputs"] + 1) * 127.5).astype(np.uint8)
-    _, height, width, _ = images.shape
-    grid = height // patch_size, width // patch_size
-    classes = (examples["targets"], predictions)
-    return [
-        Picture(pixels, grid, task.classes[truth], task.classes[prediction])
-        for pixels, truth, prediction in zip(images, *classes, strict=True)
-    ]
 
 
 def _with_all_heads(layers):
@@ -267,7 +279,7 @@ def load(path: Path) -> list[dict[str, Map]]:
                         arrays[f"{i}.{kind}"].astype(np.float32),
                         query,
                         key,
-                        _picture(arrays, i, of_kinds.get(kind)),
+                        _load_picture(arrays, i, of_kinds.get(kind)),
                     )
                     for kind, (query, key) in kinds.items()
                 }
@@ -277,7 +289,7 @@ def load(path: Path) -> list[dict[str, Map]]:
         raise ValueError(f"{path} is damaged ({error}): delete it") from error
 
 
-def _picture(arrays, example, described):
+def _load_picture(arrays, example, described):
     if described is None:
         return None
     grid, *classes = described
