@@ -289,8 +289,10 @@ def attention_maps(cell: run_directory.CellRun) -> "Figure | None":
         names = [f"{name}: {label}" for name, label in zip(names, labels, strict=True)]
     if one.picture:
         rollout = maps.rollout_of(one, run_directory.num_layers(cell))
-        truth = f"{cell.label}: {one.picture.truth}, predicted {one.picture.prediction}"
-        return overlays(one, names, rollout, truth)
+        title = f"{cell.label}: {one.picture.truth}"
+        if one.picture.prediction:
+            title += f", predicted {one.picture.prediction}"
+        return overlays(one, names, rollout, title)
     return heat_maps(rows, names, one.query, one.key, f"{cell.label}: attention weights")
 
 
@@ -443,24 +445,28 @@ def heat_maps(
 def overlays(
     one: maps.Map, names: Sequence[str], rollout: np.ndarray | None, title: str
 ) -> "Figure":
-    """A picture, its rollout [T, T] where there is one, and what each head of each layer looks at.
+    """A picture, its rollout [T, T] where there is one, and what is looked at by layers `names`.
 
-    Rows are the layers `names`. Over the gray picture a patch is as strong in colour as the root of
-    the weight that the map's pooled query gives it, heads on one scale, the rollout on its own.
+    Columns are the heads, each by the weights of the map's pooled query, or where words look at the
+    picture the words, by the mean of the heads. Over the gray picture a patch is as strong in
+    colour as the root of its weight, of all on one scale, in the rollout on its own.
     """
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_rgb
 
     assert one.picture
+    of_words = one.query != one.key
     name, queries = one.pooled
-    of_layers = [np.nan_to_num(w[:, queries].mean(1), posinf=0.0) for w in maps.heads(one)]
-    grids = [w[:, one.patches].reshape(-1, *one.picture.grid) for w in of_layers]
+    layers = [np.nan_to_num(w[..., one.patches], posinf=0.0) for w in maps.heads(one)]
+    rows = [w.mean(0) if of_words else w[:, queries].mean(1) for w in layers]
+    grids = [row.reshape(-1, *one.picture.grid) for row in rows]
+    headings = one.query if of_words else [f"head {j + 1}" for j in range(max(map(len, rows)))]
     largest = max(float(grid.max()) for grid in grids) or 1.0
     color = to_rgb(COLORS["worse"])
     colors = LinearSegmentedColormap.from_list("weight", [(*color, 0.0), (*color, 0.9)])
     pixels = one.picture.pixels
     gray = pixels.mean(-1)
     height, width, channels = pixels.shape
-    columns = max(map(len, grids))
+    columns = len(headings)
 
     def show(panel, grid, largest):
         extent = (-0.5, width - 0.5, height - 0.5, -0.5)
@@ -470,18 +476,18 @@ def overlays(
 
     with paper_style():
         size = 1.15
-        rows = max(2.2, size * len(grids))
-        figure = new_figure(0.9 + rows / 2 + size * columns, 0.7 + rows)
-        ratios = [rows / 2, 0.9 + size * columns]
+        tall = max(2.2, size * len(grids))
+        figure = new_figure(0.9 + tall / 2 + size * columns, 0.7 + tall)
+        ratios = [tall / 2, 0.9 + size * columns]
         left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=ratios)[0]
         upper, lower = left.subplots(2, 1)
         upper.imshow(pixels[..., 0] if channels == 1 else pixels, cmap="gray", vmin=0, vmax=255)
-        upper.set_title("picture", fontsize=8)
+        upper.set_title("picture", fontsize=8, loc="center")
         lower.set_axis_off()
         if rollout is not None:
             grid = rollout[queries, one.patches].mean(0).reshape(one.picture.grid)
             show(lower, grid, float(grid.max()))
-            lower.set_title(f"rollout, up to {grid.max():.2g}", fontsize=8)
+            lower.set_title(f"rollout, up to {grid.max():.2g}", fontsize=8, loc="center")
         panels = right.subplots(len(grids), columns, squeeze=False)
         for i, (row, layer) in enumerate(zip(grids, names, strict=True)):
             for panel in panels[i, len(row) :]:
@@ -490,12 +496,13 @@ def overlays(
                 image = show(panel, grid, largest)
             beside = {"rotation": 0, "ha": "right", "va": "center", "fontsize": 8}
             panels[i, 0].set_ylabel(wrapped(layer, 18), **beside)
-        for j, panel in enumerate(panels[0]):
-            panel.set_title(f"head {j + 1}", fontsize=8, loc="center")
+        for panel, heading in zip(panels[0], headings, strict=True):
+            panel.set_title(_token(heading), fontsize=8, loc="center")
         for panel in (upper, lower, *panels.flat):
             panel.set(xticks=[], yticks=[])
             panel.spines[:].set_visible(False)
-        right.suptitle(f"weights of the query: {name}", fontsize=8)
+        note = "mean of the heads, word by word" if of_words else f"weights of the query: {name}"
+        right.suptitle(note, fontsize=8)
         figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=11)
         bar = right.colorbar(image, ax=panels, shrink=0.6, aspect=14, fraction=0.04, pad=0.02)
         bar.outline.set_visible(False)

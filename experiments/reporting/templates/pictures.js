@@ -120,11 +120,10 @@ function pictureView(explorer, id, map, all, rollout) {
     return [button, element];
   });
   const said = make("p", { class: "classes" });
-  if (map.truth) said.append("Class: ", make("strong", {}, map.truth));
+  said.append(map.prediction ? "Class: " : "Caption: ", make("strong", {}, map.truth));
   if (map.prediction) {
-    const right = map.prediction === map.truth;
-    said.append(map.truth ? "; the model says " : "The model says ",
-      make("strong", { class: right || !map.truth ? "" : "worse" }, map.prediction), ".");
+    const color = map.prediction === map.truth ? "" : "worse";
+    said.append("; the model says ", make("strong", { class: color }, map.prediction), ".");
   }
   const readout = make("p", { class: "readout", "aria-live": "polite" });
   const element = make(

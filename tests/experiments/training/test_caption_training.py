@@ -75,6 +75,7 @@ def test_run(changes, tmp_path):
     words = " ".join(first["cross"].query)  # those that are predicted
     assert words == f"{task.references('validation')[0]} <end>"
     assert first["cross"].key == first["encoder"].key == ["r1c1", "r1c2", "r2c1", "r2c2"]
+    assert first["cross"].picture[1:] == ((2, 2), task.references("validation")[0], "")
     batch = task.batch(0, np.arange(2))
     logits = model.apply(params, batch["images"], batch["inputs"])
     assert logits.shape == (2, task.length, task.vocab_size)
