@@ -27,6 +27,7 @@ IMAGES = np.random.default_rng(0).normal(size=(B, 4, 6, 3)).astype(np.float32)
 TOKENS = np.array([[1, 3, 4], [1, 2, 0]])
 CONFIG = TransformerConfig(VOCAB, M, num_layers=1, num_heads=2, mlp_dim=8, scan_layers=False)
 RNN = RNNConfig(VOCAB, M, bidirectional=False)
+SCANNED = dataclasses.replace(CONFIG, num_layers=2, scan_layers=True)
 SIZES = {"patch_size": (2, 3), "channels": 3}
 ENCODER = VisionTransformer(CONFIG, (2, 3), 3, "mean")
 
@@ -104,10 +105,11 @@ def test_without_attention_every_word_reads_the_mean():
 @pytest.mark.parametrize(
     "model",
     [
-        Captioner(dataclasses.replace(CONFIG, num_layers=2, scan_layers=True), **SIZES),
+        Captioner(CONFIG, **SIZES),
+        pytest.param(Captioner(SCANNED, **SIZES), marks=pytest.mark.slow),
         recurrent(Luong(num_heads=2, input_feeding=True), cell="lstm"),
     ],
-    ids=["transformer", "rnn"],
+    ids=["transformer", "scanned", "rnn"],
 )
 def test_word_by_word_is_the_full_pass(model):
     variables = {"params": params(model)}

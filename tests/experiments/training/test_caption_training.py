@@ -12,6 +12,7 @@ from experiments.config import settings
 from experiments.config.models import build
 from experiments.training import attention_maps, data, decode, grounding, loop, steps, trained
 from support.helpers import one_line
+from support.marks import slow_but
 from support.training import run, tiny
 
 LEARNED = {"model.position": "learned", "model.patch_size": 12}
@@ -19,14 +20,15 @@ RNN = {**LEARNED, "model.architecture": "rnn"}
 CHEAP = {"train.seeds": 1, "train.steps": 2, "decoding.beam_size": 1, "decoding.length_penalty": 0}
 
 
+NO_ATTENTION = {**RNN, "model.rnn.attention": "none"}
 MODELS = {
     "transformer": LEARNED,
     "bahdanau": {**RNN, "model.score": "additive"},
-    "none": {**RNN, "model.rnn.attention": "none"},
+    "none": NO_ATTENTION,
 }
 
 
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("changes", slow_but((LEARNED, NO_ATTENTION), MODELS.values()))
 def test_all_that_a_run_computes(changes):
     """Traced, not compiled; `test_run` is the slow one that trains."""
     config = tiny("captions", **changes, **CHEAP)
@@ -45,7 +47,7 @@ def test_all_that_a_run_computes(changes):
 
     metrics, tokens, (statistics, weights, _) = jax.eval_shape(compute, batch, run.examples)
     assert metrics["loss"].shape == () and tokens.shape == (1, 1, 5, 9)
-    heads = 1 if changes.get("model.rnn.attention") == "none" else 2
+    heads = 1 if changes == NO_ATTENTION else 2
     assert [x.shape for x in statistics["cross"]["object_share"]] == [(1, heads)]
     assert [w.shape for w in weights["cross"]] == [(4, heads, 9, 4)]
     assert [w.shape for w in weights["encoder"]] == [(4, 2, 4, 4)]
@@ -83,7 +85,7 @@ def test_run(changes, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_was_interrupted_ends_alike(tmp_path):
-    config = tiny("captions", **{**RNN, **CHEAP, "model.rnn.attention": "none"})
+    config = tiny("captions", **NO_ATTENTION, **CHEAP)
     config.train.update(steps=4, checkpoint_every=2)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "a", stop_at=3)
