@@ -50,7 +50,7 @@ def load(workdir: str | Path, cell: str | None = None, seed: int = 0) -> trained
     elif cell is not None:
         raise ValueError(f"{folder} is no directory of a sweep: leave out --cell={cell}")
     model = trained.load(folder, seed)
-    if not isinstance(model.task, tasks.OfImages):
+    if not isinstance(model.task, tasks.Images):
         raise ValueError(
             f"{folder} holds a model for the task {model.config.task.name!r}, not for images: give "
             "the work directory of one that classifies images"
