@@ -206,7 +206,7 @@ def pictures(tmp_path_factory):
     for cell, registers in zip(run_directory.load(path).cells, ([], ["register 1"]), strict=True):
         patches = of_picture((2, 3), before=[attention_maps.CLASS_TOKEN, *registers])
         words = of_picture((2, 3), queries=["a", "red", "a", "square"])
-        maps[cell.id] = {"cross": words, "image": patches}
+        maps[cell.id] = {"image": patches, "cross": words}
         (cell.path / "attention.npz").write_bytes(attention_maps.dump([maps[cell.id]]))
     report.write_report(path)
     return path, maps
@@ -242,6 +242,12 @@ def panel(page, number, cell=0):
     return page.locator(".panel").nth(cell).locator(".pictures .overlay").nth(number)
 
 
+def choose_patches(page):
+    """Patches that look at patches; first is shown what words look at."""
+    page.get_by_label("kind").select_option("image")
+    sync_api.expect(page.locator(".words button")).to_have_count(0)
+
+
 def point_at(page, row, column):
     """At a patch of 2 × 3, on the chosen head over the picture."""
     box = panel(page, 1).bounding_box()
@@ -250,6 +256,7 @@ def point_at(page, row, column):
 
 
 def test_a_head_is_laid_over_its_picture(of_pictures, pictures):
+    choose_patches(of_pictures)
     one = pictures[1]["text"]["image"]
     patches = one.weights[..., 1:]  # [L, H, T, 6]
     readout = of_pictures.locator(".readout")
@@ -278,6 +285,7 @@ def test_a_head_is_laid_over_its_picture(of_pictures, pictures):
 
 
 def test_the_rollout_is_that_of_all_layers(of_pictures, pictures):
+    choose_patches(of_pictures)
     flow = attention_maps.rollout(list(pictures[1]["text"]["image"].weights))[:, 1:]
     for query in (0, 1 + 4):
         if query:
@@ -289,6 +297,7 @@ def test_the_rollout_is_that_of_all_layers(of_pictures, pictures):
 
 
 def test_patches_are_chosen_by_the_keyboard(of_pictures):
+    choose_patches(of_pictures)
     picture, query = panel(of_pictures, 0), of_pictures.get_by_label("query").first
     picture.focus()
     for key, name in (
@@ -303,6 +312,7 @@ def test_patches_are_chosen_by_the_keyboard(of_pictures):
 
 
 def test_the_same_patch_in_two_cells(of_pictures, pictures):
+    choose_patches(of_pictures)
     of_pictures.get_by_label("beside").select_option("text.score=additive")
     sync_api.expect(of_pictures.locator(".panel")).to_have_count(2)
     point_at(of_pictures, 1, 0)
@@ -318,7 +328,6 @@ def test_the_same_patch_in_two_cells(of_pictures, pictures):
 
 
 def test_words_look_at_a_picture(of_pictures, pictures):
-    of_pictures.get_by_label("kind").select_option("cross")
     words = of_pictures.locator(".words button")
     sync_api.expect(words).to_have_count(4)
     assert words.all_text_contents() == ["a", "red", "a", "square"]

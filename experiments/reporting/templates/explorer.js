@@ -87,7 +87,7 @@ class Explorer {
     const examples = data.cells[state.cell];
     state.example = Math.min(state.example, examples.length - 1);
     const kinds = Object.keys(examples[state.example]);
-    if (!kinds.includes(state.kind)) state.kind = kinds.at(-1);
+    if (!kinds.includes(state.kind)) state.kind = kinds.includes("cross") ? "cross" : kinds[0];
     const map = this.map(state.cell), [L] = map.shape;
     state.layer = Math.min(state.layer, L - 1);
     const H = map.entropy[state.layer].length;
