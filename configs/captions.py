@@ -16,7 +16,7 @@ def get_config():
     config.model.update(position="learned(stddev=0.3)", init_stddev=0.1)
     config.optimizer.update(learning_rate=2e-3, final_learning_rate=1e-5, warmup_steps=200)
     config.decoding.update(beam_size=1, length_penalty=0.0)
-    config.train.update(steps=2000, batch_size=64, eval_every=250, eval_batch_size=256)
+    config.train.update(steps=1000, batch_size=64, eval_every=250, eval_batch_size=256)
     return config
 
 

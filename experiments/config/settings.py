@@ -65,7 +65,7 @@ ATTENTION = Reader(
     lambda c: c.model.architecture != "rnn" or c.model.rnn.attention != "none",
     inherited=True,
 )
-POSITION = Reader(
+ANY_ATTENTION = Reader(
     f"{ATTENTION.when}, and with task.name captions",
     lambda c: ATTENTION.reads(c) or CAPTIONS.reads(c),
     inherited=True,
@@ -124,7 +124,7 @@ SETTINGS: dict[str, Any] = {
     "model": {
         "architecture": Setting("transformer", one_of("transformer", "rnn")),
         "score": Setting("scaled_dot", PART, reader=ATTENTION),
-        "position": Setting("rope", PART, reader=POSITION),
+        "position": Setting("rope", PART, reader=ANY_ATTENTION),
         "mask": Setting("causal", PART, "of a decoder", MASKED),
         "layers": Setting(
             "",
@@ -135,7 +135,7 @@ SETTINGS: dict[str, Any] = {
         "normalizer": Setting("softmax", PART, reader=ATTENTION),
         "num_layers": Setting(2, at_least(1), "of encoder and decoder each"),
         "model_dim": Setting(64, at_least(1)),
-        "num_heads": Setting(4, at_least(1), reader=POSITION),
+        "num_heads": Setting(4, at_least(1), reader=ANY_ATTENTION),
         "num_kv_heads": Setting(int, at_least(1), "num_heads unless given", TRANSFORMER),
         "head_dim": Setting(int, at_least(1), "model_dim // num_heads unless given", TRANSFORMER),
         "mlp_dim": Setting(int, at_least(1), "4 · model_dim unless given", TRANSFORMER),

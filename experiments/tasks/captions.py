@@ -150,26 +150,26 @@ class Captions:
         }
 
     def _captions(self, scene):
-        """The words of each caption and the object that each names, int32 [n, T]."""
-        n, id_of = len(scene.images), {word: i for i, word in enumerate(self._words)}
-        color, shape = len(_GRAMMAR) + scene.colors, len(self._words) - self.num_shapes
-        shape = shape + scene.shapes
-        # "above" has one word and a gap.
-        relations = [(*relation.split(), "<pad>")[:2] for relation in scenes.RELATIONS]
-        relation = np.array([[id_of[word] for word in pair] for pair in relations])[scene.relations]
+        """The words of each caption and the object that each names, int32 [n, T] both."""
+        id_of = {word: i for i, word in enumerate(self._words)}
+        color = len(_GRAMMAR) + scene.colors
+        shape = len(_GRAMMAR) + self.num_colors + scene.shapes
+        pairs = [(*relation.split(), "<pad>")[:2] for relation in scenes.RELATIONS]
+        relation = np.array([[id_of[word] for word in pair] for pair in pairs])[scene.relations]
+        article = np.full(len(scene.images), id_of["a"])
         columns, named = [], []
         for k in range(self.num_objects):
             if k:
                 columns += [relation[:, k - 1, 0], relation[:, k - 1, 1]]
                 named += [-1, -1]
-            columns += [np.full(n, id_of["a"]), color[:, k], shape[:, k]]
+            columns += [article, color[:, k], shape[:, k]]
             named += [-1, k, k]
-        words = np.stack([*columns, np.full(n, END)], 1)
+        words = np.stack([*columns, np.full_like(article, END)], 1)
         objects = np.broadcast_to([*named, -1], words.shape)
-        without_gaps = np.argsort(words == PAD, axis=1, kind="stable")
-        return (
-            np.take_along_axis(x, without_gaps, axis=1).astype(np.int32) for x in (words, objects)
-        )
+        # "above" and "below" leave a gap, which goes to the end.
+        order = np.argsort(words == PAD, axis=1, kind="stable")
+        words, objects = (np.take_along_axis(x, order, axis=1) for x in (words, objects))
+        return words.astype(np.int32), objects.astype(np.int32)
 
 
 @functools.lru_cache(maxsize=8)
