@@ -33,8 +33,8 @@ def covered(boxes: jax.Array, height: int, width: int, patches: int) -> jax.Arra
 def shares(weights: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Sums and counts [H], over the words that name an object, of Σ_s p_ts · covered_s of its box.
 
-    p_ts = w_ts / Σ_s w_ts. `weights` [B, H, T, S] are of words to patches; `batch` has 'images', 'boxes' and 'objects', see
-    `experiments.tasks.captions.Captions`.
+    p_ts = w_ts / Σ_s w_ts. `weights` [B, H, T, S] are of words to patches; `batch` has 'images',
+    'boxes' and 'objects', see `experiments.tasks.captions.Captions`.
     """
     _, height, width, _ = batch["images"].shape
     area = covered(batch["boxes"], height, width, weights.shape[-1])
