@@ -31,17 +31,18 @@ def covered(boxes: jax.Array, height: int, width: int, patches: int) -> jax.Arra
 
 
 def shares(weights: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Sums and counts [H], over the words that name an object, of Σ_s w_ts · covered_s of its box.
+    """Sums and counts [H], over the words that name an object, of Σ_s p_ts · covered_s of its box.
 
-    `weights` [B, H, T, S] are of words to patches; `batch` has 'images', 'boxes' and 'objects', see
-    `experiments.tasks.captions.Captions`.
+    p_ts = w_ts / Σ_s w_ts. `weights` [B, H, T, S] are of words to patches; `batch` has 'images',
+    'boxes' and 'objects', see `experiments.tasks.captions.Captions`.
     """
     _, height, width, _ = batch["images"].shape
     area = covered(batch["boxes"], height, width, weights.shape[-1])
     objects = batch["objects"]
     own = jnp.take_along_axis(area, jnp.maximum(objects, 0)[..., None], axis=1)  # [B, T, S]
     names = jnp.broadcast_to((objects >= 0)[:, None], weights.shape[:-1])
-    share = jnp.einsum("BHTS,BTS->BHT", weights, own)
+    total = weights.sum(-1)
+    share = jnp.einsum("BHTS,BTS->BHT", weights, own) / jnp.where(total > 0, total, 1)
     return jnp.sum(share * names, (0, 2)), jnp.sum(names, (0, 2))
 
 

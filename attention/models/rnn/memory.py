@@ -45,9 +45,10 @@ class ReadMean(ReadLast):
     def precompute_kv(self, context: Array, lengths: Array) -> dict[str, Array]:
         """context [B, S, M], of it `lengths` [B] real -> what calls need of it; 0 for length 0."""
         real = jnp.arange(context.shape[1]) < lengths[:, None]
-        weights = real / jnp.maximum(lengths, 1)[:, None].astype(jnp.float32)
-        visible = jnp.where(real[..., None], context, 0).astype(jnp.float32)
-        state = jnp.einsum("BS,BSM->BM", weights, visible)
+        wide = accumulator(context.dtype)
+        weights = real.astype(wide) / jnp.maximum(lengths, 1)[:, None]
+        visible = jnp.where(real[..., None], context, 0)
+        state = jnp.einsum("BS,BSM->BM", weights, visible.astype(wide))
         return {"state": state.astype(context.dtype), "weights": weights}
 
 

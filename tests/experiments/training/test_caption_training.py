@@ -169,7 +169,7 @@ def test_area_of_patches_in_boxes():
 def test_share_on_the_named_object_by_hand():
     B, H, T, side, patch = 3, 2, 5, 8, 2
     S, rng = (side // patch) ** 2, np.random.default_rng(0)
-    weights = rng.dirichlet(np.ones(S), (B, H, T))
+    weights = rng.uniform(size=(B, H, T, S))
     boxes = np.array([[[1, 2, 4, 7], [0, 0, 3, 3]], [[2, 2, 4, 4], [5, 1, 8, 2]]] * 2)[:B]
     objects = rng.integers(-1, 2, (B, T))
     batch = {"images": np.zeros((B, side, side, 3)), "boxes": boxes, "objects": objects}
@@ -180,7 +180,7 @@ def test_share_on_the_named_object_by_hand():
             pixels = np.zeros((side, side))
             pixels[top:bottom, left:right] = 1 / patch**2
             blocks = pixels.reshape(side // patch, patch, side // patch, patch).sum((1, 3))
-            expected += weights[b, :, t] @ blocks.ravel()
+            expected += weights[b, :, t] @ blocks.ravel() / weights[b, :, t].sum(-1)
             count += 1
     total, counts = grounding.shares(weights, batch)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
