@@ -39,4 +39,7 @@ def sweep_position():
 
 def sweep_pooling():
     yield {"model.pooling": "mean"}
+
+
+def sweep_registers():
     yield {"model.registers": 4}

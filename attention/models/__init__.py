@@ -2,12 +2,14 @@
 
 import warnings
 
+from attention.models.captioner import Captioner, RNNCaptioner
 from attention.models.rnn import (
     Bahdanau,
     LastState,
     LocalM,
     LocalP,
     Luong,
+    MeanState,
     RNNConfig,
     RNNEncoderDecoder,
 )
@@ -16,6 +18,7 @@ from attention.models.vision import VisionTransformer
 
 __all__ = [
     "Bahdanau",
+    "Captioner",
     "Encoder",
     "EncoderDecoder",
     "LanguageModel",
@@ -23,6 +26,8 @@ __all__ = [
     "LocalM",
     "LocalP",
     "Luong",
+    "MeanState",
+    "RNNCaptioner",
     "RNNConfig",
     "RNNEncoderDecoder",
     "VisionTransformer",

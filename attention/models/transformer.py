@@ -14,7 +14,7 @@ from attention.nn.blocks import DecoderState, Embedding, Stack, TransformerConfi
 from attention.parts import Array
 
 
-def _embedding(config: TransformerConfig, mechanism: Mechanism, name: str) -> Embedding:
+def token_embedding(config: TransformerConfig, mechanism: Mechanism, name: str) -> Embedding:
     return Embedding(
         config.vocab_size,
         config.model_dim,
@@ -27,7 +27,7 @@ def _embedding(config: TransformerConfig, mechanism: Mechanism, name: str) -> Em
     )
 
 
-def _step(model, state, tokens, lengths):
+def decoder_step(model, state, tokens, lengths):
     """The tokens [..., T] that come next -> logits of those after each, state."""
     cache, *_ = state.caches  # all layers have the same length
     if lengths is not None:
@@ -51,7 +51,7 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embedding = _embedding(c, c.decoder, None)
+        self.embedding = token_embedding(c, c.decoder, None)
         self.decoder = Stack(c, c.decoder, c.layers)
         self.dropout = nn.Dropout(c.dropout_rate)
 
@@ -87,7 +87,7 @@ class LanguageModel(nn.Module):
         `lengths` [...] are real. Each row is one text: for `masks.Segments()` it is one segment.
         NaN for a text longer than max_length.
         """
-        return _step(self, state, tokens, lengths)
+        return decoder_step(self, state, tokens, lengths)
 
 
 class Encoder(nn.Module):
@@ -101,7 +101,7 @@ class Encoder(nn.Module):
     ) -> Array:
         """tokens [..., S] int, lengths [...] int (all real unless given) -> [..., S, M]."""
         c = self.config
-        x = _embedding(c, c.encoder, "embedding")(tokens)
+        x = token_embedding(c, c.encoder, "embedding")(tokens)
         x = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x)
         data = {"query_lengths": _lengths(tokens, lengths)}
         stack = Stack(c, c.encoder, name="stack")
@@ -122,7 +122,7 @@ class EncoderDecoder(nn.Module):
     def setup(self):
         c = self.config
         self.encoder = Encoder(c)
-        self.embedding = _embedding(c, c.decoder, None)
+        self.embedding = token_embedding(c, c.decoder, None)
         self.decoder = Stack(c, c.decoder, c.layers)
         self.dropout = nn.Dropout(c.dropout_rate)
 
@@ -175,7 +175,7 @@ class EncoderDecoder(nn.Module):
 
         As `LanguageModel.step`; the source is in the state.
         """
-        return _step(self, state, tokens, lengths)
+        return decoder_step(self, state, tokens, lengths)
 
 
 def _lengths(tokens, lengths):

@@ -111,7 +111,7 @@ class Row:
 
 def limits(metric: str) -> tuple[float, float]:
     """The lowest and the highest value of a metric: 0 and 1 of an accuracy."""
-    return (0.0, 1.0) if metric.endswith("/accuracy") else (-math.inf, math.inf)
+    return (0.0, 1.0) if metric.endswith("accuracy") else (-math.inf, math.inf)
 
 
 @functools.lru_cache(maxsize=8)

@@ -251,6 +251,11 @@ def layer_names(cell: CellRun, kind: str) -> list[str]:
     return cell.result.get("layers", {}).get(kind, [])
 
 
+def num_layers(cell: CellRun) -> int:
+    """How many layers the model of a cell has, with those that have no weights."""
+    return cell.config.get("model", {}).get("num_layers", 0)
+
+
 def join(experiments: Sequence[Experiment]) -> Experiment:
     """One experiment with the groups and cells of several, named after their run directories.
 

@@ -11,12 +11,15 @@ from ml_collections import ConfigDict
 import attention
 from attention.models import (
     Bahdanau,
+    Captioner,
     EncoderDecoder,
     LanguageModel,
     LastState,
     LocalM,
     LocalP,
     Luong,
+    MeanState,
+    RNNCaptioner,
     RNNConfig,
     RNNEncoderDecoder,
     VisionTransformer,
@@ -63,6 +66,16 @@ def transformer(task: Any, m: ConfigDict, parts: dict[str, Any]) -> Any:
     every layer of the decoder; a patch sees the whole image. `model.layers` is of the decoder's
     self-attention, or of that of an image.
     """
+    config = transformer_config(task, m, parts)
+    if isinstance(task, tasks.OfImages):
+        return vision(task, m, config)
+    if task.architecture == "captioner":
+        return Captioner(config, **patches(task, m))
+    return {"decoder": LanguageModel, "encoder_decoder": EncoderDecoder}[task.architecture](config)
+
+
+def transformer_config(task: Any, m: ConfigDict, parts: dict[str, Any]) -> TransformerConfig:
+    """The sizes, mechanisms and layers of the settings `model`."""
     of_images = isinstance(task, tasks.OfImages)
     padded = {**parts, "mask": attention.masks.Padding()}
     # The encoder adds positions to the source; i − j between two texts means nothing.
@@ -74,7 +87,7 @@ def transformer(task: Any, m: ConfigDict, parts: dict[str, Any]) -> Any:
         *("dropout_rate", "attention_dropout_rate", "use_bias", "tie_embeddings", "init_stddev"),
         *("scan_layers", "remat_layers", "implementation"),
     )
-    config = TransformerConfig(
+    return TransformerConfig(
         vocab_size=len(task.classes) if of_images else task.vocab_size,
         decoder=attention.Mechanism(**parts),
         encoder=attention.Mechanism(**padded),
@@ -83,26 +96,33 @@ def transformer(task: Any, m: ConfigDict, parts: dict[str, Any]) -> Any:
         dtype=jnp.dtype(m.dtype),
         **{name: m[name] for name in sizes},
     )
-    if isinstance(task, tasks.OfImages):
-        return vision(task, m, config)
-    return {"decoder": LanguageModel, "encoder_decoder": EncoderDecoder}[task.architecture](config)
 
 
 def vision(task: Any, m: ConfigDict, config: TransformerConfig) -> VisionTransformer:
     """The Vision Transformer of the settings `model` with the layers of `config`."""
-    height, width, channels = task.image_shape
-    sides = {height, width, *task.test_sizes}
-    for side in sorted(sides):
-        if side % m.patch_size:
-            raise ValueError(
-                f"model.patch_size={m.patch_size} does not divide images of {side} pixels: take "
-                "one that does, or other sizes (task.resize, task.crop, task.test_sizes)"
-            )
     # There is no padding; every token sees all others.
     config = dataclasses.replace(
         config, encoder=dataclasses.replace(config.encoder, mask=attention.masks.Full())
     )
-    return VisionTransformer(config, (m.patch_size, m.patch_size), channels, m.pooling, m.registers)
+    sizes = patches(task, m, task.test_sizes)
+    return VisionTransformer(config, pooling=m.pooling, **sizes)
+
+
+def patches(task: Any, m: ConfigDict, other_sizes: Collection[int] = ()) -> dict[str, Any]:
+    """How the images of a task are read by patches: arguments of `VisionTransformer`.
+
+    ValueError where patches do not divide images, also those of `other_sizes`.
+    """
+    height, width, channels = task.image_shape
+    fields = [name for name in ("resize", "crop", "test_sizes", "size") if hasattr(task, name)]
+    for side in sorted({height, width, *other_sizes}):
+        if side % m.patch_size:
+            raise ValueError(
+                f"model.patch_size={m.patch_size} does not divide images of {side} pixels: take "
+                f"one that does, or other sizes ({', '.join(f'task.{name}' for name in fields)})"
+            )
+    side = m.patch_size
+    return {"patch_size": (side, side), "channels": channels, "registers": m.registers}
 
 
 def layer_names(m: ConfigDict, kinds: Collection[str]) -> dict[str, list[str]]:
@@ -125,32 +145,44 @@ def layer_names(m: ConfigDict, kinds: Collection[str]) -> dict[str, list[str]]:
 
 
 def rnn(task: Any, m: ConfigDict, parts: dict[str, Any]) -> Any:
-    """The recurrent encoder-decoder of the settings `model`; its mask is that of padding."""
-    if task.architecture != "encoder_decoder":
+    """The recurrent encoder-decoder of the settings `model`; its mask is that of padding.
+
+    Where the source is an image, `model.score` and `model.normalizer` are of the decoder's
+    attention to it, and `model.position` is of the patches, between which attention is that of the
+    defaults.
+    """
+    of_captions = task.architecture == "captioner"
+    if task.architecture != "encoder_decoder" and not of_captions:
         raise ValueError(
             "model.architecture='rnn' goes from one sequence to another; the task "
             f"{type(task).__name__} has only one: use 'transformer'"
         )
     own, heads = m.rnn, m.num_heads
-    mechanism = attention.Mechanism(**{**parts, "mask": attention.masks.Padding()})
+    reading = {**parts, "mask": attention.masks.Padding()}
+    if of_captions:
+        reading["position"] = attention.positions.NoPE()
+    mechanism = attention.Mechanism(**reading)
     windows = {
         "none": None,
         "local_m": LocalM(own.window_width),
         "local_p": LocalP(own.window_width),
     }
     reads: dict[str, Any] = {
-        "none": LastState,
+        "none": MeanState if of_captions else LastState,
         "bahdanau": lambda: Bahdanau(mechanism, heads),
         "luong": lambda: Luong(mechanism, heads, windows[own.window], own.input_feeding),
     }
     sizes = ("model_dim", "num_layers", "dropout_rate", "tie_embeddings", "init_stddev")
-    return RNNEncoderDecoder(
-        RNNConfig(
-            vocab_size=task.vocab_size,
-            cell=own.cell,
-            bidirectional=own.bidirectional,
-            attention=reads[own.attention](),
-            dtype=jnp.dtype(m.dtype),
-            **{name: m[name] for name in sizes},
-        )
+    config = RNNConfig(
+        vocab_size=task.vocab_size,
+        cell=own.cell,
+        bidirectional=own.bidirectional and not of_captions,
+        attention=reads[own.attention](),
+        dtype=jnp.dtype(m.dtype),
+        **{name: m[name] for name in sizes},
     )
+    if not of_captions:
+        return RNNEncoderDecoder(config)
+    defaults = {"position": parts["position"], "mask": attention.masks.Full()}
+    encoder = transformer_config(task, m, defaults)
+    return RNNCaptioner(encoder, config, **patches(task, m))

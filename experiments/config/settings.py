@@ -51,8 +51,13 @@ def _tasks(reads: Callable[[Any], bool], when: str) -> Reader:
 
 
 EVERYONE = Reader("any settings", lambda c: True)
-TRANSFORMER = Reader(
+CAPTIONS = _tasks(lambda task: task.architecture == "captioner", "task.name captions")
+DECODER = Reader(
     "model.architecture='transformer'", lambda c: c.model.architecture == "transformer"
+)
+TRANSFORMER = Reader(
+    "model.architecture='transformer', and with task.name captions, whose images one reads",
+    lambda c: DECODER.reads(c) or CAPTIONS.reads(c),
 )
 RNN = Reader("model.architecture='rnn'", lambda c: c.model.architecture == "rnn")
 ATTENTION = Reader(
@@ -60,20 +65,34 @@ ATTENTION = Reader(
     lambda c: c.model.architecture != "rnn" or c.model.rnn.attention != "none",
     inherited=True,
 )
+ANY_ATTENTION = Reader(
+    f"{ATTENTION.when}, and with task.name captions",
+    lambda c: ATTENTION.reads(c) or CAPTIONS.reads(c),
+    inherited=True,
+)
+RNN_ENCODER = Reader(
+    "model.architecture='rnn' of a task from text to text",
+    lambda c: RNN.reads(c) and not CAPTIONS.reads(c),
+)
 LUONG = Reader(
     "model.rnn.attention='luong'", lambda c: RNN.reads(c) and c.model.rnn.attention == "luong"
 )
+LUONG_OF_TEXTS = Reader(
+    f"{LUONG.when} of a task from text to text",
+    lambda c: LUONG.reads(c) and RNN_ENCODER.reads(c),
+)
 WINDOW = Reader("a model.rnn.window", lambda c: LUONG.reads(c) and c.model.rnn.window != "none")
-TRANSLATION = _tasks(lambda task: hasattr(task, "references"), "task.name translation")
+WRITING = _tasks(lambda task: hasattr(task, "references"), "task.name translation or captions")
 LANGUAGE_MODEL = _tasks(
     lambda task: task.architecture == "decoder", "a task of a decoder alone, such as text"
 )
 
 IMAGES = _tasks(lambda task: task.architecture == "image_classifier", "a task of images")
 LATENT = Reader("a model.kv_rank", lambda c: TRANSFORMER.reads(c) and c.model.kv_rank is not None)
+PATCHES = Reader("a task of images or of captions", lambda c: IMAGES.reads(c) or CAPTIONS.reads(c))
 MASKED = Reader(
     "the Transformer of a task of tokens (model.layers has masks for images)",
-    lambda c: TRANSFORMER.reads(c) and not IMAGES.reads(c),
+    lambda c: DECODER.reads(c) and not IMAGES.reads(c),
 )
 
 PART = ValueRange("a text that `attention.parse` reads", TEXT.holds)
@@ -106,18 +125,18 @@ SETTINGS: dict[str, Any] = {
     "model": {
         "architecture": Setting("transformer", one_of("transformer", "rnn")),
         "score": Setting("scaled_dot", PART, reader=ATTENTION),
-        "position": Setting("rope", PART, reader=ATTENTION),
+        "position": Setting("rope", PART, reader=ANY_ATTENTION),
         "mask": Setting("causal", PART, "of a decoder", MASKED),
         "layers": Setting(
             "",
             ValueRange("a text that `attention.parse_layers` reads", TEXT.holds),
             "what the layers of a decoder, or of images, have of their own, repeated to num_layers",
-            TRANSFORMER,
+            DECODER,
         ),
         "normalizer": Setting("softmax", PART, reader=ATTENTION),
         "num_layers": Setting(2, at_least(1), "of encoder and decoder each"),
         "model_dim": Setting(64, at_least(1)),
-        "num_heads": Setting(4, at_least(1), reader=ATTENTION),
+        "num_heads": Setting(4, at_least(1), reader=ANY_ATTENTION),
         "num_kv_heads": Setting(int, at_least(1), "num_heads unless given", TRANSFORMER),
         "head_dim": Setting(int, at_least(1), "model_dim // num_heads unless given", TRANSFORMER),
         "mlp_dim": Setting(int, at_least(1), "4 · model_dim unless given", TRANSFORMER),
@@ -179,11 +198,11 @@ SETTINGS: dict[str, Any] = {
         "dropout_rate": Setting(0.0, FRACTION),
         "attention_dropout_rate": Setting(0.0, FRACTION, reader=TRANSFORMER),
         "use_bias": Setting(False, SWITCH, reader=TRANSFORMER),
-        "patch_size": Setting(4, at_least(1), "pixels of a patch, to a side", IMAGES),
+        "patch_size": Setting(4, at_least(1), "pixels of a patch, to a side", PATCHES),
         "pooling": Setting(
             "class", one_of("class", "mean"), "what a class is told by: its token, or all", IMAGES
         ),
-        "registers": Setting(0, at_least(0), "learned tokens beside the patches", IMAGES),
+        "registers": Setting(0, at_least(0), "learned tokens beside the patches", PATCHES),
         "tie_embeddings": Setting(True, SWITCH),
         "init_stddev": Setting(0.02, above(0.0)),
         "scan_layers": Setting(
@@ -198,9 +217,9 @@ SETTINGS: dict[str, Any] = {
         "implementation": Setting(str, TEXT, "the kernel; chosen by `attend`", TRANSFORMER),
         "rnn": {
             "cell": Setting("gru", one_of("gru", "lstm"), reader=RNN),
-            "bidirectional": Setting(True, SWITCH, "the encoder", RNN),
+            "bidirectional": Setting(True, SWITCH, "the encoder", RNN_ENCODER),
             "attention": Setting("bahdanau", one_of("bahdanau", "luong", "none"), reader=RNN),
-            "window": Setting("none", one_of("none", "local_m", "local_p"), reader=LUONG),
+            "window": Setting("none", one_of("none", "local_m", "local_p"), reader=LUONG_OF_TEXTS),
             "window_width": Setting(5, at_least(1), "states to each side", WINDOW),
             "input_feeding": Setting(
                 True, SWITCH, "Luong et al., sec. 3.3; `models.Luong` by itself has False", LUONG
@@ -226,8 +245,8 @@ SETTINGS: dict[str, Any] = {
         "ema_decay": Setting(0.0, FRACTION, "a model is judged by this mean of its parameters"),
     },
     "decoding": {
-        "beam_size": Setting(5, at_least(1), reader=TRANSLATION),
-        "length_penalty": Setting(0.6, NUMBER, reader=TRANSLATION),
+        "beam_size": Setting(5, at_least(1), reader=WRITING),
+        "length_penalty": Setting(0.6, NUMBER, reader=WRITING),
         "timed_tokens": Setting(
             0, at_least(0), "a model is timed on generating so many; 0: not", LANGUAGE_MODEL
         ),
@@ -335,7 +354,7 @@ def check_read(config: ConfigDict, changed: Collection[str] = ()) -> None:
                     f"task.{name}={value!r} is read only where the data are generated, without "
                     f"path and tfds: leave it at {defaults[name]!r}"
                 )
-    if config.model.architecture == "rnn" and ATTENTION.reads(config):
+    if RNN_ENCODER.reads(config) and ATTENTION.reads(config):
         if embeds(attention.parse("position", config.model.position)):
             raise ValueError(
                 f"model.position={config.model.position!r} is added to embeddings, which is "

@@ -6,7 +6,9 @@ unpacks those that it is about to show.
 """
 
 import base64
+import io
 import json
+import math
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +20,7 @@ from experiments.training import attention_maps
 
 BUDGET = 3_000_000  # characters that the maps of a page may take
 LONGEST = 96  # tokens of an example that are shown
+LARGEST_PICTURE = 128  # pixels to a side that are shown
 
 
 def pack(
@@ -28,13 +31,20 @@ def pack(
     - 'cells': by cell and example {kind of attention: map}. A map has 'shape' [L, H, T, S], 'query'
       and 'key', numbers in 'tokens', 'entropy' of the heads that each layer has (of all that the
       example had), 'largest', its largest weight, and 'bytes', those of round(255 √(w / largest)),
-      by zlib and base64; 'layers', what each is, where they differ;
-    - 'tokens': lists of tokens;
+      by zlib and base64; 'layers', what each is, where they differ. Where keys are patches of a
+      picture it also has 'picture', a number in 'pictures', 'grid', its rows and columns of
+      patches, 'truth', 'prediction', 'pooled', [name, start, stop] of the queries that its pooled
+      one is the mean of, and 'rollout', {'largest', 'bytes'} [T, S], of patches on patches;
+    - 'tokens': lists of tokens; 'pictures': PNG as data URIs;
+    - 'block': the most patches to a side that are shown as one, where a picture has more than
+      `LONGEST`: keys by the sum of their weights, queries by the mean; else 1;
     - 'kept', 'shown': how many examples and cells there are, of which the budget has room for some,
       the first examples of all cells;
     - 'cut': the most tokens that an example had where it is cut to `LONGEST`, else 0.
     """
-    packed: list[dict[str, Any]] = [{"tokens": [], "cut": 0} for _ in groups]
+    packed: list[dict[str, Any]] = [
+        {"tokens": [], "pictures": [], "cut": 0, "block": 1} for _ in groups
+    ]
     read = [
         {cell.id: _examples(cell, entry) for cell in group}
         for group, entry in zip(groups, packed, strict=True)
@@ -46,6 +56,7 @@ def pack(
     for entry, examples_by_cell in zip(packed, read, strict=True):
         entry["cells"] = {id: [] for id in examples_by_cell}
         entry["kept"] = [max(map(len, examples_by_cell.values()), default=0), len(examples_by_cell)]
+    budget -= sum(len(picture) for entry in packed for picture in entry["pictures"])
     full = [False] * len(read)
     # One example after another over all groups, so that no group takes all.
     for example in range(attention_maps.NUM_MAPS):
@@ -73,34 +84,97 @@ def pack(
 def _examples(cell, group):
     return [
         {
-            kind: _map(kind, one, group, run_directory.layer_names(cell, kind))
+            kind: _map(cell, kind, one, group)
+            | (_of_picture(cell, one, group) if one.picture else {})
             for kind, one in kinds.items()
         }
         for kinds in run_directory.read_attention(cell)
     ]
 
 
-def _map(kind, one, group, names):
-    every = np.nan_to_num(one.weights, posinf=0.0)
-    weights = every[..., :LONGEST, :LONGEST]
-    if weights.size < one.weights.size:
-        group["cut"] = max(group["cut"], *one.weights.shape[2:])
-    largest = float(weights.max(initial=0)) or 1.0
-    levels = np.round(255 * np.sqrt(np.maximum(weights, 0) / largest)).astype(np.uint8)
+def _map(cell, kind, one, group):
+    # In a text the first query may have nothing else to look at.
+    start = int(one.picture is None and kind not in ("cross", "image"))
+    if one.picture:
+        shown = _in_blocks(one, group)
+    else:
+        shown = attention_maps.Map(
+            one.weights[..., :LONGEST, :LONGEST], one.query[:LONGEST], one.key[:LONGEST]
+        )
+        if shown.weights.size < one.weights.size:
+            group["cut"] = max(group["cut"], *one.weights.shape[2:])
+    names = run_directory.layer_names(cell, kind)
     return {
-        "shape": list(weights.shape),
-        "query": _number(one.query[:LONGEST], group["tokens"]),
-        "key": _number(one.key[:LONGEST], group["tokens"]),
+        "shape": list(shown.weights.shape),
+        "query": _number(shown.query, group["tokens"]),
+        "key": _number(shown.key, group["tokens"]),
         "entropy": [
-            np.round(
-                _entropy(np.nan_to_num(w[:, int(kind not in ("cross", "image")) :], posinf=0.0)), 3
-            ).tolist()
+            np.round(_entropy(np.nan_to_num(w[:, start:], posinf=0.0)), 3).tolist()
             for w in attention_maps.heads(one)
         ],
-        "largest": largest,
-        "bytes": base64.b64encode(zlib.compress(levels.tobytes(), 9)).decode(),
+        **_levels(shown.weights),
         **({"layers": names} if names else {}),
     }
+
+
+def _levels(weights):
+    weights = np.maximum(np.nan_to_num(weights, posinf=0.0), 0)
+    largest = float(weights.max(initial=0)) or 1.0
+    levels = np.round(255 * np.sqrt(weights / largest)).astype(np.uint8)
+    packed = base64.b64encode(zlib.compress(levels.tobytes(), 9)).decode()
+    return {"largest": largest, "bytes": packed}
+
+
+def _of_picture(cell, one, group):
+    """What `_map` lacks of a map with a picture."""
+    shown = _in_blocks(one, group)
+    name, queries = shown.pooled
+    described = {
+        "picture": _number(_png(one.picture.pixels), group["pictures"]),
+        "grid": list(shown.picture.grid),
+        "truth": one.picture.truth,
+        "prediction": one.picture.prediction,
+        "pooled": [name, queries.start, queries.stop],
+    }
+    rollout = attention_maps.rollout_of(one, run_directory.num_layers(cell))
+    if rollout is not None:
+        flow = _in_blocks(one._replace(weights=rollout[None, None]), group)
+        described["rollout"] = _levels(flow.weights)
+    return described
+
+
+def _in_blocks(one, group):
+    """A map of at most `LONGEST` keys: patches are joined to blocks of n × n where they are more.
+
+    What a query gives to a block is the sum over its patches; a query that is a block is the mean
+    over them.
+    """
+    rows, columns = one.picture.grid
+    before = one.patches.start
+    sizes = ((n, math.ceil(rows / n), math.ceil(columns / n)) for n in range(1, rows + columns))
+    n, *grid = next(x for x in sizes if before + x[1] * x[2] <= LONGEST or x[1] * x[2] == 1)
+    if n == 1:
+        return one
+    group["block"] = max(group["block"], n)
+    row, column = np.indices((rows, columns)).reshape(2, -1) // n
+    block = np.concatenate([np.arange(before), before + row * grid[1] + column])
+    member = (block == np.arange(block[-1] + 1)[:, None]).astype(np.float32)  # [blocks, patches]
+    weights = one.weights @ member.T
+    key = one.key[:before] + attention_maps.patch_labels(grid, "mean", 0)
+    picture = one.picture._replace(grid=tuple(grid))
+    if one.query != one.key:
+        return attention_maps.Map(weights, one.query, key, picture)
+    return attention_maps.Map(member / member.sum(1, keepdims=True) @ weights, key, key, picture)
+
+
+def _png(pixels):
+    from PIL import Image
+
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _entropy(weights):
@@ -111,7 +185,7 @@ def _entropy(weights):
     return np.sum(entropy, -1) / np.maximum(np.sum(total > 0, -1), 1)
 
 
-def _number(tokens, vocabulary):
-    if tokens not in vocabulary:
-        vocabulary.append(tokens)
-    return vocabulary.index(tokens)
+def _number(value, values):
+    if value not in values:
+        values.append(value)
+    return values.index(value)

@@ -275,7 +275,10 @@ def _front(points: Sequence[tuple[float, float]], lower: bool) -> list[int]:
 
 
 def attention_maps(cell: run_directory.CellRun) -> "Figure | None":
-    """Weights of every layer (rows) and head (columns) on one example; None where none are kept."""
+    """Weights of every layer (rows) and head (columns) on one example; None where none are kept.
+
+    Of an image they are `overlays`, else `heat_maps`.
+    """
     if not (examples := run_directory.read_attention(cell)):
         return None
     kind = maps.main_kind(examples[0])
@@ -284,6 +287,12 @@ def attention_maps(cell: run_directory.CellRun) -> "Figure | None":
     names = [f"layer {i + 1}" for i in range(len(rows))]
     if labels := run_directory.layer_names(cell, kind):
         names = [f"{name}: {label}" for name, label in zip(names, labels, strict=True)]
+    if one.picture:
+        rollout = maps.rollout_of(one, run_directory.num_layers(cell))
+        title = f"{cell.label}: {one.picture.truth}"
+        if one.picture.prediction:
+            title += f", predicted {one.picture.prediction}"
+        return overlays(one, names, rollout, title)
     return heat_maps(rows, names, one.query, one.key, f"{cell.label}: attention weights")
 
 
@@ -306,7 +315,7 @@ def score_maps(
         _base_name(experiment, base, axis) if cell.axis is None else str(cell.value)
         for cell, _ in examples_by_cell
     ]
-    _, (weights, query, key) = examples_by_cell[0]
+    _, (weights, query, key, _) = examples_by_cell[0]
     where = "the last layer" if layer == -1 else f"layer {range(len(weights))[layer] + 1}"
     title = f"{base}: attention weights of {where} by {axis}"
     rows = [maps.heads(one)[layer] for _, one in examples_by_cell]
@@ -428,6 +437,74 @@ def heat_maps(
         bar = figure.colorbar(
             image, ax=panels, shrink=length, anchor=(0, 1), aspect=14, fraction=0.03, pad=0.02
         )
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def overlays(
+    one: maps.Map, names: Sequence[str], rollout: np.ndarray | None, title: str
+) -> "Figure":
+    """A picture, its rollout [T, T] where there is one, and what is looked at by layers `names`.
+
+    Columns are the heads, each by the weights of the map's pooled query, or where words look at the
+    picture the words, by the mean of the heads. Over the gray picture a patch is as strong in
+    colour as the root of its weight, of all on one scale, in the rollout on its own.
+    """
+    from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_rgb
+
+    assert one.picture
+    of_words = one.query != one.key
+    name, queries = one.pooled
+    layers = [np.nan_to_num(w[..., one.patches], posinf=0.0) for w in maps.heads(one)]
+    rows = [w.mean(0) if of_words else w[:, queries].mean(1) for w in layers]
+    grids = [row.reshape(-1, *one.picture.grid) for row in rows]
+    headings = one.query if of_words else [f"head {j + 1}" for j in range(max(map(len, rows)))]
+    largest = max(float(grid.max()) for grid in grids) or 1.0
+    color = to_rgb(COLORS["worse"])
+    colors = LinearSegmentedColormap.from_list("weight", [(*color, 0.0), (*color, 0.9)])
+    pixels = one.picture.pixels
+    gray = pixels.mean(-1)
+    height, width, channels = pixels.shape
+    columns = len(headings)
+
+    def show(panel, grid, largest):
+        extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+        panel.imshow(gray, cmap="gray", vmin=-96, vmax=351, extent=extent)
+        norm = PowerNorm(0.5, 0, largest)
+        return panel.imshow(grid, colors, norm, interpolation="none", extent=extent)
+
+    with paper_style():
+        size = 1.15
+        tall = max(2.2, size * len(grids))
+        figure = new_figure(0.9 + tall / 2 + size * columns, 0.7 + tall)
+        ratios = [tall / 2, 0.9 + size * columns]
+        left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=ratios)[0]
+        upper, lower = left.subplots(2, 1)
+        upper.imshow(pixels[..., 0] if channels == 1 else pixels, cmap="gray", vmin=0, vmax=255)
+        upper.set_title("picture", fontsize=8, loc="center")
+        lower.set_axis_off()
+        if rollout is not None:
+            grid = rollout[queries, one.patches].mean(0).reshape(one.picture.grid)
+            show(lower, grid, float(grid.max()))
+            lower.set_title(f"rollout, up to {grid.max():.2g}", fontsize=8, loc="center")
+        panels = right.subplots(len(grids), columns, squeeze=False)
+        for i, (row, layer) in enumerate(zip(grids, names, strict=True)):
+            for panel in panels[i, len(row) :]:
+                panel.set_axis_off()
+            for panel, grid in zip(panels[i], row, strict=False):
+                image = show(panel, grid, largest)
+            beside = {"rotation": 0, "ha": "right", "va": "center", "fontsize": 8}
+            panels[i, 0].set_ylabel(wrapped(layer, 18), **beside)
+        for panel, heading in zip(panels[0], headings, strict=True):
+            panel.set_title(_token(heading), fontsize=8, loc="center")
+        for panel in (upper, lower, *panels.flat):
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(False)
+        note = "mean of the heads, word by word" if of_words else f"weights of the query: {name}"
+        right.suptitle(note, fontsize=8)
+        figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=11)
+        bar = right.colorbar(image, ax=panels, shrink=0.6, aspect=14, fraction=0.04, pad=0.02)
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=7)
     return figure

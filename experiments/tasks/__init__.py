@@ -2,8 +2,8 @@
 
 A task is a frozen dataclass of hyper-parameters with the interface of `Task`; `create` makes one
 from a config.  Some offer more: batches of several shapes (`Bucketed`), or a text that a decoded
-output is scored against (`Translates`).  To add a task, write such a class in a file of its own and
-name it in `TASKS`.
+output is scored against (`Writes`, `Translates`).  To add a task, write such a class in a file of
+its own and name it in `TASKS`.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from experiments.tasks.captions import Captions
 from experiments.tasks.copying import DecoderCopy
 from experiments.tasks.images.task import Images
 from experiments.tasks.mad import (
@@ -53,6 +54,7 @@ TASKS = {
     "sort": Sort,
     "translation": Translation,
     "images": Images,
+    "captions": Captions,
 }
 
 Batch = dict[str, np.ndarray]
@@ -72,15 +74,16 @@ class Task(typing.Protocol):
       end with END.
 
     Of an image classifier 'inputs' are pixels, float32 [n, height, width, channels] from −1 to 1,
-    and 'targets' (classes) and 'weights' are [n].
+    and 'targets' (classes) and 'weights' are [n]. A captioner has such pixels as 'images' in place
+    of a source; see `Captions`.
     """
 
     architecture: ClassVar[str]
-    """'decoder', 'encoder_decoder' or 'image_classifier'."""
+    """'decoder', 'encoder_decoder', 'image_classifier' or 'captioner'."""
 
     primary: ClassVar[str]
     """The metric that models are chosen by: 'validation/loss' or 'validation/accuracy', or of a
-    task that `Translates` one of its scores, 'validation/bleu'. The same on 'test' is reported."""
+    task that `Writes` one of its scores, 'validation/bleu'. The same on 'test' is reported."""
 
     lower_is_better: ClassVar[bool]
     """Whether a smaller primary metric is better."""
@@ -149,23 +152,31 @@ class Bucketed(typing.Protocol):
 
 
 @typing.runtime_checkable
-class Translates(typing.Protocol):
-    """A task from text to text: what a model decodes is compared with a right answer as text."""
+class Writes(typing.Protocol):
+    """A task whose models write: what they decode is compared with a right answer as text."""
 
-    def sources(self, split: str) -> list[str]:
-        """The source texts of an evaluation split, in the order of its arrays."""
+    texts: ClassVar[str]
+    """What these are, 'translations' or 'captions': files of a run are called so."""
 
     def references(self, split: str) -> list[str]:
-        """The right answers to `sources`."""
-
-    def encode_source(self, text: str) -> np.ndarray:
-        """Ids of a source text, END included: int32 [S]."""
+        """The right answers of an evaluation split, in the order of its arrays."""
 
     def detokenize(self, ids: np.ndarray) -> str:
         """The text of decoded ids [T], up to the first END."""
 
     def score(self, hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         """Metrics of the texts of a split by name; `Task.primary` names one of them."""
+
+
+@typing.runtime_checkable
+class Translates(Writes, typing.Protocol):
+    """A task from text to text."""
+
+    def sources(self, split: str) -> list[str]:
+        """The source texts of an evaluation split, in the order of its arrays."""
+
+    def encode_source(self, text: str) -> np.ndarray:
+        """Ids of a source text, END included: int32 [S]."""
 
     def bleu_by_length(
         self, hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str]

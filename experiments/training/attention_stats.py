@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from experiments.training import grounding
 from experiments.training.data import model_inputs
 
 
@@ -17,12 +18,22 @@ def weights(model: Any, params: Any, batch: Mapping[str, Any]) -> dict[str, list
 
     Only of kinds and layers that have weights: a layer with a mixer has none.
     """
-    _, sown = model.apply(params, *model_inputs(batch), mutable=["intermediates"])
-    sown = sown.get("intermediates", {})
+    return logits_and_weights(model, params, batch)[1]
+
+
+def logits_and_weights(
+    model: Any, params: Any, batch: Mapping[str, Any]
+) -> tuple[jax.Array, dict[str, list[jax.Array]]]:
+    """The logits of a batch [B, ..., classes or tokens], and the `weights` that led to them."""
+    logits, sown = model.apply(params, *model_inputs(batch), mutable=["intermediates"])
+    return logits, _by_kind(sown.get("intermediates", {}), batch)
+
+
+def _by_kind(sown, batch):
     if "stack" in sown:
         return {"image": _layers(sown["stack"], "self_attention")}
     decoder = sown.get("decoder", {})
-    if "source" not in batch:
+    if not ("source" in batch or "images" in batch):
         by_kind = {"self": _layers(decoder, "self_attention")}
     else:
         by_kind = {}
@@ -59,20 +70,25 @@ def totals(by_kind: Mapping[str, Sequence[jax.Array]], batch: Mapping[str, Any])
     With p_ij = w_ij / Σ_j w_ij, 'entropy' is −Σ_j p_ij log p_ij in nats of all queries that give
     some weight, and 'first_token' w_i1, what a query gives to the first key (Xiao et al. 2024,
     fig. 2).  Padded queries do not count, nor in self-attention of texts the first query, which may
-    have nothing else to look at.
+    have nothing else to look at.  'object_share' of the words of a caption is what
+    `grounding.shares` says.
     """
     measured = {}
     for kind, layers in by_kind.items():
         B, _, T, _ = layers[0].shape
         rows = jnp.ones((B, T))
-        if "source" in batch:
+        of_patches = kind == "image" or kind == "encoder" and "images" in batch
+        if kind == "encoder" and "source" in batch:
+            rows = jnp.arange(T) < batch["source_lengths"][:, None]
+        elif kind in ("decoder", "cross"):
             rows = batch["weights"] > 0
-            if kind == "encoder":
-                rows = jnp.arange(T) < batch["source_lengths"][:, None]
-        if kind not in ("cross", "image"):
+        if kind != "cross" and not of_patches:
             rows = rows * (jnp.arange(T) > 0)
         of_layers = [_totals(w, rows) for w in layers]
         measured[kind] = {name: [x[name] for x in of_layers] for name in of_layers[0]}
+    if "boxes" in batch and "cross" in by_kind:
+        shares = [grounding.shares(w, batch) for w in by_kind["cross"]]
+        measured["cross"]["object_share"] = shares
     return measured
 
 

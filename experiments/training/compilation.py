@@ -30,7 +30,8 @@ class Program(NamedTuple):
       evaluate: by split, params, batches [n, b, ...] -> sums of loss, hits, weights [n, R] each.
       translate: by split and `Decoding`, params, source batches [n, b, ...] -> tokens [n, R, b, T].
       keep_best: best, params, score [R] -> best; see `steps.keep_best`. None where the last count.
-      attention_stats: params, examples -> statistics and weights; see `steps.measure_attention`.
+      attention_stats: params, examples -> statistics, weights and predictions; see
+        `steps.measure_attention`.
       memory_bytes: the most that a step takes, of arguments, results and what is between them, as
         XLA counts it; on a mesh, of one device. None where XLA does not tell.
       flops: by `data.shapes` of a training batch, of a step of all seeds; see `flops.count`.

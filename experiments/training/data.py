@@ -86,11 +86,19 @@ def fill(batch: dict[str, np.ndarray], multiple: int, axis: int = 0) -> dict[str
 
 def model_inputs(batch: Mapping[str, Any]) -> tuple:
     """What a model is called with."""
+    if "images" in batch:
+        return batch["images"], batch["inputs"]
     if "source" in batch:
         return batch["source"], batch["inputs"], batch["source_lengths"]
     return (batch["inputs"],)
 
 
 def sources(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a translation is made from."""
-    return {name: batch[name] for name in ("source", "source_lengths")}
+    """What a text is decoded from: a source and its lengths, or images."""
+    names = ("source", "source_lengths", "images")
+    return {name: batch[name] for name in names if name in batch}
+
+
+def start_inputs(batch: Mapping[str, Any]) -> tuple:
+    """What `start` of a model is called with."""
+    return (batch["images"],) if "images" in batch else (batch["source"], batch["source_lengths"])

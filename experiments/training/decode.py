@@ -1,4 +1,4 @@
-"""How a model's translations are searched for."""
+"""How what a model writes, a translation or a caption, is searched for."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from attention import search
 from experiments import tasks
+from experiments.training.data import start_inputs
 from experiments.training.steps import seed_map
 
 
@@ -32,7 +33,7 @@ def from_config(config: ConfigDict, task: Any, beam: bool) -> Decoding:
 def translate(
     model: Any, decoding: Decoding, seeds_impl: str, params: Any, batches: Mapping[str, jax.Array]
 ) -> jax.Array:
-    """Batches of 'source' [n, b, S] and 'source_lengths' [n, b] -> tokens [n, R, b, T]."""
+    """Batches of `data.sources` [n, b, ...] -> tokens [n, R, b, T]."""
     over_seeds = seed_map(seeds_impl)
 
     def of_batch(batch):
@@ -44,14 +45,14 @@ def translate(
 def _translate_batch(model, decoding, params, batch):
     """Tokens [b, T] of one seed's parameters."""
     limits = {"max_length": decoding.max_length, "end": decoding.end}
-    source, lengths = batch["source"], batch["source_lengths"]
-    state = model.apply(params, source, lengths, decoding.max_length, method="start")
+    inputs = start_inputs(batch)
+    state = model.apply(params, *inputs, decoding.max_length, method="start")
 
     def step(state, tokens):
         logits, state = model.apply(params, state, tokens[:, None], method="step")
         return logits[:, 0], state
 
-    begin = jnp.full(len(source), decoding.begin, jnp.int32)
+    begin = jnp.full(len(inputs[0]), decoding.begin, jnp.int32)
     if decoding.beam_size == 1:
         return search.greedy(step, state, begin, **limits).tokens
     beams = search.beam_search(

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 import attention
-from attention.nn import partition
+from attention.nn import TransformerConfig, partition
 
 DATA = PartitionSpec(None, "data")  # of arrays [seeds, b, ...] and [batches, b, ...]
 
@@ -71,7 +71,7 @@ def check(config: ConfigDict, model, inputs: tuple) -> None:
         "train.eval_batch_size": (config.train.eval_batch_size, "data"),
         "model.num_heads": (m.num_heads, "model"),
     }
-    if m.architecture == "transformer":
+    if isinstance(model.config, TransformerConfig):
         heads = m.num_heads if m.num_kv_heads is None else m.num_kv_heads
         split["model.num_kv_heads"] = heads, "model"
         split["model.mlp_dim"] = m.mlp_dim or 4 * m.model_dim, "model"

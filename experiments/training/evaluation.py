@@ -1,4 +1,4 @@
-"""How a model is judged: metrics of whole splits, and of their translations."""
+"""How a model is judged: metrics of whole splits, and of the translations or captions it writes."""
 
 from collections.abc import Mapping
 from typing import Any

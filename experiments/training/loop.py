@@ -23,6 +23,7 @@ from experiments.training import (
     devices,
     evaluation,
     generation,
+    grounding,
 )
 from experiments.training.compilation import compile_program
 from experiments.training.decode import Decoding
@@ -66,9 +67,10 @@ class Run(NamedTuple):
 
     Attributes:
       task, source, splits: the task, its training batches and its evaluation batches by split.
-      examples: those of the validation split that attention maps are made of.
+      examples: those of the validation split whose attention is measured, and the first drawn;
+        where words name objects, all.
       seeds, init_seeds: of each run, and what its parameters are drawn by, [R].
-      greedy, beam: how a task that translates is judged on the way and in the end, else None.
+      greedy, beam: how a task that `tasks.Writes` is judged on the way and in the end, else None.
       has_best: whether the parameters that were best on the way are the result.
       program: the arguments of `compile_program`; runs of equal ones share a program.
     """
@@ -96,10 +98,12 @@ def prepare(config: ConfigDict) -> Run:
         name: data.eval_batches(split, c.eval_batch_size, mesh.shape["data"] if mesh else 1)
         for name, split in whole.items()
     }
-    examples = attention_maps.first(whole["validation"], attention_maps.MEASURED)
+    validation = whole["validation"]
+    measured = len(validation["boxes"]) if "boxes" in validation else attention_maps.MEASURED
+    examples = attention_maps.first(validation, measured)
     greedy = beam = None
     searches: tuple[tuple[str, Decoding], ...] = ()
-    if isinstance(task, tasks.Translates):
+    if isinstance(task, tasks.Writes):
         greedy, beam = (decode.from_config(config, task, beam) for beam in (False, True))
         searches = (("validation", greedy), *((name, beam) for name in splits))
     has_best = bool(greedy) or c.patience > 0
@@ -131,7 +135,7 @@ def train(
 ) -> dict[str, Any]:
     """Trains all seeds of a config, from where `directory` left off; returns its result.
 
-    A task that translates is judged by greedy translations on the way, and in the end by beam
+    A task that `tasks.Writes` is judged by greedy decoding on the way, and in the end by beam
     search. There, and with `train.patience`, the result is that of the parameters of each seed that
     were best on the way.
 
@@ -267,11 +271,12 @@ def _judge(run, program, state):
 def _finish(config, run, program, params, directory):
     """Judges the parameters on all splits -> metrics [R], and what else a result tells of them.
 
-    Writes translations and attention maps.
+    Writes attention maps, and translations or captions.
     """
-    statistics, weights = jax.device_get(program.attention_stats(params, run.examples))
+    measured = jax.device_get(program.attention_stats(params, run.examples))
+    statistics, weights, predictions = measured
     few = attention_maps.first(run.examples, attention_maps.NUM_MAPS)
-    maps = attention_maps.keep(run.task, few, weights)
+    maps = attention_maps.keep(run.task, few, weights, config.model, predictions)
     write(directory / "attention.npz", attention_maps.dump(maps))
     details: dict[str, Any] = {"attention": attention_maps.describe(statistics)}
     if names := layer_names(config.model, statistics):
@@ -280,11 +285,16 @@ def _finish(config, run, program, params, directory):
     if run.beam:
         texts = evaluation.translations(program, run.task, run.beam, params, run.splits)
         metrics |= evaluation.translation_metrics(run.task, texts)
-        details["bleu_by_length"] = evaluation.bleu_by_length(run.task, texts)
+        if isinstance(run.task, tasks.Translates):
+            details["bleu_by_length"] = evaluation.bleu_by_length(run.task, texts)
         for split, of_seeds in texts.items():
             lines = "".join(f"{text}\n" for text in of_seeds[0])
-            write(directory / f"translations_{split}.txt", lines)
+            write(directory / f"{run.task.texts}_{split}.txt", lines)
     metrics |= attention_maps.metrics(statistics)
+    if "boxes" in run.examples:
+        test = run.task.eval_splits()["test"]  # of as many examples as there are for validation
+        on_test, *_ = jax.device_get(program.attention_stats(params, test))
+        metrics |= grounding.metrics(statistics["cross"], on_test["cross"], test)
     if tokens := config.decoding.timed_tokens:
         model, *_ = run.program
         details |= generation.cost(model, params, tokens)

@@ -128,11 +128,12 @@ def _losses(model, params, batch, dropout_key, label_smoothing, collections=()):
 
 def measure_attention(
     model: Any, params: Any, examples: Mapping[str, jax.Array]
-) -> tuple[dict[str, Any], dict[str, list[jax.Array]]]:
-    """`attention_stats.means` of the examples by seed, and weights of a few; of all seeds.
+) -> tuple[dict[str, Any], dict[str, list[jax.Array]], jax.Array]:
+    """`attention_stats.means` of the examples by seed; weights and predictions of a few.
 
-    The weights are `attention_stats.weights` of the first seed on the first
-    `attention_maps.NUM_MAPS`.
+    Those are of the first seed on the first `attention_maps.NUM_MAPS` examples: the weights are
+    `attention_stats.weights`, the predictions int32 [B, ...] the class or token of the largest
+    logit.
     """
     few = {name: x[: attention_maps.NUM_MAPS] for name, x in examples.items()}
     first = jax.tree.map(lambda x: x[0], params)
@@ -145,7 +146,9 @@ def measure_attention(
         return attention_stats.means(jax.lax.map(one, examples))
 
     # One after another: the weights of all examples and seeds would be more than a step takes.
-    return jax.lax.map(measure, params), attention_stats.weights(model, first, few)
+    statistics = jax.lax.map(measure, params)
+    logits, weights = attention_stats.logits_and_weights(model, first, few)
+    return statistics, weights, jnp.argmax(logits, -1)
 
 
 def keep_best(best: dict[str, Any], params: Any, score: jax.Array) -> dict[str, Any]:

@@ -136,3 +136,13 @@ def keep(cell, examples, **sizes):
     maps = [{kind: one(**sizes) for kind in ("decoder", "cross")} for _ in range(examples)]
     (cell.path / "attention.npz").write_bytes(attention_maps.dump(maps))
     return maps
+
+
+def of_picture(grid, before=(), pixels=(8, 12, 3), L=2, queries=None):
+    """Random weights of patches on patches, or of words on them."""
+    rng = np.random.default_rng(len(before))
+    key = [*before, *attention_maps.patch_labels(grid, "mean", 0)]
+    weights = rng.dirichlet(np.full(len(key), 0.3), (L, 2, len(queries or key))).astype(np.float32)
+    picture = rng.integers(0, 256, pixels, np.uint8)
+    one = attention_maps.Picture(picture, grid, "a cat", "a dog")
+    return attention_maps.Map(weights, queries or key, key, one)

@@ -13,6 +13,7 @@ def tiny(task="recall", **changes):
         "recall": {"vocab_size": 16, "length": 8, "num_pairs": 2, "num_eval": 20},
         "reverse": {"vocab_size": 8, "length": 6, "num_eval": 20},
         "images": {"synthetic_eval": 6, "test_sizes": (36,)},
+        "captions": {"num_eval": 5},
     }
     config = settings.config(task, **sizes[task])
     config.model.update(model_dim=8, num_layers=1, num_heads=2, dropout_rate=0.1)

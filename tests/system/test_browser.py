@@ -17,8 +17,9 @@ from experiments.analysis import run_directory
 from experiments.bench import page as bench_page
 from experiments.reporting import live as live_pages
 from experiments.reporting import page as report
+from experiments.training import attention_maps
 from support.benchmarks import results_of
-from support.runs import CELLS, keep, write_run
+from support.runs import CELLS, keep, of_picture, write_run
 
 pytestmark = pytest.mark.slow
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -195,6 +196,153 @@ def test_what_is_drawn_is_not_blank(page):
             ".filter((x, i) => i % 4 == 3 && x > 0).length / (c.width * c.height)"
         )
         assert 0.01 < drawn <= 1, selector
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A run of images whose second cell has a register; of captions is what words attend to."""
+    path = write_run(tmp_path_factory.mktemp("pictures") / "run", CELLS[:2])
+    maps = {}
+    for cell, registers in zip(run_directory.load(path).cells, ([], ["register 1"]), strict=True):
+        patches = of_picture((2, 3), before=[attention_maps.CLASS_TOKEN, *registers])
+        words = of_picture((2, 3), queries=["a", "red", "a", "square"])
+        maps[cell.id] = {"image": patches, "cross": words}
+        (cell.path / "attention.npz").write_bytes(attention_maps.dump([maps[cell.id]]))
+    report.write_report(path)
+    return path, maps
+
+
+@pytest.fixture
+def of_pictures(browser, pictures):
+    """The explorer of images, at a telephone's width and in the dark: nothing may overflow."""
+    tab = browser.new_page(viewport={"width": 360, "height": 900}, color_scheme="dark")
+    messages = []
+    tab.on("console", lambda message: messages.append(message.text))
+    tab.on("pageerror", lambda error: messages.append(str(error)))
+    tab.goto(f"file://{pictures[0]}/report.html")
+    tab.wait_for_selector(".readout")
+    yield tab
+    # Chromium remarks on how this test reads what is drawn.
+    assert [text for text in messages if "willReadFrequently" not in text] == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+    tab.close()
+
+
+def colors(overlay):
+    """How strong each patch of an overlay is in colour, from 0 to 1."""
+    opacities = overlay.locator("canvas").evaluate(
+        "c => [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
+        ".filter((x, i) => i % 4 === 3)"
+    )
+    return np.array(opacities) / 200
+
+
+def panel(page, number, cell=0):
+    """The picture, the chosen head over it, the rollout."""
+    return page.locator(".panel").nth(cell).locator(".pictures .overlay").nth(number)
+
+
+def choose_patches(page):
+    """Patches that look at patches; first is shown what words look at."""
+    page.get_by_label("kind").select_option("image")
+    sync_api.expect(page.locator(".words button")).to_have_count(0)
+
+
+def point_at(page, row, column):
+    """At a patch of 2 × 3, on the chosen head over the picture."""
+    box = panel(page, 1).bounding_box()
+    x, y = box["width"] * (column + 0.5) / 3, box["height"] * (row + 0.5) / 2
+    panel(page, 1).hover(position={"x": x, "y": y})
+
+
+def test_a_head_is_laid_over_its_picture(of_pictures, pictures):
+    choose_patches(of_pictures)
+    one = pictures[1]["text"]["image"]
+    patches = one.weights[..., 1:]  # [L, H, T, 6]
+    readout = of_pictures.locator(".readout")
+    for query, name in ((0, "class token"), (1 + 5, "r2c3"), (1 + 1, "r1c2")):
+        if query:
+            point_at(of_pictures, *divmod(query - 1, 3))
+        unit = max(4 / 6, patches[:, :, query].max())
+        expected = np.sqrt(patches[:, :, query] / unit)
+        np.testing.assert_allclose(colors(panel(of_pictures, 1)), expected[0, 0], atol=0.03)
+        for k, small in enumerate(of_pictures.locator(".heads .overlay").all()):
+            np.testing.assert_allclose(colors(small), expected[k // 2, k % 2], atol=0.03)
+        best = one.key[int(one.weights[0, 0, query].argmax())]
+        assert f" nats: {name} attends to {best} " in readout.text_content()
+        mark = of_pictures.locator(".pictures .patch").first
+        assert mark.is_visible() == bool(query)
+    of_pictures.locator("header").hover()
+    assert "class token attends to" in readout.text_content()
+    of_pictures.locator(".heads button").nth(3).click()
+    sync_api.expect(readout).to_contain_text("Layer 2, head 2")
+    unit = max(4 / 6, patches[:, :, 0].max())
+    np.testing.assert_allclose(
+        colors(panel(of_pictures, 1)), np.sqrt(patches[1, 1, 0] / unit), atol=0.03
+    )
+    said = of_pictures.locator(".classes").text_content()
+    assert said == "Class: a cat; the model says a dog."
+
+
+def test_the_rollout_is_that_of_all_layers(of_pictures, pictures):
+    choose_patches(of_pictures)
+    flow = attention_maps.rollout(list(pictures[1]["text"]["image"].weights))[:, 1:]
+    for query in (0, 1 + 4):
+        if query:
+            point_at(of_pictures, *divmod(query - 1, 3))
+        unit = max(4 / 6, flow[query].max())
+        np.testing.assert_allclose(
+            colors(panel(of_pictures, 2)), np.sqrt(flow[query] / unit), atol=0.03
+        )
+
+
+def test_patches_are_chosen_by_the_keyboard(of_pictures):
+    choose_patches(of_pictures)
+    picture, query = panel(of_pictures, 0), of_pictures.get_by_label("query").first
+    picture.focus()
+    for key, name in (
+        *(("ArrowRight", "r1c1"), ("ArrowRight", "r1c2"), ("ArrowDown", "r2c2")),
+        *(("ArrowDown", "r2c2"), ("ArrowLeft", "r2c1"), ("Escape", "class token")),
+    ):
+        of_pictures.keyboard.press(key)
+        assert f" nats: {name} attends" in of_pictures.locator(".readout").text_content()
+        assert query.evaluate("e => e.selectedOptions[0].textContent") == name
+    query.select_option("r2c3")
+    assert "r2c3 attends" in of_pictures.locator(".readout").text_content()
+
+
+def test_the_same_patch_in_two_cells(of_pictures, pictures):
+    choose_patches(of_pictures)
+    of_pictures.get_by_label("beside").select_option("text.score=additive")
+    sync_api.expect(of_pictures.locator(".panel")).to_have_count(2)
+    point_at(of_pictures, 1, 0)
+    weights = [pictures[1][id]["image"].weights for id in ("text", "text.score=additive")]
+    rows = [w[..., -3, -6:] for w in weights]  # of r2c1 to patches
+    unit = max(4 / 6, *(row.max() for row in rows))
+    for cell, row in enumerate(rows):
+        shown = colors(panel(of_pictures, 1, cell))
+        np.testing.assert_allclose(shown, np.sqrt(row[0, 0] / unit), atol=0.03)
+    unit = max(4 / 6, *(row[0, 0].max() for row in rows))
+    for small, row in zip(of_pictures.locator(".strip .overlay").all(), rows, strict=True):
+        np.testing.assert_allclose(colors(small), np.sqrt(row[0, 0] / unit), atol=0.03)
+
+
+def test_words_look_at_a_picture(of_pictures, pictures):
+    words = of_pictures.locator(".words button")
+    sync_api.expect(words).to_have_count(4)
+    assert words.all_text_contents() == ["a", "red", "a", "square"]
+    weights = pictures[1]["text"]["cross"].weights
+    for i, word in enumerate(words.all()):
+        unit = max(4 / 6, weights[0, 0].max())
+        np.testing.assert_allclose(colors(word), np.sqrt(weights[0, 0, i] / unit), atol=0.03)
+    words.nth(2).focus()
+    of_pictures.keyboard.press("Enter")
+    assert words.nth(2).get_attribute("aria-pressed") == "true"
+    assert "a (3) attends to" in of_pictures.locator(".readout").text_content()
+    unit = max(4 / 6, weights[:, :, 2].max())
+    shown = colors(panel(of_pictures, 1))
+    np.testing.assert_allclose(shown, np.sqrt(weights[0, 0, 2] / unit), atol=0.03)
+    assert of_pictures.locator(".pictures figure").count() == 2  # there is no rollout
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -5,6 +5,7 @@
 | part      | context c_t                    | query   | enters            | source                |
 |-----------|--------------------------------|---------|-------------------|-----------------------|
 | LastState | the last state h_S at every t  |         | cell, with y_t−1  | Sutskever, Cho 2014   |
+| MeanState | the mean of all, at every t    |         | cell, with y_t−1  |                       |
 | Bahdanau  | attention to all states        | s_{t−1} | cell, with y_t−1  | Bahdanau et al. 2015  |
 | Luong     | attention to all, or a window  | s_t     | output            | Luong et al. 2015     |
 
@@ -16,7 +17,7 @@ from attention.models.rnn.config import RNNConfig
 from attention.models.rnn.decoder import RNNDecoder
 from attention.models.rnn.encoder import RNNEncoder
 from attention.models.rnn.encoder_decoder import RNNEncoderDecoder
-from attention.models.rnn.reading import Bahdanau, LastState, LocalM, LocalP, Luong
+from attention.models.rnn.reading import Bahdanau, LastState, LocalM, LocalP, Luong, MeanState
 
 __all__ = [
     "Bahdanau",
@@ -24,6 +25,7 @@ __all__ = [
     "LocalM",
     "LocalP",
     "Luong",
+    "MeanState",
     "RNNConfig",
     "RNNDecoder",
     "RNNEncoder",

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from attention import positions
-from attention.models.rnn.reading import Bahdanau, LastState, Luong
+from attention.models.rnn.reading import Bahdanau, LastState, Luong, MeanState
 from attention.nn.blocks import Embedding
 from attention.nn.partition import named
 from attention.parts import Array, check_counts
@@ -23,7 +23,8 @@ class RNNConfig:
       num_layers: L, of encoder and decoder each.
       cell: 'gru' (Cho et al. 2014) or 'lstm' (Hochreiter & Schmidhuber 1997).
       bidirectional: the encoder reads both ways with M/2 each; h_j sees the whole text then.
-      attention: how the decoder reads the memory: `LastState()`, `Bahdanau(...)`, `Luong(...)`.
+      attention: how the decoder reads the memory: `LastState()`, `MeanState()`, `Bahdanau(...)`,
+        `Luong(...)`.
       dropout_rate: of embeddings, between layers and before the output layer, but not from one
         step to the next (Zaremba et al. 2014).
       tie_embeddings: the output layer is the decoder's embedding transposed (Press & Wolf 2017).
@@ -40,7 +41,7 @@ class RNNConfig:
     num_layers: int = 1
     cell: Literal["gru", "lstm"] = "gru"
     bidirectional: bool = True
-    attention: LastState | Bahdanau | Luong = Bahdanau()
+    attention: LastState | MeanState | Bahdanau | Luong = Bahdanau()
     dropout_rate: float = 0.0
     tie_embeddings: bool = True
     init_stddev: float = 0.1
@@ -56,9 +57,9 @@ class RNNConfig:
                 f"model_dim must be even for a bidirectional encoder, got {self.model_dim}: change "
                 "it or set bidirectional=False"
             )
-        if not isinstance(self.attention, LastState | Bahdanau | Luong):
+        if not isinstance(self.attention, LastState | MeanState | Bahdanau | Luong):
             raise ValueError(
-                "attention must be LastState(), Bahdanau(...) or Luong(...), got "
+                "attention must be LastState(), MeanState(), Bahdanau(...) or Luong(...), got "
                 f"{self.attention!r}"
             )
         if self.model_dim % getattr(self.attention, "num_heads", 1):

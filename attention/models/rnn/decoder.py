@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax.typing import Out
 
 from attention.models.rnn.config import RNNConfig, hidden_state, make_cell
-from attention.models.rnn.memory import Centre, ReadLast, SingleHead
-from attention.models.rnn.reading import Bahdanau, LastState, LocalP, Luong
+from attention.models.rnn.memory import Centre, ReadLast, ReadMean, SingleHead
+from attention.models.rnn.reading import Bahdanau, LastState, LocalP, Luong, MeanState
 from attention.nn.dense import Dense
 from attention.nn.multi_head import MultiHeadAttention
 from attention.nn.partition import named
@@ -35,6 +35,8 @@ class RNNDecoder(nn.Module):
         self.combine = Dense(c.model_dim, use_bias=False, kernel_init=combine_init, **kinds)
         if isinstance(part, LastState):
             self.cross_attention = ReadLast()
+        elif isinstance(part, MeanState):
+            self.cross_attention = ReadMean()
         elif part.num_heads == 1:
             self.cross_attention = SingleHead(part.mechanism, c.model_dim, **kinds)
         else:
@@ -68,7 +70,7 @@ class RNNDecoder(nn.Module):
         part, length = self.config.attention, x.shape[1]
         steps = state["step"][:, None] + jnp.arange(length)
         context = None
-        if isinstance(part, LastState):
+        if isinstance(part, LastState | MeanState):
             context = self._read(state, x, steps)
             x = jnp.concatenate([x, context], axis=-1)
 

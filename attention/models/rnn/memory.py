@@ -1,4 +1,4 @@
-"""Modules that read a memory: its last state, one head of attention, the centre of a window."""
+"""Modules that read a memory: one state of it, one head of attention, the centre of a window."""
 
 import dataclasses
 import functools
@@ -26,17 +26,30 @@ class ReadLast(nn.Module):
         last = jnp.maximum(lengths - 1, 0)[:, None, None]
         state = jnp.take_along_axis(context, last, axis=1)[:, 0]
         return {
-            "last": jnp.where(lengths[:, None] > 0, state, 0),
+            "state": jnp.where(lengths[:, None] > 0, state, 0),
             "weights": weights.astype(jnp.float32),
         }
 
     def __call__(self, x: Array, context: dict[str, Array], **_) -> Array:
         """x [B, T, M], a context of `precompute_kv` -> [B, T, M]."""
-        last, weights = context["last"], context["weights"]
+        state, weights = context["state"], context["weights"]
         shape = (len(weights), 1, x.shape[1], weights.shape[1])
         weights = jnp.broadcast_to(weights[:, None, None], shape)
         self.sow("intermediates", "weights", weights.astype(x.dtype))
-        return jnp.broadcast_to(last[:, None], x.shape)
+        return jnp.broadcast_to(state[:, None], x.shape)
+
+
+class ReadMean(ReadLast):
+    """The mean of the memory for every query: weights that are 1/S."""
+
+    def precompute_kv(self, context: Array, lengths: Array) -> dict[str, Array]:
+        """context [B, S, M], of it `lengths` [B] real -> what calls need of it; 0 for length 0."""
+        real = jnp.arange(context.shape[1]) < lengths[:, None]
+        wide = accumulator(context.dtype)
+        weights = real.astype(wide) / jnp.maximum(lengths, 1)[:, None]
+        visible = jnp.where(real[..., None], context, 0)
+        state = jnp.einsum("BS,BSM->BM", weights, visible.astype(wide))
+        return {"state": state.astype(context.dtype), "weights": weights}
 
 
 @dataclasses.dataclass(frozen=True)

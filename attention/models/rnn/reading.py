@@ -17,6 +17,11 @@ class LastState:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeanState:
+    """No attention: c_t = (1/S) Σ_j h_j for every t, what uniform attention would read."""
+
+
+@dataclasses.dataclass(frozen=True)
 class _Attention:
     mechanism: Mechanism
     num_heads: int = 1

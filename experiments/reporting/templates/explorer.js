@@ -38,6 +38,10 @@ const layerName = (map, layer) =>
 
 const nats = entropy => `${entropy.toFixed(2)} nats`;
 
+// Query i of the tokens `from` in the tokens `to` (numbers of lists), by its name; −1 for none.
+const sameToken = (data, from, to, i) =>
+  from === to ? i : data.tokens[to].indexOf(data.tokens[from][i]);
+
 class Explorer {
   constructor(place) {
     this.place = place;
@@ -83,7 +87,7 @@ class Explorer {
     const examples = data.cells[state.cell];
     state.example = Math.min(state.example, examples.length - 1);
     const kinds = Object.keys(examples[state.example]);
-    if (!kinds.includes(state.kind)) state.kind = kinds.at(-1);
+    if (!kinds.includes(state.kind)) state.kind = kinds.includes("cross") ? "cross" : kinds[0];
     const map = this.map(state.cell), [L] = map.shape;
     state.layer = Math.min(state.layer, L - 1);
     const H = map.entropy[state.layer].length;
@@ -116,37 +120,51 @@ class Explorer {
     const views = await Promise.all(shown.map(id => this.view(id, largest)));
     if (turn !== this.turn) return;  // something else was chosen meanwhile
     this.views = views;
+    this.pointStrip = null;
     this.panels.replaceChildren(...this.views.map(view => view.element), ...missing);
     for (const view of this.views) view.paint();
     this.point(this.query);
     await this.all(turn);
   }
 
-  // One cell: its heads, the tokens with lines between them, and the heat map.
-  async view(id, largest) {
-    const { state, data } = this, map = this.map(id), all = await levels(map);
-    const [L, H] = map.shape;
-    const layer = Math.min(state.layer, L - 1);
-    const head = Math.min(state.head, map.entropy[layer].length - 1);
-    const query = data.tokens[map.query], key = data.tokens[map.key];
-    const chosen = headOf(map, all, layer, head);
+  // The layer and head of a map that are chosen, or its last ones.
+  chosen(map) {
+    const layer = Math.min(this.state.layer, map.shape[0] - 1);
+    return [layer, Math.min(this.state.head, map.entropy[layer].length - 1)];
+  }
+
+  // A button for each head of each layer, which shows the element that `small` makes of it.
+  heads(map, all, small) {
+    const [L, H] = map.shape, [layer, head] = this.chosen(map);
     const heads = make("div", { class: "heads", style: `--heads: ${H}` });
-    const thumbnails = [];
     for (let l = 0; l < L; l++) for (let h = 0; h < H; h++) {
       if (h >= map.entropy[l].length) {  // a layer of fewer heads
         heads.append(make("span"));
         continue;
       }
-      const one = headOf(map, all, l, h), canvas = make("canvas", { "aria-hidden": true });
+      const one = headOf(map, all, l, h);
       const name = `layer ${layerName(map, l)}, head ${h + 1}, entropy ${nats(one.entropy)}`;
       const button = make(
         "button",
         { type: "button", title: name, "aria-label": name, "aria-pressed": l === layer && h === head },
-        canvas, make("span", {}, `${l + 1}.${h + 1} · ${one.entropy.toFixed(2)}`));
+        small(one), make("span", {}, `${l + 1}.${h + 1} · ${one.entropy.toFixed(2)}`));
       button.onclick = () => this.set({ layer: l, head: h });
       heads.append(button);
-      thumbnails.push([canvas, one]);
     }
+    return heads;
+  }
+
+  // One cell: its heads, the tokens with lines between them, and the heat map.
+  textView(id, map, all, largest) {
+    const { data } = this, [layer, head] = this.chosen(map);
+    const query = data.tokens[map.query], key = data.tokens[map.key];
+    const chosen = headOf(map, all, layer, head);
+    const thumbnails = [];
+    const heads = this.heads(map, all, one => {
+      const canvas = make("canvas", { "aria-hidden": true });
+      thumbnails.push([canvas, one]);
+      return canvas;
+    });
     const tokens = (texts, attributes) => make("ol", attributes, ...texts.map((text, i) =>
       make("li", { id: `${this.key}|${id}|${attributes.class}|${i}` }, text)));
     const left = tokens(query, {
@@ -227,11 +245,25 @@ class Explorer {
         make("div", { class: "map" }, make("div", { class: "frame" }, heat, mark),
           make("p", { class: "soft" }, "rows: queries, columns: keys"))),
       readout);
-    return { element, paint, point };
+    return { element, map, paint, point };
   }
 
+  async view(id, largest) {
+    const map = this.map(id), all = await levels(map);
+    if (!map.grid) return this.textView(id, map, all, largest);
+    const flow = map.rollout && { ...map.rollout, shape: [1, 1, ...map.shape.slice(2)], entropy: [[0]] };
+    const rollout = flow ? headOf(flow, await levels(flow), 0, 0) : null;
+    return pictureView(this, id, map, all, rollout);
+  }
+
+  // Points at query i of the first cell, in all of them, and at key j; −1 for none.
   point(i, j) {
-    for (const view of this.views) view.point(i, j);
+    const [{ map: first }] = this.views;
+    const own = map => sameToken(this.data, first.query, map.query, i);
+    const ofPictures = this.views.filter(({ strongest }) => strongest);
+    const largest = Math.max(...ofPictures.map(({ map, strongest }) => strongest(own(map))));
+    for (const { map, point } of this.views) point(own(map), j, largest);
+    this.pointStrip?.(own);
   }
 
   // Lines from queries to keys, of all queries or of one.
@@ -263,21 +295,29 @@ class Explorer {
       const map = this.map(id);
       if (!map || !(state.head < map.entropy[state.layer]?.length)) continue;
       const one = headOf(map, await levels(map), state.layer, state.head);
-      const canvas = make("canvas", { "aria-hidden": true });
+      const drawing = map.grid ? overlay(this.data, map) : make("canvas", { "aria-hidden": true });
       const label = this.data.labels[id], name = `${label}, entropy ${nats(one.entropy)}`;
       const button = make(
         "button",
         { type: "button", title: name, "aria-label": name,
           "aria-pressed": id === state.cell || id === state.other },
-        canvas, make("span", {}, label), make("span", {}, one.entropy.toFixed(2)));
+        drawing, make("span", {}, label), make("span", {}, one.entropy.toFixed(2)));
       button.onclick = () => this.set({ other: id });
-      items.push([button, canvas, one]);
+      items.push([button, drawing, one, map]);
     }
     if (turn !== this.turn) return;
     this.strips.hidden = items.length < 2;
     this.strip.replaceChildren(...items.map(([button]) => button));
-    const largest = Math.max(...items.map(([, , one]) => one.largest));
-    for (const [, canvas, one] of items) draw(canvas, one, 1, largest);
+    const ofPictures = items.filter(([, , , map]) => map.grid);
+    const ofTexts = items.filter(([, , , map]) => !map.grid);
+    const largest = Math.max(...ofTexts.map(([, , one]) => one.largest));
+    for (const [, canvas, one] of ofTexts) draw(canvas, one, 1, largest);
+    this.pointStrip = own => {
+      const rows = ofPictures.map(([, , one, map]) => rowOf(map, one, own(map)));
+      const strongest = Math.max(...rows.map((row, k) => unitOf(ofPictures[k][3], row)));
+      rows.forEach((row, k) => lay(ofPictures[k][1], ofPictures[k][3], row, strongest));
+    };
+    this.point(this.query);
   }
 }
 

@@ -80,24 +80,32 @@ def _by_class(folder):
 
 
 def _decode_all(files, resize, channels):
-    from PIL import Image, ImageOps
-
     images: list[np.ndarray] = []
     for file in files:
-        try:
-            with Image.open(file) as opened:
-                image = ImageOps.exif_transpose(opened)
-                gray = image.mode in ("1", "L", "I", "I;16", "F", "LA")
-                wanted = channels or (1 if gray else 3)
-                image = image.convert("L" if wanted == 1 else "RGB")
-        except Exception as error:  # Pillow has exceptions of its own for each format
-            reason = tfds_sets.one_line(error)
-            raise OSError(
-                f"cannot read the image {file} ({reason}): get it anew, or remove it"
-            ) from error
-        images.append(_resized(np.asarray(image).reshape(image.height, image.width, -1), resize))
+        images.append(_resized(read_image(file, channels), resize))
         _check_alike(images[-1].shape, file, images[0].shape, files[0])
     return np.stack(images)
+
+
+def read_image(file: pathlib.Path, channels: int | None) -> np.ndarray:
+    """The pixels uint8 [height, width, channels] of a file, turned as its EXIF says.
+
+    `channels` as of `read_path`. Raises OSError where it cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+            gray = image.mode in ("1", "L", "I", "I;16", "F", "LA")
+            wanted = channels or (1 if gray else 3)
+            image = image.convert("L" if wanted == 1 else "RGB")
+    except Exception as error:  # Pillow has exceptions of its own for each format
+        reason = tfds_sets.one_line(error)
+        raise OSError(
+            f"cannot read the image {file} ({reason}): get it anew, or remove it"
+        ) from error
+    return np.asarray(image).reshape(image.height, image.width, -1)
 
 
 def _check_alike(shape, name, first_shape, first_name):
@@ -114,13 +122,18 @@ def _check_alike(shape, name, first_shape, first_name):
 
 
 def _resized(image, size):
-    """The image [height, width, channels] scaled bilinearly to size × size, as it is where None."""
-    if size is None or image.shape[:2] == (size, size):
+    """The image [height, width, channels] scaled to size × size, as it is where None."""
+    return image if size is None else scaled(image, (size, size))
+
+
+def scaled(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """An image [height, width, channels] scaled bilinearly to `size` (rows, columns)."""
+    if image.shape[:2] == tuple(size):
         return image
     from PIL import Image
 
     planes = [
-        np.asarray(Image.fromarray(plane).resize((size, size), Image.Resampling.BILINEAR))
+        np.asarray(Image.fromarray(plane).resize((size[1], size[0]), Image.Resampling.BILINEAR))
         for plane in np.moveaxis(image, -1, 0)
     ]
     return np.stack(planes, -1)

@@ -167,6 +167,21 @@ class Images:
             splits[f"size_{n}"] = _as_batch(larger, numbers)
         return splits
 
+    def prepare(self, image: np.ndarray, name: str) -> np.ndarray:
+        """The inputs [1, height, width, channels] of an image uint8, as those of evaluation.
+
+        It is scaled to the size of the training images, whose middle is taken where they are
+        cropped. Raises ValueError, calling it `name`, where they have other channels.
+        """
+        *size, channels = self.image_shape
+        if image.shape[-1] != channels:
+            raise ValueError(
+                f"{name} has {_CHANNELS[image.shape[-1]]}, the images of training have "
+                f"{_CHANNELS[channels]}: convert it"
+            )
+        whole = size if self._made_up else self._data.images["train"].shape[1:3]
+        return _as_inputs(_middle(files.scaled(image, whole)[None], size))
+
     @property
     def _made_up(self):
         return self.path is None and self.tfds is None
@@ -249,9 +264,16 @@ def _middle(images, size):
     return images if (height, width) == tuple(size) else files.shifted(images, down, right, size)
 
 
+_CHANNELS = {1: "1 channel (gray)", 3: "3 channels (red, green, blue)"}
+
+
+def _as_inputs(images):
+    return images.astype(np.float32) / np.float32(127.5) - 1
+
+
 def _as_batch(images, numbers):
     return {
-        "inputs": images.astype(np.float32) / np.float32(127.5) - 1,
+        "inputs": _as_inputs(images),
         "targets": numbers.astype(np.int32),
         "weights": np.ones(len(images), np.float32),
     }

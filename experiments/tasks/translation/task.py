@@ -90,6 +90,7 @@ class Translation:
     architecture: ClassVar[str] = "encoder_decoder"
     primary: ClassVar[str] = "validation/bleu"
     lower_is_better: ClassVar[bool] = False
+    texts: ClassVar[str] = "translations"
 
     def __post_init__(self):
         check_fields(self)

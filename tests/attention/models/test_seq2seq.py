@@ -16,6 +16,7 @@ from attention.models import (
     LocalM,
     LocalP,
     Luong,
+    MeanState,
     RNNConfig,
     RNNEncoderDecoder,
 )
@@ -32,6 +33,7 @@ LENGTHS = np.array([5, 2, 3])
 DOT = Mechanism(scores.Dot(), mask=masks.Padding())
 PARTS = {
     "last": LastState(),
+    "mean": MeanState(),
     "bahdanau": Bahdanau(),
     "bahdanau heads": Bahdanau(DOT, num_heads=2),
     "luong": Luong(),

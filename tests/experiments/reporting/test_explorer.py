@@ -1,17 +1,19 @@
 """The attention explorer's data: true to the maps, and small."""
 
 import base64
+import io
 import json
 import zlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments.analysis import run_directory
 from experiments.reporting import explorer
 from experiments.reporting import page as report
 from experiments.training import attention_maps
-from support.runs import CELLS, keep, write_run
+from support.runs import CELLS, keep, of_picture, write_run
 
 
 def unpack(one):
@@ -76,6 +78,66 @@ def test_a_small_budget_keeps_first_examples_of_all(tmp_path):
     (tiny,) = explorer.pack([cells], budget=int(1.5 * sizes[0]))
     assert tiny["shown"] == [1, 1]
     assert explorer.pack([cells], budget=0)[0]["cells"] == {}
+
+
+def packed_map(path, *maps, kind="image"):
+    """The maps as a page has them, one an example, and their group."""
+    (cell, *_) = run_directory.load(write_run(path, CELLS[:1])).cells
+    (cell.path / "attention.npz").write_bytes(attention_maps.dump([{kind: one} for one in maps]))
+    (packed,) = explorer.pack([[cell]])
+    return [kinds[kind] for kinds in packed["cells"]["text"]], packed
+
+
+def test_a_picture_is_packed_with_its_patches_and_rollout(tmp_path):
+    one = of_picture((2, 3), before=[attention_maps.CLASS_TOKEN, "register 1"])
+    (first, second), group = packed_map(tmp_path, one, one)
+    assert first["grid"] == [2, 3] and first["pooled"] == ["class token", 0, 1]
+    assert (first["truth"], first["prediction"]) == ("a cat", "a dog")
+    assert group["tokens"][first["key"]] == one.key and group["block"] == 1 and group["cut"] == 0
+    assert first["picture"] == second["picture"] == 0 and len(group["pictures"]) == 1
+    header, _, png = group["pictures"][0].partition(",")
+    assert header == "data:image/png;base64"
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(png))))
+    np.testing.assert_array_equal(pixels, one.picture.pixels)
+    np.testing.assert_allclose(unpack(first), one.weights, atol=5e-3)
+    flow = attention_maps.rollout(list(one.weights))
+    np.testing.assert_allclose(unpack({**first["rollout"], "shape": flow.shape}), flow, atol=5e-3)
+    # Each of the first query, too, which in a text sees itself alone.
+    entropy = -np.sum(one.weights * np.log(one.weights), -1).mean(-1)
+    np.testing.assert_allclose(first["entropy"], entropy, atol=3e-3)
+
+
+def test_words_attend_to_patches(tmp_path):
+    one = of_picture((2, 2), queries=["a", "red", "square"])
+    (only,), group = packed_map(tmp_path, one, kind="cross")
+    assert only["shape"] == [2, 2, 3, 4] and only["pooled"] == ["mean of the words", 0, 3]
+    assert group["tokens"][only["query"]] == one.query and "rollout" not in only
+
+
+def test_many_patches_are_shown_in_blocks(tmp_path):
+    one = of_picture((15, 14), before=["register 1"], pixels=(300, 280, 1))
+    (only,), group = packed_map(tmp_path, one)
+    assert group["block"] == 2 and only["grid"] == [8, 7] and only["shape"] == [2, 2, 57, 57]
+    assert only["pooled"] == ["mean of the patches", 1, 57]
+    weights = one.weights[..., 1:, 1:].reshape(2, 2, 15, 14, 15, 14)
+    shown = unpack(only)
+    # The second block in the last row, of one row of patches, on the first block.
+    expected = weights[:, :, 14:, 2:4, :2, :2].mean((2, 3)).sum((2, 3))
+    np.testing.assert_allclose(shown[:, :, 1 + 50, 1], expected, atol=1e-3)
+    np.testing.assert_allclose(shown.sum(-1), 1, atol=0.01)
+    png = base64.b64decode(group["pictures"][0].partition(",")[2])
+    assert max(Image.open(io.BytesIO(png)).size) == explorer.LARGEST_PICTURE
+
+
+def test_no_rollout_where_layers_have_no_weights(tmp_path):
+    (cell, *_) = run_directory.load(write_run(tmp_path, CELLS[:1])).cells
+    one = of_picture((2, 2))
+    (cell.path / "attention.npz").write_bytes(attention_maps.dump([{"image": one}]))
+    for num_layers, has in ((2, True), (3, False)):
+        (cell.path / "config.json").write_text(json.dumps({"model": {"num_layers": num_layers}}))
+        (again, *_) = run_directory.load(tmp_path).cells
+        (packed,) = explorer.pack([[again]])
+        assert ("rollout" in packed["cells"]["text"][0]["image"]) is has
 
 
 def test_groups_without_maps_have_none(tmp_path):

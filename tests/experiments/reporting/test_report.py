@@ -15,7 +15,7 @@ from experiments.reporting import plots, terminal
 from experiments.reporting.html import TEMPLATES, render
 from experiments.training import attention_maps
 from support import ROOT
-from support.runs import CELLS, DISAGREE, LONGER, SCRIPT, grid, write_run
+from support.runs import CELLS, DISAGREE, LONGER, SCRIPT, grid, of_picture, write_run
 
 AXES = ["score", "heads", "position"]
 VOID = {"meta", "br", "img", "hr", "input", "link"}
@@ -366,6 +366,35 @@ def test_attention_maps(experiment):
     assert labels == [*"for", "␣", r"\$", "x", "␣", *"in", "␣", *"y:", r"\n", r"\x07", "_"]
     assert bar.get_ylim() == (0, 1)
     assert plots.attention_maps(experiment.cells[4]) is None
+
+
+def test_attention_maps_of_a_picture(tmp_path):
+    (cell, *_) = run_directory.load(write_run(tmp_path, CELLS[:1])).cells
+    one = of_picture((2, 3), before=[attention_maps.CLASS_TOKEN])
+    (cell.path / "attention.npz").write_bytes(attention_maps.dump([{"image": one}]))
+    figure = plots.attention_maps(cell)
+    assert figure.get_suptitle() == "text (base): a cat, predicted a dog"
+    panels = {panel.get_title(): panel for panel in figure.axes}
+    np.testing.assert_array_equal(panels["picture"].get_images()[0].get_array(), one.picture.pixels)
+    _, over = panels["head 2"].get_images()
+    np.testing.assert_allclose(over.get_array().ravel(), one.weights[0, 1, 0, 1:], rtol=1e-3)
+    assert over.get_clim() == (0, pytest.approx(one.weights[:, :, 0, 1:].max(), rel=1e-3))
+    (rollout,) = (panel for title, panel in panels.items() if title.startswith("rollout, up to "))
+    flow = attention_maps.rollout(list(one.weights))[0, 1:]
+    np.testing.assert_allclose(rollout.get_images()[1].get_array().ravel(), flow, rtol=1e-3)
+
+
+def test_attention_maps_of_a_caption(tmp_path):
+    (cell, *_) = run_directory.load(write_run(tmp_path, CELLS[:1])).cells
+    one = of_picture((2, 3), queries=["red", "square"])
+    one = one._replace(picture=one.picture._replace(prediction=""))
+    (cell.path / "attention.npz").write_bytes(attention_maps.dump([{"cross": one}]))
+    figure = plots.attention_maps(cell)
+    assert figure.get_suptitle() == "text (base): a cat"
+    panels = {panel.get_title(): panel for panel in figure.axes}
+    _, over = panels["square"].get_images()
+    expected = one.weights[0, :, 1].mean(0)
+    np.testing.assert_allclose(over.get_array().ravel(), expected, rtol=1e-3)
 
 
 def test_attention_maps_of_many_tokens_have_ticks(tmp_path):

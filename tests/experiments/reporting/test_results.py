@@ -635,7 +635,9 @@ def test_curves_survive_a_kill(experiment):
 
 
 def test_attention_is_read_where_it_was_kept(experiment):
-    ((kind, (weights, query, key)),) = run_directory.read_attention(experiment.cells[0])[0].items()
+    ((kind, (weights, query, key, _)),) = run_directory.read_attention(experiment.cells[0])[
+        0
+    ].items()
     assert kind == "self" and weights.shape == (2, 3, 15, 15)
     assert query == key == list("for $x in y:\n\x07_")
     assert run_directory.read_attention(experiment.cells[4]) == []  # failed

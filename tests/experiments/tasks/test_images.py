@@ -325,10 +325,9 @@ def test_settings_of_images_are_read_with_images_alone(name, value):
 
 
 @pytest.mark.parametrize(
-    ("shape", "count", "first", "last"),
-    [((8, 8), 4, "r1c1", "r2c2"), ((8, 8), 7, "+1", "r2c2"), ((4, 6), 6, "r1c1", "r2c3")],
+    ("pooling", "registers", "first"),
+    [("class", 2, ["class token", "register 1", "register 2"]), ("mean", 0, [])],
 )
-def test_labels_of_patches(shape, count, first, last):
-    labels = attention_maps.patch_labels(shape, count)
-    assert len(labels) == len(set(labels)) == count
-    assert (labels[0], labels[-1]) == (first, last)
+def test_labels_of_patches(pooling, registers, first):
+    labels = attention_maps.patch_labels((2, 3), pooling, registers)
+    assert labels == [*first, "r1c1", "r1c2", "r1c3", "r2c1", "r2c2", "r2c3"]

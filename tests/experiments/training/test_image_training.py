@@ -25,14 +25,18 @@ def test_run_of_images(tmp_path):
     assert {"validation/accuracy", "test/loss", "size_36/accuracy"} <= result["metrics"].keys()
     assert np.isfinite(result["metrics"]["attention/entropy"]).all()
     assert list(result["attention"]) == ["image"]
-    first, *_ = attention_maps.load(tmp_path / "attention.npz")
-    assert first["image"].query == ["+1", "r1c1", "r1c2", "r2c1", "r2c2"]
-    np.testing.assert_allclose(first["image"].weights.sum(-1), 1, atol=2e-3)
     task, model, params = (
         getattr(trained.load(tmp_path), name) for name in ("task", "model", "params")
     )
-    images = task.batch(0, np.arange(2))["inputs"]
-    assert model.apply(params, images).shape == (2, 9)
+    first, *_ = attention_maps.load(tmp_path / "attention.npz")
+    assert first["image"].query == ["class token", "r1c1", "r1c2", "r2c1", "r2c2"]
+    np.testing.assert_allclose(first["image"].weights.sum(-1), 1, atol=2e-3)
+    picture, split = first["image"].picture, task.eval_splits()["validation"]
+    np.testing.assert_allclose((split["inputs"][0] + 1) * 127.5, picture.pixels, atol=1e-3)
+    logits = model.apply(params, split["inputs"][:2])
+    assert logits.shape == (2, 9)
+    classes = task.classes[split["targets"][0]], task.classes[int(logits[0].argmax())]
+    assert picture[1:] == ((2, 2), *classes)
 
 
 def test_model_of_the_settings():
@@ -70,7 +74,7 @@ def test_config_and_its_sweeps(arg):
     module = runpy.run_path(IMAGES)
     config = module["get_config"](arg)
     loop.check(config)
-    for name in ("sweep_position", "sweep_pooling"):
+    for name in ("sweep_position", "sweep_pooling", "sweep_registers"):
         for changes in module[name]():
             build(settings.override(config, changes))
 

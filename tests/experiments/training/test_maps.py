@@ -92,9 +92,10 @@ def test_maps_come_back_as_they_were_kept():
     task, few = pairs()
     T, S = few["inputs"].shape[1], few["source"].shape[1]
     w = np.random.default_rng(0).random((2, 5, 3, T, S)).astype(np.float32)
-    maps = attention_maps.keep(task, few, {"cross": w})
+    maps = attention_maps.keep(task, few, {"cross": w}, settings.config("reverse").model, w)
     for b, kinds in enumerate(maps):
-        weights, query, key = kinds["cross"]
+        weights, query, key, picture = kinds["cross"]
+        assert picture is None
         assert len(key) == few["source_lengths"][b] and len(query) == few["weights"][b].sum()
         np.testing.assert_array_equal(weights, w[:, b, :, : len(query), : len(key)])
 
@@ -110,6 +111,49 @@ def test_a_file_of_maps_is_read_as_it_was_written(tmp_path):
     assert list(first) == ["cross"] and list(second) == ["self", "cross"]
     assert first["cross"].query == one.query and first["cross"].key == one.key
     np.testing.assert_allclose(second["self"].weights, one.weights, rtol=1e-3)
+
+
+def test_the_picture_of_a_map_is_read_as_it_was_written(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    weights = np.full((1, 1, 2, 6), 1 / 6, np.float32)
+    picture = attention_maps.Picture(pixels, (2, 3), "a cat", "é")
+    patches = attention_maps.patch_labels((2, 3), "mean", 0)
+    words = attention_maps.Map(weights, ["a", "cat"], patches, picture)
+    decoder = attention_maps.Map(weights[..., :2], ["a", "cat"], ["a", "cat"])
+    content = attention_maps.dump([{"decoder": decoder, "cross": words}])
+    (tmp_path / "a.npz").write_bytes(content)
+    (kinds,) = attention_maps.load(tmp_path / "a.npz")
+    assert kinds["decoder"].picture is None
+    np.testing.assert_array_equal(kinds["cross"].picture.pixels, pixels)
+    assert kinds["cross"].picture[1:] == picture[1:]
+    assert kinds["cross"].patches == slice(0, 6)
+
+
+def test_rollout_is_the_product_of_the_layers_with_their_residual_connections():
+    rng = np.random.default_rng(0)
+    layers = [rng.random((2, heads, 5, 5)) for heads in (3, 1, 2)]  # of an example, unnormalised
+    expected = []
+    for b in range(2):
+        product = np.eye(5)
+        for weights in layers:
+            step = np.zeros((5, 5))
+            for i in range(5):
+                row = [0.5 * np.mean([head[i, j] for head in weights[b]]) for j in range(5)]
+                row[i] += 0.5
+                step[i] = np.array(row) / sum(row)
+            product = np.array(
+                [
+                    [sum(step[i, k] * product[k, j] for k in range(5)) for j in range(5)]
+                    for i in range(5)
+                ]
+            )
+        expected.append(product)
+    rollout = attention_maps.rollout(layers)
+    np.testing.assert_allclose(rollout, expected, rtol=1e-12)
+    np.testing.assert_allclose(rollout.sum(-1), 1)
+    # Attention to nothing, or below zero, leaves a token as it is.
+    np.testing.assert_array_equal(attention_maps.rollout([np.zeros((1, 2, 2))]), np.eye(2))
+    np.testing.assert_array_equal(attention_maps.rollout([-np.ones((1, 2, 2))]), np.eye(2))
 
 
 def test_a_file_of_an_earlier_version_has_no_maps(tmp_path):

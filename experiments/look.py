@@ -1,0 +1,49 @@
+"""Classifies a picture by a trained model, and draws where each of its heads looks.
+
+    python -m experiments.look --workdir=runs/mnist --image=picture.png
+
+Prints the classes with their probabilities. `--output` (look.png) shows the picture, its attention
+rollout, and over the picture the weights of every head of every layer: of the class token, or the
+mean over the patches where the model reads that. Of a sweep give the cell, too.
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from experiments.launch import cli
+from experiments.reporting import pictures
+from experiments.storage import paths
+from experiments.tasks.ranges import at_least
+
+
+def main(_):
+    """Prints and draws what the flags say."""
+    with cli.user_errors():
+        output = paths.as_path(_OUTPUT.value)
+        if isinstance(output, Path) and not output.parent.is_dir():
+            raise ValueError(f"--output={output}: there is no folder {output.parent}")
+        model = pictures.load(_WORKDIR.value, _CELL.value, _SEED.value)
+        result = pictures.classify(model, _IMAGE.value)
+    if result.note:
+        print(f"{_IMAGE.value}: {result.note}")
+    shown = list(result.probabilities.items())[: pictures.MOST_CLASSES]
+    for name, probability in shown:
+        print(f"{probability:6.3f}  {name}")
+    if rest := len(result.probabilities) - len(shown):
+        print(f"        and {rest} other classes")
+    (name, probability), *_ = shown
+    title = f"{Path(_IMAGE.value).name}: {name} ({probability:.2f})"
+    pictures.draw(output, result, model.config.model, title)
+    print(output)
+
+
+if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Of a trained model.", required=True)
+    _IMAGE = flags.DEFINE_string("image", None, "A PNG or JPEG file.", required=True)
+    _CELL = flags.DEFINE_string("cell", None, "Of a sweep, the cell to take.")
+    _OUTPUT = flags.DEFINE_string("output", "look.png", "The PNG file to write.")
+    _SEED = flags.DEFINE_integer("seed", 0, "Which of the trained seeds, from 0.")
+    cli.limit(_SEED, at_least(0))
+    cli.keep_compiled()
+    cli.run(main)

@@ -1,0 +1,102 @@
+"""Classifies a picture with a trained model, and draws where its heads look."""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import tasks
+from experiments.analysis import run_directory
+from experiments.config.models import layer_names
+from experiments.reporting import plots
+from experiments.storage import paths
+from experiments.tasks.images import files
+from experiments.training import attention_maps, attention_stats, trained
+
+MOST_CLASSES = 10  # that are printed
+
+
+class Classified(NamedTuple):
+    """What a model makes of a picture.
+
+    Attributes:
+      probabilities: by class, the largest first.
+      weights: of all layers and heads on the picture.
+      note: the sizes, where the picture is of another one than what the model reads; else ''.
+    """
+
+    probabilities: dict[str, float]
+    weights: attention_maps.Map
+    note: str
+
+
+def load(workdir: str | Path, cell: str | None = None, seed: int = 0) -> trained.Trained:
+    """The model of a work directory of `experiments.train`, or of a cell of `experiments.ablate`.
+
+    ValueError as `trained.load`, where it is not clear which cell is meant, and where the model
+    does not classify images.
+    """
+    folder = paths.as_path(workdir)
+    if paths.read(folder / "sweep.json") is not None:
+        cells = {one.id: one.path for one in run_directory.load(folder).cells}
+        if cell is None and len(cells) == 1:
+            (cell,) = cells
+        if cell not in cells:
+            wrong = "several cells" if cell is None else f"no cell {cell!r}"
+            raise ValueError(f"{folder} has {wrong}: give --cell=... one of {', '.join(cells)}")
+        folder = cells[cell]
+    elif cell is not None:
+        raise ValueError(f"{folder} is no directory of a sweep: leave out --cell={cell}")
+    model = trained.load(folder, seed)
+    if not isinstance(model.task, tasks.Images):
+        raise ValueError(
+            f"{folder} holds a model for the task {model.config.task.name!r}, not for images: give "
+            "the work directory of one that classifies images"
+        )
+    return model
+
+
+def classify(model: trained.Trained, path: str | Path) -> Classified:
+    """What a model for images makes of an image file.
+
+    Raises FileNotFoundError where there is none, OSError where it is damaged or no image, and
+    ValueError where it has other channels than the model reads, or no layer has weights.
+    """
+    task, m = model.task, model.config.model
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}: give a PNG or JPEG file")
+    image = files.read_image(file, task.channels)
+    batch = {"inputs": task.prepare(image, file)}
+    look = jax.jit(functools.partial(attention_stats.logits_and_weights, model.model))
+    logits, weights = jax.device_get(look(model.params, batch))
+    if not weights:
+        raise ValueError(
+            f"no layer of the model has attention weights (model.layers={m.layers!r}): there is "
+            "nothing to look at"
+        )
+    logits = logits[0].astype(np.float64)
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    best = np.argsort(-shares, kind="stable")
+    (kinds,) = attention_maps.keep(task, {**batch, "targets": best[:1]}, weights, m, best[:1])
+    (one,) = kinds.values()
+    assert one.picture
+    sizes = [f"{rows} × {columns}" for rows, columns, _ in (image.shape, one.picture.pixels.shape)]
+    note = f"{sizes[0]} pixels, read as the {sizes[1]} that the model was trained on"
+    return Classified(
+        {task.classes[i]: float(shares[i]) for i in best},
+        one._replace(picture=one.picture._replace(truth="")),
+        note if sizes[0] != sizes[1] else "",
+    )
+
+
+def draw(path: Any, result: Classified, m: Any, title: str) -> None:
+    """Writes `plots.overlays` as PNG; `m` are the settings `model`."""
+    one = result.weights
+    labels = layer_names(m, ["image"]).get("image") or [""] * len(one.weights)
+    names = [f"layer {i}: {label}".rstrip(": ") for i, label in enumerate(labels, start=1)]
+    rollout = attention_maps.rollout_of(one, m.num_layers)
+    paths.replace(path, plots.render(plots.overlays(one, names, rollout, title), ["png"])["png"])

@@ -1,0 +1,138 @@
+"""Where a model looks in a picture of one's own."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from matplotlib import image as images
+from PIL import Image
+
+from experiments.config.models import build
+from experiments.reporting import pictures
+from experiments.training import attention_maps, trained
+from support.helpers import one_line
+from support.runs import write_run
+from support.training import run, tiny
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = tiny("images", **{"model.position": "learned", "model.patch_size": 12})
+    task, model = build(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), task.batch(0, np.arange(1))["inputs"])
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.3).astype("f"), shapes)
+    return trained.Trained(config, task, model, params)
+
+
+@pytest.fixture
+def picture(model, tmp_path):
+    """The first test image of the task, as a file."""
+    inputs = model.task.eval_splits()["test"]["inputs"][:1]
+    pixels = np.rint((inputs[0, ..., 0] + 1) * 127.5).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    return tmp_path / "picture.png", inputs
+
+
+def test_a_picture_is_classified_as_the_model_does(model, picture, tmp_path):
+    path, inputs = picture
+    result = pictures.classify(model, path)
+    probabilities = np.array(jax.nn.softmax(model.model.apply(model.params, inputs)[0]))
+    for name, probability in zip(model.task.classes, probabilities, strict=True):
+        assert result.probabilities[name] == pytest.approx(float(probability), abs=1e-6)
+    assert list(result.probabilities.values()) == sorted(result.probabilities.values())[::-1]
+    assert result.note == "" and result.weights.picture.grid == (2, 2)
+    assert result.weights.picture.prediction == next(iter(result.probabilities))
+    np.testing.assert_allclose(result.weights.weights.sum(-1), 1, rtol=1e-5)
+    pictures.draw(tmp_path / "look.png", result, model.config.model, "picture.png")
+    drawn = images.imread(tmp_path / "look.png")[..., :3]
+    orange = (drawn[..., 0] - drawn[..., 2] > 0.1).mean()
+    assert drawn.shape[0] > 200 and 0.02 < orange < 0.9  # over the gray picture
+
+
+def test_a_picture_of_another_size_is_scaled_and_it_is_said(model, picture):
+    path, _ = picture
+    Image.open(path).resize((50, 30)).save(path)
+    result = pictures.classify(model, path)
+    assert result.note == "30 × 50 pixels, read as the 24 × 24 that the model was trained on"
+    assert result.weights.picture.pixels.shape == (24, 24, 1)
+
+
+def test_what_is_no_picture_for_a_model(model, tmp_path):
+    with one_line(FileNotFoundError, "there is no file", "no.png"):
+        pictures.classify(model, tmp_path / "no.png")
+    (tmp_path / "text.png").write_text("a text")
+    with one_line(OSError, "cannot read the image", "text.png"):
+        pictures.classify(model, tmp_path / "text.png")
+    Image.new("RGB", (24, 24)).save(tmp_path / "color.png")
+    with one_line(ValueError, "color.png has 3 channels", "1 channel (gray)", "convert it"):
+        pictures.classify(model, tmp_path / "color.png")
+
+
+class WithoutWeights:
+    """As a model whose layers all have mixers."""
+
+    def apply(self, params, images, mutable):
+        return np.zeros((len(images), 9)), {}
+
+
+def test_a_model_without_weights(model, picture):
+    path, _ = picture
+    with one_line(ValueError, "no layer of the model has attention weights", "nothing to look at"):
+        pictures.classify(model._replace(model=WithoutWeights()), path)
+
+
+def test_which_model_is_meant(tmp_path, monkeypatch):
+    write_run(tmp_path)
+    with one_line(ValueError, "several cells", "--cell=... one of text, text.score=additive"):
+        pictures.load(tmp_path)
+    with one_line(ValueError, "no cell 'x'", "one of text, "):
+        pictures.load(tmp_path, "x")
+    with one_line(ValueError, "no directory of a sweep", "leave out --cell=x"):
+        pictures.load(tmp_path / "cells/text", "x")
+    task, _ = build(config := tiny("recall"))
+    folders = []
+
+    def load(folder, seed):
+        folders.append((folder, seed))
+        return trained.Trained(config, task, None, None)
+
+    monkeypatch.setattr(trained, "load", load)
+    with one_line(ValueError, "the task 'recall', not for images"):
+        pictures.load(tmp_path, "text", seed=2)
+    assert folders == [(tmp_path / "cells/text", 2)]
+
+
+def test_a_crop_is_that_of_evaluation(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(8):
+            noise = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
+            Image.fromarray(noise).save(tmp_path / name / f"{i}.png")
+    config = tiny("images", **{"model.position": "none", "model.patch_size": 2, "task.crop": 4})
+    config.task.update(path=str(tmp_path), test_sizes=())
+    task, _ = build(config)
+    pixels = np.asarray(Image.open(tmp_path / "cat/3.png"))
+    expected = pixels[None, 2:6, 2:6].astype(np.float32) / np.float32(127.5) - 1
+    np.testing.assert_array_equal(task.prepare(pixels, "3.png"), expected)
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    (tmp_path / "run").mkdir()
+    run(tiny("images", **{"model.position": "learned", "train.steps": 2}), tmp_path / "run")
+    maps = attention_maps.load(tmp_path / "run/attention.npz")
+    Image.fromarray(maps[0]["image"].picture.pixels[..., 0]).save(tmp_path / "a.png")
+    flags = [f"--workdir={tmp_path / 'run'}", f"--image={tmp_path / 'a.png'}"]
+    command = [sys.executable, "-m", "experiments.look", *flags, f"--output={tmp_path / 'b.png'}"]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    *classes, output = done.stdout.splitlines()
+    assert len(classes) == 9 and output == str(tmp_path / "b.png")
+    assert sum(float(line.split()[0]) for line in classes) == pytest.approx(1, abs=5e-3)
+    assert (tmp_path / "b.png").stat().st_size > 10_000
+    flags[1] = f"--image={tmp_path / 'no.png'}"
+    done = subprocess.run([*command[:3], *flags], text=True, capture_output=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: there is no file")
