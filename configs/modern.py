@@ -73,6 +73,10 @@ def sweep_around():
     yield {"name": "output gate", "model.output_gate": "head"}
     for readout in ("differential", "exclusive"):
         yield {"name": readout, "model.readout": readout}
+    yield {"name": "value residual", "model.value_residual": "first_layer"}
+    yield {"name": "latent keys and values", "model.kv_rank": 16, "model.rotary_dim": 8}
+    shared = "layer() + layer(shared_kv=True)"
+    yield {"name": "keys and values of two layers", "model.layers": shared}
 
 
 def sweep_mixer():
@@ -97,6 +101,8 @@ def claims():
     yield better("", ".layers=local", "windows alone are worse than full attention")
     yield better(".around=outputgate", "", "output gates help (Qiu et al. 2025)")
     yield better(".around=differential", "", "differential attention helps (Ye et al. 2025)")
+    says = "values of the first layer help (Zhou et al. 2024)"
+    yield better(".around=valueresidual", "", says)
     says = "the gated delta rule beats linear attention (Yang et al. 2024)"
     yield better(".mixer=gated_delta", ".mixer=linear_attention", says)
     says = "with one full layer of four it is better than alone (Yang et al. 2024)"
