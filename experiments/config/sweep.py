@@ -158,13 +158,12 @@ def _layers(m, parts):
     if not pattern or m.num_layers % len(pattern):
         return pattern
     mechanism = attention.Mechanism(**{kind: parts[kind] for kind in PART_KINDS})
-    names = ("num_heads", "num_kv_heads", "head_dim", "mixer")
-    own = [tuple(getattr(layer, name) for name in names) for layer in pattern]
+    without_parts = dict.fromkeys(PART_KINDS)
     layers = [
-        (layer.mechanism(mechanism), *of_layer)
-        for layer, of_layer in zip(pattern, own, strict=True)
+        (layer.mechanism(mechanism), dataclasses.replace(layer, **without_parts))
+        for layer in pattern
     ]
-    same = all(layer == (mechanism, *[None] * len(names)) for layer in layers)
+    same = all(layer == (mechanism, attention.Layer()) for layer in layers)
     return () if same else tuple(layers) * (m.num_layers // len(pattern))
 
 

@@ -70,6 +70,8 @@ def test_two_spellings_of_a_pattern_are_one_value():
     repeated = "2*(sliding_window(2) + layer(mask=full))"
     assert ids(repeated, start="(causal & sliding_window(2, 9)) + full") == [None, repeated]
     assert ids(repeated, start="(causal & sliding_window(2)) + full") == [None]
+    for own in ("layer + layer(shared_kv=True)", "layer(mixer=delta) + full", "layer(num_heads=1)"):
+        assert ids(own) == [None, own]
     with one_line(ValueError, "the values full + sliding_window(2) and "):
         ids("full + sliding_window(2)", "layer + sliding_window(left=2)")
 
