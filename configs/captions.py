@@ -5,6 +5,11 @@
 Xu et al. 2015: a decoder that attends to parts of the image describes it better than one that gets
 all of it as one vector, and looks at the object whose name it writes. The base is a Transformer;
 the sweep has recurrent decoders with Bahdanau's attention, with Luong's, and without.
+
+Right in every word, and the share of attention on the object that a word names, of test images (one
+seed, where uniform attention has 0.064): the Transformer 0.979 and 0.32, its best head 0.44;
+Bahdanau 0.541 and 0.49; Luong 0.684 and 0.39; no attention 0.227. One seed took two to
+fourteen minutes on a core of a machine that did much else; the sweep has not been run with more.
 """
 
 from experiments.config import settings
@@ -22,7 +27,7 @@ def get_config():
 
 def sweep_attention():
     rnn = {"model.architecture": "rnn", "model.num_heads": 1}
-    for name, score in (("bahdanau", "additive(hidden=64)"), ("luong", "general")):
+    for name, score in (("bahdanau", "additive(hidden=64)"), ("luong", "scaled_dot")):
         yield {"name": name, **rnn, "model.rnn.attention": name, "model.score": score}
     yield {"name": "none", **rnn, "model.rnn.attention": "none"}
 

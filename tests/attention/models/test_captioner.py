@@ -105,7 +105,7 @@ def test_without_attention_every_word_reads_the_mean():
 @pytest.mark.parametrize(
     "model",
     [
-        Captioner(CONFIG, **SIZES),
+        pytest.param(Captioner(CONFIG, **SIZES), marks=pytest.mark.slow),
         pytest.param(Captioner(SCANNED, **SIZES), marks=pytest.mark.slow),
         recurrent(Luong(num_heads=2, input_feeding=True), cell="lstm"),
     ],
