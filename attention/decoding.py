@@ -24,6 +24,10 @@ keys than that (Beltagy et al. 2020):
     out = decoding.attend(mechanism, params, cache, query)
     cache = decoding.trim(cache)                   # drops the keys that no later query reads
 
+Where attention is linear and causal, no key is kept at all, but a sum (`attention.states`):
+`empty` returns that `State` where it is given all parts of the mechanism, and all functions here
+take it as they take a cache; `explain_cache` says which it is and why.
+
 S is the number of slots, those not filled included; other letters as in `attention.parts`.
 """
 
@@ -35,10 +39,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention import states
 from attention.api import attend as attend_all
 from attention.integers import count_array, whole_number
 from attention.kernels.products import rotates_by_place
-from attention.mechanism import Mechanism
+from attention.mechanism import PART_KINDS, Mechanism
 from attention.parts import (
     EMPTY,
     FAR,
@@ -49,10 +54,12 @@ from attention.parts import (
     Params,
     Position,
     Range,
+    Score,
     accumulator,
     check_part,
     rotated,
 )
+from attention.states import State
 
 
 @jax.tree_util.register_static
@@ -207,8 +214,10 @@ def empty(
     position: Position | None = None,
     mask: Mask | None = None,
     normalizer: Normalizer | None = None,
-) -> Cache:
-    """A cache for texts of up to max_length tokens: batch axes, K, D, and V (D unless given).
+    score: Score | None = None,
+    num_heads: int | None = None,
+) -> Any:
+    """A `Cache` for texts of up to max_length tokens: batch axes, K, D, and V (D unless given).
 
     With the `position` of the mechanism a key is turned once, when it is appended, by its place in
     the text: where nothing else of that scheme reads keys, and it learns nothing for it. In a
@@ -219,12 +228,23 @@ def empty(
     order (`whole_row`, `ordered`) has all of them kept. The position also says how many numbers of
     a key are kept.
 
+    With the `score` as well, and so all four parts of the mechanism, the result is a `State` where
+    one will do: linear attention under the mask `Causal()`. A score that learns features of keys
+    has one for each query head, and needs `num_heads`, H.
+
     Raises ValueError where a size is no whole number or not positive, or a part is none.
     """
     value_dim = head_dim if value_dim is None else value_dim
     sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
     for name, size in {"max_length": max_length, **sizes}.items():
         whole_number(name, size, 1)
+    if score is not None and position is not None and mask is not None and normalizer is not None:
+        mechanism = Mechanism(score, position, mask, normalizer)
+        if not states.needs_keys(mechanism, head_dim, value_dim, num_heads):
+            spec = states.StateSpec(
+                mechanism, num_kv_heads, head_dim, value_dim, np.dtype(dtype), max_length
+            )
+            return states.empty(batch, spec, num_heads)
     rotation = window = None
     if position is not None:
         check_part("position", position, Position)
@@ -255,6 +275,30 @@ def empty(
     )
 
 
+def explain_cache(
+    mechanism: Mechanism,
+    max_length: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    num_heads: int | None = None,
+) -> str:
+    """What `empty` makes for all parts of a mechanism, its numbers by example, and why: a line."""
+    cache = jax.eval_shape(
+        lambda: empty(
+            *((), max_length, num_kv_heads, head_dim, value_dim),
+            **{name: getattr(mechanism, name) for name in PART_KINDS},
+            num_heads=num_heads,
+        )
+    )
+    if isinstance(cache, State):
+        return f"a state of {cache.memory.size:,} numbers, whatever the length: attention is linear"
+    numbers = cache.key.size + cache.value.size
+    value_dim = head_dim if value_dim is None else value_dim
+    reason = states.needs_keys(mechanism, head_dim, value_dim, num_heads)
+    return f"{cache.key.shape[-3]} keys and values, {numbers:,} numbers: {reason}"
+
+
 def _reads_order(position, normalizer):
     ordered = position is not None and (position.whole_row or position.ordered)
     return ordered or (normalizer is not None and normalizer.ordered)
@@ -267,22 +311,24 @@ def of_context(key: Array, value: Array, length: Array, key_gates: Array | None 
 
 
 def append(
-    cache: Cache,
+    cache: Any,
     key: Array,
     value: Array,
     lengths: Array | None = None,
     key_gates: Array | None = None,
-) -> Cache:
+    params: Params | None = None,
+) -> Any:
     """The cache with T more keys and values: [..., T, K, D], [..., T, K, V].
 
-    `key_gates` [..., T, K, n] are their numbers, where the cache keeps some.
+    `key_gates` [..., T, K, n] are their numbers, where the cache keeps some. `params`, as for
+    `attend`, are needed where it is a `State` and its score learns features of keys.
 
     `lengths` [...] int, 0 to T, tells how many of an example's T are real, all unless given: with
     it a batch of prompts of different lengths is appended at once. Slots after those are
     invisible and the next call overwrites them.
 
     Of a cache with a `window` the result has S + T slots where T > 1, so that the first of T
-    queries sees what the last one does not; `trim` returns to S.
+    queries sees what the last one does not; `trim` returns to S. So does a `State` keep these T.
 
     Tokens beyond max_length are lost. Where that is known (T > max_length, or the lengths are not
     traced) it raises; otherwise `length` exceeds max_length and `attend` returns NaN for the
@@ -293,40 +339,24 @@ def append(
     """
     cache = trim(cache)
     key, value = jnp.asarray(key), jnp.asarray(value)
-    *batch, S, _, _ = cache.key.shape
+    batch = cache.length.shape
     T = key.shape[-3] if key.ndim > 2 else 0
-    arrays: list[tuple[str, Array, Any]] = [
-        ("key", key, cache.key),
-        ("value", value, cache.value),
-    ]
-    if (cache.key_gates is None) != (key_gates is None):
+    own_gates = None if isinstance(cache, State) else cache.key_gates
+    if (own_gates is None) != (key_gates is None):
         raise ValueError(
             "key_gates go with a cache that decoding.empty(..., position=...) made for a position "
             f"that asks for them: got {jnp.shape(key_gates) if key_gates is not None else 'none'}, "
-            f"and the cache keeps {'none' if cache.key_gates is None else cache.key_gates.shape}"
+            f"and the cache keeps {'none' if own_gates is None else own_gates.shape}"
         )
+    if isinstance(cache, State):
+        _check_appended(batch, key, value, *_like(cache))
+        _, added = _longer(cache, T, lengths)
+        return states.append(cache, params, key, value, added, positions(cache, T))
+    _check_appended(batch, key, value, cache.key, cache.value)
     if key_gates is not None:
         key_gates = jnp.asarray(key_gates)
-        arrays.append(("key_gates", key_gates, cache.key_gates))
-    for name, new, old in arrays:
-        expected = (*batch, T, *old.shape[-2:])
-        if new.shape != expected or T == 0 or new.dtype != old.dtype:
-            raise ValueError(
-                f"{name} must be {old.dtype} [..., T, {', '.join(map(str, old.shape[-2:]))}] with "
-                f"batch axes {tuple(batch)}, as the cache, and T ≥ 1 as in the other; got "
-                f"{new.dtype} {new.shape}"
-            )
-    most = cache.max_length
-    added = jnp.int32(T) if lengths is None else counts("lengths", lengths, tuple(batch), T, most)
-    length = cache.length + added
-    longest = 0 if lengths is not None else T
-    if not isinstance(length, jax.core.Tracer):
-        longest = int(np.max(length))
-    if longest > most:
-        room = f"{S} slots" if cache.window is None else f"room for {most} tokens"
-        raise ValueError(
-            f"the cache has {room}, but would hold {longest} keys: make it with a larger max_length"
-        )
+        _check_new("key_gates", key_gates, cache.key_gates, batch, T)
+    length, added = _longer(cache, T, lengths)
     places = positions(cache, T)
     if cache.rotation is not None:
         key = _rotate(cache.rotation.position, key, places)
@@ -346,8 +376,55 @@ def append(
     return longer if T > 1 else trim(longer)  # a single query sees no key that this drops
 
 
-def trim(cache: Cache) -> Cache:
+def _like(state):
+    """Keys and values as a state takes them."""
+    spec = state.spec
+    return (
+        jax.ShapeDtypeStruct((spec.num_kv_heads, width), spec.dtype)
+        for width in (spec.head_dim, spec.value_dim)
+    )
+
+
+def _check_appended(batch, key, value, like_key, like_value):
+    T = key.shape[-3] if key.ndim > 2 else 0
+    _check_new("key", key, like_key, batch, T)
+    _check_new("value", value, like_value, batch, T)
+
+
+def _check_new(name, new, old, batch, T):
+    """Raises ValueError unless new is [..., T, K, ·] as old [..., K, ·] is."""
+    if new.shape != (*batch, T, *old.shape[-2:]) or T == 0 or new.dtype != old.dtype:
+        raise ValueError(
+            f"{name} must be {old.dtype} [..., T, {', '.join(map(str, old.shape[-2:]))}] with "
+            f"batch axes {tuple(batch)}, as the cache, and T ≥ 1 as in the other; got "
+            f"{new.dtype} {new.shape}"
+        )
+
+
+def _longer(cache, T, lengths):
+    """The length [...] of a cache with T tokens more, and how many of those are real, [...].
+
+    Raises ValueError where it is known to be too long, or lengths not to be 0 to T.
+    """
+    batch, most = cache.length.shape, cache.max_length
+    added = jnp.int32(T) if lengths is None else counts("lengths", lengths, batch, T, most)
+    length = cache.length + added
+    longest = 0 if lengths is not None else T
+    if not isinstance(length, jax.core.Tracer):
+        longest = int(np.max(length))
+    if longest > most:
+        ring = isinstance(cache, State) or cache.window is not None
+        room = f"room for {most} tokens" if ring else f"{cache.key.shape[-3]} slots"
+        raise ValueError(
+            f"the cache has {room}, but would hold {longest} keys: make it with a larger max_length"
+        )
+    return length, jnp.broadcast_to(added, batch)
+
+
+def trim(cache: Any) -> Any:
     """The cache of S slots again: without the keys that no query after the last one can see."""
+    if isinstance(cache, State):
+        return states.trim(cache)
     if cache.window is None or cache.key.shape[-3] == cache.window.slots:
         return cache
     S, axis = cache.window.slots, cache.length.ndim
@@ -412,7 +489,7 @@ def counts(name: str, lengths: Any, batch: tuple[int, ...], most: int, slots: in
     return jnp.where((lengths < 0) | (lengths > most), slots + 1, lengths)
 
 
-def positions(cache: Cache, count: int) -> Array:
+def positions(cache: Any, count: int) -> Array:
     """Where the next `count` tokens of each example will stand: [..., count] int32."""
     return cache.length[..., None] + jnp.arange(count, dtype=jnp.int32)
 
@@ -420,7 +497,7 @@ def positions(cache: Cache, count: int) -> Array:
 def attend(
     mechanism: Mechanism,
     params: Params,
-    cache: Cache,
+    cache: Any,
     query: Array,
     *,
     lengths: Array | None = None,
@@ -453,9 +530,13 @@ def attend(
 
     Raises:
       ValueError: as `attention.attend`; for query_segments without key_segments; and where the
-        cache was made for another position or mask.
+        cache was made for another position or mask. A `State` takes none of the options but
+        implementation='linear', and as many queries as keys were appended.
     """
     query = jnp.asarray(query)
+    if isinstance(cache, State):
+        options |= {"query_positions": query_positions, "mask": mask}
+        return _attend_state(mechanism, params, cache, query, lengths, options)
     if cache.window is not None and isinstance(mechanism, Mechanism):
         _check_window(mechanism, cache, options)
     if cache.rotation is not None and isinstance(mechanism, Mechanism):
@@ -513,6 +594,39 @@ def attend(
         out, aux = done
         return jnp.where(lost, jnp.nan, out), aux
     return jnp.where(lost, jnp.nan, done)
+
+
+def _attend_state(mechanism, params, state, query, lengths, options):
+    spec, batch = state.spec, state.length.shape
+    if mechanism != spec.mechanism:
+        raise ValueError(
+            f"mechanism is {mechanism}, but the state is of {spec.mechanism}: make it with "
+            "decoding.empty of the parts of the mechanism"
+        )
+    if options.get("implementation") == "linear":
+        del options["implementation"]
+    if others := [name for name, x in options.items() if x is not None and x != ()]:
+        raise ValueError(
+            f"{', '.join(others)} cannot go with a state of linear attention, which has no keys: "
+            "make a cache of keys with decoding.empty(...) without score"
+        )
+    T, H = query.shape[-3:-1] if query.ndim > 2 else (0, 0)
+    shape, own = (*batch, T, H, spec.head_dim), state.memory.shape[-3]
+    if query.shape != shape or H == 0 or H % own:
+        raise ValueError(
+            f"query must be [..., T, H, {spec.head_dim}] with batch axes {batch} and H a multiple "
+            f"of {own}; got {query.shape}"
+        )
+    count = 1 if state.added is None else state.added.real.shape[-1]
+    if T != count:
+        raise ValueError(
+            f"query must be of the {count} tokens appended last, got T = {T}: a state knows the "
+            "order of no earlier ones"
+        )
+    added = T if lengths is None else counts("lengths", lengths, batch, T, state.max_length)
+    at = positions(state._replace(length=state.length - added), T)
+    out = states.attend(state, params, query, at)
+    return jnp.where((state.length > state.max_length)[..., None, None, None], jnp.nan, out)
 
 
 def _check_window(mechanism, cache, options):

@@ -30,13 +30,13 @@ CHUNK = 64
 """Queries and keys of a chunk."""
 
 _MASKS = (masks.Full, masks.Causal, masks.Padding, masks.Segments)
-_NORMALIZERS = (Unnormalized, SumToOne)
+NORMALIZERS = (Unnormalized, SumToOne)
 
 
 def unsupported(call: Call) -> str | None:
     """Why it cannot serve a call, or None."""
     mechanism = call.mechanism
-    if type(mechanism.normalizer) not in _NORMALIZERS:
+    if type(mechanism.normalizer) not in NORMALIZERS:
         return f"its weights are unnormalized or sum to one, and not {mechanism.normalizer}"
     if others := [mask for mask in terms(mechanism.mask) if type(mask) not in _MASKS]:
         return f"it knows causal masks, padding and segments, not {others[0]}"
@@ -60,7 +60,7 @@ def cost(call: Call) -> tuple[float, str]:
 
     A symbolic size counts as 1.
     """
-    if type(call.mechanism.normalizer) not in _NORMALIZERS:
+    if type(call.mechanism.normalizer) not in NORMALIZERS:
         return math.inf, ""
     *batch, T, H, D = (1 if is_symbolic_dim(n) else n for n in call.query.shape)
     F, V = num_features(call.mechanism, D), call.value.shape[-1]

@@ -212,7 +212,8 @@ class DecoderState(NamedTuple):
     the repetitions.
 
     Attributes:
-      self_attention: `decoding.Cache`, keys and values of the text so far, or the state of a mixer.
+      self_attention: `decoding.Cache`, keys and values of the text so far, or the state of linear
+        attention or of a mixer.
       cross_attention: `decoding.Cache`, those of the memory, or None where there is none.
     """
 
@@ -345,7 +346,10 @@ class Block(nn.Module):
         if own.mixer is not None:
             H, _, head_dim = _heads(c, own).values()
             parts["mixer"] = own.mixer.module(
-                num_heads=H, head_dim=head_dim, name="mixer", **settings
+                num_heads=H * READOUTS[c.readout].query_heads,
+                head_dim=head_dim,
+                name="mixer",
+                **settings,
             )
         parts |= {
             name: MultiHeadAttention(
@@ -485,6 +489,9 @@ class Stack(nn.Module):
                 position=mechanism.position,
                 mask=mechanism.mask,
                 normalizer=mechanism.normalizer,
+                # Another kernel has all weights, which a state has not.
+                score=mechanism.score if c.implementation in (None, "linear") else None,
+                num_heads=H * READOUTS[c.readout].query_heads,
             )
 
         caches = self._field([cache(layer) for layer in self._period])

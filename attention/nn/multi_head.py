@@ -82,7 +82,7 @@ class MultiHeadAttention(nn.Module):
         x: Array,
         context: Array | Cache | None = None,
         *,
-        cache: Cache | None = None,
+        cache: Any = None,
         lengths: Array | None = None,
         deterministic: bool = True,
         **data,
@@ -179,7 +179,8 @@ class MultiHeadAttention(nn.Module):
                 "query_positions were given without key_positions: a cache does not keep the "
                 "positions of its keys; pass those of all slots, or neither: 0, 1, 2 ..."
             )
-        return decoding.append(cache, parts.key(x), parts.value(x), lengths, parts.key_gates(x))
+        key, value, key_gates = parts.key(x), parts.value(x), parts.key_gates(x)
+        return decoding.append(cache, key, value, lengths, key_gates, parts.mechanism)
 
     @nn.compact
     def _parts(self, model_dim):
