@@ -105,6 +105,7 @@ def columns(results: dict[str, Any]) -> list[Column]:
         Column("GFLOP/s", lambda row: _rate(row, results["peaks"])),
         Column("GFLOP, XLA's, GB", _counts),
         Column("temporary MiB", lambda row: _mib(row, "temporary_bytes")),
+        Column("cache MiB", lambda row: _mib(row, "cache_bytes")),
         Column("resident MiB", lambda row: _mib(row, "resident_bytes")),
         Column("trace + lower + compile; warm, s", _compile),
         Column("program", _program),
