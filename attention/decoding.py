@@ -62,10 +62,9 @@ from attention.parts import (
 from attention.states import State
 
 
-@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class QueryRotation(Position):
-    """`position` for keys that it has turned already: of its rotations only that of queries."""
+class _Cached(Position):
+    """A position of whose work a cache has done some."""
 
     position: Position
 
@@ -82,6 +81,10 @@ class QueryRotation(Position):
         return self.position.key_gates
 
     @property
+    def cached_gates(self):
+        return self.position.cached_gates
+
+    @property
     def ordered(self):  # type: ignore[override]
         return self.position.ordered
 
@@ -95,9 +98,10 @@ class QueryRotation(Position):
     def prepare_gates(self, params, tile):
         return self.position.prepare_gates(params, tile)
 
+    def prepare_cached(self, params, tile, own):
+        return self.position.prepare_cached(params, tile, own)
+
     def rotate(self, params, x, positions, side, gates=None, coordinates=None):
-        if side == "key":
-            return x
         return rotated(self.position, params, x, positions, side, gates, coordinates)
 
     def tile(self, params, query, key, tile):
@@ -105,6 +109,43 @@ class QueryRotation(Position):
 
     def mix(self, params, weights, tile):
         return self.position.mix(params, weights, tile)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class QueryRotation(_Cached):
+    """`position` for keys that it has turned already: of its rotations only that of queries."""
+
+    def rotate(self, params, x, positions, side, gates=None, coordinates=None):
+        if side == "key":
+            return x
+        return super().rotate(params, x, positions, side, gates, coordinates)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class RunningGates(_Cached):
+    """`position` for keys whose gates are what `Position.cache_gates` made of them.
+
+    The numbers of a query are its own, and then those of its key.
+    """
+
+    ordered = False
+
+    @property
+    def query_gates(self):  # type: ignore[override]
+        return self.position.query_gates + self.cached_gates
+
+    @property
+    def key_gates(self):  # type: ignore[override]
+        return self.cached_gates
+
+    def prepare_gates(self, params, tile):
+        split = self.position.query_gates
+        own = tile.query_gates[:, split:]
+        query_gates = tile.query_gates[:, :split] if split else None
+        tile = dataclasses.replace(tile, query_gates=query_gates)
+        return self.position.prepare_cached(params, tile, own)
 
 
 @jax.tree_util.register_dataclass
@@ -131,6 +172,7 @@ class _Cache(NamedTuple):
     rotation: QueryRotation | None = None
     window: Window | None = None
     key_gates: Array | None = None
+    running: RunningGates | None = None
 
 
 class Cache(_Cache):
@@ -146,7 +188,9 @@ class Cache(_Cache):
       rotation: static; the position that turned the keys when they were appended. None: none did.
       window: where only the last keys are kept, which those are. None: key p is in slot p.
       key_gates: [..., S, K, n], the numbers of keys that the position asks for, as `attend` takes
-        them. None: it asks for none.
+        them or as `running` says. None: it asks for none.
+      running: static; the position that made the key_gates of those of all keys before, as running
+        sums. None: they are those of the keys.
     """
 
     __slots__ = ()
@@ -225,8 +269,8 @@ def empty(
 
     With the `mask` of the mechanism S is what it lets a query look back and 1, if that is less than
     max_length: older keys are overwritten. A position or a `normalizer` that reads keys in their
-    order (`whole_row`, `ordered`) has all of them kept. The position also says how many numbers of
-    a key are kept.
+    order (`whole_row`, `ordered`) has all of them kept, but for one of running sums (`running`).
+    The position also says how many numbers of a key are kept.
 
     With the `score` as well, and so all four parts of the mechanism, the result is a `State` where
     one will do: linear attention under the mask `Causal()`. A score that learns features of keys
@@ -245,9 +289,10 @@ def empty(
                 mechanism, num_kv_heads, head_dim, value_dim, np.dtype(dtype), max_length
             )
             return states.empty(batch, spec, num_heads)
-    rotation = window = None
+    rotation = window = running = None
     if position is not None:
         check_part("position", position, Position)
+        running = RunningGates(position) if position.running else None
         wide_range = jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp  # xPos scales keys
         if wide_range and rotates_by_place(position, head_dim, value_dim):
             rotation = QueryRotation(position)
@@ -263,7 +308,9 @@ def empty(
     slots = (*batch, S, num_kv_heads)
     key_gates = None
     if position is not None and position.key_gates:
-        key_gates = jnp.zeros((*slots, position.key_gates), dtype)
+        key_gates = jnp.zeros(
+            (*slots, position.cached_gates), accumulator(dtype) if running else dtype
+        )
     return Cache(
         jnp.zeros((*slots, head_dim), dtype),
         jnp.zeros((*slots, value_dim), dtype),
@@ -272,6 +319,7 @@ def empty(
         rotation,
         window,
         key_gates,
+        running,
     )
 
 
@@ -300,7 +348,9 @@ def explain_cache(
 
 
 def _reads_order(position, normalizer):
-    ordered = position is not None and (position.whole_row or position.ordered)
+    ordered = position is not None and (
+        position.whole_row or (position.ordered and not position.running)
+    )
     return ordered or (normalizer is not None and normalizer.ordered)
 
 
@@ -355,11 +405,17 @@ def append(
     _check_appended(batch, key, value, cache.key, cache.value)
     if key_gates is not None:
         key_gates = jnp.asarray(key_gates)
-        _check_new("key_gates", key_gates, cache.key_gates, batch, T)
+        like = cache.key_gates
+        if cache.running is not None:
+            count = cache.running.position.key_gates
+            like = jax.ShapeDtypeStruct((*like.shape[:-1], count), cache.key.dtype)
+        _check_new("key_gates", key_gates, like, batch, T)
     length, added = _longer(cache, T, lengths)
     places = positions(cache, T)
     if cache.rotation is not None:
         key = _rotate(cache.rotation.position, key, places)
+    if cache.running is not None:
+        key_gates = _running_gates(cache, key_gates)
     non_finite = None
     if cache.non_finite is not None:
         (key, bad_key), (value, bad_value) = _finite(key), _finite(value)
@@ -448,7 +504,7 @@ def _by_slot(cache):
 def _replace_slots(cache, by_slot, length):
     key, value, non_finite, key_gates, places = by_slot
     window = None if places is None else dataclasses.replace(cache.window, positions=places)
-    return Cache(key, value, length, non_finite, cache.rotation, window, key_gates)
+    return Cache(key, value, length, non_finite, cache.rotation, window, key_gates, cache.running)
 
 
 def _write(old, new, at, is_sorted=False):
@@ -475,6 +531,38 @@ def _rotate(position, key, at):
     for _ in at.shape[1:]:
         rotate = jax.vmap(rotate)
     return rotate(key, at)
+
+
+def _running_gates(cache, gates):
+    """What a cache keeps of the numbers [..., T, K, n] of its next keys, [..., T, K, m]."""
+    last = jnp.maximum(cache.length - 1, 0)
+    if cache.window is not None:
+        last %= cache.window.slots
+    before = _at_slots(cache.key_gates, last[..., None])[..., 0, :, :]
+    before = jnp.where((cache.length > 0)[..., None, None], before, 0)
+    gates = gates.astype(cache.key_gates.dtype)
+    gates = jnp.where(jnp.isfinite(gates), gates, jnp.nan)
+    cache_gates = jax.vmap(cache.running.position.cache_gates, (0, 1), 1)
+    for _ in cache.length.shape:
+        cache_gates = jax.vmap(cache_gates)
+    return cache_gates(before, gates)
+
+
+def _own_gates(cache, start, T):
+    """What is kept of the T keys from place `start` [...] on, appended last: [..., T, K, m]."""
+    if cache.window is None:
+        at = positions(cache._replace(length=start), T)
+    elif T == 1:
+        at = start[..., None] % cache.window.slots
+    else:
+        at = cache.window.slots + jnp.broadcast_to(jnp.arange(T), (*start.shape, T))
+    return _at_slots(cache.key_gates, at)
+
+
+def _at_slots(x, at):
+    """x [..., S, K, n] at the slots [..., T], of those there are: [..., T, K, n]."""
+    at = jnp.clip(at, 0, x.shape[-3] - 1)
+    return jnp.take_along_axis(x, at[..., None, None], axis=-3)
 
 
 def counts(name: str, lengths: Any, batch: tuple[int, ...], most: int, slots: int) -> Array:
@@ -551,20 +639,20 @@ def attend(
                 "key_positions were given, but the cache's keys are turned by their slots already: "
                 "make it with decoding.empty without a position"
             )
-        mechanism = dataclasses.replace(mechanism, position=cache.rotation)
     S, T = cache.key.shape[-3], query.shape[-3] if query.ndim > 2 else 0
     if options.get("query_segments") is not None and options.get("key_segments") is None:
         raise ValueError(
             "query_segments were given without key_segments: a cache does not keep the segments of "
             f"its keys; pass those of all {S} slots, [..., {S}]"
         )
+    batch, most = cache.length.shape, cache.max_length
+    start = cache.length - (T if lengths is None else counts("lengths", lengths, batch, T, most))
     if query_positions is None:
-        batch = cache.length.shape
-        most = cache.max_length
-        start = cache.length - (
-            T if lengths is None else counts("lengths", lengths, batch, T, most)
-        )
         query_positions = positions(cache._replace(length=start), T)
+    if isinstance(mechanism, Mechanism):
+        if cache.running is not None:
+            options["query_gates"] = _with_own_gates(mechanism, cache, query, start, options)
+        mechanism = dataclasses.replace(mechanism, position=_position(mechanism, cache))
     if cache.window is None:
         places, real = jnp.arange(S, dtype=jnp.int32), cache.length
         filled = places < cache.length[..., None]
@@ -594,6 +682,29 @@ def attend(
         out, aux = done
         return jnp.where(lost, jnp.nan, out), aux
     return jnp.where(lost, jnp.nan, done)
+
+
+def _position(mechanism, cache):
+    """The position of the mechanism, less what the cache has done of it."""
+    position = mechanism.position if cache.rotation is None else cache.rotation
+    return position if cache.running is None else RunningGates(position)
+
+
+def _with_own_gates(mechanism, cache, query, start, options):
+    """The numbers of queries, their own and what the cache keeps of their keys: [..., T, H, n]."""
+    if mechanism.position != cache.running.position:
+        raise ValueError(
+            f"mechanism has the position {mechanism.position}, but the cache keeps running sums of "
+            f"{cache.running.position}: make it with decoding.empty(..., position=...) of the "
+            "mechanism"
+        )
+    T, H = query.shape[-3:-1]
+    own = _own_gates(cache, start, T)
+    own = jnp.repeat(own, H // own.shape[-2], axis=-2)
+    of_tokens = options.get("query_gates")
+    if of_tokens is None:
+        return own
+    return jnp.concatenate([jnp.asarray(of_tokens, own.dtype), own], axis=-1)
 
 
 def _attend_state(mechanism, params, state, query, lengths, options):

@@ -313,6 +313,9 @@ class Position:
       whole_row: `tile` needs all keys of a row at once (and gets `tile.visible`).
       query_gates, key_gates: how many numbers per head a query and a key has.
       ordered: `prepare_gates` needs all keys of the text, in their order.
+      cached_gates: how many numbers a cache keeps of a key, `key_gates` unless `running`.
+      running: what an ordered scheme makes of the keys up to a token are `cached_gates` numbers,
+        which `cache_gates` and `prepare_cached` know: a cache needs no order then.
       required_inputs: keyword arguments of `attend` that the scheme needs, as `Mask` has them:
         `COORDINATES`, or none.
       embeds_coordinates: `embed` takes coordinates.
@@ -322,8 +325,13 @@ class Position:
     query_gates: ClassVar[int] = 0
     key_gates: ClassVar[int] = 0
     ordered: ClassVar[bool] = False
+    running: ClassVar[bool] = False
     required_inputs: ClassVar[frozenset[tuple[str, ...]]] = frozenset()
     embeds_coordinates: ClassVar[bool] = False
+
+    @property
+    def cached_gates(self) -> int:
+        return self.key_gates
 
     def gate_bias(self, side: Literal["query", "key"]) -> np.ndarray:
         """Where the numbers start, [n]: the first bias of the layer that makes them; default 0."""
@@ -337,6 +345,22 @@ class Position:
         """
         del params
         return tile.query_gates, tile.key_gates
+
+    def cache_gates(self, before: Array, gates: Array) -> Array:
+        """The numbers [T, m] that a cache keeps of T keys, made of their `key_gates` [T, n].
+
+        `before` [m] are those of the key before them, 0 at the start of a text.
+        """
+        del before
+        return gates
+
+    def prepare_cached(self, params: Params, tile: Tile, own: Array) -> tuple[Any, Any]:
+        """`prepare_gates` where `tile.key_gates` [S, m] come from a cache.
+
+        `own` [T, m] are those of the keys of the queries' own tokens.
+        """
+        del own
+        return self.prepare_gates(params, tile)
 
     def init(self, key: Array, head_dim: int, value_dim: int) -> Params:
         """Returns the learned arrays of one head, used by `rotate`, `tile` and `mix`."""
@@ -428,6 +452,15 @@ class Sum(Position):
         return any(part.ordered for part in self.parts)
 
     @property
+    def running(self):  # type: ignore[override]
+        ordered = [part for part in self.parts if part.ordered]
+        return bool(ordered) and all(part.running for part in ordered)
+
+    @property
+    def cached_gates(self):
+        return sum(part.cached_gates for part in self.parts)
+
+    @property
     def required_inputs(self):  # type: ignore[override]
         return frozenset().union(*(part.required_inputs for part in self.parts))
 
@@ -445,6 +478,23 @@ class Sum(Position):
             key_gates=_split(tile.key_gates, [part.key_gates for part in self.parts]),
         )
         prepared = (part.prepare_gates(own, x) for part, own, x in self._terms(params, tile))
+        return tuple(zip(*prepared, strict=True))
+
+    def cache_gates(self, before, gates):
+        gates = _split(gates, [part.key_gates for part in self.parts])
+        before = _split(before, [part.cached_gates for part in self.parts])
+        own = zip(self.parts, before, gates, strict=True)
+        return jnp.concatenate([p.cache_gates(b, g) for p, b, g in own if g is not None], -1)
+
+    def prepare_cached(self, params, tile, own):
+        kept = [part.cached_gates for part in self.parts]
+        tile = dataclasses.replace(
+            tile,
+            query_gates=_split(tile.query_gates, [part.query_gates for part in self.parts]),
+            key_gates=_split(tile.key_gates, kept),
+        )
+        terms = zip(self._terms(params, tile), _split(own, kept), strict=True)
+        prepared = (part.prepare_cached(p, x, numbers) for (part, p, x), numbers in terms)
         return tuple(zip(*prepared, strict=True))
 
     def _terms(self, params, tile):

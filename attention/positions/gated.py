@@ -1,6 +1,7 @@
 """Positional schemes that depend on the tokens: on numbers that each of them brings."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -21,7 +22,10 @@ class Forget(Position):
     their key head.
 
     The token of query i is key i where T = S; else it is the last key that does not stand after
-    the query, by positions that ascend: with a cache, positions are not to begin anew by segment.
+    the query, by positions that ascend.
+
+    A cache keeps F_j of each key, made of that of the key before. F grows without end, and float32
+    loses the digits of a difference of two: it is kept as the sum of two numbers.
 
     Attributes:
       start: f at the start of training, where x W is 0; `nn.MultiHeadAttention` learns
@@ -30,7 +34,9 @@ class Forget(Position):
 
     start: float = 0.98
     key_gates = 1
+    cached_gates = 2
     ordered = True
+    running = True
 
     def __post_init__(self):
         check_numbers(self, "start")
@@ -47,8 +53,31 @@ class Forget(Position):
         total = _running_sum(log_forget, tile.key_segments)[:, None]
         return total[_own_key(tile)], total
 
+    def cache_gates(self, before, gates):
+        log_forget = jax.nn.log_sigmoid(gates)
+        pairs = jnp.concatenate([log_forget, jnp.zeros_like(log_forget)], axis=1)
+        pairs = jnp.concatenate([before[None], pairs])
+        return jax.lax.associative_scan(_add_pairs, pairs)[1:]
+
+    def prepare_cached(self, params, tile, own):
+        return own, tile.key_gates
+
     def tile(self, params, query, key, tile):
-        return tile.query_gates - tile.key_gates.T
+        columns = zip(tile.query_gates.T, tile.key_gates.T, strict=True)
+        return functools.reduce(jnp.add, (q[:, None] - k for q, k in columns))
+
+
+def _add_pairs(a: Array, b: Array) -> Array:
+    """Sums of numbers [..., 2] that are each the sum of two, the second below the first's digits.
+
+    Knuth's two-sum: what the first addition rounds off is computed, and kept.
+    """
+    total = a[..., 0] + b[..., 0]
+    share = total - a[..., 0]
+    rounded = (a[..., 0] - (total - share)) + (b[..., 0] - share)
+    rest = a[..., 1] + b[..., 1] + rounded
+    high = total + rest
+    return jnp.stack([high, rest - (high - total)], axis=-1)
 
 
 def _running_sum(x: Array, segments: Array | None) -> Array:

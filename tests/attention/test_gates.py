@@ -12,7 +12,16 @@ import attention
 from attention import Mechanism, attend, decoding, masks, normalizers, positions
 from attention.kernels.registry import KERNELS, describe, unsupported
 from attention.nn import MultiHeadAttention
-from support.mechanisms import assert_close, assert_same, compiled, init, normal, put, qkv
+from support.mechanisms import (
+    NO_PARAMS,
+    assert_close,
+    assert_same,
+    compiled,
+    init,
+    normal,
+    put,
+    qkv,
+)
 
 T = 7
 
@@ -185,7 +194,7 @@ def test_layer_and_its_cache():
     np.testing.assert_allclose(params["key_gates"]["bias"], [0, 0, np.log(9)], rtol=1e-6)
     want = layer.apply({"params": params}, x)
     cache = decoding.empty((2,), T, 1, 4, position=position, mask=mechanism.mask)
-    assert cache.window is None  # the running sum needs every key
+    assert cache.window.slots == 5 and cache.key_gates.shape[-1] == 4
 
     @jax.jit
     def run(cache, x):
@@ -196,6 +205,52 @@ def test_layer_and_its_cache():
         out, cache = run(cache, piece)
         pieces.append(out)
     assert_close(np.concatenate(pieces, 1), want)
+
+
+def test_long_texts_keep_the_digits_of_running_sums():
+    """A window far into a text, where a sum in float32 has lost the digits of a term."""
+    mechanism = Mechanism(position=positions.Forget(), mask=masks.Causal() & masks.SlidingWindow(3))
+    steps, prompt = 4096, 100
+    gates = normal(0, 1, steps, 1, 1) - 4
+    key, value = normal(1, 1, steps, 1, 2), normal(2, 1, steps, 1, 2)
+
+    @compiled
+    def decode():
+        cache = decoding.empty((1,), steps, 1, 2, position=mechanism.position, mask=mechanism.mask)
+        cache = decoding.append(
+            cache, key[:, :prompt], value[:, :prompt], key_gates=gates[:, :prompt]
+        )
+
+        def step(cache, t):
+            arrays = (key, value, gates)
+            key_t, value_t, gate = (jax.lax.dynamic_slice_in_dim(x, t, 1, 1) for x in arrays)
+            cache = decoding.append(cache, key_t, value_t, key_gates=gate)
+            return cache, decoding.attend(mechanism, NO_PARAMS, cache, key_t)
+
+        cache, out = jax.lax.scan(step, decoding.trim(cache), jnp.arange(prompt, steps))
+        return cache, out[-8:, 0, 0]
+
+    cache, got = decode()
+    wide = [np.asarray(x, np.float64)[0, :, 0] for x in (key, value, gates)]
+    total = np.cumsum(-np.logaddexp(0, -wide[2][:, 0]))
+    kept = np.sum(cache.key_gates[0, :, 0], axis=-1, dtype=np.float64)
+    np.testing.assert_allclose(kept, total[cache.window.positions[0]], rtol=1e-6)
+    for i, row in zip(range(steps - 8, steps), got, strict=True):
+        window = slice(i - 3, i + 1)
+        logits = wide[0][window] @ wide[0][i] / 2**0.5 + total[i] - total[window]
+        weights = np.exp(logits) / np.exp(logits).sum()
+        np.testing.assert_allclose(row[0], weights @ wide[1][window], atol=2e-6)
+
+
+def test_a_cache_of_running_sums_says_what_it_is_of():
+    cache = decoding.empty((1,), 4, 1, 2, position=positions.Forget())
+    x = normal(0, 1, 1, 1, 2)
+    cache = decoding.append(cache, x, x, key_gates=x[..., :1])
+    other = Mechanism(position=positions.Forget(0.5))
+    with pytest.raises(ValueError, match="keeps running sums of Forget.*0.98"):
+        decoding.attend(other, init(other), cache, x)
+    with pytest.raises(ValueError, match=r"key_gates must be float32 \[..., T, 1, 1\]"):
+        decoding.append(cache, x, x, key_gates=x)
 
 
 def test_no_gates_no_parameters():
