@@ -260,6 +260,7 @@ def empty(
     normalizer: Normalizer | None = None,
     score: Score | None = None,
     num_heads: int | None = None,
+    implementation: str | None = None,
 ) -> Any:
     """A `Cache` for texts of up to max_length tokens: batch axes, K, D, and V (D unless given).
 
@@ -273,8 +274,10 @@ def empty(
     The position also says how many numbers of a key are kept.
 
     With the `score` as well, and so all four parts of the mechanism, the result is a `State` where
-    one will do: linear attention under the mask `Causal()`. A score that learns features of keys
-    has one for each query head, and needs `num_heads`, H.
+    one will do: linear attention under the mask `Causal()`, and by the `implementation` None or
+    'linear', since other kernels read keys. A score that learns features of keys has one for each
+    query head, and needs `num_heads`, H. The score also says how many numbers of a
+    key it asks for.
 
     Raises ValueError where a size is no whole number or not positive, or a part is none.
     """
@@ -282,7 +285,8 @@ def empty(
     sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
     for name, size in {"max_length": max_length, **sizes}.items():
         whole_number(name, size, 1)
-    if score is not None and position is not None and mask is not None and normalizer is not None:
+    reads_state = implementation in (None, "linear")
+    if reads_state and score and position and mask and normalizer:
         mechanism = Mechanism(score, position, mask, normalizer)
         if not states.needs_keys(mechanism, head_dim, value_dim, num_heads):
             spec = states.StateSpec(
@@ -306,11 +310,11 @@ def empty(
             S = last
             window = Window(jnp.full((*batch, S), -1, jnp.int32), S, max_length)
     slots = (*batch, S, num_kv_heads)
+    count = sum(part.key_gates for part in (position, score) if part is not None)
     key_gates = None
-    if position is not None and position.key_gates:
-        key_gates = jnp.zeros(
-            (*slots, position.cached_gates), accumulator(dtype) if running else dtype
-        )
+    if count:
+        count += running.cached_gates - running.position.key_gates if running else 0
+        key_gates = jnp.zeros((*slots, count), accumulator(dtype) if running else dtype)
     return Cache(
         jnp.zeros((*slots, head_dim), dtype),
         jnp.zeros((*slots, value_dim), dtype),
@@ -407,7 +411,8 @@ def append(
         key_gates = jnp.asarray(key_gates)
         like = cache.key_gates
         if cache.running is not None:
-            count = cache.running.position.key_gates
+            position = cache.running.position
+            count = like.shape[-1] - position.cached_gates + position.key_gates
             like = jax.ShapeDtypeStruct((*like.shape[:-1], count), cache.key.dtype)
         _check_new("key_gates", key_gates, like, batch, T)
     length, added = _longer(cache, T, lengths)
@@ -535,17 +540,19 @@ def _rotate(position, key, at):
 
 def _running_gates(cache, gates):
     """What a cache keeps of the numbers [..., T, K, n] of its next keys, [..., T, K, m]."""
+    position = cache.running.position
     last = jnp.maximum(cache.length - 1, 0)
     if cache.window is not None:
         last %= cache.window.slots
-    before = _at_slots(cache.key_gates, last[..., None])[..., 0, :, :]
+    before = _at_slots(cache.key_gates, last[..., None])[..., 0, :, : position.cached_gates]
     before = jnp.where((cache.length > 0)[..., None, None], before, 0)
     gates = gates.astype(cache.key_gates.dtype)
     gates = jnp.where(jnp.isfinite(gates), gates, jnp.nan)
-    cache_gates = jax.vmap(cache.running.position.cache_gates, (0, 1), 1)
+    cache_gates = jax.vmap(position.cache_gates, (0, 1), 1)
     for _ in cache.length.shape:
         cache_gates = jax.vmap(cache_gates)
-    return cache_gates(before, gates)
+    of_position, others = jnp.split(gates, [position.key_gates], axis=-1)
+    return jnp.concatenate([cache_gates(before, of_position), others], axis=-1)
 
 
 def _own_gates(cache, start, T):
@@ -698,13 +705,15 @@ def _with_own_gates(mechanism, cache, query, start, options):
             f"{cache.running.position}: make it with decoding.empty(..., position=...) of the "
             "mechanism"
         )
-    T, H = query.shape[-3:-1]
-    own = _own_gates(cache, start, T)
+    position, (T, H) = mechanism.position, query.shape[-3:-1]
+    own = _own_gates(cache, start, T)[..., : position.cached_gates]
     own = jnp.repeat(own, H // own.shape[-2], axis=-2)
     of_tokens = options.get("query_gates")
     if of_tokens is None:
         return own
-    return jnp.concatenate([jnp.asarray(of_tokens, own.dtype), own], axis=-1)
+    of_tokens = jnp.asarray(of_tokens, own.dtype)
+    of_position, others = jnp.split(of_tokens, [position.query_gates], axis=-1)
+    return jnp.concatenate([of_position, own, others], axis=-1)
 
 
 def _attend_state(mechanism, params, state, query, lengths, options):

@@ -293,6 +293,17 @@ class _Wrapper(Score):
     def __post_init__(self):
         check_part("score", self.score, Score)
 
+    @property
+    def query_gates(self):  # type: ignore[override]
+        return self.score.query_gates
+
+    @property
+    def key_gates(self):  # type: ignore[override]
+        return self.score.key_gates
+
+    def gate_bias(self, side):
+        return self.score.gate_bias(side)
+
     def init(self, key, head_dim):
         return self.score.init(key, head_dim)
 
@@ -327,6 +338,29 @@ class Temperature(_Wrapper):
     def tile(self, params, query, key, tile):
         score = self.score.tile(params["score"], query, key, tile)
         return jnp.exp(-params["log_temperature"]) * score
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTemperature(_Wrapper):
+    """s_ij = exp(−τ_i) · score(q_i, k_j), τ_i a number of the token of query i, 0 at the start.
+
+    A token decides how sharply it attends, as in Zhang et al. 2024 (selective self-attention),
+    where the factor is made of a token and of its place.
+    """
+
+    @property
+    def query_gates(self):
+        return self.score.query_gates + 1
+
+    def gate_bias(self, side):
+        own = np.zeros(1 if side == "query" else 0)
+        return np.concatenate([own, self.score.gate_bias(side)])
+
+    def tile(self, params, query, key, tile):
+        factor = jnp.exp(-tile.query_gates[:, :1])
+        of_score = tile.query_gates[:, 1:] if self.score.query_gates else None
+        inner = dataclasses.replace(tile, query_gates=of_score)
+        return factor * self.score.tile(params, query, key, inner)
 
 
 @dataclasses.dataclass(frozen=True)

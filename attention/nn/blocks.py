@@ -347,6 +347,7 @@ class Block(nn.Module):
             H, _, head_dim = _heads(c, own).values()
             parts["mixer"] = own.mixer.module(
                 num_heads=H * READOUTS[c.readout].query_heads,
+                implementation=c.implementation,
                 head_dim=head_dim,
                 name="mixer",
                 **settings,
@@ -489,9 +490,9 @@ class Stack(nn.Module):
                 position=mechanism.position,
                 mask=mechanism.mask,
                 normalizer=mechanism.normalizer,
-                # Another kernel has all weights, which a state has not.
-                score=mechanism.score if c.implementation in (None, "linear") else None,
+                score=mechanism.score,
                 num_heads=H * READOUTS[c.readout].query_heads,
+                implementation=c.implementation,
             )
 
         caches = self._field([cache(layer) for layer in self._period])

@@ -38,8 +38,8 @@ class _Parts(NamedTuple):
 class MultiHeadAttention(nn.Module):
     """Concat_h(head_h) W_O, head_h = attend(x W_Q, c W_K, c W_V).  Vaswani et al. 2017, sec. 3.2.2.
 
-    Numbers of each token that the position asks for (`Position`) are x W + b, c W + b: parameters
-    'query_gates' and 'key_gates', the bias from `Position.gate_bias`.
+    Numbers of each token that the mechanism asks for (`Position`) are x W + b, c W + b: parameters
+    'query_gates' and 'key_gates', the bias from `Mechanism.gate_bias`.
 
     Self-attention (c = x) or cross-attention (another c). The mechanism's learned arrays are the
     parameter tree 'mechanism'. When the collection 'intermediates' is mutable, the weights
@@ -215,8 +215,8 @@ class MultiHeadAttention(nn.Module):
             return of_heads
 
         def gates(side, heads, axis):
-            """The numbers of each token [..., T, heads, n] that the position asks for, or None."""
-            bias = self.mechanism.position.gate_bias(side)
+            """The numbers of each token [..., T, heads, n] that the mechanism asks for, or None."""
+            bias = self.mechanism.gate_bias(side)
             if not len(bias):
                 return lambda inputs: None
             project = Dense(

@@ -140,8 +140,10 @@ class KernelWork(Work):
         """2 (D + V) a pair, three times as many with a gradient or tangents.
 
         Counted by the definition: what a kernel computes twice counts once. None for scores that
-        are not a product of query and key.
+        are not a product of query and key, and where no kernel makes all of them.
         """
+        if self.chosen() == "linear" or self.library in ("gated_delta", "kda"):
+            return None
         if blocks.numbers_per_pair(self.mechanism(), self.heads, self.width) > 4:
             return None
         widths = self.width + (self.value_width or self.width)
@@ -293,12 +295,13 @@ def _decode_program(work, static, params, query, key, value):
     """
     T, S = work.length, work.keys
     parts = {"position": work.mechanism().position}
-    if work.library == "attention" and work.implementation is None:
+    if work.library == "attention":
         parts |= {name: getattr(work.mechanism(), name) for name in PARTS}
     cache = decoding.empty(
         *((work.batch,), S, *key.shape[2:], value.shape[-1], key.dtype),
         **parts,
         num_heads=work.heads,
+        implementation=work.implementation,
     )
     length = jnp.full((work.batch,), S - T, jnp.int32)
     filled = {} if isinstance(cache, State) else {"key": key, "value": value}

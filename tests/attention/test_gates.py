@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import attention
-from attention import Mechanism, attend, decoding, masks, normalizers, positions
+from attention import Mechanism, attend, decoding, masks, normalizers, positions, scores
 from attention.kernels.registry import KERNELS, describe, unsupported
 from attention.nn import MultiHeadAttention
+from support.marks import slow_but
 from support.mechanisms import (
     NO_PARAMS,
     assert_close,
@@ -44,18 +45,36 @@ class Slope(attention.Position):
         return -params["a"] * rate * jnp.abs(tile.distance)
 
 
+@dataclasses.dataclass(frozen=True)
+class Weighed(attention.Score):
+    """(1 + tanh(g_i)) f_j q · k: a score that asks for numbers of both sides."""
+
+    query_gates = 1
+    key_gates = 1
+
+    def gate_bias(self, side):
+        return np.full(1, 3.0 if side == "query" else 2.0)
+
+    def tile(self, params, query, key, tile):
+        return (1 + jnp.tanh(tile.query_gates)) * tile.key_gates.T * (query @ key)
+
+
 BOTH = Slope() + positions.Forget()
 GATED = [
     Mechanism(position=BOTH, mask=masks.Causal()),
     Mechanism(position=BOTH, mask=masks.Causal(), normalizer=normalizers.Sigmoid()),
+    Mechanism(scores.TokenTemperature(Weighed()), BOTH, mask=masks.Causal()),
+    Mechanism(scores.SoftCap(scores.TokenTemperature(scores.Dot()), 3.0), mask=masks.Causal()),
 ]
 
 
-def gates(position, T=T, H=2, K=1, batch=(2,), dtype="float32"):
-    return {
-        "query_gates": normal(5, *batch, T, H, position.query_gates, dtype=dtype),
-        "key_gates": normal(6, *batch, T, K, position.key_gates, dtype=dtype),
+def gates(asking, T=T, H=2, K=1, batch=(2,), dtype="float32"):
+    """The numbers that a mechanism or a position asks for."""
+    both = {
+        "query_gates": normal(5, *batch, T, H, asking.query_gates, dtype=dtype),
+        "key_gates": normal(6, *batch, T, K, asking.key_gates, dtype=dtype),
     }
+    return {name: x for name, x in both.items() if x.size}
 
 
 def derivatives(mechanism, kernel, tangent=True, **data):
@@ -83,15 +102,13 @@ def derivatives(mechanism, kernel, tangent=True, **data):
     return run
 
 
-@pytest.mark.parametrize(
-    "mechanism", [GATED[0], pytest.param(GATED[1], marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.parametrize("mechanism", slow_but(GATED[2:3], GATED), ids=str)
 def test_kernels_agree_on_every_derivative(mechanism, x64):
     """Of outputs, every array's gradient and its tangent; a row sees nothing, blocks are small."""
     arrays = jax.tree.map(
         lambda x: x.astype("float64"), (init(mechanism), *qkv(T=T, S=T, dtype="float64"))
     )
-    of_tokens = gates(mechanism.position, dtype="float64")
+    of_tokens = gates(mechanism, dtype="float64")
     data = {"mask": np.arange(T)[:, None] != 3}
     inputs = arrays, of_tokens, (arrays, of_tokens)
     kernels = [name for name, kernel in KERNELS.items() if kernel.takes_gates]
@@ -130,7 +147,7 @@ def test_the_choice_and_its_errors():
         run()
     with pytest.raises(ValueError, match=r"key_gates must be .* got \(2, 7, 1, 3\)"):
         run(key_gates=normal(0, 2, T, 1, 3))
-    with pytest.raises(ValueError, match="query_gates was given, but the position"):
+    with pytest.raises(ValueError, match="query_gates was given, but no part of ScaledDot"):
         run(query_gates=normal(0, 2, T, 2, 1))
     call = describe(mechanism, query, key, value)
     able = [name for name, kernel in KERNELS.items() if not unsupported(kernel, call)]
@@ -180,21 +197,65 @@ def test_gated_t5(x64):
     np.testing.assert_allclose(got, want, atol=1e-12)
 
 
+def test_token_temperature(x64):
+    """Against scores written out, alone and around a score that has numbers itself."""
+    query, key, value = qkv(T=T, S=T, dtype="float64")
+    own = np.swapaxes(normal(5, 2, T, 2, 1, dtype="float64"), 1, 2)
+    product = np.einsum("bthd,bsd->bhts", query, key[:, :, 0])
+    for score, want in (
+        (scores.TokenTemperature(scores.Dot()), np.exp(-own) * product),
+        (scores.TokenTemperature(scores.TokenTemperature(scores.Dot())), product),
+    ):
+        of_tokens = np.swapaxes(own if score.query_gates == 1 else own * [1, -1], 1, 2)
+        mechanism = Mechanism(score, normalizer=normalizers.Unnormalized())
+        got = attend(mechanism, NO_PARAMS, query, key, value, query_gates=of_tokens)
+        np.testing.assert_allclose(got, np.einsum("bhts,bsv->bthv", want, value[:, :, 0]))
+
+
+def test_entmax_of_tokens_is_that_of_their_alpha(x64):
+    """Outputs and gradients are those of `Entmax` with the row's own α; tiled refuses."""
+    mechanism = Mechanism(normalizer=normalizers.TokenEntmax(), mask=masks.Causal())
+    plain = dataclasses.replace(mechanism, normalizer=normalizers.Entmax())
+    query, key, value = qkv((), T, T, H=1, K=1, dtype="float64")
+    of_tokens = 2 * normal(5, T, 1, 1, dtype="float64")
+
+    def loss(query, of_tokens):
+        return (attend(mechanism, NO_PARAMS, query, key, value, query_gates=of_tokens) ** 2).sum()
+
+    def want(query, of_tokens):
+        def row(i, a):
+            params = {"score": {}, "position": {}, "normalizer": {"a": a}}
+            return attend(plain, params, query, key, value)[i]
+
+        return (jax.vmap(row)(jnp.arange(T), of_tokens[:, 0]) ** 2).sum()
+
+    got, expected = (
+        compiled(jax.value_and_grad(f, (0, 1)))(query, of_tokens) for f in (loss, want)
+    )
+    assert_close(got, expected, 1e-10)
+    assert np.abs(got[1][1]).max() > 1e-3
+    np.testing.assert_allclose(normalizers.TokenEntmax(1.25).gate_bias("query"), -np.log(3))
+    call = describe(mechanism, query, key, value)
+    assert "TokenEntmax(start=1.5) by numbers" in unsupported(KERNELS["tiled"], call)
+
+
 # Layers and caches.
 
 
 def test_layer_and_its_cache():
     """A text fed in pieces gives what it gives at once; the start of a gate is that of its part."""
     position = Slope() + positions.GatedT5(4, 6) + positions.Forget(start=0.9)
-    mechanism = Mechanism(position=position, mask=masks.Causal() & masks.SlidingWindow(4))
+    mask = masks.Causal() & masks.SlidingWindow(4)
+    mechanism = Mechanism(Weighed(), position, mask, normalizers.TokenEntmax())
     layer = MultiHeadAttention(num_heads=2, num_kv_heads=1, mechanism=mechanism)
     x = normal(1, 2, T, 8)
     params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
-    assert params["query_gates"]["kernel"].shape == (8, 2 * 3)
-    np.testing.assert_allclose(params["key_gates"]["bias"], [0, 0, np.log(9)], rtol=1e-6)
+    assert params["query_gates"]["kernel"].shape == (8, 2 * 5)
+    np.testing.assert_allclose(params["query_gates"]["bias"], [0, 0, 0, 3, 0] * 2, rtol=1e-6)
+    np.testing.assert_allclose(params["key_gates"]["bias"], [0, 0, np.log(9), 2], rtol=1e-6)
     want = layer.apply({"params": params}, x)
-    cache = decoding.empty((2,), T, 1, 4, position=position, mask=mechanism.mask)
-    assert cache.window.slots == 5 and cache.key_gates.shape[-1] == 4
+    cache = decoding.empty((2,), T, 1, 4, position=position, mask=mask, score=mechanism.score)
+    assert cache.window.slots == 5 and cache.key_gates.shape[-1] == 5
 
     @jax.jit
     def run(cache, x):
