@@ -516,13 +516,13 @@ class Sum(Position):
         return jnp.concatenate([p.cache_gates(b, g) for p, b, g in own if g is not None], -1)
 
     def prepare_cached(self, params, tile, own):
-        kept = [part.cached_gates for part in self.parts]
+        cached = [part.cached_gates for part in self.parts]
         tile = dataclasses.replace(
             tile,
             query_gates=split_gates(tile.query_gates, [part.query_gates for part in self.parts]),
-            key_gates=split_gates(tile.key_gates, kept),
+            key_gates=split_gates(tile.key_gates, cached),
         )
-        terms = zip(self._terms(params, tile), split_gates(own, kept), strict=True)
+        terms = zip(self._terms(params, tile), split_gates(own, cached), strict=True)
         prepared = (part.prepare_cached(p, x, numbers) for (part, p, x), numbers in terms)
         return tuple(zip(*prepared, strict=True))
 

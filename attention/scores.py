@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention.parts import Array, Params, Score, Tile, check_counts, check_numbers, check_part
+from attention.positions.angles import angles
 
 
 def _normal(key, shape, fan_in):
@@ -187,6 +188,38 @@ def _in_three(x: Array) -> Array:
         parts.append(jax.lax.stop_gradient(bits))
         x = x - parts[-1]
     return jnp.concatenate([*parts, x], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PoPE(Score):
+    """s = Σ_c softplus(q_c) softplus(k_c) cos((j − i) θ_c + δ_c) / √D, θ_c = base^(−c/D).
+
+    Gopalakrishnan et al. 2025 (polar coordinates): what a token holds says how long the vector of
+    each of D channels is, and its place alone where that points. δ is learned per head and channel,
+    0 at the start. A score, since it takes places itself: it goes with the position `none`.
+    """
+
+    base: float = 10000.0
+
+    def __post_init__(self):
+        check_numbers(self, "base")
+
+    def init(self, key, head_dim):
+        return {"phase": jnp.zeros(head_dim)}
+
+    def prepare(self, params, query, key):
+        return jax.nn.softplus(query) * query.shape[-1] ** -0.5, jax.nn.softplus(key)
+
+    def tile(self, params, query, key, tile):
+        frequencies = self.base ** (-np.arange(len(key)) / len(key))
+
+        def polar(lengths, angle, axis):
+            both = [lengths * jnp.cos(angle), lengths * jnp.sin(angle)]
+            return jnp.concatenate(both, axis)
+
+        of_query = angles(tile.query_positions, frequencies, query.dtype)
+        of_key = angles(tile.key_positions, frequencies, key.dtype) + params["phase"]
+        return _product(polar(query, of_query, 1), polar(key, of_key.T, 0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,6 +123,57 @@ class GatedT5(T5):
 
 
 @dataclasses.dataclass(frozen=True)
+class Indexer(Position):
+    """Hides all but the `k` visible keys of the largest I_ij = Σ_h w_ih ReLU(q_ih · k_j).
+
+    The lightning indexer of DeepSeek-V3.2 (2025), without its rotary positions: q_ih [width] and
+    w_ih of each of `index_heads` are numbers of the token of query i, k_j [width] of that of key j.
+    Of equal ones the earlier stay. Here each head of the attention has an indexer of its own.
+
+    The choice is constant almost everywhere. There the indexer learns from a loss of its own; here
+    a key that stays gets the score I_ij − I_ij, of which only the first has a gradient: I grows
+    where the key's score should.
+
+    Attributes:
+      k: keys that stay.
+      index_heads, width: of the indexer.
+    """
+
+    k: int = 64
+    index_heads: int = 4
+    width: int = 16
+    whole_row = True
+
+    def __post_init__(self):
+        check_counts(self, k=1, index_heads=1, width=1)
+
+    @property
+    def query_gates(self):  # type: ignore[override]
+        return self.index_heads * (self.width + 1)
+
+    @property
+    def key_gates(self):  # type: ignore[override]
+        return self.width
+
+    def tile(self, params, query, key, tile):
+        heads = self.index_heads
+        queries = tile.query_gates[:, heads:].reshape(-1, heads, self.width)
+        index = functools.reduce(
+            jnp.add,
+            (
+                tile.query_gates[:, h, None] * jax.nn.relu(queries[:, h] @ tile.key_gates.T)
+                for h in range(heads)
+            ),
+        )
+        fixed = jax.lax.stop_gradient(index)
+        among = jnp.where(tile.visible, fixed, -jnp.inf)
+        chosen = jax.lax.top_k(among, min(self.k, among.shape[1]))[1]
+        rows = jnp.arange(len(among))[:, None]
+        stays = jnp.zeros(among.shape, bool).at[rows, chosen].set(True)
+        return jnp.where(stays, index - fixed, -jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
 class PositionTemperature(Position):
     """q_i · (1 + a log(⌊(i + 1) / n⌋ + 1)): sharper weights far into a long text.
 

@@ -239,6 +239,59 @@ def test_entmax_of_tokens_is_that_of_their_alpha(x64):
     assert "TokenEntmax(start=1.5) by numbers" in unsupported(KERNELS["tiled"], call)
 
 
+@pytest.mark.parametrize("kernel", ["dense", pytest.param("tiled", marks=pytest.mark.slow)])
+def test_indexer(kernel, x64):
+    """The k keys of the largest index stay, as NumPy finds them; its numbers get a gradient."""
+    position = positions.Indexer(k=2, index_heads=3, width=2)
+    mechanism = Mechanism(position=position, mask=masks.Causal())
+    query, key, value = qkv((), T, T, H=2, K=1, dtype="float64")
+    of_tokens = gates(position, batch=(), dtype="float64")
+
+    @compiled
+    def run(of_tokens):
+        def loss(of_tokens):
+            out, aux = attend(
+                mechanism, NO_PARAMS, query, key, value, **of_tokens, implementation=kernel,
+                aux=("row_weights",), weight_rows=jnp.arange(T),
+            )  # fmt: skip
+            return (out**2).sum(), aux["row_weights"]
+
+        return jax.grad(loss, has_aux=True)(of_tokens)
+
+    slopes, got = run(of_tokens)
+    for h, i in np.ndindex(2, T):
+        weights, queries = np.split(of_tokens["query_gates"][i, h], [3])
+        products = of_tokens["key_gates"][: i + 1, 0] @ queries.reshape(3, 2).T
+        index = np.maximum(products, 0) @ weights
+        stays = np.argsort(-index, kind="stable")[:2]
+        logits = np.full(i + 1, -np.inf)
+        logits[stays] = key[stays, 0] @ query[i, h] / 2
+        want = np.exp(logits) / np.exp(logits).sum()
+        np.testing.assert_allclose(got[h, i, : i + 1], want, atol=1e-12)
+        np.testing.assert_array_equal(got[h, i, i + 1 :], 0)
+    assert all(np.abs(x).max() > 1e-4 for x in slopes.values())
+
+
+def test_indexer_in_a_cache():
+    """It keeps the numbers of all keys, and a step chooses among all of them."""
+    mechanism = Mechanism(position=positions.Indexer(2, 1, 2), mask=masks.Causal())
+    query, key, value = qkv((), T, T, H=2, K=1)
+    of_tokens = gates(mechanism, batch=())
+
+    @compiled
+    def both():
+        want = attend(mechanism, NO_PARAMS, query, key, value, **of_tokens)[-1]
+        cache = decoding.empty((), T, 1, 4, 3, position=mechanism.position, mask=mechanism.mask)
+        cache = decoding.append(cache, key, value, key_gates=of_tokens["key_gates"])
+        last = {"query_gates": of_tokens["query_gates"][-1:]}
+        at = jnp.array([T - 1])
+        return decoding.attend(mechanism, NO_PARAMS, cache, query[-1:], query_positions=at, **last)[
+            0
+        ], want
+
+    assert_close(*both())
+
+
 # Layers and caches.
 
 
