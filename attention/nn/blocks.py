@@ -346,10 +346,7 @@ class Block(nn.Module):
         if own.mixer is not None:
             H, _, head_dim = _heads(c, own).values()
             parts["mixer"] = own.mixer.module(
-                num_heads=H,
-                head_dim=head_dim,
-                name="mixer",
-                **settings,
+                num_heads=H, head_dim=head_dim, name="mixer", **settings
             )
         parts |= {
             name: MultiHeadAttention(
