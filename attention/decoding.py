@@ -276,8 +276,7 @@ def empty(
     With the `score` as well, and so all four parts of the mechanism, the result is a `State` where
     one will do: linear attention under the mask `Causal()`, and by the `implementation` None or
     'linear', since other kernels read keys. A score that learns features of keys has one for each
-    query head, and needs `num_heads`, H. The score also says how many numbers of a
-    key it asks for.
+    query head, and needs `num_heads`, H. The score also says how many numbers of a key are kept.
 
     Raises ValueError where a size is no whole number or not positive, or a part is none.
     """
