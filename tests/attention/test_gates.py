@@ -361,6 +361,9 @@ def test_a_cache_of_running_sums_says_what_it_is_of():
     cache = decoding.empty((1,), 4, 1, 2, position=positions.Forget())
     x = normal(0, 1, 1, 1, 2)
     cache = decoding.append(cache, x, x, key_gates=x[..., :1])
+    mechanism = Mechanism(position=positions.Forget())
+    step = jax.make_jaxpr(lambda cache: decoding.attend(mechanism, NO_PARAMS, cache, x))(cache)
+    assert "cumsum" not in str(step)  # nothing is summed anew
     other = Mechanism(position=positions.Forget(0.5))
     with pytest.raises(ValueError, match="keeps running sums of Forget.*0.98"):
         decoding.attend(other, init(other), cache, x)
