@@ -224,7 +224,7 @@ def attend(state: State, params: Params, query: Array, at: Array) -> Array:
 
 def _until(x, axis):
     """Whether x is true at a place or before it."""
-    return jax.lax.cummax(x.astype(jnp.int32), x.ndim + axis) > 0
+    return jax.lax.associative_scan(jnp.logical_or, x, axis=x.ndim + axis)
 
 
 def _features(mechanism, params, x, at, side):

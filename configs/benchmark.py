@@ -142,12 +142,19 @@ def linear():
     """Times and bytes by T: linear attention and the delta rule, which grow with T, and softmax."""
     parts = {"score": "elu_features", "normalizer": "sum_to_one"}
     shared = {"heads": 2, **CAUSAL}
-    rules = [{"library": "gated_delta"}, {"library": "kda"}]
     measure = ("time", "memory")
-    for length in (1024, 4096, 16384, 65536):
-        softmax = [TILED] if length <= 16384 else []  # else a minute a run
-        yield versus(f"forward + backward, T = {length}", parts, *rules, *softmax, measure=measure,
-                     length=length, **GRADIENT, **shared)  # fmt: skip
+    lengths = [{"length": n} for n in (1024, 4096, 16384, 65536)]
+    delta, kda = {"library": "gated_delta"}, {"library": "kda"}
+    for title, own, most in (
+        ("linear attention", parts, 4),
+        ("the gated delta rule", delta, 4),
+        ("KDA", kda, 3),
+        ("softmax", TILED, 3),  # four times the tokens are sixteen times the work
+    ):
+        yield versus(f"{title} by T, forward + backward", *lengths[:most], measure=measure,
+                     **own, **GRADIENT, **shared)  # fmt: skip
+    yield versus("T = 4096, forward + backward", parts, delta, kda, TILED, length=4096,
+                 **GRADIENT, **shared)  # fmt: skip
     packed = {**shared, "mask": "causal & segments", "documents": 16}
     yield versus("16 packed documents, forward + backward, T = 16384", parts, TILED,
                  length=16384, **GRADIENT, **packed)  # fmt: skip

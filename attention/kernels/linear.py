@@ -115,8 +115,9 @@ def attend_head(
         out, visible = _of_segments(features, key_features, value, flags, tile, is_causal)
     elif is_causal:
         out = causal(features, key_features, value)
-        visible = jax.lax.cummax(flags.astype(jnp.int32))
-        visible = visible[jnp.minimum(tile.query_index, len(visible) - 1)] > 0
+        never = len(query) + len(key)
+        first = jnp.where(flags, tile.key_index[:, None], never).min(0)
+        visible = tile.query_index[:, None] >= first
     else:
         out = _global(features, key_features, value)
         visible = flags.any(0)[None]
@@ -230,10 +231,10 @@ def _of_segments(features, key_features, value, flags, tile, is_causal):
         starts=starts,
     )
     at = jnp.arange(S + T)[:, None]
-    latest = jax.lax.cummax(
-        jnp.where(in_order(jnp.zeros((T, flags.shape[1]), bool), flags), at, -1)
-    )
-    start = jax.lax.cummax(jnp.where(starts[:, None], at, 0))
+    # Not by `cummax`: on a CPU XLA computes anew, for each number, what that one reads.
+    flags = in_order(jnp.zeros((T, flags.shape[1]), bool), flags)
+    latest = jax.lax.associative_scan(jnp.maximum, jnp.where(flags, at, -1))
+    start = jax.lax.associative_scan(jnp.maximum, jnp.where(starts[:, None], at, 0))
     return out[place], (latest >= start)[place]
 
 

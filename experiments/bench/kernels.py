@@ -18,7 +18,7 @@ from attention.kernels import blocks
 from attention.kernels.delta import recurrence
 from attention.kernels.registry import describe
 from attention.parts import Tile, check_choices
-from attention.states import State
+from attention.states import State, needs_keys
 from experiments.bench.work import (
     Foreign,
     JaxWork,
@@ -142,7 +142,8 @@ class KernelWork(Work):
         Counted by the definition: what a kernel computes twice counts once. None for scores that
         are not a product of query and key, and where no kernel makes all of them.
         """
-        if self.chosen() == "linear" or self.library in ("gated_delta", "kda"):
+        chosen = self.implementation or self.chosen()
+        if chosen == "linear" or self.library in ("gated_delta", "kda") or self.keeps_state():
             return None
         if blocks.numbers_per_pair(self.mechanism(), self.heads, self.width) > 4:
             return None
@@ -178,6 +179,17 @@ class KernelWork(Work):
             inputs=self.inputs or self.dtype,
         )
         return small, exact
+
+    def keeps_state(self) -> bool:
+        """Whether a step of decoding is that of linear attention."""
+        values = self.value_width or self.width
+        own = self.library == "attention" and self.implementation in (None, "linear")
+        mechanism = self.mechanism()
+        return (
+            own
+            and self.derivative == "decode"
+            and needs_keys(mechanism, self.width, values, self.heads) is None
+        )
 
     def chosen(self) -> str | None:
         """The kernel that `attend` chooses at the size that is timed."""
