@@ -82,7 +82,7 @@ def attend(
         the token has no place. Where T = S the keys' are those of the queries unless given. NumPy
         arrays [T, 2] and [S, 2] are static: what a mask hides is then known while tracing.
       query_gates, key_gates: [..., T, H, n], [..., S, K, n] of a floating dtype: the numbers of
-        each token that mechanism.position asks for; see `Position`.
+        each token that the mechanism asks for; see `Position` and `Mechanism.query_gates`.
       dropout_rate, dropout_key: the share of weights to drop, 0 to 1 and static, and the
         `jax.random` key. What is dropped depends on the key, example, head, row and column alone.
         Keys of examples and heads instead, broadcastable to [..., H], are taken as they are: where
@@ -143,7 +143,7 @@ def attend(
         if x is not None
     }
     check(mechanism, params, query, key, value, pairs, data)
-    gates = check_gates(mechanism.position, query, key, query_gates, key_gates)
+    gates = check_gates(mechanism, query, key, query_gates, key_gates)
     if dropout_key is not None and not _is_key(dropout_key):
         dropout_key = jax.random.wrap_key_data(dropout_key)
     check_dropout(dropout_rate, dropout_key, query.shape)

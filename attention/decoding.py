@@ -24,6 +24,10 @@ keys than that (Beltagy et al. 2020):
     out = decoding.attend(mechanism, params, cache, query)
     cache = decoding.trim(cache)                   # drops the keys that no later query reads
 
+Where attention is linear and causal, no key is kept at all, but a sum (`attention.states`):
+`empty` returns that `State` where it is given all parts of the mechanism, and all functions here
+take it as they take a cache; `explain_cache` says which it is and why.
+
 S is the number of slots, those not filled included; other letters as in `attention.parts`.
 """
 
@@ -35,10 +39,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attention import states
 from attention.api import attend as attend_all
 from attention.integers import count_array, whole_number
 from attention.kernels.products import rotates_by_place
-from attention.mechanism import Mechanism
+from attention.mechanism import PART_KINDS, Mechanism
 from attention.parts import (
     EMPTY,
     FAR,
@@ -49,10 +54,12 @@ from attention.parts import (
     Params,
     Position,
     Range,
+    Score,
     accumulator,
     check_part,
     rotated,
 )
+from attention.states import State
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +81,10 @@ class PositionWrapper(Position):
         return self.position.key_gates
 
     @property
+    def cached_gates(self):
+        return self.position.cached_gates
+
+    @property
     def ordered(self):  # type: ignore[override]
         return self.position.ordered
 
@@ -86,6 +97,9 @@ class PositionWrapper(Position):
 
     def prepare_gates(self, params, tile):
         return self.position.prepare_gates(params, tile)
+
+    def prepare_cached(self, params, tile, own):
+        return self.position.prepare_cached(params, tile, own)
 
     def rotate(self, params, x, positions, side, gates=None, coordinates=None):
         return rotated(self.position, params, x, positions, side, gates, coordinates)
@@ -106,6 +120,32 @@ class QueryRotation(PositionWrapper):
         if side == "key":
             return x
         return super().rotate(params, x, positions, side, gates, coordinates)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class RunningGates(PositionWrapper):
+    """`position` for keys whose gates are what `Position.cache_gates` made of them.
+
+    The numbers of a query are its own, and then those of its key.
+    """
+
+    ordered = False
+
+    @property
+    def query_gates(self):  # type: ignore[override]
+        return self.position.query_gates + self.cached_gates
+
+    @property
+    def key_gates(self):  # type: ignore[override]
+        return self.cached_gates
+
+    def prepare_gates(self, params, tile):
+        split = self.position.query_gates
+        own = tile.query_gates[:, split:]
+        query_gates = tile.query_gates[:, :split] if split else None
+        tile = dataclasses.replace(tile, query_gates=query_gates)
+        return self.position.prepare_cached(params, tile, own)
 
 
 @jax.tree_util.register_dataclass
@@ -132,6 +172,7 @@ class _Cache(NamedTuple):
     rotation: QueryRotation | None = None
     window: Window | None = None
     key_gates: Array | None = None
+    running: RunningGates | None = None
 
 
 class Cache(_Cache):
@@ -147,7 +188,9 @@ class Cache(_Cache):
       rotation: static; the position that turned the keys when they were appended. None: none did.
       window: where only the last keys are kept, which those are. None: key p is in slot p.
       key_gates: [..., S, K, n], the numbers of keys that the position asks for, as `attend` takes
-        them. None: it asks for none.
+        them or as `running` says. None: it asks for none.
+      running: static; the position that made the key_gates of those of all keys before, as running
+        sums. None: they are those of the keys.
     """
 
     __slots__ = ()
@@ -215,8 +258,11 @@ def empty(
     position: Position | None = None,
     mask: Mask | None = None,
     normalizer: Normalizer | None = None,
-) -> Cache:
-    """A cache for texts of up to max_length tokens: batch axes, K, D, and V (D unless given).
+    score: Score | None = None,
+    num_heads: int | None = None,
+    implementation: str | None = None,
+) -> Any:
+    """A `Cache` for texts of up to max_length tokens: batch axes, K, D, and V (D unless given).
 
     With the `position` of the mechanism a key is turned once, when it is appended, by its place in
     the text: where nothing else of that scheme reads keys, and it learns nothing for it. In a
@@ -224,8 +270,13 @@ def empty(
 
     With the `mask` of the mechanism S is what it lets a query look back and 1, if that is less than
     max_length: older keys are overwritten. A position or a `normalizer` that reads keys in their
-    order (`whole_row`, `ordered`) has all of them kept. The position also says how many numbers of
-    a key are kept.
+    order (`whole_row`, `ordered`) has all of them kept, but for one of running sums (`running`).
+    The position also says how many numbers of a key are kept.
+
+    With the `score` as well, and so all four parts of the mechanism, the result is a `State` where
+    one will do: linear attention under the mask `Causal()`, and by the `implementation` None or
+    'linear', since other kernels read keys. A score that learns features of keys has one for each
+    query head, and needs `num_heads`, H. The score also says how many numbers of a key are kept.
 
     Raises ValueError where a size is no whole number or not positive, or a part is none.
     """
@@ -233,9 +284,18 @@ def empty(
     sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
     for name, size in {"max_length": max_length, **sizes}.items():
         whole_number(name, size, 1)
-    rotation = window = None
+    reads_state = implementation in (None, "linear")
+    if reads_state and score and position and mask and normalizer:
+        mechanism = Mechanism(score, position, mask, normalizer)
+        if not states.needs_keys(mechanism, head_dim, value_dim, num_heads):
+            spec = states.StateSpec(
+                mechanism, num_kv_heads, head_dim, value_dim, np.dtype(dtype), max_length
+            )
+            return states.empty(batch, spec, num_heads)
+    rotation = window = running = None
     if position is not None:
         check_part("position", position, Position)
+        running = RunningGates(position) if position.running else None
         wide_range = jnp.finfo(dtype).maxexp >= jnp.finfo(jnp.float32).maxexp  # xPos scales keys
         if wide_range and rotates_by_place(position, head_dim, value_dim):
             rotation = QueryRotation(position)
@@ -249,9 +309,11 @@ def empty(
             S = last
             window = Window(jnp.full((*batch, S), -1, jnp.int32), S, max_length)
     slots = (*batch, S, num_kv_heads)
+    count = sum(part.key_gates for part in (position, score) if part is not None)
     key_gates = None
-    if position is not None and position.key_gates:
-        key_gates = jnp.zeros((*slots, position.key_gates), dtype)
+    if count:
+        count += running.cached_gates - running.position.key_gates if running else 0
+        key_gates = jnp.zeros((*slots, count), accumulator(dtype) if running else dtype)
     return Cache(
         jnp.zeros((*slots, head_dim), dtype),
         jnp.zeros((*slots, value_dim), dtype),
@@ -260,11 +322,38 @@ def empty(
         rotation,
         window,
         key_gates,
+        running,
     )
 
 
+def explain_cache(
+    mechanism: Mechanism,
+    max_length: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    num_heads: int | None = None,
+) -> str:
+    """What `empty` makes for all parts of a mechanism, its numbers by example, and why: a line."""
+    cache = jax.eval_shape(
+        lambda: empty(
+            *((), max_length, num_kv_heads, head_dim, value_dim),
+            **{name: getattr(mechanism, name) for name in PART_KINDS},
+            num_heads=num_heads,
+        )
+    )
+    if isinstance(cache, State):
+        return f"a state of {cache.memory.size:,} numbers, whatever the length: attention is linear"
+    numbers = cache.key.size + cache.value.size
+    value_dim = head_dim if value_dim is None else value_dim
+    reason = states.needs_keys(mechanism, head_dim, value_dim, num_heads)
+    return f"{cache.key.shape[-3]} keys and values, {numbers:,} numbers: {reason}"
+
+
 def _reads_order(position, normalizer):
-    ordered = position is not None and (position.whole_row or position.ordered)
+    ordered = position is not None and (
+        position.whole_row or (position.ordered and not position.running)
+    )
     return ordered or (normalizer is not None and normalizer.ordered)
 
 
@@ -275,22 +364,24 @@ def of_context(key: Array, value: Array, length: Array, key_gates: Array | None 
 
 
 def append(
-    cache: Cache,
+    cache: Any,
     key: Array,
     value: Array,
     lengths: Array | None = None,
     key_gates: Array | None = None,
-) -> Cache:
+    params: Params | None = None,
+) -> Any:
     """The cache with T more keys and values: [..., T, K, D], [..., T, K, V].
 
-    `key_gates` [..., T, K, n] are their numbers, where the cache keeps some.
+    `key_gates` [..., T, K, n] are their numbers, where the cache keeps some. `params`, as for
+    `attend`, are needed where it is a `State` and its score learns features of keys.
 
     `lengths` [...] int, 0 to T, tells how many of an example's T are real, all unless given: with
     it a batch of prompts of different lengths is appended at once. Slots after those are
     invisible and the next call overwrites them.
 
     Of a cache with a `window` the result has S + T slots where T > 1, so that the first of T
-    queries sees what the last one does not; `trim` returns to S.
+    queries sees what the last one does not; `trim` returns to S. So does a `State` keep these T.
 
     Tokens beyond max_length are lost. Where that is known (T > max_length, or the lengths are not
     traced) it raises; otherwise `length` exceeds max_length and `attend` returns NaN for the
@@ -301,43 +392,34 @@ def append(
     """
     cache = trim(cache)
     key, value = jnp.asarray(key), jnp.asarray(value)
-    *batch, S, _, _ = cache.key.shape
+    batch = cache.length.shape
     T = key.shape[-3] if key.ndim > 2 else 0
-    arrays: list[tuple[str, Array, Any]] = [
-        ("key", key, cache.key),
-        ("value", value, cache.value),
-    ]
-    if (cache.key_gates is None) != (key_gates is None):
+    own_gates = None if isinstance(cache, State) else cache.key_gates
+    if (own_gates is None) != (key_gates is None):
         raise ValueError(
             "key_gates go with a cache that decoding.empty(..., position=...) made for a position "
             f"that asks for them: got {jnp.shape(key_gates) if key_gates is not None else 'none'}, "
-            f"and the cache keeps {'none' if cache.key_gates is None else cache.key_gates.shape}"
+            f"and the cache keeps {'none' if own_gates is None else own_gates.shape}"
         )
+    if isinstance(cache, State):
+        _check_appended(batch, key, value, *_like(cache))
+        _, added = _longer(cache, T, lengths)
+        return states.append(cache, params, key, value, added, positions(cache, T))
+    _check_appended(batch, key, value, cache.key, cache.value)
     if key_gates is not None:
         key_gates = jnp.asarray(key_gates)
-        arrays.append(("key_gates", key_gates, cache.key_gates))
-    for name, new, old in arrays:
-        expected = (*batch, T, *old.shape[-2:])
-        if new.shape != expected or T == 0 or new.dtype != old.dtype:
-            raise ValueError(
-                f"{name} must be {old.dtype} [..., T, {', '.join(map(str, old.shape[-2:]))}] with "
-                f"batch axes {tuple(batch)}, as the cache, and T ≥ 1 as in the other; got "
-                f"{new.dtype} {new.shape}"
-            )
-    most = cache.max_length
-    added = jnp.int32(T) if lengths is None else counts("lengths", lengths, tuple(batch), T, most)
-    length = cache.length + added
-    longest = 0 if lengths is not None else T
-    if not isinstance(length, jax.core.Tracer):
-        longest = int(np.max(length))
-    if longest > most:
-        room = f"{S} slots" if cache.window is None else f"room for {most} tokens"
-        raise ValueError(
-            f"the cache has {room}, but would hold {longest} keys: make it with a larger max_length"
-        )
+        like = cache.key_gates
+        if cache.running is not None:
+            position = cache.running.position
+            count = like.shape[-1] - position.cached_gates + position.key_gates
+            like = jax.ShapeDtypeStruct((*like.shape[:-1], count), cache.key.dtype)
+        _check_new("key_gates", key_gates, like, batch, T)
+    length, added = _longer(cache, T, lengths)
     places = positions(cache, T)
     if cache.rotation is not None:
         key = _rotate(cache.rotation.position, key, places)
+    if cache.running is not None:
+        key_gates = _running_gates(cache, key_gates)
     non_finite = None
     if cache.non_finite is not None:
         (key, bad_key), (value, bad_value) = _finite(key), _finite(value)
@@ -354,8 +436,55 @@ def append(
     return longer if T > 1 else trim(longer)  # a single query sees no key that this drops
 
 
-def trim(cache: Cache) -> Cache:
+def _like(state):
+    """Keys and values as a state takes them."""
+    spec = state.spec
+    return (
+        jax.ShapeDtypeStruct((spec.num_kv_heads, width), spec.dtype)
+        for width in (spec.head_dim, spec.value_dim)
+    )
+
+
+def _check_appended(batch, key, value, like_key, like_value):
+    T = key.shape[-3] if key.ndim > 2 else 0
+    _check_new("key", key, like_key, batch, T)
+    _check_new("value", value, like_value, batch, T)
+
+
+def _check_new(name, new, old, batch, T):
+    """Raises ValueError unless new is [..., T, K, ·] as old [..., K, ·] is."""
+    if new.shape != (*batch, T, *old.shape[-2:]) or T == 0 or new.dtype != old.dtype:
+        raise ValueError(
+            f"{name} must be {old.dtype} [..., T, {', '.join(map(str, old.shape[-2:]))}] with "
+            f"batch axes {tuple(batch)}, as the cache, and T ≥ 1 as in the other; got "
+            f"{new.dtype} {new.shape}"
+        )
+
+
+def _longer(cache, T, lengths):
+    """The length [...] of a cache with T tokens more, and how many of those are real, [...].
+
+    Raises ValueError where it is known to be too long, or lengths not to be 0 to T.
+    """
+    batch, most = cache.length.shape, cache.max_length
+    added = jnp.int32(T) if lengths is None else counts("lengths", lengths, batch, T, most)
+    length = cache.length + added
+    longest = 0 if lengths is not None else T
+    if not isinstance(length, jax.core.Tracer):
+        longest = int(np.max(length))
+    if longest > most:
+        ring = isinstance(cache, State) or cache.window is not None
+        room = f"room for {most} tokens" if ring else f"{cache.key.shape[-3]} slots"
+        raise ValueError(
+            f"the cache has {room}, but would hold {longest} keys: make it with a larger max_length"
+        )
+    return length, jnp.broadcast_to(added, batch)
+
+
+def trim(cache: Any) -> Any:
     """The cache of S slots again: without the keys that no query after the last one can see."""
+    if isinstance(cache, State):
+        return states.trim(cache)
     if cache.window is None or cache.key.shape[-3] == cache.window.slots:
         return cache
     S, axis = cache.window.slots, cache.length.ndim
@@ -379,7 +508,7 @@ def _by_slot(cache):
 def _replace_slots(cache, by_slot, length):
     key, value, non_finite, key_gates, places = by_slot
     window = None if places is None else dataclasses.replace(cache.window, positions=places)
-    return Cache(key, value, length, non_finite, cache.rotation, window, key_gates)
+    return Cache(key, value, length, non_finite, cache.rotation, window, key_gates, cache.running)
 
 
 def _write(old, new, at, is_sorted=False):
@@ -408,6 +537,40 @@ def _rotate(position, key, at):
     return rotate(key, at)
 
 
+def _running_gates(cache, gates):
+    """What a cache keeps of the numbers [..., T, K, n] of its next keys, [..., T, K, m]."""
+    position = cache.running.position
+    last = jnp.maximum(cache.length - 1, 0)
+    if cache.window is not None:
+        last %= cache.window.slots
+    before = _at_slots(cache.key_gates, last[..., None])[..., 0, :, : position.cached_gates]
+    before = jnp.where((cache.length > 0)[..., None, None], before, 0)
+    gates = gates.astype(cache.key_gates.dtype)
+    gates = jnp.where(jnp.isfinite(gates), gates, jnp.nan)
+    cache_gates = jax.vmap(position.cache_gates, (0, 1), 1)
+    for _ in cache.length.shape:
+        cache_gates = jax.vmap(cache_gates)
+    of_position, others = jnp.split(gates, [position.key_gates], axis=-1)
+    return jnp.concatenate([cache_gates(before, of_position), others], axis=-1)
+
+
+def _own_gates(cache, start, T):
+    """What is kept of the T keys from place `start` [...] on, appended last: [..., T, K, m]."""
+    if cache.window is None:
+        at = positions(cache._replace(length=start), T)
+    elif T == 1:
+        at = start[..., None] % cache.window.slots
+    else:
+        at = cache.window.slots + jnp.broadcast_to(jnp.arange(T), (*start.shape, T))
+    return _at_slots(cache.key_gates, at)
+
+
+def _at_slots(x, at):
+    """x [..., S, K, n] at the slots [..., T], of those there are: [..., T, K, n]."""
+    at = jnp.clip(at, 0, x.shape[-3] - 1)
+    return jnp.take_along_axis(x, at[..., None, None], axis=-3)
+
+
 def counts(name: str, lengths: Any, batch: tuple[int, ...], most: int, slots: int) -> Array:
     """How many of `most` keys each example has, [...] int32; traced and out of range: slots + 1.
 
@@ -420,7 +583,7 @@ def counts(name: str, lengths: Any, batch: tuple[int, ...], most: int, slots: in
     return jnp.where((lengths < 0) | (lengths > most), slots + 1, lengths)
 
 
-def positions(cache: Cache, count: int) -> Array:
+def positions(cache: Any, count: int) -> Array:
     """Where the next `count` tokens of each example will stand: [..., count] int32."""
     return cache.length[..., None] + jnp.arange(count, dtype=jnp.int32)
 
@@ -436,7 +599,7 @@ def last_positions(cache: Cache, count: int, lengths: Array | None = None) -> Ar
 def attend(
     mechanism: Mechanism,
     params: Params,
-    cache: Cache,
+    cache: Any,
     query: Array,
     *,
     lengths: Array | None = None,
@@ -469,9 +632,13 @@ def attend(
 
     Raises:
       ValueError: as `attention.attend`; for query_segments without key_segments; and where the
-        cache was made for another position or mask.
+        cache was made for another position or mask. A `State` takes none of the options but
+        implementation='linear', and as many queries as keys were appended.
     """
     query = jnp.asarray(query)
+    if isinstance(cache, State):
+        options |= {"query_positions": query_positions, "mask": mask}
+        return _attend_state(mechanism, params, cache, query, lengths, options)
     if cache.window is not None and isinstance(mechanism, Mechanism):
         _check_window(mechanism, cache, options)
     if cache.rotation is not None and isinstance(mechanism, Mechanism):
@@ -486,15 +653,20 @@ def attend(
                 "key_positions were given, but the cache's keys are turned by their slots already: "
                 "make it with decoding.empty without a position"
             )
-        mechanism = dataclasses.replace(mechanism, position=cache.rotation)
     S, T = cache.key.shape[-3], query.shape[-3] if query.ndim > 2 else 0
     if options.get("query_segments") is not None and options.get("key_segments") is None:
         raise ValueError(
             "query_segments were given without key_segments: a cache does not keep the segments of "
             f"its keys; pass those of all {S} slots, [..., {S}]"
         )
+    batch, most = cache.length.shape, cache.max_length
+    start = cache.length - (T if lengths is None else counts("lengths", lengths, batch, T, most))
     if query_positions is None:
         query_positions = last_positions(cache, T, lengths)
+    if isinstance(mechanism, Mechanism):
+        if cache.running is not None:
+            options["query_gates"] = _with_own_gates(mechanism, cache, query, start, options)
+        mechanism = dataclasses.replace(mechanism, position=_position(mechanism, cache))
     if cache.window is None:
         places, real = jnp.arange(S, dtype=jnp.int32), cache.length
         filled = places < cache.length[..., None]
@@ -524,6 +696,64 @@ def attend(
         out, aux = done
         return jnp.where(lost, jnp.nan, out), aux
     return jnp.where(lost, jnp.nan, done)
+
+
+def _position(mechanism, cache):
+    """The position of the mechanism, less what the cache has done of it."""
+    position = mechanism.position if cache.rotation is None else cache.rotation
+    return position if cache.running is None else RunningGates(position)
+
+
+def _with_own_gates(mechanism, cache, query, start, options):
+    """The numbers of queries, their own and what the cache keeps of their keys: [..., T, H, n]."""
+    if mechanism.position != cache.running.position:
+        raise ValueError(
+            f"mechanism has the position {mechanism.position}, but the cache keeps running sums of "
+            f"{cache.running.position}: make it with decoding.empty(..., position=...) of the "
+            "mechanism"
+        )
+    position, (T, H) = mechanism.position, query.shape[-3:-1]
+    own = _own_gates(cache, start, T)[..., : position.cached_gates]
+    own = jnp.repeat(own, H // own.shape[-2], axis=-2)
+    of_tokens = options.get("query_gates")
+    if of_tokens is None:
+        return own
+    of_tokens = jnp.asarray(of_tokens, own.dtype)
+    of_position, others = jnp.split(of_tokens, [position.query_gates], axis=-1)
+    return jnp.concatenate([of_position, own, others], axis=-1)
+
+
+def _attend_state(mechanism, params, state, query, lengths, options):
+    spec, batch = state.spec, state.length.shape
+    if mechanism != spec.mechanism:
+        raise ValueError(
+            f"mechanism is {mechanism}, but the state is of {spec.mechanism}: make it with "
+            "decoding.empty of the parts of the mechanism"
+        )
+    if options.get("implementation") == "linear":
+        del options["implementation"]
+    if others := [name for name, x in options.items() if x is not None and x != ()]:
+        raise ValueError(
+            f"{', '.join(others)} cannot go with a state of linear attention, which has no keys: "
+            "make a cache of keys with decoding.empty(...) without score"
+        )
+    T, H = query.shape[-3:-1] if query.ndim > 2 else (0, 0)
+    shape, own = (*batch, T, H, spec.head_dim), state.memory.shape[-3]
+    if query.shape != shape or H == 0 or H % own:
+        raise ValueError(
+            f"query must be [..., T, H, {spec.head_dim}] with batch axes {batch} and H a multiple "
+            f"of {own}; got {query.shape}"
+        )
+    count = 1 if state.added is None else state.added.real.shape[-1]
+    if T != count:
+        raise ValueError(
+            f"query must be of the {count} tokens appended last, got T = {T}: a state knows the "
+            "order of no earlier ones"
+        )
+    added = T if lengths is None else counts("lengths", lengths, batch, T, state.max_length)
+    at = positions(state._replace(length=state.length - added), T)
+    out = states.attend(state, params, query, at)
+    return jnp.where((state.length > state.max_length)[..., None, None, None], jnp.nan, out)
 
 
 def _check_window(mechanism, cache, options):

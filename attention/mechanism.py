@@ -2,12 +2,24 @@
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
+import numpy as np
 
 from attention import masks, normalizers, positions, scores
 from attention.integers import whole_number
-from attention.parts import Array, Mask, Normalizer, Params, Position, Score, check_part
+from attention.parts import (
+    Array,
+    Mask,
+    Normalizer,
+    Params,
+    PartGates,
+    Position,
+    Score,
+    check_part,
+    split_gates,
+)
 
 PART_KINDS = {"score": Score, "position": Position, "mask": Mask, "normalizer": Normalizer}
 
@@ -38,6 +50,40 @@ class Mechanism:
     def required_inputs(self) -> frozenset[tuple[str, ...]]:
         """Arguments of `attend` that the mask or the position needs; see `Mask`."""
         return self.mask.required_inputs | self.position.required_inputs
+
+    @property
+    def query_gates(self) -> int:
+        """How many numbers per head `attend` takes of each query.
+
+        Those of the position come first, then those of the score and of the normaliser.
+        """
+        return self.position.query_gates + self.score.query_gates + self.normalizer.query_gates
+
+    @property
+    def key_gates(self) -> int:
+        """How many numbers per head `attend` takes of each key: of the position, of the score."""
+        return self.position.key_gates + self.score.key_gates
+
+    def parts_with_gates(
+        self, side: Literal["query", "key"]
+    ) -> list[Position | Score | Normalizer]:
+        """The parts that ask for numbers of queries, or of keys."""
+        parts = (self.position, self.score, self.normalizer)
+        return [part for part in parts if len(part.gate_bias(side))]
+
+    def gate_bias(self, side: Literal["query", "key"]) -> np.ndarray:
+        """Where those numbers start, [n]; see `Position.gate_bias`."""
+        parts = (self.position, self.score, self.normalizer)
+        return np.concatenate([part.gate_bias(side) for part in parts])
+
+    def split_gates(self, gates: tuple[Array | None, Array | None]) -> PartGates:
+        """The numbers of queries and keys, [..., n] or None, by part: a pair for each."""
+        parts = (self.position, self.score)
+        query = split_gates(
+            gates[0], [*(x.query_gates for x in parts), self.normalizer.query_gates]
+        )
+        key = split_gates(gates[1], [*(x.key_gates for x in parts), 0])
+        return PartGates(*zip(query, key, strict=True))
 
     def init(
         self, key: Array, *, num_heads: int, head_dim: int, value_dim: int | None = None

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attention.parts import Array, Normalizer, OnlineNormalizer, check_counts
 
@@ -292,11 +293,31 @@ class Entmax(Normalizer):
 
     def weight(self, params, logits, statistic):
         top, tau = statistic
-        share = jax.nn.sigmoid(params["a"])
+        share = jax.nn.sigmoid(params["a"])[..., None]
         visible = logits > -jnp.inf
         base = share * jnp.where(visible, logits - top[:, None], 0) - tau[:, None]
         positive = visible & (base > 0)
         return jnp.where(positive, jnp.exp(jnp.log(jnp.where(positive, base, 1)) / share), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenEntmax(Entmax):
+    """`Entmax` where each token has its own α_i = 1 + σ(a_i), a_i a number of it and of the head.
+
+    A token decides how many keys it attends to: all of them near α = 1, few near 2.
+    """
+
+    query_gates = 1
+
+    def gate_bias(self, side):
+        share = self.start - 1
+        return np.full(1 if side == "query" else 0, math.log(share / (1 - share)))
+
+    def init(self, key):
+        return {}
+
+    def of_rows(self, params, gates):
+        return {"a": gates[:, 0]}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ width; t and s are the rows and columns of one tile.
 import abc
 import dataclasses
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -136,6 +136,21 @@ class Tile:
         another, where all at once are too many numbers.
         """
         return jnp.einsum("h,hts->ts", weights, jax.vmap(unit)(*units))
+
+
+class PartGates(NamedTuple):
+    """The numbers of tokens of each part of a mechanism, where more than the position asks."""
+
+    position: Any
+    score: Any
+    normalizer: Any
+
+
+def gates_of(gates: Any, kind: str) -> Any:
+    """Of the gates of a `Tile` in a kernel, those of the part of that kind."""
+    if isinstance(gates, PartGates):
+        return getattr(gates, kind)
+    return gates if kind == "position" else None
 
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -269,7 +284,20 @@ class Score(abc.ABC):
         class Manhattan(attention.Score):
             def tile(self, params, query, key, tile):
                 return -abs(query[:, :, None] - key[None]).sum(1)
+
+    A score may ask for numbers of each token, as a `Position` may: `tile.query_gates` [t, n] and
+    `tile.key_gates` [s, n] are those.
+
+    Attributes:
+      query_gates, key_gates: how many numbers per head a query and a key has.
     """
+
+    query_gates: ClassVar[int] = 0
+    key_gates: ClassVar[int] = 0
+
+    def gate_bias(self, side: Literal["query", "key"]) -> np.ndarray:
+        """`Position.gate_bias`."""
+        return np.zeros(self.query_gates if side == "query" else self.key_gates)
 
     def init(self, key: Array, head_dim: int) -> Params:
         """Returns the learned arrays of one head; `key` is a `jax.random` key."""
@@ -301,8 +329,9 @@ class Position:
 
     A scheme may ask for numbers of each token, made of the token as queries and keys are: `attend`
     takes them as `query_gates` [T, H, n] and `key_gates` [S, K, n], `nn.MultiHeadAttention` learns
-    to make them. `tile.query_gates` and `tile.key_gates` are those after `prepare_gates`, once for
-    all rows and columns. Those of `a + b` are concatenated for `attend`: first the numbers of a,
+    to make them. Where score and normaliser ask as well, theirs come after those.
+    `tile.query_gates` and `tile.key_gates` are those after `prepare_gates`, once for all rows and
+    columns. Those of `a + b` are concatenated for `attend`: first the numbers of a,
     then those of b; each scheme sees its own.
 
     A scheme of a grid reads coordinates [..., T, 2] int beside positions, row and column from 0. A
@@ -313,6 +342,9 @@ class Position:
       whole_row: `tile` needs all keys of a row at once (and gets `tile.visible`).
       query_gates, key_gates: how many numbers per head a query and a key has.
       ordered: `prepare_gates` needs all keys of the text, in their order.
+      cached_gates: how many numbers a cache keeps of a key, `key_gates` unless `running`.
+      running: what an ordered scheme makes of the keys up to a token are `cached_gates` numbers,
+        which `cache_gates` and `prepare_cached` know: a cache needs no order then.
       required_inputs: keyword arguments of `attend` that the scheme needs, as `Mask` has them:
         `COORDINATES`, or none.
       embeds_coordinates: `embed` takes coordinates.
@@ -322,8 +354,13 @@ class Position:
     query_gates: ClassVar[int] = 0
     key_gates: ClassVar[int] = 0
     ordered: ClassVar[bool] = False
+    running: ClassVar[bool] = False
     required_inputs: ClassVar[frozenset[tuple[str, ...]]] = frozenset()
     embeds_coordinates: ClassVar[bool] = False
+
+    @property
+    def cached_gates(self) -> int:
+        return self.key_gates
 
     def gate_bias(self, side: Literal["query", "key"]) -> np.ndarray:
         """Where the numbers start, [n]: the first bias of the layer that makes them; default 0."""
@@ -337,6 +374,22 @@ class Position:
         """
         del params
         return tile.query_gates, tile.key_gates
+
+    def cache_gates(self, before: Array, gates: Array) -> Array:
+        """The numbers [T, m] that a cache keeps of T keys, made of their `key_gates` [T, n].
+
+        `before` [m] are those of the key before them, 0 at the start of a text.
+        """
+        del before
+        return gates
+
+    def prepare_cached(self, params: Params, tile: Tile, own: Array) -> tuple[Any, Any]:
+        """`prepare_gates` where `tile.key_gates` [S, m] come from a cache.
+
+        `own` [T, m] are those of the keys of the queries' own tokens.
+        """
+        del own
+        return self.prepare_gates(params, tile)
 
     def init(self, key: Array, head_dim: int, value_dim: int) -> Params:
         """Returns the learned arrays of one head, used by `rotate`, `tile` and `mix`."""
@@ -428,6 +481,15 @@ class Sum(Position):
         return any(part.ordered for part in self.parts)
 
     @property
+    def running(self):  # type: ignore[override]
+        ordered = [part for part in self.parts if part.ordered]
+        return bool(ordered) and all(part.running for part in ordered)
+
+    @property
+    def cached_gates(self):
+        return sum(part.cached_gates for part in self.parts)
+
+    @property
     def required_inputs(self):  # type: ignore[override]
         return frozenset().union(*(part.required_inputs for part in self.parts))
 
@@ -441,10 +503,27 @@ class Sum(Position):
     def prepare_gates(self, params, tile):
         tile = dataclasses.replace(
             tile,
-            query_gates=_split(tile.query_gates, [part.query_gates for part in self.parts]),
-            key_gates=_split(tile.key_gates, [part.key_gates for part in self.parts]),
+            query_gates=split_gates(tile.query_gates, [part.query_gates for part in self.parts]),
+            key_gates=split_gates(tile.key_gates, [part.key_gates for part in self.parts]),
         )
         prepared = (part.prepare_gates(own, x) for part, own, x in self._terms(params, tile))
+        return tuple(zip(*prepared, strict=True))
+
+    def cache_gates(self, before, gates):
+        gates = split_gates(gates, [part.key_gates for part in self.parts])
+        before = split_gates(before, [part.cached_gates for part in self.parts])
+        own = zip(self.parts, before, gates, strict=True)
+        return jnp.concatenate([p.cache_gates(b, g) for p, b, g in own if g is not None], -1)
+
+    def prepare_cached(self, params, tile, own):
+        cached = [part.cached_gates for part in self.parts]
+        tile = dataclasses.replace(
+            tile,
+            query_gates=split_gates(tile.query_gates, [part.query_gates for part in self.parts]),
+            key_gates=split_gates(tile.key_gates, cached),
+        )
+        terms = zip(self._terms(params, tile), split_gates(own, cached), strict=True)
+        prepared = (part.prepare_cached(p, x, numbers) for (part, p, x), numbers in terms)
         return tuple(zip(*prepared, strict=True))
 
     def _terms(self, params, tile):
@@ -482,10 +561,10 @@ class Sum(Position):
         return _sum(part.mix(own, weights, tile) for part, own, tile in terms)
 
 
-def _split(gates, counts):
-    """The numbers [t, n] of each part, None for one without."""
+def split_gates(gates: Array | None, counts: Sequence[int]) -> list[Array | None]:
+    """The numbers [..., n] of each part, None for one without."""
     if gates is None:
-        return None
+        return [None] * len(counts)
     slices = jnp.split(gates, np.cumsum(counts)[:-1].tolist(), axis=-1)
     return [x if n else None for x, n in zip(slices, counts, strict=True)]
 
@@ -651,9 +730,21 @@ class Normalizer(abc.ABC):
     Attributes:
       ordered: weights depend on the order of the columns: the kernels call `weights` of whole rows
         alone, and caches keep all keys.
+      query_gates: how many numbers per head each query has, as for a `Position`: `of_rows` takes
+        them. Only the dense kernel does.
     """
 
     ordered: ClassVar[bool] = False
+    query_gates: ClassVar[int] = 0
+
+    def gate_bias(self, side: Literal["query", "key"]) -> np.ndarray:
+        """`Position.gate_bias`."""
+        return np.zeros(self.query_gates if side == "query" else 0)
+
+    def of_rows(self, params: Params, gates: Array) -> Params:
+        """The params that the other methods get, of rows whose queries have the gates [t, n]."""
+        del gates
+        return params
 
     def init(self, key: Array) -> Params:
         """Returns the learned arrays of one head."""

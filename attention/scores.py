@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention.parts import Array, Params, Score, Tile, check_counts, check_numbers, check_part
+from attention.positions.angles import angles
 
 
 def _normal(key, shape, fan_in):
@@ -190,6 +191,38 @@ def _in_three(x: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
+class PoPE(Score):
+    """s = Σ_c softplus(q_c) softplus(k_c) cos((j − i) θ_c + δ_c) / √D, θ_c = base^(−c/D).
+
+    Gopalakrishnan et al. 2025 (polar coordinates): what a token holds says how long the vector of
+    each of D channels is, and its place alone where that points. δ is learned per head and channel,
+    0 at the start. A score, since it takes places itself: it goes with the position `none`.
+    """
+
+    base: float = 10000.0
+
+    def __post_init__(self):
+        check_numbers(self, "base")
+
+    def init(self, key, head_dim):
+        return {"phase": jnp.zeros(head_dim)}
+
+    def prepare(self, params, query, key):
+        return jax.nn.softplus(query) * query.shape[-1] ** -0.5, jax.nn.softplus(key)
+
+    def tile(self, params, query, key, tile):
+        frequencies = self.base ** (-np.arange(len(key)) / len(key))
+
+        def polar(lengths, angle, axis):
+            both = [lengths * jnp.cos(angle), lengths * jnp.sin(angle)]
+            return jnp.concatenate(both, axis)
+
+        of_query = angles(tile.query_positions, frequencies, query.dtype)
+        of_key = angles(tile.key_positions, frequencies, key.dtype) + params["phase"]
+        return _product(polar(query, of_query, 1), polar(key, of_key.T, 0))
+
+
+@dataclasses.dataclass(frozen=True)
 class EluFeatures(Score):
     """s(q, k) = φ(q) · φ(k), φ(x) = elu(x) + 1, which is positive.
 
@@ -293,6 +326,17 @@ class _Wrapper(Score):
     def __post_init__(self):
         check_part("score", self.score, Score)
 
+    @property
+    def query_gates(self):  # type: ignore[override]
+        return self.score.query_gates
+
+    @property
+    def key_gates(self):  # type: ignore[override]
+        return self.score.key_gates
+
+    def gate_bias(self, side):
+        return self.score.gate_bias(side)
+
     def init(self, key, head_dim):
         return self.score.init(key, head_dim)
 
@@ -327,6 +371,29 @@ class Temperature(_Wrapper):
     def tile(self, params, query, key, tile):
         score = self.score.tile(params["score"], query, key, tile)
         return jnp.exp(-params["log_temperature"]) * score
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTemperature(_Wrapper):
+    """s_ij = exp(−τ_i) · score(q_i, k_j), τ_i a number of the token of query i, 0 at the start.
+
+    A token decides how sharply it attends, as in Zhang et al. 2024 (selective self-attention),
+    where the factor is made of a token and of its place.
+    """
+
+    @property
+    def query_gates(self):
+        return self.score.query_gates + 1
+
+    def gate_bias(self, side):
+        own = np.zeros(1 if side == "query" else 0)
+        return np.concatenate([own, self.score.gate_bias(side)])
+
+    def tile(self, params, query, key, tile):
+        factor = jnp.exp(-tile.query_gates[:, :1])
+        of_score = tile.query_gates[:, 1:] if self.score.query_gates else None
+        inner = dataclasses.replace(tile, query_gates=of_score)
+        return factor * self.score.tile(params, query, key, inner)
 
 
 @dataclasses.dataclass(frozen=True)

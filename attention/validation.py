@@ -154,24 +154,25 @@ def check_non_finite(non_finite, shape):
         )
 
 
-def check_gates(position, query, key, query_gates, key_gates):
-    """The gates as arrays, or None; raises ValueError unless they are those a position asks for."""
+def check_gates(mechanism, query, key, query_gates, key_gates):
+    """The gates as arrays, or None; raises ValueError unless they are those that parts ask for."""
     sides = (
-        ("query_gates", query_gates, query.shape[:-1], position.query_gates, "[..., T, H"),
-        ("key_gates", key_gates, key.shape[:-1], position.key_gates, "[..., S, K"),
+        ("query_gates", query_gates, query.shape[:-1], mechanism.query_gates, "[..., T, H"),
+        ("key_gates", key_gates, key.shape[:-1], mechanism.key_gates, "[..., S, K"),
     )
     arrays = []
     for name, x, tokens, count, letters in sides:
         if not count:
             if x is not None:
                 raise ValueError(
-                    f"{name} was given, but the position {position} asks for none: leave it out"
+                    f"{name} was given, but no part of {mechanism} asks for any: leave it out"
                 )
             arrays.append(None)
             continue
         if x is None:
+            parts = " and ".join(map(str, mechanism.parts_with_gates(name.partition("_")[0])))
             raise ValueError(
-                f"the position {position} needs {name} {letters}, {count}], {count} for each head "
+                f"{parts} needs {name} {letters}, {count}], {count} for each head "
                 "of a token: pass it to attend, or use nn.MultiHeadAttention, which makes it"
             )
         x = jnp.asarray(x)

@@ -7,7 +7,7 @@
 | `:quick` (the default) | one of each, a quick check; under a minute on two CPU cores | |
 | `:kernels` | attention kernels against jax.nn, torch and our own plain one; half an hour | torch |
 | `:compile` | depth, heads, T, seeds; scanned and unrolled; forward and backward | |
-| `:linear` | linear attention by T from 1k to 64k, and against softmax | |
+| `:linear` | linear attention, delta rules and softmax by T from 1k to 64k; what a step keeps | |
 | `:decode` | one token more, by length of what was before; grouped heads; a text | torch |
 | `:models` | train steps of whole models against Flax's stock layers and torch's | torch |
 | `:peers` | every peer, on the same attention; any score, as torch has it | extra `peers` |
@@ -139,18 +139,31 @@ def kernels():
 
 
 def linear():
+    """Times and bytes by T: linear attention and the delta rule, which grow with T, and softmax."""
     parts = {"score": "elu_features", "normalizer": "sum_to_one"}
-    both = {**GRADIENT, **CAUSAL}
-    lengths = [{"length": 2**n} for n in range(10, 17)]
-    yield versus(
-        "linear, forward + backward", *lengths, measure=("time", "memory"), **parts, **both
-    )
-    for length in (1024, 8192):
-        yield versus(f"linear against softmax, forward + backward, T = {length}", parts, {},
-                     length=length, **both)  # fmt: skip
+    shared = {"heads": 2, **CAUSAL}
+    measure = ("time", "memory")
+    lengths = [{"length": n} for n in (1024, 4096, 16384, 65536)]
+    delta, kda = {"library": "gated_delta"}, {"library": "kda"}
+    for title, own, most in (
+        ("linear attention", parts, 4),
+        ("the gated delta rule", delta, 4),
+        ("KDA", kda, 3),
+        ("softmax", TILED, 3),  # four times the tokens are sixteen times the work
+    ):
+        yield versus(f"{title} by T, forward + backward", *lengths[:most], measure=measure,
+                     **own, **GRADIENT, **shared)  # fmt: skip
+    yield versus("T = 4096, forward + backward", parts, delta, kda, TILED, length=4096,
+                 **GRADIENT, **shared)  # fmt: skip
+    packed = {**shared, "mask": "causal & segments", "documents": 16}
+    yield versus("16 packed documents, forward + backward, T = 16384", parts, TILED,
+                 length=16384, **GRADIENT, **packed)  # fmt: skip
     taylor = {**parts, "score": "taylor_features", "width": 16, "value_width": 64}
-    yield versus("Taylor features of width 16 against softmax, T = 8192", taylor, {},
-                 length=8192, **both)  # fmt: skip
+    yield versus("Taylor features of width 16, forward + backward, T = 4096", taylor, TILED,
+                 length=4096, **GRADIENT, **shared)  # fmt: skip
+    for length in (1024, 8192, 65536):
+        yield versus(f"one token more, S = {length}", parts, {}, length=1, source_length=length,
+                     measure=measure, **DECODE, **shared)  # fmt: skip
 
 
 def compile():

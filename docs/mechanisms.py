@@ -23,17 +23,18 @@ A mechanism is a score, a position, a mask and a normaliser, in any combination.
 the name that a config or a flag gives it. The page is made from the code, and its equations are
 those of the [reference](reference/parts.md).
 
-**Other kernels.** *dense* and *tiled* serve all, on every device. A row names the others that
-serve the part beside other parts that they know, in bfloat16, at {T:,} tokens, with heads of
-width {D} and JAX {version}: {devices}. [Kernels](kernels.md) has their conditions;
-`attention.explain` answers for your arrays.
+**Other kernels.** *dense* serves all, on every device, and *tiled* all but those marked "dense
+only". A row names the others that serve the part beside other parts that they know, in bfloat16,
+at {T:,} tokens, with heads of width {D} and JAX {version}: {devices}. [Kernels](kernels.md) has
+their conditions; `attention.explain` answers for your arrays.
 
 **Cost.** Time is O(T · S) a head, and O(T) with *linear*, or where the mask leaves each query a
 number of keys that does not grow with the text. Memory is O(T) but with *dense*, and where
 "whole rows" says that a tile of *tiled* holds all keys of its queries.
 
 **Cache.** To decode a token a layer keeps the keys and the values of all tokens before it, K ·
-(D + V) numbers each. A mask that needs fewer says so.
+(D + V) numbers each. A mask that needs fewer says so. Where *linear* serves a mechanism under the
+mask `causal`, it is a state instead, of one size at every length.
 
 **Learns** is how many numbers a head of width {D} learns.
 """
@@ -69,6 +70,7 @@ _NUMBERS: dict[str, tuple] = {
     "Dilated": (4,),
     "Scale": (scores.ScaledDot(), 0.5),
     "Temperature": (scores.ScaledDot(),),
+    "TokenTemperature": (scores.ScaledDot(),),
     "SoftCap": (scores.ScaledDot(), 30.0),
 }
 _SECTIONS = (
@@ -133,8 +135,7 @@ def _others():
 
 def _kernels(kind, part):
     """The kernels that serve a part besides those that serve all."""
-    for name in ("dense", "tiled"):
-        assert _serves(name, kind, part, _CONTEXTS[0]), f"{name} does not serve {part}"
+    assert _serves("dense", kind, part, _CONTEXTS[0]), f"dense does not serve {part}"
     return [name for name in _others() if any(_serves(name, kind, part, c) for c in _CONTEXTS)]
 
 
@@ -165,6 +166,8 @@ def _learns(kind, part):
 
 
 def _remark(kind, part):
+    if not _serves("tiled", kind, part, _CONTEXTS[0]):
+        return "dense only"
     whole = kind == "normalizer" and not isinstance(part, attention.OnlineNormalizer)
     if whole or (kind == "position" and part.whole_row):
         return "whole rows"

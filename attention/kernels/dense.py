@@ -21,7 +21,16 @@ from attention.kernels.registry import Call, Kernel, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism, params_shape
 from attention.normalizers import logsumexp
-from attention.parts import Array, Params, Tile, accumulator, rotated, with_zero_gates
+from attention.parts import (
+    Array,
+    Params,
+    PartGates,
+    Tile,
+    accumulator,
+    gates_of,
+    rotated,
+    with_zero_gates,
+)
 
 
 def cost(call: Call) -> tuple[float, str]:
@@ -213,11 +222,12 @@ def prepare(
         )
         key, key_gates = jax.tree.map(functools.partial(_without, bad_key), (key, key_gates))
     position, own = mechanism.position, params["position"]
+    of_query, of_key = (gates_of(x, "position") for x in (query_gates, key_gates))
     turned = rotated(
-        position, own, query, tile.query_positions, "query", query_gates, tile.query_coordinates
+        position, own, query, tile.query_positions, "query", of_query, tile.query_coordinates
     )
     key_turned = rotated(
-        position, own, key, tile.key_positions, "key", key_gates, tile.key_coordinates
+        position, own, key, tile.key_positions, "key", of_key, tile.key_coordinates
     )
     features, key_features = mechanism.score.prepare(params["score"], turned, key_turned)
     # The square of a huge number is not finite either.
@@ -241,22 +251,28 @@ def _without(non_finite, x):
 
 def score(mechanism: Mechanism, inputs: Inputs, tile: Tile) -> Array:
     """The score of each pair, with the position's term and before masking: [t, s]."""
-    params, tile = inputs.params, _with_gates_of(inputs, tile)
-    scores = mechanism.score.tile(params["score"], inputs.features, inputs.key_features, tile)
-    term = mechanism.position.tile(params["position"], inputs.query, inputs.key, tile)
+    params = inputs.params
+    scores = mechanism.score.tile(
+        *(params["score"], inputs.features, inputs.key_features),
+        _with_gates_of(inputs, tile, "score"),
+    )
+    term = mechanism.position.tile(
+        params["position"], inputs.query, inputs.key, _with_gates_of(inputs, tile, "position")
+    )
     return scores if term is None else scores + term
 
 
-def _with_gates_of(inputs, tile):
-    """The tile with the gates that derivatives are taken of."""
-    return dataclasses.replace(tile, query_gates=inputs.query_gates, key_gates=inputs.key_gates)
+def _with_gates_of(inputs, tile, kind):
+    """The tile with the gates of a part, those that derivatives are taken of."""
+    query_gates, key_gates = (gates_of(x, kind) for x in (inputs.query_gates, inputs.key_gates))
+    return dataclasses.replace(tile, query_gates=query_gates, key_gates=key_gates)
 
 
 def mix(mechanism: Mechanism, inputs: Inputs, weights: Array, tile: Tile) -> Array:
     """The mean of the values by weights [t, s], with the position's term: [t, V]."""
     out = weights @ inputs.value
     own = inputs.params["position"]
-    term = mechanism.position.mix(own, weights, _with_gates_of(inputs, tile))
+    term = mechanism.position.mix(own, weights, _with_gates_of(inputs, tile, "position"))
     return out if term is None else out + term
 
 
@@ -288,7 +304,10 @@ def attend_rows(
     if bias is not None:
         scores += bias.astype(scores.dtype)
     logits = jnp.where(visible, scores, -jnp.inf)
-    weights = mechanism.normalizer.weights(inputs.params["normalizer"], logits)
+    of_normalizer = inputs.params["normalizer"]
+    if (gates := gates_of(inputs.query_gates, "normalizer")) is not None:
+        of_normalizer = mechanism.normalizer.of_rows(of_normalizer, gates)
+    weights = mechanism.normalizer.weights(of_normalizer, logits)
     weights = jnp.where(visible, weights, 0)  # stops what a huge masked value sends back
 
     dropped = weights
@@ -378,6 +397,16 @@ def numbers_per_pair(mechanism: Mechanism, num_heads: int, head_dim: int) -> int
     shapes = params_shape(mechanism, num_heads, head_dim, head_dim)
     of_head = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes)
     tile = with_zero_gates(mechanism.position, of_head["position"], tile)
+    of_score, of_normalizer = mechanism.score, mechanism.normalizer
+    query_gates, key_gates, of_rows = (
+        np.zeros((n, count), np.float32)
+        for count in (of_score.query_gates, of_score.key_gates, of_normalizer.query_gates)
+    )
+    tile = dataclasses.replace(
+        tile,
+        query_gates=PartGates(tile.query_gates, query_gates, of_rows),
+        key_gates=PartGates(tile.key_gates, key_gates, None),
+    )
 
     def inputs(params, x):
         params = jax.tree.map(lambda leaf: leaf[0], params)

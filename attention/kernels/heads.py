@@ -12,7 +12,7 @@ from jax.export import is_symbolic_dim
 from jax.sharding import AxisType, PartitionSpec
 
 from attention.mechanism import Mechanism
-from attention.parts import Array, Params, Tile, accumulator
+from attention.parts import Array, Params, PartGates, Tile, accumulator
 
 
 def lift(
@@ -92,19 +92,27 @@ def lift(
 def with_gates(mechanism: Mechanism, params: Params, tile: Tile, dtype: Any) -> Tile:
     """The tile of all rows and columns with its gates after `Position.prepare_gates`.
 
-    They are in the accumulator of `dtype`. NaN where one is not finite, or was made of one that is
-    not: of those no gradient comes back.
+    `PartGates` where another part than the position has some. They are in the accumulator of
+    `dtype`. NaN where one is not finite, or was made of one that is not: of those no gradient comes
+    back.
     """
     if tile.query_gates is None and tile.key_gates is None:
         return tile
     wide = accumulator(dtype)
     own = jax.tree.map(lambda x: x.astype(wide), params["position"])
+    others = any(part.query_gates for part in (mechanism.score, mechanism.normalizer))
+    others = others or bool(mechanism.score.key_gates)
 
     def prepared(clean):
         gates = jax.tree.map(lambda x: clean(x.astype(wide)), (tile.query_gates, tile.key_gates))
+        by_part = mechanism.split_gates(gates)
+        query_gates, key_gates = by_part.position
         by_index = jax.tree.map(jnp.asarray, tile)
-        by_index = dataclasses.replace(by_index, query_gates=gates[0], key_gates=gates[1])
-        return mechanism.position.prepare_gates(own, by_index)
+        by_index = dataclasses.replace(by_index, query_gates=query_gates, key_gates=key_gates)
+        of_position = mechanism.position.prepare_gates(own, by_index)
+        if not others:
+            return of_position
+        return tuple(map(PartGates, of_position, by_part.score, by_part.normalizer))
 
     values = prepared(lambda x: jnp.where(jnp.isfinite(x), x, 0))
     flags = prepared(lambda x: jax.lax.stop_gradient(jnp.where(jnp.isfinite(x), x, jnp.nan)))

@@ -5,6 +5,10 @@ With s_ij = φ(q_i) · φ(k_j) the output Σ_j s_ij v_j is φ(q_i) · (Σ_j φ(k
 takes the place of the T·S scores (Katharopoulos et al. 2020, sec. 3.2). Under a causal mask the
 text is cut into chunks; a query reads the state of the chunks before its own, and the keys of its
 own chunk by their scores, as matrix units like it (Hua et al. 2022, sec. 3.3).
+
+Where segments hide keys, keys and queries are sorted into one text of T + S tokens, segment after
+segment, each key before the queries that see it: then the mask is causal and the state begins anew
+with each segment. So any labels are served, of keys other than those of queries too.
 """
 
 import math
@@ -25,19 +29,19 @@ from attention.parts import And, Array, Mask, Params, Tile
 CHUNK = 64
 """Queries and keys of a chunk."""
 
-_MASKS = (masks.Full, masks.Causal, masks.Padding)
-_NORMALIZERS = (Unnormalized, SumToOne)
+_MASKS = (masks.Full, masks.Causal, masks.Padding, masks.Segments)
+NORMALIZERS = (Unnormalized, SumToOne)
 
 
 def unsupported(call: Call) -> str | None:
     """Why it cannot serve a call, or None."""
     mechanism = call.mechanism
-    if type(mechanism.normalizer) not in _NORMALIZERS:
+    if type(mechanism.normalizer) not in NORMALIZERS:
         return f"its weights are unnormalized or sum to one, and not {mechanism.normalizer}"
-    if others := [mask for mask in _terms(mechanism.mask) if type(mask) not in _MASKS]:
-        return f"it knows causal masks and padding, not {others[0]}"
-    causal = masks.Causal() in _terms(mechanism.mask)
-    if causal and {"query_positions", "key_positions"} & call.data.keys():
+    if others := [mask for mask in terms(mechanism.mask) if type(mask) not in _MASKS]:
+        return f"it knows causal masks, padding and segments, not {others[0]}"
+    is_causal = masks.Causal() in terms(mechanism.mask)
+    if is_causal and {"query_positions", "key_positions"} & call.data.keys():
         return "a causal mask counts places from 0 here: it takes no query_positions, key_positions"
     for name in ("bias", "mask"):
         if getattr(call, name) is not None:
@@ -56,10 +60,13 @@ def cost(call: Call) -> tuple[float, str]:
 
     A symbolic size counts as 1.
     """
-    if type(call.mechanism.normalizer) not in _NORMALIZERS:
+    if type(call.mechanism.normalizer) not in NORMALIZERS:
         return math.inf, ""
     *batch, T, H, D = (1 if is_symbolic_dim(n) else n for n in call.query.shape)
     F, V = num_features(call.mechanism, D), call.value.shape[-1]
+    if masks.Segments() in terms(call.mechanism.mask):
+        S = call.key.shape[-3]
+        T += 1 if is_symbolic_dim(S) else S
     chunks = -(-T // CHUNK)
     numbers = math.prod(batch) * H * (T * (CHUNK + F) + chunks * F * V)
     return numbers, f"states and the scores of chunks are {numbers:,} numbers at once"
@@ -90,36 +97,53 @@ def attend_head(
         return jnp.zeros((len(query), value.shape[1]), query.dtype), {}
     tile = jax.tree.map(jnp.asarray, tile)
     inputs, bad = dense.prepare(mechanism, params, query, key, value, tile, non_finite)
-    terms = _terms(mechanism.mask)
+    kinds = terms(mechanism.mask)
     rows, columns = jnp.ones(len(query), bool), jnp.ones(len(key), bool)
-    if masks.Padding() in terms and tile.query_length is not None:
+    if masks.Padding() in kinds and tile.query_length is not None:
         rows = tile.query_index < tile.query_length
-    if masks.Padding() in terms and tile.key_length is not None:
+    if masks.Padding() in kinds and tile.key_length is not None:
         columns = tile.key_index < tile.key_length
     features = jnp.where(rows[:, None], inputs.features, 0)
     key_features = jnp.where(columns[:, None], inputs.key_features.T, 0)
     value = jnp.where(columns[:, None], inputs.value, 0)
     sums_to_one = isinstance(mechanism.normalizer, SumToOne)
     if sums_to_one:
-        value = jnp.concatenate([value, columns[:, None].astype(value.dtype)], axis=1)
-    causal = masks.Causal() in terms
-    out = (_causal if causal else _global)(features, key_features, value)
+        value = with_ones(value, columns)
+    flags = jnp.stack([columns, columns & (bad.key | bad.value)], axis=1)
+    is_causal = masks.Causal() in kinds
+    if masks.Segments() in kinds:
+        out, visible = _of_segments(features, key_features, value, flags, tile, is_causal)
+    elif is_causal:
+        out = causal(features, key_features, value)
+        never = len(query) + len(key)
+        first = jnp.where(flags, tile.key_index[:, None], never).min(0)
+        visible = tile.query_index[:, None] >= first
+    else:
+        out = _global(features, key_features, value)
+        visible = flags.any(0)[None]
     if sums_to_one:
-        out, total = out[:, :-1], out[:, -1:]
-        out /= jnp.where(total == 0, 1, total)
-
-    visible = jnp.stack([columns, columns & (bad.key | bad.value)], axis=1)
-    visible = (
-        jax.lax.cummax(visible.astype(jnp.int32)) if causal else visible.max(0, initial=0)[None]
-    )
-    visible = visible[jnp.minimum(tile.query_index, len(visible) - 1)] > 0
+        out = divided(out)
     not_finite = rows & ((bad.query & visible[:, 0]) | visible[:, 1])
     return jnp.where(not_finite[:, None], jnp.nan, out).astype(query.dtype), {}
 
 
-def _terms(mask: Mask) -> tuple[Mask, ...]:
+def terms(mask: Mask) -> tuple[Mask, ...]:
     """The masks that all allow what `mask` does."""
-    return (*_terms(mask.left), *_terms(mask.right)) if isinstance(mask, And) else (mask,)
+    return (*terms(mask.left), *terms(mask.right)) if isinstance(mask, And) else (mask,)
+
+
+def with_ones(value: Array, real: Array) -> Array:
+    """value [..., S, V] with a column more, of which linear attention makes Σ_j s_ij.
+
+    1 where `real` [..., S], else 0.
+    """
+    return jnp.concatenate([value, real[..., None].astype(value.dtype)], axis=-1)
+
+
+def divided(out: Array) -> Array:
+    """Σ_j s_ij v_j / Σ_j s_ij of outputs [..., V + 1] of `with_ones`; the sum counts as 1 if 0."""
+    out, total = out[..., :-1], out[..., -1:]
+    return out / jnp.where(total == 0, 1, total)
 
 
 def _global(features, key_features, value):
@@ -127,8 +151,18 @@ def _global(features, key_features, value):
     return features @ (key_features.T @ value)
 
 
-def _causal(features, key_features, value):
-    """Σ_{j ≤ i} (φ_i · φ_j) v_j: [T, F], [S, F], [S, V] -> [T, V]."""
+def causal(
+    features: Array,
+    key_features: Array,
+    value: Array,
+    state: Array | None = None,
+    starts: Array | None = None,
+) -> Array:
+    """φ_i · state + Σ_{j ≤ i} (φ_i · φ_j) v_j: [T, F], [S, F], [S, V] -> [T, V].
+
+    `state` [F, V] is the sum over earlier keys, 0 unless given. `starts` [T] bool are the tokens
+    that see none before themselves, nor the state.
+    """
     T = len(features)
     chunk = min(CHUNK, max(T, 1))
     length = -(-T // chunk) * chunk
@@ -140,12 +174,68 @@ def _causal(features, key_features, value):
         return x.reshape(-1, chunk, x.shape[1])
 
     query, key, value = chunks(features), chunks(key_features), chunks(value)
-    sums = jnp.einsum("ncf,ncv->nfv", key, value)
-    states = jnp.cumsum(jnp.pad(sums, ((1, 0), (0, 0), (0, 0))), axis=0)[:-1]
+    visible = jnp.tri(chunk, dtype=bool)
+    if starts is None:
+        sums = jnp.einsum("ncf,ncv->nfv", key, value)
+        states = jnp.cumsum(jnp.pad(sums, ((1, 0), (0, 0), (0, 0))), axis=0)[:-1]
+        readers = query
+        if state is not None:
+            states += state
+    else:
+        document = jnp.cumsum(chunks(starts[:, None])[..., 0], axis=1)  # counted within the chunk
+        last = document[:, -1:]
+        sums = jnp.einsum("ncf,ncv->nfv", jnp.where((document == last)[..., None], key, 0), value)
+        if state is not None:
+            sums = jnp.concatenate([state[None], sums])
+        first = 0 if state is None else 1
+        resets = jnp.pad(last[:, 0] > 0, (first, 0))
+        states = jnp.pad(_sums_since(resets, sums), ((1 - first, 0), (0, 0), (0, 0)))[:-1]
+        readers = jnp.where((document == 0)[..., None], query, 0)
+        visible = visible & (document[:, :, None] == document[:, None])
     scores = jnp.einsum("ncf,ndf->ncd", query, key)
-    scores = jnp.where(jnp.tri(chunk, dtype=bool), scores, 0)
-    out = jnp.einsum("ncd,ndv->ncv", scores, value) + jnp.einsum("ncf,nfv->ncv", query, states)
+    scores = jnp.where(visible, scores, 0)
+    out = jnp.einsum("ncd,ndv->ncv", scores, value) + jnp.einsum("ncf,nfv->ncv", readers, states)
     return out.reshape(length, -1)[:T]
+
+
+def _sums_since(resets, x):
+    """Σ_{m ≤ n} x_m of the m since the last n that resets, itself included: [N], [N, ...]."""
+
+    def join(left, right):
+        (left_resets, left_sum), (right_resets, right_sum) = left, right
+        earlier = jnp.where(right_resets[:, None, None], 0, left_sum)
+        return left_resets | right_resets, earlier + right_sum
+
+    return jax.lax.associative_scan(join, (resets, x))[1]
+
+
+def _of_segments(features, key_features, value, flags, tile, is_causal):
+    """Outputs [T, V], and which of `flags` [S, n] bool each query sees: [T, n]."""
+    T, S = len(features), len(key_features)
+    segment = jnp.concatenate([tile.key_segments, tile.query_segments])
+    index = jnp.concatenate([tile.key_index, tile.query_index])
+    keys = (segment, index) if is_causal else (segment,)
+    # The sort is stable: of equal ones keys come before queries.
+    *_, order = jax.lax.sort((*keys, jnp.arange(S + T)), num_keys=len(keys))
+    segment = segment[order]
+    starts = jnp.concatenate([jnp.zeros(1, bool), segment[1:] != segment[:-1]])
+    place = jnp.zeros(S + T, order.dtype).at[order].set(jnp.arange(S + T))[S:]
+
+    def in_order(of_queries, of_keys):
+        return jnp.concatenate([of_keys, of_queries])[order]
+
+    out = causal(
+        in_order(features, jnp.zeros_like(key_features)),
+        in_order(jnp.zeros_like(features), key_features),
+        in_order(jnp.zeros((T, value.shape[1]), value.dtype), value),
+        starts=starts,
+    )
+    at = jnp.arange(S + T)[:, None]
+    # Not by `cummax`: on a CPU XLA computes anew, for each number, what that one reads.
+    flags = in_order(jnp.zeros((T, flags.shape[1]), bool), flags)
+    latest = jax.lax.associative_scan(jnp.maximum, jnp.where(flags, at, -1))
+    start = jax.lax.associative_scan(jnp.maximum, jnp.where(starts[:, None], at, 0))
+    return out[place], (latest >= start)[place]
 
 
 attend = lift(attend_head, dense.chunk_size)

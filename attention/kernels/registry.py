@@ -86,7 +86,7 @@ class Kernel(NamedTuple):
       platforms: of `Device`, those it runs on; None: all.
       has_blocks: `attend` takes block_sizes.
       reads_non_finite: `attend` takes non_finite.
-      takes_gates: `attend` takes gates, the numbers of tokens that a position may ask for.
+      takes_gates: `attend` takes gates, the numbers of tokens that parts may ask for.
       takes_coordinates: data may hold coordinates, where a part reads them.
     """
 
@@ -111,11 +111,12 @@ def unsupported(kernel: Kernel, call: Call) -> str | None:
     platforms, own = kernel.platforms, call.device.platform
     if platforms is not None and own not in platforms:
         return f"it runs on {' and '.join(platforms)}, and this program on {own}"
-    position = call.mechanism.position
-    if not kernel.takes_gates and (position.query_gates or position.key_gates):
-        return f"it reads no numbers of tokens (query_gates, key_gates), as {position} does"
+    mechanism = call.mechanism
+    if not kernel.takes_gates and (mechanism.query_gates or mechanism.key_gates):
+        parts = mechanism.parts_with_gates("query") or mechanism.parts_with_gates("key")
+        return f"it reads no numbers of tokens (query_gates, key_gates), as {parts[0]} does"
     if not kernel.takes_coordinates:
-        for part in (position, call.mechanism.mask):
+        for part in (mechanism.position, mechanism.mask):
             if part.required_inputs >= COORDINATES:
                 return f"it reads no rows and columns of tokens (query_coordinates), as {part} does"
     return kernel.unsupported(call)

@@ -50,6 +50,8 @@ def unsupported(call: Call) -> str | None:
         )
     if "weights" in call.aux:
         return "the aux 'weights' are all T·S numbers; 'row_weights' are some"
+    if (normalizer := call.mechanism.normalizer).query_gates:
+        return f"it normalises the rows of a block alike, and {normalizer} by numbers of each query"
     return None
 
 

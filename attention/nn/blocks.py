@@ -15,7 +15,7 @@ from attention import decoding, masks
 from attention.decoding import Cache
 from attention.integers import index_array
 from attention.layers import Layer, unparse_layers
-from attention.mechanism import Mechanism
+from attention.mechanism import PART_KINDS, Mechanism
 from attention.nn.gates import OUTPUT_GATES
 from attention.nn.mlp import MLPS
 from attention.nn.multi_head import MultiHeadAttention, param_if_any
@@ -290,8 +290,8 @@ class DecoderState(NamedTuple):
     the repetitions.
 
     Attributes:
-      self_attention: `decoding.Cache`, keys and values of the text so far, or the state of a mixer;
-        None of a layer that shares those of another.
+      self_attention: `decoding.Cache`, keys and values of the text so far, or the state of linear
+        attention or of a mixer; None of a layer that shares those of another.
       cross_attention: `decoding.Cache`, those of the memory, or None where there is none.
     """
 
@@ -587,6 +587,10 @@ class Stack(nn.Module):
         """
         c = self.config
 
+        def own_parts(layer):
+            mechanism = layer.mechanism(self.mechanism)
+            return {kind: getattr(mechanism, kind) for kind in PART_KINDS}
+
         def cache(index, layer):
             of_layers = (*batch, c.num_layers // len(self._period))
             if layer.mixer is not None:
@@ -594,21 +598,24 @@ class Stack(nn.Module):
                 return layer.mixer.empty(of_layers, H, head_dim or c.model_dim // H, c.dtype)
             if layer.shared_kv:
                 return None
-            # One of several readers may need more of the text than another.
+            readers = _sharing(self._period, index)
+            # A state is of one score, and of keys as they are.
+            reads_keys = len(readers) > 1 or c.kv_rank is not None or c.head_mix != "none"
             of_readers = [
                 decoding.empty(
                     of_layers,
                     max_length,
                     *_cache_widths(c, layer),
                     dtype=c.dtype,
-                    position=mechanism.position,
-                    mask=mechanism.mask,
-                    normalizer=mechanism.normalizer,
+                    num_heads=_heads(c, reader)["num_heads"] * READOUTS[c.readout].query_heads,
+                    implementation="dense" if reads_keys else c.implementation,
+                    **own_parts(reader),
                 )
-                for reader in _sharing(self._period, index)
-                for mechanism in [reader.mechanism(self.mechanism)]
+                for reader in readers
             ]
-            return max(of_readers, key=lambda cache: cache.key.shape[-3])
+            # One of several readers may need more of the text than another.
+            first, *others = of_readers
+            return max(of_readers, key=lambda cache: cache.key.shape[-3]) if others else first
 
         caches = self._field([cache(*item) for item in enumerate(self._period)])
         if memory is None:

@@ -53,8 +53,8 @@ class _Parts(NamedTuple):
 class MultiHeadAttention(nn.Module):
     """Concat_h(head_h) W_O, head_h = attend(x W_Q, c W_K, c W_V).  Vaswani et al. 2017, sec. 3.2.2.
 
-    Numbers of each token that the position asks for (`Position`) are x W + b, c W + b: parameters
-    'query_gates' and 'key_gates', the bias from `Position.gate_bias`.
+    Numbers of each token that the mechanism asks for (`Position`) are x W + b, c W + b: parameters
+    'query_gates' and 'key_gates', the bias from `Mechanism.gate_bias`.
 
     Self-attention (c = x) or cross-attention (another c). The mechanism's learned arrays are the
     parameter tree 'mechanism'. When the collection 'intermediates' is mutable, the weights
@@ -109,7 +109,7 @@ class MultiHeadAttention(nn.Module):
         x: Array,
         context: Array | Cache | None = None,
         *,
-        cache: Cache | None = None,
+        cache: Any = None,
         lengths: Array | None = None,
         relay: Relay | None = None,
         deterministic: bool = True,
@@ -162,7 +162,7 @@ class MultiHeadAttention(nn.Module):
         else:
             key_values, onward = self._key_values(parts, x, context, onward)
             if cache is not None:
-                cache = self._append(cache, key_values, context, lengths, data)
+                cache = self._append(cache, parts, key_values, context, lengths, data)
                 key_values = key_values._replace(cache=cache)
             onward = onward._replace(key_values=key_values)
             if key_values.cache is not None:
@@ -239,7 +239,7 @@ class MultiHeadAttention(nn.Module):
             parts.space.mechanism, parts.mechanism, cache, query, lengths=lengths, **options
         )
 
-    def _append(self, cache, key_values, context, lengths, data):
+    def _append(self, cache, parts, key_values, context, lengths, data):
         if context is not None:
             raise ValueError(
                 "a cache holds the keys of x itself and goes without a context; for one that is "
@@ -251,7 +251,7 @@ class MultiHeadAttention(nn.Module):
                 "positions of its keys; pass those of all slots, or neither: 0, 1, 2 ..."
             )
         key, value, key_gates, _ = key_values
-        return decoding.append(cache, key, value, lengths, key_gates)
+        return decoding.append(cache, key, value, lengths, key_gates, parts.mechanism)
 
     @nn.compact
     def _parts(self, model_dim):
@@ -301,8 +301,8 @@ class MultiHeadAttention(nn.Module):
             return of_heads
 
         def gates(side, heads, axis):
-            """The numbers of each token [..., T, heads, n] that the position asks for, or None."""
-            bias = self.mechanism.position.gate_bias(side)
+            """The numbers of each token [..., T, heads, n] that the mechanism asks for, or None."""
+            bias = self.mechanism.gate_bias(side)
             if not len(bias):
                 return lambda inputs: None
             project = Dense(

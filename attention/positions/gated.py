@@ -1,6 +1,7 @@
 """Positional schemes that depend on the tokens: on numbers that each of them brings."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -21,7 +22,10 @@ class Forget(Position):
     their key head.
 
     The token of query i is key i where T = S; else it is the last key that does not stand after
-    the query, by positions that ascend: with a cache, positions are not to begin anew by segment.
+    the query, by positions that ascend.
+
+    A cache keeps F_j of each key, made of that of the key before. F grows without end, and float32
+    loses the digits of a difference of two: it is kept as the sum of two numbers.
 
     Attributes:
       start: f at the start of training, where x W is 0; `nn.MultiHeadAttention` learns
@@ -30,7 +34,9 @@ class Forget(Position):
 
     start: float = 0.98
     key_gates = 1
+    cached_gates = 2
     ordered = True
+    running = True
 
     def __post_init__(self):
         check_numbers(self, "start")
@@ -47,8 +53,31 @@ class Forget(Position):
         total = _running_sum(log_forget, tile.key_segments)[:, None]
         return total[_own_key(tile)], total
 
+    def cache_gates(self, before, gates):
+        log_forget = jax.nn.log_sigmoid(gates)
+        pairs = jnp.concatenate([log_forget, jnp.zeros_like(log_forget)], axis=1)
+        pairs = jnp.concatenate([before[None], pairs])
+        return jax.lax.associative_scan(_add_pairs, pairs)[1:]
+
+    def prepare_cached(self, params, tile, own):
+        return own, tile.key_gates
+
     def tile(self, params, query, key, tile):
-        return tile.query_gates - tile.key_gates.T
+        columns = zip(tile.query_gates.T, tile.key_gates.T, strict=True)
+        return functools.reduce(jnp.add, (q[:, None] - k for q, k in columns))
+
+
+def _add_pairs(a: Array, b: Array) -> Array:
+    """Sums of numbers [..., 2] that are each the sum of two, the second below the first's digits.
+
+    Knuth's two-sum: what the first addition rounds off is computed, and kept.
+    """
+    total = a[..., 0] + b[..., 0]
+    share = total - a[..., 0]
+    rounded = (a[..., 0] - (total - share)) + (b[..., 0] - share)
+    rest = a[..., 1] + b[..., 1] + rounded
+    high = total + rest
+    return jnp.stack([high, rest - (high - total)], axis=-1)
 
 
 def _running_sum(x: Array, segments: Array | None) -> Array:
@@ -91,6 +120,57 @@ class GatedT5(T5):
         update, reset = jnp.split(jax.nn.sigmoid(tile.query_gates), 2, axis=1)
         factor = 1 + update + (1 - update) * params["scale"] * reset
         return factor * super().tile(params, query, key, tile)
+
+
+@dataclasses.dataclass(frozen=True)
+class Indexer(Position):
+    """Hides all but the `k` visible keys of the largest I_ij = Σ_h w_ih ReLU(q_ih · k_j).
+
+    The lightning indexer of DeepSeek-V3.2 (2025), without its rotary positions: q_ih [width] and
+    w_ih of each of `index_heads` are numbers of the token of query i, k_j [width] of that of key j.
+    Of equal ones the earlier stay. Here each head of the attention has an indexer of its own.
+
+    The choice is constant almost everywhere. There the indexer learns from a loss of its own; here
+    a key that stays gets the score I_ij − I_ij, of which only the first has a gradient: I grows
+    where the key's score should.
+
+    Attributes:
+      k: keys that stay.
+      index_heads, width: of the indexer.
+    """
+
+    k: int = 64
+    index_heads: int = 4
+    width: int = 16
+    whole_row = True
+
+    def __post_init__(self):
+        check_counts(self, k=1, index_heads=1, width=1)
+
+    @property
+    def query_gates(self):  # type: ignore[override]
+        return self.index_heads * (self.width + 1)
+
+    @property
+    def key_gates(self):  # type: ignore[override]
+        return self.width
+
+    def tile(self, params, query, key, tile):
+        heads = self.index_heads
+        queries = tile.query_gates[:, heads:].reshape(-1, heads, self.width)
+        index = functools.reduce(
+            jnp.add,
+            (
+                tile.query_gates[:, h, None] * jax.nn.relu(queries[:, h] @ tile.key_gates.T)
+                for h in range(heads)
+            ),
+        )
+        fixed = jax.lax.stop_gradient(index)
+        among = jnp.where(tile.visible, fixed, -jnp.inf)
+        chosen = jax.lax.top_k(among, min(self.k, among.shape[1]))[1]
+        rows = jnp.arange(len(among))[:, None]
+        stays = jnp.zeros(among.shape, bool).at[rows, chosen].set(True)
+        return jnp.where(stays, index - fixed, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,12 +84,13 @@ def measure(
     """A row for each contender; `what` are of `MEASURES`.
 
     Always: 'name', 'work' (see `describe`), and for a `JaxWork` its `compiling.costs_of`; or
-    'unavailable' and why. With 'time': 'milliseconds' (median and its 95% interval), 'runs',
-    'gflops' of the products in the definition, and for all but the first 'ratio', the first one's
-    time to this one's (median of the turns and its interval): below one, the first is faster. With
-    'compile': `compiling.phases`. With 'accuracy': 'errors', see `errors`. With 'resident':
-    'resident_bytes', the most memory that a new process takes for the work; on an accelerator the
-    device's peak. With 'profile': 'profile', see `profiling`.
+    'unavailable' and why; of a step of decoding 'cache_bytes', what it keeps. With 'time':
+    'milliseconds' (median and its 95% interval), 'runs', 'gflops' of the products in the
+    definition, and for all but the first 'ratio', the first one's time to this one's (median of the
+    turns and its interval): below one, the first is faster. With 'compile': `compiling.phases`.
+    With 'accuracy': 'errors', see `errors`. With 'resident': 'resident_bytes', the most memory that
+    a new process takes for the work; on an accelerator the device's peak. With 'profile':
+    'profile', see `profiling`.
 
     `note` is called with the number of the contender at work; contenders in `skip` are not tried,
     `skip` says why.
@@ -180,6 +181,9 @@ def prepare(work: Work) -> tuple[Callable[[], Any], dict[str, float], Any]:
         return program.run, {}, None
     compiled, costs = compiling.compile_work(program)
     arguments = list(program.arguments)
+    carried: Any = None if program.carry is None else arguments[program.carry]
+    if hasattr(carried, "nbytes"):
+        costs["cache_bytes"] = carried.nbytes
 
     def run():
         result = jax.block_until_ready(compiled(*arguments))

@@ -15,8 +15,10 @@ import attention
 from attention import decoding, masks, positions, scores
 from attention.api import choose
 from attention.kernels import blocks
+from attention.kernels.delta import recurrence
 from attention.kernels.registry import describe
 from attention.parts import Tile, check_choices
+from attention.states import State, needs_keys
 from experiments.bench.work import (
     Foreign,
     JaxWork,
@@ -35,7 +37,7 @@ class KernelWork(Work):
     """One attention to compute, and the library that computes it.
 
     Attributes:
-      library: 'attention' or one of `PEERS`.
+      library: 'attention' or one of `PEERS`, our own recurrences of the delta rule among them.
       implementation, block_sizes: of `attention.attend`, None: its choice.
       score, position, mask, normalizer: as `attention.parse` reads them.
       length, source_length, heads, kv_heads, width, value_width, batch: T, S (T unless given), H, K
@@ -138,8 +140,11 @@ class KernelWork(Work):
         """2 (D + V) a pair, three times as many with a gradient or tangents.
 
         Counted by the definition: what a kernel computes twice counts once. None for scores that
-        are not a product of query and key.
+        are not a product of query and key, and where no kernel makes all of them.
         """
+        chosen = self.implementation or self.chosen()
+        if chosen == "linear" or self.library in ("gated_delta", "kda") or self.keeps_state():
+            return None
         if blocks.numbers_per_pair(self.mechanism(), self.heads, self.width) > 4:
             return None
         widths = self.width + (self.value_width or self.width)
@@ -175,6 +180,17 @@ class KernelWork(Work):
         )
         return small, exact
 
+    def keeps_state(self) -> bool:
+        """Whether a step of decoding is that of linear attention."""
+        values = self.value_width or self.width
+        own = self.library == "attention" and self.implementation in (None, "linear")
+        mechanism = self.mechanism()
+        return (
+            own
+            and self.derivative == "decode"
+            and needs_keys(mechanism, self.width, values, self.heads) is None
+        )
+
     def chosen(self) -> str | None:
         """The kernel that `attend` chooses at the size that is timed."""
         if self.library != "attention":
@@ -189,6 +205,8 @@ _JUDGED = 1024  # long enough for several tiles, short enough for float64
 
 @functools.cache
 def _pairs(mask, length, keys, first, documents):
+    if mask == masks.Causal():
+        return float(np.minimum(np.arange(first, first + length) + 1, keys).sum())
     columns, total = np.arange(keys), 0.0
     for start in range(0, length, 1024):
         rows = np.arange(start, min(start + 1024, length))
@@ -284,13 +302,22 @@ def _tangent(static, cotangent, params, *arrays):
 def _decode_program(work, static, params, query, key, value):
     """A step: T = `length` tokens are appended to a cache of S slots, T of them still free.
 
-    The cache is the first result, with those T free again, and donated, as in a loop of steps.
+    The cache is the first result, with those T free again, and donated, as in a loop of steps. It
+    is the state of linear attention where one will do.
     """
     T, S = work.length, work.keys
+    parts = {"position": work.mechanism().position}
+    if work.library == "attention":
+        parts |= {name: getattr(work.mechanism(), name) for name in PARTS}
     cache = decoding.empty(
-        (work.batch,), S, *key.shape[2:], value.shape[-1], key.dtype, work.mechanism().position
+        *((work.batch,), S, *key.shape[2:], value.shape[-1], key.dtype),
+        **parts,
+        num_heads=work.heads,
+        implementation=work.implementation,
     )
-    cache = cache._replace(key=key, value=value, length=jnp.full((work.batch,), S - T, jnp.int32))
+    length = jnp.full((work.batch,), S - T, jnp.int32)
+    filled = {} if isinstance(cache, State) else {"key": key, "value": value}
+    cache = cache._replace(length=length, **filled)
     new = (query, key[:, :T], value[:, :T])
     return JaxWork(_decode, static, (params, cache, *new), carry=1)
 
@@ -298,7 +325,7 @@ def _decode_program(work, static, params, query, key, value):
 def _decode(static, params, cache, query, key, value):
     work, own = static  # the mechanism, or jax.nn's implementation
     if work.library == "attention":
-        cache = decoding.append(cache, key, value)
+        cache = decoding.append(cache, key, value, params=params)
         options = {"implementation": work.implementation, "block_sizes": work.block_sizes}
         out = decoding.attend(own, params, cache, query, **options)
         return cache._replace(length=cache.length - query.shape[1]), out
@@ -334,6 +361,31 @@ def is_causal(work: KernelWork) -> bool:
     """For peers that compute softmax(QKᵀ/√D) V, causal or not; `Unavailable` for anything else."""
     check_plain(work)
     return work.mask == "causal"
+
+
+def _delta_rule(by_channel: bool) -> Callable[[KernelWork], JaxWork]:
+    """The recurrence of the mixers `gated_delta` and `kda`, of decays and rates that are fixed."""
+
+    def build(work):
+        if not is_causal(work) or work.keys != work.length or work.derivative == "decode":
+            raise Unavailable(f"{work.library} is compared on causal texts of T = S")
+        return _program(work, by_channel, _delta_attend)
+
+    return build
+
+
+def _delta_attend(by_channel, params, query, key, value):
+    groups = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+    key, query = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (key, query))
+    _, T, _, D = key.shape
+    log_decay = jnp.full((T, D if by_channel else 1), -0.01, key.dtype)
+    rate = jnp.full(T, 0.5, key.dtype)
+
+    def head(query, key, value):
+        return recurrence(query, key, value, log_decay, rate)[0]
+
+    return jax.vmap(jax.vmap(head, 1, 1))(query, key, value)
 
 
 def _jax_nn(implementation: str | None) -> Callable[[KernelWork], JaxWork]:
@@ -607,6 +659,8 @@ def flex_functions(work: KernelWork, lib: Any) -> tuple[Callable | None, Callabl
 
 
 PEERS: dict[str, Callable[[KernelWork], Any]] = {
+    "gated_delta": _delta_rule(by_channel=False),
+    "kda": _delta_rule(by_channel=True),
     "jax.nn": _jax_nn(None),
     "jax.nn.cudnn": _jax_nn("cudnn"),
     "flax.linen": _linen,

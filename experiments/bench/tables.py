@@ -37,6 +37,10 @@ def _mib(row, key):
     return f"{row[key] / 2**20:.1f}" if key in row else ""
 
 
+def _cache(row):
+    return f"{row['cache_bytes'] / 1e3:,.0f}" if "cache_bytes" in row else ""
+
+
 def _compile(row):
     if "trace_seconds" not in row:
         return ""
@@ -105,6 +109,7 @@ def columns(results: dict[str, Any]) -> list[Column]:
         Column("GFLOP/s", lambda row: _rate(row, results["peaks"])),
         Column("GFLOP, XLA's, GB", _counts),
         Column("temporary MiB", lambda row: _mib(row, "temporary_bytes")),
+        Column("cache kB", _cache),
         Column("resident MiB", lambda row: _mib(row, "resident_bytes")),
         Column("trace + lower + compile; warm, s", _compile),
         Column("program", _program),

@@ -14,11 +14,11 @@ def cost(model: Any, params: Any, tokens: int) -> dict[str, float]:
     """'decode_ms_per_token' of `TEXTS` texts together, 'cache_bytes_per_token' of one of them.
 
     The bytes are those of keys and values of a text of `tokens` tokens, divided by their number: a
-    layer with a sliding window keeps the last ones alone, one with a mixer its state. The texts go
-    greedily from nothing to `tokens` tokens, once for each of the R seeds of `params`, whose leaves
-    are [R, ...]; the time is the median of these. It is one measurement, of a machine that may do
-    other things as well: `experiments.benchmark` compares under equal conditions. A position table
-    must have a place for each token.
+    layer with a sliding window keeps the last ones alone, one of linear attention or with a mixer
+    its state. The texts go greedily from nothing to `tokens` tokens, once for each of the R seeds
+    of `params`, whose leaves are [R, ...]; the time is the median of these. It is one measurement,
+    of a machine that may do other things as well: `experiments.benchmark` compares under equal
+    conditions. A position table must have a place for each token.
     """
 
     @jax.jit

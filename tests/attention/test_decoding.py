@@ -26,7 +26,7 @@ SCORES = [
     scores.Cosine(), scores.Gaussian(), scores.Scale(scores.Dot(), 0.3),
     scores.Temperature(scores.General()), scores.SoftCap(scores.ScaledDot(), 2.0),
     scores.EluFeatures(), scores.TaylorFeatures(), scores.RandomFeatures(5),
-    scores.HedgehogFeatures(),
+    scores.HedgehogFeatures(), scores.PoPE(),
 ]  # fmt: skip
 POSITIONS = [
     positions.NoPE(), positions.Sinusoidal(), positions.Learned(T), positions.RoPE(),
@@ -86,7 +86,10 @@ def test_every_part_is_decoded_here():
             if isinstance(cls, type) and issubclass(cls, base) and not inspect.isabstract(cls)
             if not name.startswith("_")
         }
-        with_gates = {positions.Forget, positions.GatedT5}  # decoded in test_gates.py
+        with_gates = {  # decoded in test_gates.py
+            *(positions.Forget, positions.GatedT5, positions.Indexer),
+            *(scores.TokenTemperature, normalizers.TokenEntmax),
+        }
         of_grids = {cls for cls in there if cls.__name__.endswith("2D")}  # a text is none
         assert there - here <= {masks.Full} | with_gates | of_grids, kind
 

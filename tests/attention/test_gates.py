@@ -9,10 +9,20 @@ import numpy as np
 import pytest
 
 import attention
-from attention import Mechanism, attend, decoding, masks, normalizers, positions
+from attention import Mechanism, attend, decoding, masks, normalizers, positions, scores
 from attention.kernels.registry import KERNELS, describe, unsupported
 from attention.nn import MultiHeadAttention
-from support.mechanisms import assert_close, assert_same, compiled, init, normal, put, qkv
+from support.marks import slow_but
+from support.mechanisms import (
+    NO_PARAMS,
+    assert_close,
+    assert_same,
+    compiled,
+    init,
+    normal,
+    put,
+    qkv,
+)
 
 T = 7
 
@@ -35,18 +45,36 @@ class Slope(attention.Position):
         return -params["a"] * rate * jnp.abs(tile.distance)
 
 
+@dataclasses.dataclass(frozen=True)
+class Weighed(attention.Score):
+    """(1 + tanh(g_i)) f_j q · k: a score that asks for numbers of both sides."""
+
+    query_gates = 1
+    key_gates = 1
+
+    def gate_bias(self, side):
+        return np.full(1, 3.0 if side == "query" else 2.0)
+
+    def tile(self, params, query, key, tile):
+        return (1 + jnp.tanh(tile.query_gates)) * tile.key_gates.T * (query @ key)
+
+
 BOTH = Slope() + positions.Forget()
 GATED = [
     Mechanism(position=BOTH, mask=masks.Causal()),
     Mechanism(position=BOTH, mask=masks.Causal(), normalizer=normalizers.Sigmoid()),
+    Mechanism(scores.TokenTemperature(Weighed()), BOTH, mask=masks.Causal()),
+    Mechanism(scores.SoftCap(scores.TokenTemperature(scores.Dot()), 3.0), mask=masks.Causal()),
 ]
 
 
-def gates(position, T=T, H=2, K=1, batch=(2,), dtype="float32"):
-    return {
-        "query_gates": normal(5, *batch, T, H, position.query_gates, dtype=dtype),
-        "key_gates": normal(6, *batch, T, K, position.key_gates, dtype=dtype),
+def gates(asking, T=T, H=2, K=1, batch=(2,), dtype="float32"):
+    """The numbers that a mechanism or a position asks for."""
+    both = {
+        "query_gates": normal(5, *batch, T, H, asking.query_gates, dtype=dtype),
+        "key_gates": normal(6, *batch, T, K, asking.key_gates, dtype=dtype),
     }
+    return {name: x for name, x in both.items() if x.size}
 
 
 def derivatives(mechanism, kernel, tangent=True, **data):
@@ -74,15 +102,13 @@ def derivatives(mechanism, kernel, tangent=True, **data):
     return run
 
 
-@pytest.mark.parametrize(
-    "mechanism", [GATED[0], pytest.param(GATED[1], marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.parametrize("mechanism", slow_but(GATED[2:3], GATED), ids=str)
 def test_kernels_agree_on_every_derivative(mechanism, x64):
     """Of outputs, every array's gradient and its tangent; a row sees nothing, blocks are small."""
     arrays = jax.tree.map(
         lambda x: x.astype("float64"), (init(mechanism), *qkv(T=T, S=T, dtype="float64"))
     )
-    of_tokens = gates(mechanism.position, dtype="float64")
+    of_tokens = gates(mechanism, dtype="float64")
     data = {"mask": np.arange(T)[:, None] != 3}
     inputs = arrays, of_tokens, (arrays, of_tokens)
     kernels = [name for name, kernel in KERNELS.items() if kernel.takes_gates]
@@ -121,7 +147,7 @@ def test_the_choice_and_its_errors():
         run()
     with pytest.raises(ValueError, match=r"key_gates must be .* got \(2, 7, 1, 3\)"):
         run(key_gates=normal(0, 2, T, 1, 3))
-    with pytest.raises(ValueError, match="query_gates was given, but the position"):
+    with pytest.raises(ValueError, match="query_gates was given, but no part of ScaledDot"):
         run(query_gates=normal(0, 2, T, 2, 1))
     call = describe(mechanism, query, key, value)
     able = [name for name, kernel in KERNELS.items() if not unsupported(kernel, call)]
@@ -171,21 +197,118 @@ def test_gated_t5(x64):
     np.testing.assert_allclose(got, want, atol=1e-12)
 
 
+def test_token_temperature(x64):
+    """Against scores written out, alone and around a score that has numbers itself."""
+    query, key, value = qkv(T=T, S=T, dtype="float64")
+    own = np.swapaxes(normal(5, 2, T, 2, 1, dtype="float64"), 1, 2)
+    product = np.einsum("bthd,bsd->bhts", query, key[:, :, 0])
+    for score, want in (
+        (scores.TokenTemperature(scores.Dot()), np.exp(-own) * product),
+        (scores.TokenTemperature(scores.TokenTemperature(scores.Dot())), product),
+    ):
+        of_tokens = np.swapaxes(own if score.query_gates == 1 else own * [1, -1], 1, 2)
+        mechanism = Mechanism(score, normalizer=normalizers.Unnormalized())
+        got = attend(mechanism, NO_PARAMS, query, key, value, query_gates=of_tokens)
+        np.testing.assert_allclose(got, np.einsum("bhts,bsv->bthv", want, value[:, :, 0]))
+
+
+def test_entmax_of_tokens_is_that_of_their_alpha(x64):
+    """Outputs and gradients are those of `Entmax` with the row's own α; tiled refuses."""
+    mechanism = Mechanism(normalizer=normalizers.TokenEntmax(), mask=masks.Causal())
+    plain = dataclasses.replace(mechanism, normalizer=normalizers.Entmax())
+    query, key, value = qkv((), T, T, H=1, K=1, dtype="float64")
+    of_tokens = 2 * normal(5, T, 1, 1, dtype="float64")
+
+    def loss(query, of_tokens):
+        return (attend(mechanism, NO_PARAMS, query, key, value, query_gates=of_tokens) ** 2).sum()
+
+    def want(query, of_tokens):
+        def row(i, a):
+            params = {"score": {}, "position": {}, "normalizer": {"a": a}}
+            return attend(plain, params, query, key, value)[i]
+
+        return (jax.vmap(row)(jnp.arange(T), of_tokens[:, 0]) ** 2).sum()
+
+    got, expected = (
+        compiled(jax.value_and_grad(f, (0, 1)))(query, of_tokens) for f in (loss, want)
+    )
+    assert_close(got, expected, 1e-10)
+    assert np.abs(got[1][1]).max() > 1e-3
+    np.testing.assert_allclose(normalizers.TokenEntmax(1.25).gate_bias("query"), -np.log(3))
+    call = describe(mechanism, query, key, value)
+    assert "TokenEntmax(start=1.5) by numbers" in unsupported(KERNELS["tiled"], call)
+
+
+@pytest.mark.parametrize("kernel", ["dense", pytest.param("tiled", marks=pytest.mark.slow)])
+def test_indexer(kernel, x64):
+    """The k keys of the largest index stay, as NumPy finds them; its numbers get a gradient."""
+    position = positions.Indexer(k=2, index_heads=3, width=2)
+    mechanism = Mechanism(position=position, mask=masks.Causal())
+    query, key, value = qkv((), T, T, H=2, K=1, dtype="float64")
+    of_tokens = gates(position, batch=(), dtype="float64")
+
+    @compiled
+    def run(of_tokens):
+        def loss(of_tokens):
+            out, aux = attend(
+                mechanism, NO_PARAMS, query, key, value, **of_tokens, implementation=kernel,
+                aux=("row_weights",), weight_rows=jnp.arange(T),
+            )  # fmt: skip
+            return (out**2).sum(), aux["row_weights"]
+
+        return jax.grad(loss, has_aux=True)(of_tokens)
+
+    slopes, got = run(of_tokens)
+    for h, i in np.ndindex(2, T):
+        weights, queries = np.split(of_tokens["query_gates"][i, h], [3])
+        products = of_tokens["key_gates"][: i + 1, 0] @ queries.reshape(3, 2).T
+        index = np.maximum(products, 0) @ weights
+        stays = np.argsort(-index, kind="stable")[:2]
+        logits = np.full(i + 1, -np.inf)
+        logits[stays] = key[stays, 0] @ query[i, h] / 2
+        want = np.exp(logits) / np.exp(logits).sum()
+        np.testing.assert_allclose(got[h, i, : i + 1], want, atol=1e-12)
+        np.testing.assert_array_equal(got[h, i, i + 1 :], 0)
+    assert all(np.abs(x).max() > 1e-4 for x in slopes.values())
+
+
+def test_indexer_in_a_cache():
+    """It keeps the numbers of all keys, and a step chooses among all of them."""
+    mechanism = Mechanism(position=positions.Indexer(2, 1, 2), mask=masks.Causal())
+    query, key, value = qkv((), T, T, H=2, K=1)
+    of_tokens = gates(mechanism, batch=())
+
+    @compiled
+    def both():
+        want = attend(mechanism, NO_PARAMS, query, key, value, **of_tokens)[-1]
+        cache = decoding.empty((), T, 1, 4, 3, position=mechanism.position, mask=mechanism.mask)
+        cache = decoding.append(cache, key, value, key_gates=of_tokens["key_gates"])
+        last = {"query_gates": of_tokens["query_gates"][-1:]}
+        at = jnp.array([T - 1])
+        return decoding.attend(mechanism, NO_PARAMS, cache, query[-1:], query_positions=at, **last)[
+            0
+        ], want
+
+    assert_close(*both())
+
+
 # Layers and caches.
 
 
 def test_layer_and_its_cache():
     """A text fed in pieces gives what it gives at once; the start of a gate is that of its part."""
     position = Slope() + positions.GatedT5(4, 6) + positions.Forget(start=0.9)
-    mechanism = Mechanism(position=position, mask=masks.Causal() & masks.SlidingWindow(4))
+    mask = masks.Causal() & masks.SlidingWindow(4)
+    mechanism = Mechanism(Weighed(), position, mask, normalizers.TokenEntmax())
     layer = MultiHeadAttention(num_heads=2, num_kv_heads=1, mechanism=mechanism)
     x = normal(1, 2, T, 8)
     params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
-    assert params["query_gates"]["kernel"].shape == (8, 2 * 3)
-    np.testing.assert_allclose(params["key_gates"]["bias"], [0, 0, np.log(9)], rtol=1e-6)
+    assert params["query_gates"]["kernel"].shape == (8, 2 * 5)
+    np.testing.assert_allclose(params["query_gates"]["bias"], [0, 0, 0, 3, 0] * 2, rtol=1e-6)
+    np.testing.assert_allclose(params["key_gates"]["bias"], [0, 0, np.log(9), 2], rtol=1e-6)
     want = layer.apply({"params": params}, x)
-    cache = decoding.empty((2,), T, 1, 4, position=position, mask=mechanism.mask)
-    assert cache.window is None  # the running sum needs every key
+    cache = decoding.empty((2,), T, 1, 4, position=position, mask=mask, score=mechanism.score)
+    assert cache.window.slots == 5 and cache.key_gates.shape[-1] == 5
 
     @jax.jit
     def run(cache, x):
@@ -196,6 +319,56 @@ def test_layer_and_its_cache():
         out, cache = run(cache, piece)
         pieces.append(out)
     assert_close(np.concatenate(pieces, 1), want)
+
+
+def test_long_texts_keep_the_digits_of_running_sums():
+    """A window far into a text, where a sum in float32 has lost the digits of a term."""
+    mechanism = Mechanism(position=positions.Forget(), mask=masks.Causal() & masks.SlidingWindow(3))
+    steps, prompt = 4096, 100
+    gates = normal(0, 1, steps, 1, 1) - 4
+    gates[:, -50:] += 7  # so that all of the window counts
+    key, value = normal(1, 1, steps, 1, 2), normal(2, 1, steps, 1, 2)
+
+    @compiled
+    def decode():
+        cache = decoding.empty((1,), steps, 1, 2, position=mechanism.position, mask=mechanism.mask)
+        cache = decoding.append(
+            cache, key[:, :prompt], value[:, :prompt], key_gates=gates[:, :prompt]
+        )
+
+        def step(cache, t):
+            arrays = (key, value, gates)
+            key_t, value_t, gate = (jax.lax.dynamic_slice_in_dim(x, t, 1, 1) for x in arrays)
+            cache = decoding.append(cache, key_t, value_t, key_gates=gate)
+            return cache, decoding.attend(mechanism, NO_PARAMS, cache, key_t)
+
+        cache, out = jax.lax.scan(step, decoding.trim(cache), jnp.arange(prompt, steps))
+        return cache, out[-8:, 0, 0]
+
+    cache, got = decode()
+    wide = [np.asarray(x, np.float64)[0, :, 0] for x in (key, value, gates)]
+    total = np.cumsum(-np.logaddexp(0, -wide[2][:, 0]))
+    kept = np.sum(cache.key_gates[0, :, 0], axis=-1, dtype=np.float64)
+    np.testing.assert_allclose(kept, total[cache.window.positions[0]], rtol=1e-6)
+    for i, row in zip(range(steps - 8, steps), got, strict=True):
+        window = slice(i - 3, i + 1)
+        logits = wide[0][window] @ wide[0][i] / 2**0.5 + total[i] - total[window]
+        weights = np.exp(logits) / np.exp(logits).sum()
+        np.testing.assert_allclose(row[0], weights @ wide[1][window], atol=2e-6)
+
+
+def test_a_cache_of_running_sums_says_what_it_is_of():
+    cache = decoding.empty((1,), 4, 1, 2, position=positions.Forget())
+    x = normal(0, 1, 1, 1, 2)
+    cache = decoding.append(cache, x, x, key_gates=x[..., :1])
+    mechanism = Mechanism(position=positions.Forget())
+    step = jax.make_jaxpr(lambda cache: decoding.attend(mechanism, NO_PARAMS, cache, x))(cache)
+    assert "cumsum" not in str(step)  # nothing is summed anew
+    other = Mechanism(position=positions.Forget(0.5))
+    with pytest.raises(ValueError, match="keeps running sums of Forget.*0.98"):
+        decoding.attend(other, init(other), cache, x)
+    with pytest.raises(ValueError, match=r"key_gates must be float32 \[..., T, 1, 1\]"):
+        decoding.append(cache, x, x, key_gates=x)
 
 
 def test_no_gates_no_parameters():

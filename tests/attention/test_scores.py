@@ -14,6 +14,7 @@ from attention import Mechanism, masks, normalizers, positions, scores
 from support.formulas import (
     KEY_POSITIONS,
     PLACES,
+    QUERY_POSITIONS,
     B,
     D,
     H,
@@ -93,6 +94,14 @@ def random_features(p, q, k, j):
     return sum(terms) / len(terms)
 
 
+def pope(p, q, k, j, i):
+    """Gopalakrishnan et al. 2025: Re q̃* k̃ of numbers of that length and angle."""
+    theta = 10000.0 ** (-np.arange(len(q)) / len(q))
+    q = np.log1p(np.exp(q)) * np.exp(1j * i * theta)
+    k = np.log1p(np.exp(k)) * np.exp(1j * (j * theta + p["phase"]))
+    return (q.conj() * k).sum().real / math.sqrt(len(q))
+
+
 def manhattan(p, q, k, j):
     return -np.abs(q - k).sum()
 
@@ -144,6 +153,7 @@ SCORES = {
     "taylor": (scores.TaylorFeatures(), taylor),
     "random": (RANDOM, random_features),
     "hedgehog": (scores.HedgehogFeatures(), hedgehog_features),
+    "pope": (scores.PoPE(), pope),
     "own": (Manhattan(), manhattan),
 }
 QUIET = {"additive", "location", "cosine", "soft cap", "own"}  # small however large q and k are
@@ -151,7 +161,7 @@ QUIET = {"additive", "location", "cosine", "soft cap", "own"}  # small however l
 
 def test_every_score_is_here():
     tested = set().union(*(classes_in(score) for score, _ in SCORES.values()))
-    assert public_classes(scores) <= tested
+    assert public_classes(scores) <= tested | {scores.TokenTemperature}  # in test_gates.py
 
 
 SPECIAL = ("dot", "scale", "temperature", "soft cap")
@@ -163,7 +173,9 @@ def test_formula_and_gradients(name):
     score, formula = SCORES[name]
 
     def row(p, q, keys, b, t, h):
-        return [formula(p["score"], q, k, j) for k, j in zip(keys, KEY_POSITIONS[b], strict=True)]
+        own = {"i": QUERY_POSITIONS[b, t]} if name == "pope" else {}
+        places = KEY_POSITIONS[b]
+        return [formula(p["score"], q, k, j, **own) for k, j in zip(keys, places, strict=True)]
 
     flat = ("key",) if name == "location" else ()
     check(Mechanism(score), lambda x: by_hand(x, row), flat=flat)
@@ -209,7 +221,7 @@ def smooth():
             scores.Cosine(), p.CoPE(2) + p.RoPE(scaling=yarn), masks.Causal(), n.SquaredReLU()
         ),
         Mechanism(scores.HedgehogFeatures(), p.PositionTemperature(n=2), normalizer=n.Entmax()),
-        Mechanism(mask=masks.Causal(), normalizer=n.StickBreaking()),
+        Mechanism(scores.PoPE(), mask=masks.Causal(), normalizer=n.StickBreaking()),
     ]
 
 
@@ -223,7 +235,9 @@ NOT_OF_THEIR_OWN = {
     *(positions.Relative2D, positions.ALiBi2D),
     *(normalizers.Softmax, normalizers.SoftmaxOffByOne),
     *(normalizers.Sparsemax, normalizers.Hardmax, normalizers.TopK),
-    *(positions.Forget, positions.GatedT5),  # test_gates.py has theirs
+    # In test_gates.py.
+    *(positions.Forget, positions.GatedT5, positions.Indexer),
+    *(scores.TokenTemperature, normalizers.TokenEntmax),
 }
 
 

@@ -16,6 +16,8 @@ from support.mechanisms import assert_close, assert_same, compiled, init, normal
 ELU = Mechanism(scores.EluFeatures(), mask=masks.Causal(), normalizer=normalizers.SumToOne())
 PADDED = dataclasses.replace(ELU, mask=masks.Causal() & masks.Padding())
 GLOBAL = dataclasses.replace(ELU, mask=masks.Padding())
+PACKED = dataclasses.replace(ELU, mask=masks.Causal() & masks.Segments())
+SEGMENTS = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1, 7, 3, 3, 3])
 PLAIN = Mechanism(
     scores.General(), positions.RoPE(), masks.Causal(), normalizer=normalizers.Unnormalized()
 )
@@ -67,6 +69,24 @@ def arrays(mechanism, T=13, S=13, dtype="float32"):
         (ELU, {}, 5, 17),
         (ELU, {}, 17, 5),
         (ELU, {}, 1, 1),
+        pytest.param(PACKED, {"query_segments": SEGMENTS}, 13, 13, marks=pytest.mark.slow),
+        (  # in no order, other ones for keys, and padding
+            dataclasses.replace(PADDED, mask=PADDED.mask & masks.Segments()),
+            {
+                "query_segments": SEGMENTS % 2,
+                "key_segments": np.stack([SEGMENTS % 3, SEGMENTS]),
+                "key_lengths": np.array([9, 13]),
+            },
+            13,
+            13,
+        ),
+        pytest.param(
+            dataclasses.replace(PLAIN, mask=masks.Segments()),
+            {"query_segments": SEGMENTS[:5], "key_segments": SEGMENTS % 2},
+            5,
+            13,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda x: str(x)[:50],
 )
@@ -78,15 +98,21 @@ def test_outputs_and_gradients_are_those_of_the_dense_kernel(mechanism, options,
     assert_close(got, want, 1e-12)
 
 
-def test_every_order_of_derivatives():
-    inputs, cotangent = arrays(ELU, 9, 9)
+@pytest.mark.parametrize(
+    "mechanism, options",
+    [(ELU, {}), pytest.param(PACKED, {"query_segments": SEGMENTS[:9]}, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_every_order_of_derivatives(mechanism, options):
+    inputs, cotangent = arrays(mechanism, 9, 9)
     direction = jax.tree.map(lambda x: normal(5, *x.shape), inputs)
 
     def products(kernel):
         @compiled
         def both(inputs, direction):
             def loss(inputs):
-                return jnp.vdot(run(kernel, ELU)(*inputs), cotangent) ** 2
+                out = run(kernel, mechanism, **options)(*inputs)
+                return jnp.vdot(out, cotangent) ** 2
 
             gradient = jax.grad(loss)
             forward = jax.jvp(gradient, (inputs,), (direction,))[1]
@@ -125,6 +151,13 @@ def test_what_is_masked_is_absent():
         got = run("linear", ELU)(params, query, *spoilt)
         assert_same(got[:, :6], out[:, :6])
         assert np.isnan(got[:, 6:]).all()
+    packed = run("linear", PACKED, query_segments=SEGMENTS)
+    want = packed(*inputs)
+    got = packed(params, query, put(key, np.s_[:, 4], np.nan), value)
+    spoilt = (SEGMENTS == 1) & (np.arange(13) >= 4)
+    assert_same(got[:, ~spoilt], want[:, ~spoilt])
+    assert np.isnan(got[:, spoilt]).all()
+
     got = run("linear", ELU)(params, put(query, np.s_[0, 3, 1], np.nan), key, value)
     assert np.isnan(got[0, 3, 1]).all() and np.isfinite(got).sum() == got.size - value.shape[-1]
 

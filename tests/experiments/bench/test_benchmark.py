@@ -93,6 +93,7 @@ def test_what_torch_lacks_is_written_out_in_it(parts):
     ({"implementation": "tiled"}, "jax.nn knows no implementation"),
     ({"library": "jax.nn.cudnn"}, "cuDNN needs a GPU"),
     ({"derivative": "decode", "source_length": 32}, "at decoding 16 tokens a step"),
+    ({"library": "kda", "source_length": 8}, "causal texts of T = S"),
     ({"library": "flax.nnx", "derivative": "decode", "length": 1, "source_length": 8},
      "flax.nnx is not compared at decoding"),
 ])  # fmt: skip
@@ -169,6 +170,32 @@ def test_a_decode_step_is_the_last_row_of_all():
         np.testing.assert_allclose(out, expected, atol=1e-5)
         np.testing.assert_array_equal(cache.key[:, -1], key[:, -1])
         np.testing.assert_array_equal(cache.length, [7])
+
+
+def test_a_step_of_linear_attention_keeps_a_state():
+    """As large at any length; a step of softmax keeps all keys and values."""
+    parts = {"score": "elu_features", "mask": "causal", "derivative": "decode"}
+
+    def cache_bytes(S, normalizer):
+        work = KernelWork(
+            length=1, source_length=S, heads=2, width=4, normalizer=normalizer, **parts
+        )
+        return compare.prepare(work)[1]["cache_bytes"]
+
+    state = cache_bytes(8, "sum_to_one")
+    assert state == cache_bytes(8000, "sum_to_one") == 2 * 4 * 5 * 4
+    assert cache_bytes(8, "softmax") == 8 * 2 * (4 + 4) * 4
+
+
+def test_the_delta_rule_is_its_recurrence():
+    work = KernelWork("gated_delta", length=5, heads=1, width=3, mask="causal")
+    query, key, value, _ = (x[0, :, 0] for x in work.arrays())
+    query, key = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (query, key))
+    state = np.zeros((3, 3))
+    for q, k, v, got in zip(query, key, value, compare.results(work)["out"][0, :, 0], strict=True):
+        state *= np.exp(-0.01)
+        state += 0.5 * np.outer(v - state @ k, k)
+        np.testing.assert_allclose(got, state @ q, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", [

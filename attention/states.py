@@ -1,0 +1,265 @@
+"""The state of linear attention in decoding: it takes the place of a cache of keys and values.
+
+Where scores are products of features and nothing divides them but their sum (`kernels.linear`), a
+causal query reads its keys through a sum alone:
+
+    M_t = M_{t−1} + φ(k_t) v_tᵀ,   z_t = z_{t−1} + φ(k_t)
+    o_t = φ(q_t) · M_t             or φ(q_t) · M_t / φ(q_t) · z_t
+
+so that a step costs the same at every place of a text (Katharopoulos et al. 2020, sec. 3.4).
+`attention.decoding` makes and uses such states; F is the width of the features, other letters as in
+`attention.parts`.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attention import masks
+from attention.kernels.linear import NORMALIZERS, causal, divided, terms, with_ones
+from attention.kernels.products import depends, not_of_features, num_features
+from attention.mechanism import Mechanism, params_shape
+from attention.normalizers import SumToOne
+from attention.parts import Array, Params, accumulator, rotated
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class StateSpec:
+    """What a state is of.
+
+    Attributes:
+      mechanism: whose scores the features make.
+      num_kv_heads, head_dim, value_dim: K, D, V of what is appended.
+      dtype: of what is appended.
+      max_length: the most tokens of a text.
+    """
+
+    mechanism: Mechanism
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: np.dtype
+    max_length: int
+
+
+class Added(NamedTuple):
+    """The T tokens of the last `append`: the first of its queries sees not all of them.
+
+    Attributes:
+      features: [..., T, N, F], φ(k), 0 where it is not finite or no real token.
+      value: [..., T, N, V], with the column of `linear.with_ones` where weights sum to one.
+      non_finite: [..., T, N] bool, keys or values that are not finite.
+      real: [..., T] bool.
+    """
+
+    features: Array
+    value: Array
+    non_finite: Array
+    real: Array
+
+
+class State(NamedTuple):
+    """What linear attention keeps of a text; a pytree whose leaves lead with the batch axes.
+
+    N is K, or H where the score learns features of keys: those are of a query head.
+
+    Attributes:
+      memory: [..., N, F, V] float32 (float64 for float64), Σ_j φ(k_j) v_jᵀ; where weights sum to
+        one it has a column more, Σ_j φ(k_j).
+      non_finite: [..., N] bool, whether a key or a value was not finite: it is not in the sum, and
+        all queries after it get NaN.
+      length: [...] int32, tokens of each example, those of `added` too.
+      spec: static; what it is of.
+      added: the tokens of the last `append` that the sums lack, where those were several.
+    """
+
+    memory: Array
+    non_finite: Array
+    length: Array
+    spec: StateSpec
+    added: Added | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what the text left, whatever its length."""
+        return self.memory.nbytes
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a text."""
+        return self.spec.max_length
+
+
+@functools.cache
+def needs_keys(
+    mechanism: Mechanism, head_dim: int, value_dim: int, num_heads: int | None
+) -> str | None:
+    """Why decoding must keep keys and values, and cannot do with a `State`; or None."""
+    position = mechanism.position
+    if type(mechanism.normalizer) not in NORMALIZERS:
+        return f"weights of a state are unnormalized or sum to one, and not {mechanism.normalizer}"
+    if set(terms(mechanism.mask)) - {masks.Full()} != {masks.Causal()}:
+        return f"a state is read under the mask Causal(), not {mechanism.mask}"
+    if position.query_gates or position.key_gates or position.required_inputs:
+        return f"a state takes tokens by their places in a text alone, unlike {position}"
+    if reason := not_of_features(mechanism, head_dim, value_dim):
+        return reason
+    params, x = _of_a_head(mechanism, head_dim, value_dim)
+
+    def key_features(fixed, query):
+        params, key = fixed
+        return _prepare(mechanism, params, key, query)[1]
+
+    if depends(key_features, (params, x), x):
+        return f"features of keys are summed before the queries come, which {mechanism.score} reads"
+    if num_heads is None and _learns_keys(mechanism, head_dim, value_dim):
+        return "it learns features of keys by query head, of which num_heads was not given"
+    return None
+
+
+def empty(batch: tuple[int, ...], spec: StateSpec, num_heads: int | None) -> State:
+    """The state before any token."""
+    mechanism = spec.mechanism
+    F = num_features(mechanism, spec.head_dim)
+    learns = _learns_keys(mechanism, spec.head_dim, spec.value_dim)
+    N = num_heads if learns and num_heads is not None else spec.num_kv_heads
+    V = spec.value_dim + isinstance(mechanism.normalizer, SumToOne)
+    return State(
+        jnp.zeros((*batch, N, F, V), accumulator(spec.dtype)),
+        jnp.zeros((*batch, N), bool),
+        jnp.zeros(batch, jnp.int32),
+        spec,
+    )
+
+
+def append(
+    state: State, params: Params, key: Array, value: Array, added: Array, places: Array
+) -> State:
+    """The state after more tokens, of which the first `added` [...] are real, at places [..., T].
+
+    Raises ValueError where features of keys are learned and params are None.
+    """
+    spec = state.spec
+    mechanism, N = spec.mechanism, state.memory.shape[-3]
+    T = key.shape[-3]
+    learns = _learns_keys(mechanism, spec.head_dim, spec.value_dim)
+    if learns and params is None:
+        raise ValueError(
+            f"params must be given with this state: {mechanism.score} learns features of keys; "
+            "pass decoding.append what mechanism.init returned"
+        )
+    if not learns:  # nothing reads them
+        shapes, _ = _of_a_head(mechanism, spec.head_dim, spec.value_dim)
+        params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    key, value = (jnp.repeat(x, N // spec.num_kv_heads, axis=-2) for x in (key, value))
+
+    def of_head(params, key, at):
+        return _features(mechanism, params, key, at, "key")
+
+    of_heads = jax.vmap(of_head, (0 if learns else None, 1, None), 1)
+    for _ in places.shape[1:]:
+        of_heads = jax.vmap(of_heads, (None, 0, 0))
+    features, bad_key = of_heads(params, key, places)
+    real = jnp.arange(T) < added[..., None]
+    finite = jnp.isfinite(value).all(-1)
+    stays = real[..., None]
+    value = jnp.where((finite & stays)[..., None], value.astype(features.dtype), 0)
+    if isinstance(mechanism.normalizer, SumToOne):
+        value = with_ones(value, jnp.broadcast_to(stays, value.shape[:-1]))
+    features = jnp.where(stays[..., None], features, 0)
+    tokens = Added(features, value, stays & (bad_key | ~finite), real)
+    state = state._replace(length=state.length + added, added=tokens)
+    return state if T > 1 else trim(state)  # a single query sees all of it
+
+
+def trim(state: State) -> State:
+    """The state with the tokens of `added` in its sums: for the queries of a next `append`."""
+    if state.added is None:
+        return state
+    features, value, non_finite, _ = state.added
+    return state._replace(
+        memory=state.memory + jnp.einsum("...tkf,...tkv->...kfv", features, value),
+        non_finite=state.non_finite | non_finite.any(-2),
+        added=None,
+    )
+
+
+def attend(state: State, params: Params, query: Array, at: Array) -> Array:
+    """[..., T, H, V] of the queries [..., T, H, D] at the places [..., T], appended last."""
+    mechanism, memory, added = state.spec.mechanism, state.memory, state.added
+    *batch, T, H, _ = query.shape
+    N = memory.shape[-3]
+
+    def of_head(params, query, at):
+        return _features(mechanism, params, query, at, "query")
+
+    of_heads = jax.vmap(of_head, (0, 1, None), 1)
+    for _ in batch:
+        of_heads = jax.vmap(of_heads, (None, 0, 0))
+    features, bad_query = of_heads(params, query, at)
+    features = features.reshape(*batch, T, N, H // N, -1)
+    if added is None:
+        out = jnp.einsum("...tngf,...nfv->...tngv", features, memory)
+        some, bad = (state.length > 0)[..., None], state.non_finite[..., None, :]
+    else:
+        of_groups = jax.vmap(causal, (1, None, None, None), 1)
+        of_states = jax.vmap(of_groups, (1, 1, 1, 0), 1)
+        for _ in batch:
+            of_states = jax.vmap(of_states)
+        out = of_states(features, added.features, added.value, memory)
+        before = state.length - added.real.sum(-1)
+        some = (before > 0)[..., None] | _until(added.real, -1)
+        bad = state.non_finite[..., None, :] | _until(added.non_finite, -2)
+    if isinstance(mechanism.normalizer, SumToOne):
+        out = divided(out)
+    out = out.reshape(*batch, T, H, -1)
+    not_finite = (bad_query & some[..., None]) | jnp.repeat(bad, H // N, axis=-1)
+    return jnp.where(not_finite[..., None], jnp.nan, out).astype(query.dtype)
+
+
+def _until(x, axis):
+    """Whether x is true at a place or before it."""
+    return jax.lax.associative_scan(jnp.logical_or, x, axis=x.ndim + axis)
+
+
+def _features(mechanism, params, x, at, side):
+    """φ(x) [T, F] of one head, 0 where not finite, and where that is, [T]."""
+    wide = accumulator(x.dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(wide), params)
+    bad = ~jnp.isfinite(x).all(-1)
+    x = jnp.where(bad[:, None], 0, x.astype(wide))
+    x = rotated(mechanism.position, params["position"], x, at, side)
+    features = mechanism.score.prepare(params["score"], x, x)[side == "key"]
+    bad |= ~jnp.isfinite(features).all(-1)
+    return jnp.where(bad[:, None], 0, features), bad
+
+
+_TOKENS = 8
+
+
+@functools.cache
+def _of_a_head(mechanism, head_dim, value_dim):
+    """Shapes of the params and of some vectors of one head."""
+    params = params_shape(mechanism, 1, head_dim, value_dim)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
+    return params, jax.ShapeDtypeStruct((_TOKENS, head_dim), jnp.float32)
+
+
+def _prepare(mechanism, params, key, query):
+    """Features of queries and of keys at the places 0, 1, 2 ..."""
+    at, own = np.arange(_TOKENS), params["position"]
+    query = rotated(mechanism.position, own, query, at, "query")
+    key = rotated(mechanism.position, own, key, at, "key")
+    return mechanism.score.prepare(params["score"], query, key)
+
+
+@functools.cache
+def _learns_keys(mechanism, head_dim, value_dim):
+    """Whether features of keys depend on what the mechanism learns."""
+    params, x = _of_a_head(mechanism, head_dim, value_dim)
+    return depends(lambda x, params: _prepare(mechanism, params, x, x)[1], x, params)
