@@ -33,8 +33,10 @@ def launch(config, work, sweep="all", *flags):
 
 
 def finish(process):
-    output = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    """What a launcher prints that ends well."""
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, (output, errors)
+    return output
 
 
 def left(work):

@@ -77,6 +77,7 @@ def test_two_launchers_share_a_sweep_and_do_no_cell_twice(config, tmp_path):
     assert "1 of 3 cells to train" in moved.stdout and not work.exists(), moved.stderr
 
 
+@pytest.mark.slow
 def test_a_cell_whose_process_dies_is_tried_once_more_and_then_a_failure(config, tmp_path):
     work = tmp_path / "work"
     flags = [f"--config={config}", "--sweep=", f"--workdir={work}"]

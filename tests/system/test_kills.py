@@ -1,5 +1,6 @@
 """A launcher killed with -9 at any instant, again and again, ends in the bits of a quiet one."""
 
+import os
 import random
 import signal
 import time
@@ -8,6 +9,7 @@ import psutil
 import pytest
 
 from support.kills import finish, launch, left, quiet
+from support.launching import children, read
 
 # What a file or folder of that name means that appears in the work directory.
 INSTANTS = {
@@ -46,14 +48,28 @@ def kill(config, work, instant, seconds, *flags):
     return early
 
 
-@pytest.mark.parametrize(
-    "instants", [["save"], pytest.param(["save", "done"], marks=pytest.mark.slow)], ids="+".join
-)
-def test_killed_while_it_saves_and_writes_it_ends_in_the_same_bits(tmp_path, instants):
+def test_a_worker_killed_while_it_saves_goes_on_and_ends_in_the_same_bits(tmp_path):
+    """The launcher starts it again; one of two workers, and the bits are those of a quiet one."""
+    config, expected, _ = quiet(tmp_path, "rate", "--workers=1", "--config.threads=1")
+    work = tmp_path / "cut"
+    process = launch(config, work, "rate", "--workers=2", "--config.threads=1")
+    while not (saves := list(work.glob(INSTANTS["save"]))):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.0005)
+    worker = read(saves[0].parents[1] / "lease.json")["pid"]
+    assert worker in children(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    assert "once more, from the last checkpoint" in finish(process)
+    assert left(work) == expected
+    assert not list(work.glob("cells/*/checkpoints/*tmp*"))
+
+
+@pytest.mark.slow
+def test_killed_while_it_saves_and_writes_it_ends_in_the_same_bits(tmp_path):
     """With two workers in those of a quiet one."""
     config, expected, _ = quiet(tmp_path, "rate", "--workers=1", "--config.threads=1")
     work, flags = tmp_path / "cut", ("rate", "--workers=2", "--config.threads=1")
-    for instant in instants:
+    for instant in ("save", "done"):
         assert kill(config, work, instant, 0, *flags), instant
     finish(launch(config, work, *flags))
     assert left(work) == expected

@@ -423,7 +423,10 @@ ORDERS = [*LEARNED, Mechanism(normalizer=normalizers.Sigmoid()), MECHANISMS[8]]
 
 @pytest.mark.parametrize(
     "mechanism, thorough",
-    [(LEARNED[0], False), *(pytest.param(x, True, marks=pytest.mark.slow) for x in ORDERS)],
+    [
+        (Mechanism(position=positions.KerpleLog()), False),
+        *(pytest.param(x, True, marks=pytest.mark.slow) for x in ORDERS),
+    ],
     ids=str,
 )
 def test_every_order(mechanism, thorough, x64):

@@ -170,6 +170,7 @@ def test_a_directory_from_before_there_were_patterns_is_of_none():
     assert settings.complete(described) == settings.describe(text())
 
 
+@pytest.mark.slow
 def test_a_model_of_a_pattern_is_benchmarked():
     work = ModelWork(
         num_layers=2, model_dim=8, num_heads=2, context=8, batch=2, vocab_size=11,
