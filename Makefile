@@ -14,6 +14,9 @@ FAST := $(addprefix tests/,attention/kernels/test_contracts.py attention/test_ma
 	experiments/analysis experiments/reporting/test_results.py experiments/reporting/test_tables.py \
 	experiments/storage/test_leases.py experiments/training/test_pairing.py system/test_imports.py system/test_renamed.py)
 
+# Modules are compiled when first imported: a tenth of what is installed ever is.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup ablation test test-fast test-slow test-kills test-clusters test-browser test-tpu accelerator lint docs constraints
 
@@ -24,7 +27,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt --editable '.[test]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 setup: $(VENV)/.installed  ## Create the virtual environment with the tested versions.

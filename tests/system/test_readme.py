@@ -22,6 +22,7 @@ from absl import app, flags
 
 import attention
 from support import ROOT
+from support.marks import slow_but
 
 DOCUMENTS = {
     path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
@@ -79,7 +80,10 @@ def test_no_block_and_no_command_is_left_out(page):
 WITH_BLOCKS = [page for page in DOCUMENTS if blocks(page) and page != RUN_DIRECTORY]
 
 
-@pytest.mark.parametrize("page", WITH_BLOCKS)
+LONG = ("docs/kernels.md", "docs/models.md")  # to compile
+
+
+@pytest.mark.parametrize("page", slow_but(set(WITH_BLOCKS) - {*LONG}, WITH_BLOCKS))
 def test_the_blocks_of_a_page_run(page):
     run(page)
 

@@ -258,7 +258,11 @@ BIAS = normal(3, 1, 4, 6, 8, dtype="bfloat16")
             {},
             marks=pytest.mark.slow,
         ),
-        ({"local_window_size": 1, "mask": ROWS}, {"local_window_size": None, "is_causal": False}),
+        pytest.param(
+            {"local_window_size": 1, "mask": ROWS},
+            {"local_window_size": None, "is_causal": False},
+            marks=pytest.mark.slow,
+        ),
         ({"bias": BIAS, "mask": ROWS, "query_seq_lengths": np.array([1, 6])}, {}),
     ],
     ids=["causal", "window", "lengths", "beyond", "mask", "bias"],

@@ -68,6 +68,7 @@ def test_formula(pooling, registers):
     np.testing.assert_allclose(encoded, x[:, -4:], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_every_parameter_learns_by_a_pattern_of_layers():
     layers = parse_layers("layer(mask=sliding_window(1), position=rope) + full")
     config = dataclasses.replace(CONFIG, encoder=Mechanism(), layers=layers)

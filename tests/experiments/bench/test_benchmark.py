@@ -199,12 +199,12 @@ def test_the_delta_rule_is_its_recurrence():
 
 
 @pytest.mark.parametrize("change", [
-    {"seeds": 2, "remat_layers": True, "scan_layers": True},
+    {"architecture": "encoder_decoder", "num_layers": 1},
     *(pytest.param(change, marks=pytest.mark.slow) for change in (
         {"library": "flax.linen", "architecture": "encoder_decoder", "num_layers": 1},
         {"seeds": 2, "seeds_impl": "vmap"},
         {"library": "flax.linen"},
-        {"architecture": "encoder_decoder", "num_layers": 1},
+        {"seeds": 2, "remat_layers": True, "scan_layers": True},
         {"architecture": "vision", "image_size": 8},
         {"architecture": "vision", "image_size": 8, "library": "flax.linen"},
     )),
