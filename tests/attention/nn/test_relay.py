@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import attention
-from attention import Layer, Mechanism, masks, parse_layers, positions
+from attention import Layer, Mechanism, masks, normalizers, parse_layers, positions, scores
 from attention.models import EncoderDecoder, LanguageModel
 from attention.nn import MultiHeadAttention, Stack, TransformerConfig, logical_axes
 from attention.nn.relay import Relay
@@ -22,6 +22,9 @@ SMALL = TransformerConfig(
     vocab_size=11, model_dim=8, num_layers=4, num_heads=4, num_kv_heads=2, mlp_dim=8,
     init_stddev=0.3, decoder=MECHANISM,
 )  # fmt: skip
+LINEAR = Mechanism(
+    scores.HedgehogFeatures(), mask=masks.Causal(), normalizer=normalizers.SumToOne()
+)
 SHARED = parse_layers("sliding_window(2) + layer(shared_kv=True)")
 HYBRID = parse_layers("layer(mixer=ret_net) + layer")
 
@@ -151,6 +154,13 @@ def decoded_and_full(config, ids, pieces):
     pytest.param(
         {"layers": parse_layers("layer + layer(mixer=ret_net) + 2*layer(shared_kv=True)")},
         marks=pytest.mark.slow,
+    ),
+    # Linear attention: of keys that two layers read, and a state of doubled heads.
+    pytest.param(
+        {"layers": SHARED, "num_layers": 2, "decoder": LINEAR}, marks=pytest.mark.slow
+    ),
+    pytest.param(
+        {"readout": "differential_v1", "decoder": LINEAR}, marks=pytest.mark.slow
     ),
 ])  # fmt: skip
 def test_decoding_is_the_full_pass(changes):
