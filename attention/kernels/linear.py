@@ -22,6 +22,7 @@ from attention.kernels import dense
 from attention.kernels.heads import lift
 from attention.kernels.products import not_of_features, num_features
 from attention.kernels.registry import Call, Kernel, register
+from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
 from attention.normalizers import SumToOne, Unnormalized
 from attention.parts import And, Array, Mask, Params, Tile
@@ -58,7 +59,9 @@ def unsupported(call: Call) -> str | None:
 def cost(call: Call) -> tuple[float, str]:
     """Numbers of scores and states at once, and the reason if this kernel runs.
 
-    A symbolic size counts as 1.
+    Where the tiled kernel is faster than the dense one its cost is a constant, for any number of
+    scores; these numbers are scaled by what that is of the dense kernel's cost, so that the ratio
+    of the two kernels is that of their numbers. A symbolic size counts as 1.
     """
     if type(call.mechanism.normalizer) not in NORMALIZERS:
         return math.inf, ""
@@ -69,7 +72,8 @@ def cost(call: Call) -> tuple[float, str]:
         T += 1 if is_symbolic_dim(S) else S
     chunks = -(-T // CHUNK)
     numbers = math.prod(batch) * H * (T * (CHUNK + F) + chunks * F * V)
-    return numbers, f"states and the scores of chunks are {numbers:,} numbers at once"
+    share = min(1.0, tuned().tiled_above / max(1, dense.cost(call)[0]))
+    return numbers * share, f"states and the scores of chunks are {numbers:,} numbers at once"
 
 
 def attend_head(

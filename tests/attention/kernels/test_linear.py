@@ -225,6 +225,7 @@ def test_what_it_cannot_serve_it_says():
 
 def test_it_is_chosen_for_long_texts(monkeypatch):
     monkeypatch.setattr(linear, "CHUNK", 64)
-    for T, name in ((16, "dense"), (4096, "linear")):
-        x = jax.ShapeDtypeStruct((1, T, 2, 16), jnp.float32)
+    lengths = ((1, 16, "dense"), (1, 4096, "linear"), (1, 2**20, "linear"), (512, 1024, "linear"))
+    for batch, T, name in lengths:
+        x = jax.ShapeDtypeStruct((batch, T, 2, 16), jnp.float32)
         assert f" {name}: runs" in attention.explain(ELU, x, x, x)
