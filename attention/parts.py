@@ -589,6 +589,55 @@ def with_zero_gates(position: Position, params: Params, tile: Tile) -> Tile:
     return dataclasses.replace(tile, query_gates=query, key_gates=key)
 
 
+@dataclasses.dataclass(frozen=True)
+class PositionWrapper(Position):
+    """`position`, but for what a subclass changes."""
+
+    position: Position
+
+    @property
+    def whole_row(self):  # type: ignore[override]
+        return self.position.whole_row
+
+    @property
+    def query_gates(self):  # type: ignore[override]
+        return self.position.query_gates
+
+    @property
+    def key_gates(self):  # type: ignore[override]
+        return self.position.key_gates
+
+    @property
+    def cached_gates(self):
+        return self.position.cached_gates
+
+    @property
+    def ordered(self):  # type: ignore[override]
+        return self.position.ordered
+
+    @property
+    def required_inputs(self):  # type: ignore[override]
+        return self.position.required_inputs
+
+    def init(self, key, head_dim, value_dim):
+        return self.position.init(key, head_dim, value_dim)
+
+    def prepare_gates(self, params, tile):
+        return self.position.prepare_gates(params, tile)
+
+    def prepare_cached(self, params, tile, own):
+        return self.position.prepare_cached(params, tile, own)
+
+    def rotate(self, params, x, positions, side, gates=None, coordinates=None):
+        return rotated(self.position, params, x, positions, side, gates, coordinates)
+
+    def tile(self, params, query, key, tile):
+        return self.position.tile(params, query, key, tile)
+
+    def mix(self, params, weights, tile):
+        return self.position.mix(params, weights, tile)
+
+
 def rotated(position: Position, params, x, positions, side, gates=None, coordinates=None) -> Array:
     """`Position.rotate`, with gates and coordinates where the scheme asks for them."""
     options = {} if gates is None else {"gates": gates}

@@ -7,12 +7,12 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from attention.decoding import Cache, PositionWrapper, QueryRotation
+from attention.decoding import Cache, QueryRotation
 from attention.kernels import products
 from attention.mechanism import Mechanism
 from attention.nn.partition import named
 from attention.parsing import unparse
-from attention.parts import Array, rotated
+from attention.parts import Array, PositionWrapper, rotated
 
 
 @dataclasses.dataclass(frozen=True)
