@@ -14,7 +14,7 @@ FAST := $(addprefix tests/,attention/kernels/test_contracts.py attention/test_ma
 	experiments/analysis experiments/reporting/test_results.py experiments/reporting/test_tables.py \
 	experiments/storage/test_leases.py experiments/training/test_pairing.py system/test_imports.py system/test_renamed.py)
 
-# Modules are compiled when first imported: a tenth of what is installed ever is.
+# Modules are compiled when first imported: most of what is installed never is.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help

@@ -11,7 +11,7 @@ standard library unless `--config.task.path` names another, `recall` is multi-qu
 recall (Arora et al. 2023) and `in_context_recall` the task of MAD (Poli et al. 2024), both scaled
 down. Rotary positions in the base, so that the cell `position=none` shows what they are worth.
 
-The claims are those of the papers, for models a thousand times larger.
+The claims are those of the papers, whose models are far larger.
 """
 
 from experiments.config import settings

@@ -96,14 +96,12 @@ def metrics(measured: Mapping[str, Any]) -> dict[str, np.ndarray]:
     They are about the `main` kind of attention; none of a model without weights. `measured` are
     arrays [R, H] of each layer.
     """
-    return (
-        {}
-        if not measured
-        else {
-            f"attention/{name}": np.concatenate(layers, 1).mean(1)
-            for name, layers in main(measured).items()
-        }
-    )
+    if not measured:
+        return {}
+    return {
+        f"attention/{name}": np.concatenate(layers, 1).mean(1)
+        for name, layers in main(measured).items()
+    }
 
 
 def describe(measured: Mapping[str, Any]) -> dict[str, Any]:
