@@ -119,8 +119,10 @@ def needs(mechanism, name):
 
 @pytest.mark.parametrize(
     "mechanism, prompts",
-    [(mechanism, False) for mechanism in MECHANISMS[::2]]
-    + [pytest.param(mechanism, False, marks=pytest.mark.slow) for mechanism in MECHANISMS[1::2]]
+    [
+        pytest.param(mechanism, False, marks=[pytest.mark.slow] * (number % 4 > 0))
+        for number, mechanism in enumerate(MECHANISMS)
+    ]
     + [pytest.param(mechanism, True, marks=pytest.mark.slow) for mechanism in ALONE],
     ids=str,
 )

@@ -12,7 +12,6 @@ import attention
 from attention import Mechanism, attend, decoding, masks, normalizers, positions, scores
 from attention.kernels.registry import KERNELS, describe, unsupported
 from attention.nn import MultiHeadAttention
-from support.marks import slow_but
 from support.mechanisms import (
     NO_PARAMS,
     assert_close,
@@ -102,7 +101,8 @@ def derivatives(mechanism, kernel, tangent=True, **data):
     return run
 
 
-@pytest.mark.parametrize("mechanism", slow_but(GATED[2:3], GATED), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("mechanism", GATED, ids=str)
 def test_kernels_agree_on_every_derivative(mechanism, x64):
     """Of outputs, every array's gradient and its tangent; a row sees nothing, blocks are small."""
     arrays = jax.tree.map(

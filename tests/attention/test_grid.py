@@ -173,8 +173,9 @@ MECHANISMS = {
 }
 
 
-@pytest.mark.parametrize("examples", slow_but((1,), (1, 2)))
-@pytest.mark.parametrize("name", slow_but(("window",), MECHANISMS))
+@pytest.mark.slow
+@pytest.mark.parametrize("examples", (1, 2))
+@pytest.mark.parametrize("name", MECHANISMS)
 def test_kernels_agree_on_every_derivative(name, examples, x64):
     """Coordinates that are known while tracing, and of each example its own."""
     mechanism, places = MECHANISMS[name], GRID if examples == 1 else np.stack([GRID] * examples)

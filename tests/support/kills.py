@@ -39,6 +39,16 @@ def finish(process):
     return output
 
 
+def trained(cell):
+    """What training leaves in the folder of a cell: its state, log and maps, to the bit."""
+    with np.load(cell / "attention.npz") as arrays:
+        maps = {name: arrays[name].tobytes() for name in arrays}
+    state = checkpoints.read_state(cell / "checkpoints")
+    state["dropout"] = jax.random.key_data(state["dropout"])
+    leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]
+    return maps, leaves, (cell / "metrics.jsonl").read_text()
+
+
 def left(work):
     """All that a sweep leaves but its times: by file, what must be equal."""
     cells = {}
@@ -46,13 +56,7 @@ def left(work):
         result = json.loads((cell / "result.json").read_text())
         for name in ("compile_seconds", "steps_per_second", "train_seconds"):
             result.pop(name, None)
-        with np.load(cell / "attention.npz") as arrays:
-            maps = {name: arrays[name].tobytes() for name in arrays}
-        state = checkpoints.read_state(cell / "checkpoints")
-        state["dropout"] = jax.random.key_data(state["dropout"])
-        leaves = [np.asarray(x).tobytes() for x in jax.tree.leaves(state)]
-        log = (cell / "metrics.jsonl").read_text()
-        cells[cell.name] = (result, maps, leaves, log, (cell / "config.json").read_text())
+        cells[cell.name] = (result, *trained(cell), (cell / "config.json").read_text())
     rows = list(csv.DictReader((work / "results.csv").read_text().splitlines()))
     for row in rows:
         del row["compile_seconds"], row["steps_per_second"]

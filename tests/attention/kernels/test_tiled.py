@@ -18,6 +18,7 @@ from attention.kernels import blocks
 from attention.nn import MultiHeadAttention
 from attention.parts import PARTIAL, Position, Tile
 from support.kernels import D, H, S, T, arrays, by_kernel, pulled
+from support.marks import slow_but
 from support.mechanisms import (
     EPS,
     LEARNED,
@@ -313,7 +314,7 @@ def in_turn(*sizes):
     return [tuple(n % size for size in sizes) for n in range(max(sizes))]
 
 
-@pytest.mark.parametrize("name", ANY)
+@pytest.mark.parametrize("name", slow_but(["online"], ANY))
 def test_every_part(name, x64):
     parts = ANY[name]
     if name != "online":

@@ -44,7 +44,9 @@ def test_patches_go_from_left_to_right_then_down():
     np.testing.assert_array_equal(x[1, 2], images[1, 2:, :3].reshape(-1))
 
 
-@pytest.mark.parametrize("pooling, registers", [("class", 2), ("mean", 0)])
+@pytest.mark.parametrize(
+    "pooling, registers", [("class", 2), pytest.param("mean", 0, marks=pytest.mark.slow)]
+)
 def test_formula(pooling, registers):
     model = VisionTransformer(CONFIG, (2, 3), 3, pooling, registers)
     images = random_images(2, 4, 6, 3)
@@ -85,6 +87,7 @@ def test_every_parameter_learns_by_a_pattern_of_layers():
     assert jax.tree.structure(names["params"]) == jax.tree.structure(params["params"])
 
 
+@pytest.mark.slow
 def test_without_positions_the_order_of_patches_is_nothing():
     model = VisionTransformer(
         dataclasses.replace(CONFIG, encoder=Mechanism(mask=masks.Padding())), (2, 2)

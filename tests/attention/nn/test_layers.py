@@ -222,7 +222,8 @@ def test_compiled_size_does_not_grow_with_the_repetitions():
     assert size(24) < 1.02 * size(6)
 
 
-@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [True, False])
 def test_gradients_reach_every_parameter(scan):
     model = LanguageModel(dataclasses.replace(SMALL, scan_layers=scan, remat_layers=scan))
     text = tokens(2, 10)

@@ -374,6 +374,7 @@ def test_modules_of_equal_configs_are_equal():
     assert hash(LanguageModel(SMALL)) == hash(LanguageModel(dataclasses.replace(SMALL)))
 
 
+@pytest.mark.slow
 def test_the_nnx_example_learns_every_part(capsys):
     example = runpy.run_path(str(ROOT / "examples/nnx_attention.py"))
     example["main"]()

@@ -28,19 +28,14 @@ def wrong(monkeypatch):
     monkeypatch.setitem(KERNELS, "wrong", kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "check, name, dtype, expected",
     [
         (contracts.accuracy, "T5", "bfloat16", "failed: out errs by"),
-        pytest.param(
-            *(contracts.absent, "packed", "float32"),
-            "failed: a query that sees nothing has an output",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(contracts.same_bits, "causal", "bfloat16", "passed", marks=pytest.mark.slow),
-        pytest.param(
-            contracts.second_order, "causal", "float32", "failed: errs by", marks=pytest.mark.slow
-        ),
+        (contracts.absent, "packed", "float32", "failed: a query that sees nothing has an output"),
+        (contracts.same_bits, "causal", "bfloat16", "passed"),
+        (contracts.second_order, "causal", "float32", "failed: errs by"),
     ],
 )
 def test_contracts(wrong, check, name, dtype, expected):

@@ -198,16 +198,15 @@ def test_the_delta_rule_is_its_recurrence():
         np.testing.assert_allclose(got, state @ q, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     {"architecture": "encoder_decoder", "num_layers": 1},
-    *(pytest.param(change, marks=pytest.mark.slow) for change in (
-        {"library": "flax.linen", "architecture": "encoder_decoder", "num_layers": 1},
-        {"seeds": 2, "seeds_impl": "vmap"},
-        {"library": "flax.linen"},
-        {"seeds": 2, "remat_layers": True, "scan_layers": True},
-        {"architecture": "vision", "image_size": 8},
-        {"architecture": "vision", "image_size": 8, "library": "flax.linen"},
-    )),
+    {"library": "flax.linen", "architecture": "encoder_decoder", "num_layers": 1},
+    {"seeds": 2, "seeds_impl": "vmap"},
+    {"library": "flax.linen"},
+    {"seeds": 2, "remat_layers": True, "scan_layers": True},
+    {"architecture": "vision", "image_size": 8},
+    {"architecture": "vision", "image_size": 8, "library": "flax.linen"},
 ], ids=str)  # fmt: skip
 def test_models_learn(change):
     work = dataclasses.replace(TINY, **change)

@@ -59,6 +59,7 @@ def test_places_of_patches_by_the_settings():
         loop.check(tiny("recall", **{"model.position": "rope2d"}))
 
 
+@pytest.mark.slow
 def test_every_query_of_an_image_is_measured():
     config = tiny("images", **{"model.position": "none", "model.patch_size": 12})
     task, model = build(config)

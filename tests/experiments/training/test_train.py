@@ -133,7 +133,8 @@ def test_with_patience_the_best_parameters_of_each_seed_are_the_result(tmp_path)
     assert any((a != b).any() for a, b in zip(leaves(best), leaves(state["params"]), strict=True))
 
 
-@pytest.mark.parametrize("kernel", ["dense", pytest.param("tiled", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["dense", "tiled"])
 def test_flops_are_those_of_the_products(tmp_path, kernel):
     changes = {"model.implementation": kernel, "model.num_layers": 1, "model.mlp_dim": 12}
     config = tiny(**changes)
@@ -294,12 +295,13 @@ def test_what_a_run_writes(tmp_path):
         assert kinds["self"].query == kinds["self"].key and len(kinds["self"].key) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         {},
-        pytest.param({"model.num_layers": 2, "model.scan_layers": True}, marks=pytest.mark.slow),
-        pytest.param({"model.num_layers": 2, "model.dropout_rate": 0.0}, marks=pytest.mark.slow),
+        {"model.num_layers": 2, "model.scan_layers": True},
+        {"model.num_layers": 2, "model.dropout_rate": 0.0},
     ],
     ids=str,
 )
