@@ -16,7 +16,6 @@ from jax import export
 
 import attention
 from attention import Mechanism, attend, masks, normalizers, positions, scores
-from support.marks import slow_but
 from support.mechanisms import (
     EPS,
     LEARNED,
@@ -369,7 +368,8 @@ def derivative_case(mechanism):
     return function, point, tangent
 
 
-@pytest.mark.parametrize("mechanism", slow_but(LEARNED[1:2], LEARNED[1:]), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("mechanism", LEARNED[1:], ids=str)
 def test_gradient_leaf_by_leaf(mechanism, x64):
     """Against central differences along one random direction in every array leaf."""
     function, point, tangent = derivative_case(mechanism)

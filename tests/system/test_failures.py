@@ -12,19 +12,26 @@ from support.launching import CONFIG, ablate, children, ended, read, start, wait
 
 
 @pytest.mark.parametrize(
-    "kind, status, workers",
-    [(signal.SIGTERM, 143, 2), pytest.param(signal.SIGINT, 130, 1, marks=pytest.mark.slow)],
+    "kind, status, workers, cells",
+    [
+        (signal.SIGTERM, 143, 1, 1),
+        pytest.param(signal.SIGTERM, 143, 2, 2, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, 1, 2, marks=pytest.mark.slow),
+    ],
 )
-def test_a_signal_saves_and_the_same_command_goes_on(config, tmp_path, kind, status, workers):
+def test_a_signal_saves_and_the_same_command_goes_on(
+    config, tmp_path, kind, status, workers, cells
+):
     work = tmp_path / "work"
-    flags = [f"--config={config}", "--sweep=position", f"--workdir={work}"]
+    sweep = "position" if cells == 2 else ""
+    flags = [f"--config={config}", f"--sweep={sweep}", f"--workdir={work}"]
     flags += ["--config.train.steps=100000", "--config.train.checkpoint_every=100000"]
     run = start(*flags, f"--workers={workers}")
     log = work / "cells/base/metrics.jsonl"
     wait_for(lambda: log.exists() and log.stat().st_size, run)
     processes = children(run.pid)
     ahead = [child for process in processes for child in children(process)]
-    assert (len(processes), len(ahead)) == ((1, 1) if workers == 1 else (2, 0))
+    assert (len(processes), len(ahead)) == (workers, cells - workers)
     run.send_signal(kind)
     _, errors = run.communicate(timeout=60)
     assert run.returncode == status and "Traceback" not in errors

@@ -15,7 +15,6 @@ from experiments.storage import paths
 from experiments.training import attention_maps, checkpoints, loop
 from experiments.training.steps import keep_best
 from support.helpers import Silent, one_line
-from support.marks import slow_but
 
 
 def config(architecture="transformer", **changes):
@@ -118,7 +117,8 @@ def run_rnn(attention, directory):
     return run(config("rnn", **changes, **{"train.seeds": 1, "train.steps": 2}), directory)
 
 
-@pytest.mark.parametrize("attention", slow_but(["bahdanau"], ["bahdanau", "none", "luong"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["bahdanau", "none", "luong"])
 def test_rnns_train(attention, tmp_path):
     result = run_rnn(attention, tmp_path)
     assert np.isfinite(result["metrics"]["test/bleu"]).all()

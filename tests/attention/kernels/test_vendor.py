@@ -249,9 +249,10 @@ BIAS = normal(3, 1, 4, 6, 8, dtype="bfloat16")
             {"is_causal": True, "local_window_size": (2, 0)},
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             {"local_window_size": 2, "is_causal": True, "key_value_seq_lengths": np.array([3, 0])},
             {"is_causal": True, "local_window_size": (2, 0)},
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             {"key_value_seq_lengths": np.array([3, 99])},

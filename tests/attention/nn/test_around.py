@@ -195,6 +195,7 @@ def test_norms_keep_what_is_narrow_narrow_and_their_gains_wide():
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes[1])} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_scanned_layers_are_those_one_by_one_and_gradients_reach_every_parameter():
     """Of a pattern, recomputed in the backward pass."""
     text = tokens(2, 7)

@@ -18,7 +18,6 @@ from experiments.training import compilation as programs
 from experiments.training.run_record import RunRecord
 from support import ROOT, launching
 from support.helpers import Silent, one_line
-from support.marks import slow_but
 from support.mechanisms import random_params
 from support.training import Signal, run, tiny
 
@@ -48,7 +47,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, stop_at):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("heads", slow_but([2], [1, 2]))
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [1, 2])
 def test_a_result_tells_its_memory_and_what_generation_costs(tmp_path, heads):
     changes = {"model.num_kv_heads": heads, "decoding.timed_tokens": 5}
     result = run(tiny(**changes), tmp_path)
