@@ -190,9 +190,8 @@ def test_reference(dtype, batch, lengths, heads, widths, which, bias, mask, shif
 # The oracle is right, leaf by leaf.
 
 
-@pytest.mark.parametrize(
-    "mechanism", [LEARNED[1], pytest.param(LEARNED[0], marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mechanism", LEARNED[:2], ids=str)
 def test_rounding(mechanism):
     """Output and gradient of every leaf are within rounding of the same kernel in float64.
 

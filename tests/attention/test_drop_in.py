@@ -588,6 +588,7 @@ def test_nnx_decodes():
         close(ours(X[:, t : t + 1]), own(X[:, t : t + 1]))
 
 
+@pytest.mark.slow
 def test_nnx_sows_and_drops():
     """The weights before dropout, in the module's dtype; equal examples are dropped alike."""
     x = np.repeat(X[:1], 3, 0)

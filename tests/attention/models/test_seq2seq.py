@@ -88,7 +88,7 @@ def parts(*names):
     return pytest.mark.parametrize("part", cases)
 
 
-@parts("bahdanau heads", "luong fed")
+@parts("luong fed")
 def test_step_by_step_is_the_full_pass_and_padding_does_nothing(part):
     check_passes(part, model(part))
 

@@ -310,7 +310,10 @@ def test_a_name_that_is_in_no_table_is_refused(name):
             MultiHeadAttention(2, **{name: "rsm"}).init(jax.random.key(0), np.ones((1, 2, 4)))
 
 
-@pytest.mark.parametrize("readout", ["differential", "differential_v1", "exclusive"])
+@pytest.mark.parametrize(
+    "readout",
+    [pytest.param("differential", marks=pytest.mark.slow), "differential_v1", "exclusive"],
+)
 def test_readouts(readout):
     """Against their equations, fed at once and in pieces, of heads in groups."""
     layer = MultiHeadAttention(4, MECHANISM, num_kv_heads=2, readout=readout)

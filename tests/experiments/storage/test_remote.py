@@ -607,7 +607,7 @@ def left(directory, result):
     return result["metrics"], paths.read(directory / "metrics.jsonl"), bits
 
 
-@pytest.mark.parametrize("stop_at, saved", [(2, 0), (5, 4)])
+@pytest.mark.parametrize("stop_at, saved", [pytest.param(2, 0, marks=pytest.mark.slow), (5, 4)])
 def test_a_remote_cell_that_was_stopped_ends_in_the_bits_of_a_local_one(run, quiet, stop_at, saved):
     directory = cells.folder(run, "base")
     loop.claim(directory, tiny())
