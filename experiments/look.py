@@ -1,16 +1,18 @@
-"""Classifies a picture by a trained model, and draws where each of its heads looks.
+"""Classifies or captions a picture by a trained model, and draws where each of its heads looks.
 
     python -m experiments.look --workdir=runs/mnist --image=picture.png
 
-Prints the classes with their probabilities. `--output` (look.png) shows the picture, its attention
-rollout, and over the picture the weights of every head of every layer: of the class token, or the
-mean over the patches where the model reads that. Of a sweep give the cell, too.
+Prints the classes with their probabilities, or the caption. `--output` (look.png) shows the picture
+and, over it, what is looked at: of a classifier the attention rollout and the weights of every head
+of every layer, from the class token, or the mean over the patches where the model reads that; of a
+caption the weights from each word, the mean of the heads. Of a sweep give the cell, too.
 """
 
 from pathlib import Path
 
 from absl import flags
 
+from experiments import tasks
 from experiments.launch import cli
 from experiments.reporting import pictures
 from experiments.storage import paths
@@ -24,18 +26,28 @@ def main(_):
         if isinstance(output, Path) and not output.parent.is_dir():
             raise ValueError(f"--output={output}: there is no folder {output.parent}")
         model = pictures.load(_WORKDIR.value, _CELL.value, _SEED.value)
-        result = pictures.classify(model, _IMAGE.value)
+        writes = isinstance(model.task, tasks.Captions)
+        result = (pictures.caption if writes else pictures.classify)(model, _IMAGE.value)
     if result.note:
         print(f"{_IMAGE.value}: {result.note}")
-    shown = list(result.probabilities.items())[: pictures.MOST_CLASSES]
+    if writes:
+        print(title := result.caption)
+    else:
+        title = _print_classes(result.probabilities)
+    title = f"{Path(_IMAGE.value).name}: {title}"
+    pictures.draw(output, result.weights, model.config.model, title)
+    print(output)
+
+
+def _print_classes(probabilities):
+    """The likeliest, and how likely it is."""
+    shown = list(probabilities.items())[: pictures.MOST_CLASSES]
     for name, probability in shown:
         print(f"{probability:6.3f}  {name}")
-    if rest := len(result.probabilities) - len(shown):
+    if rest := len(probabilities) - len(shown):
         print(f"        and {rest} other classes")
     (name, probability), *_ = shown
-    title = f"{Path(_IMAGE.value).name}: {name} ({probability:.2f})"
-    pictures.draw(output, result, model.config.model, title)
-    print(output)
+    return f"{name} ({probability:.2f})"
 
 
 if __name__ == "__main__":

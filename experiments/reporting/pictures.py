@@ -1,4 +1,4 @@
-"""Classifies a picture with a trained model, and draws where its heads look."""
+"""Classifies a picture with a trained model or captions it, and draws where its heads look."""
 
 import functools
 from pathlib import Path
@@ -13,7 +13,7 @@ from experiments.config.models import layer_names
 from experiments.reporting import plots
 from experiments.storage import paths
 from experiments.tasks.images import files
-from experiments.training import attention_maps, attention_stats, trained
+from experiments.training import attention_maps, attention_stats, decode, trained
 
 MOST_CLASSES = 10  # that are printed
 
@@ -32,11 +32,25 @@ class Classified(NamedTuple):
     note: str
 
 
+class Captioned(NamedTuple):
+    """What a model writes of a picture.
+
+    Attributes:
+      caption: its words.
+      weights: from each of them, and from the end, to the patches, by all layers and heads.
+      note: as of `Classified`.
+    """
+
+    caption: str
+    weights: attention_maps.Map
+    note: str
+
+
 def load(workdir: str | Path, cell: str | None = None, seed: int = 0) -> trained.Trained:
     """The model of a work directory of `experiments.train`, or of a cell of `experiments.ablate`.
 
     ValueError as `trained.load`, where it is not clear which cell is meant, and where the model
-    does not classify images.
+    neither classifies images nor captions them.
     """
     folder = paths.as_path(workdir)
     if paths.read(folder / "sweep.json") is not None:
@@ -50,10 +64,10 @@ def load(workdir: str | Path, cell: str | None = None, seed: int = 0) -> trained
     elif cell is not None:
         raise ValueError(f"{folder} is no directory of a sweep: leave out --cell={cell}")
     model = trained.load(folder, seed)
-    if not isinstance(model.task, tasks.Images):
+    if not isinstance(model.task, (tasks.Images, tasks.Captions)):
         raise ValueError(
             f"{folder} holds a model for the task {model.config.task.name!r}, not for images: give "
-            "the work directory of one that classifies images"
+            "the work directory of one that classifies or captions images"
         )
     return model
 
@@ -65,13 +79,9 @@ def classify(model: trained.Trained, path: str | Path) -> Classified:
     ValueError where it has other channels than the model reads, or no layer has weights.
     """
     task, m = model.task, model.config.model
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}: give a PNG or JPEG file")
-    image = files.read_image(file, task.channels)
+    image, file = _read(path, task.channels)
     batch = {"inputs": task.prepare(image, file)}
-    look = jax.jit(functools.partial(attention_stats.logits_and_weights, model.model))
-    logits, weights = jax.device_get(look(model.params, batch))
+    logits, weights = _look(model, batch)
     if not weights:
         raise ValueError(
             f"no layer of the model has attention weights (model.layers={m.layers!r}): there is "
@@ -83,20 +93,63 @@ def classify(model: trained.Trained, path: str | Path) -> Classified:
     best = np.argsort(-shares, kind="stable")
     (kinds,) = attention_maps.keep(task, {**batch, "targets": best[:1]}, weights, m, best[:1])
     (one,) = kinds.values()
-    assert one.picture
+    probabilities = {task.classes[i]: float(shares[i]) for i in best}
+    return Classified(probabilities, *_of_the_picture(one, image))
+
+
+def caption(model: trained.Trained, path: str | Path) -> Captioned:
+    """What a model for captions writes of an image file, by the search of its settings.
+
+    Raises FileNotFoundError where there is none and OSError where it is damaged or no image.
+    """
+    task = model.task
+    image, _ = _read(path, 3)
+    scaled = files.scaled(image, task.image_shape[:2])
+    pixels = scaled[None].astype(np.float32) / np.float32(127.5) - 1
+    write = decode.translator(
+        model.model, decode.from_config(model.config, task, beam=True), seeds_impl="map"
+    )
+    one_seed = jax.tree.map(lambda x: x[None], model.params)
+    targets = np.asarray(write(one_seed, {"images": pixels[None]}))[0, 0]
+    length = np.argmax(np.append(targets[0], tasks.END) == tasks.END) + 1  # with END
+    batch = {
+        "images": pixels,
+        "inputs": np.insert(targets[:, :-1], 0, tasks.BEGIN, axis=1),
+        "targets": targets,
+        "weights": (np.arange(task.max_length) < length)[None].astype(np.float32),
+    }
+    _, weights = _look(model, batch)
+    (kinds,) = attention_maps.keep(task, batch, weights, model.config.model, targets)
+    return Captioned(task.detokenize(targets[0]), *_of_the_picture(kinds["cross"], image))
+
+
+def _read(path, channels):
+    """The pixels of an image file, and the file."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}: give a PNG or JPEG file")
+    return files.read_image(file, channels), file
+
+
+def _look(model, batch):
+    """`attention_stats.logits_and_weights` of a batch."""
+    look = jax.jit(functools.partial(attention_stats.logits_and_weights, model.model))
+    return jax.device_get(look(model.params, batch))
+
+
+def _of_the_picture(one, image):
+    """The map without a truth, which nobody knows; a note where the image was of another size."""
     sizes = [f"{rows} × {columns}" for rows, columns, _ in (image.shape, one.picture.pixels.shape)]
     note = f"{sizes[0]} pixels, read as the {sizes[1]} that the model was trained on"
-    return Classified(
-        {task.classes[i]: float(shares[i]) for i in best},
-        one._replace(picture=one.picture._replace(truth="")),
-        note if sizes[0] != sizes[1] else "",
-    )
+    own = one._replace(picture=one.picture._replace(truth=""))
+    return own, note if sizes[0] != sizes[1] else ""
 
 
-def draw(path: Any, result: Classified, m: Any, title: str) -> None:
-    """Writes `plots.overlays` as PNG; `m` are the settings `model`."""
-    one = result.weights
-    labels = layer_names(m, ["image"]).get("image") or [""] * len(one.weights)
+def draw(path: Any, one: attention_maps.Map, m: Any, title: str) -> None:
+    """Writes `plots.overlays` of a map as PNG; `m` are the settings `model`."""
+    labels = [""] * len(one.weights)
+    if one.query == one.key:
+        labels = layer_names(m, ["image"]).get("image") or labels
     names = [f"layer {i}: {label}".rstrip(": ") for i, label in enumerate(labels, start=1)]
     rollout = attention_maps.rollout_of(one, m.num_layers)
     paths.replace(path, plots.render(plots.overlays(one, names, rollout, title), ["png"])["png"])

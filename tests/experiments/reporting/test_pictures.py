@@ -6,13 +6,15 @@ import sys
 import jax
 import numpy as np
 import pytest
-from matplotlib import image as images
+from matplotlib import image as files
 from PIL import Image
 
+from experiments import tasks
 from experiments.config.models import build
 from experiments.reporting import pictures
 from experiments.training import attention_maps, trained
 from support.helpers import one_line
+from support.marks import slow_but
 from support.runs import write_run
 from support.training import run, tiny
 
@@ -46,10 +48,43 @@ def test_a_picture_is_classified_as_the_model_does(model, picture, tmp_path):
     assert result.note == "" and result.weights.picture.grid == (2, 2)
     assert result.weights.picture.prediction == next(iter(result.probabilities))
     np.testing.assert_allclose(result.weights.weights.sum(-1), 1, rtol=1e-5)
-    pictures.draw(tmp_path / "look.png", result, model.config.model, "picture.png")
-    drawn = images.imread(tmp_path / "look.png")[..., :3]
+    pictures.draw(tmp_path / "look.png", result.weights, model.config.model, "picture.png")
+    drawn = files.imread(tmp_path / "look.png")[..., :3]
     orange = (drawn[..., 0] - drawn[..., 2] > 0.1).mean()
     assert drawn.shape[0] > 200 and 0.02 < orange < 0.9  # over the gray picture
+
+
+@pytest.mark.parametrize("architecture", slow_but(["transformer"], ["transformer", "rnn"]))
+def test_a_caption_is_what_the_model_writes(architecture, tmp_path):
+    changes = {"model.patch_size": 6, "decoding.beam_size": 1}
+    if architecture == "rnn":
+        changes |= {"model.architecture": "rnn", "model.rnn.attention": "bahdanau"}
+    config = tiny("captions", **changes)
+    task, model = build(config)
+    split = task.eval_splits()["test"]
+    images, inputs = split["images"][:1], split["inputs"][:1]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images, inputs)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.5).astype("f"), shapes)
+    Image.fromarray(np.rint((images[0] + 1) * 127.5).astype(np.uint8)).save(tmp_path / "a.png")
+    result = pictures.caption(trained.Trained(config, task, model, params), tmp_path / "a.png")
+
+    # One word after another, each by the full pass over those before it.
+    words = [tasks.BEGIN]
+    apply = jax.jit(lambda words: model.apply(params, images, words, mutable=["intermediates"]))
+    while words[-1] != tasks.END and len(words) <= task.max_length:
+        so_far = np.zeros((1, task.max_length), np.int32)
+        so_far[0, : len(words)] = words
+        logits, sown = apply(so_far)
+        words.append(int(logits[0, len(words) - 1].argmax()))
+    assert result.caption == task.detokenize(words[1:]) and result.note == ""
+    one = result.weights
+    assert one.query == task.tokens(words[1:]) and one.picture.grid == (4, 4)
+    layers = jax.tree.leaves(sown["intermediates"]["decoder"])
+    expected = next(x for x in layers if x.shape[-1] == 16)
+    np.testing.assert_allclose(one.weights[0], expected[0, :, : len(one.query)], atol=1e-5)
+    pictures.draw(tmp_path / "look.png", one, config.model, "a.png")
+    assert files.imread(tmp_path / "look.png").shape[1] > 115 * len(one.query)
 
 
 def test_a_picture_of_another_size_is_scaled_and_it_is_said(model, picture):
@@ -100,7 +135,7 @@ def test_which_model_is_meant(tmp_path, monkeypatch):
         return trained.Trained(config, task, None, None)
 
     monkeypatch.setattr(trained, "load", load)
-    with one_line(ValueError, "the task 'recall', not for images"):
+    with one_line(ValueError, "the task 'recall', not for images", "classifies or captions"):
         pictures.load(tmp_path, "text", seed=2)
     assert folders == [(tmp_path / "cells/text", 2)]
 

@@ -75,6 +75,7 @@ def test_cells_of_a_sweep_start_alike_and_see_the_same(train_and_record):
     inputs = our_batches[0]["inputs"]
     assert not np.array_equal(inputs[0], inputs[1])
     assert not np.array_equal(*ours["params"]["params"]["embedding"]["table"])
+    assert not np.array_equal(*ours["dropout"])
 
 
 @pytest.mark.parametrize("fixed", ["data", "init"])
