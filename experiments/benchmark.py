@@ -29,7 +29,7 @@ def main(_):
     config, workdir = _CONFIG.value, Path(_WORKDIR.value)
     # Each process takes what it needs of a GPU's memory: torch needs some, too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    os.environ.update(machine.huge_pages())  # for the contenders, as for the cells of a sweep
+    os.environ.update(machine.memory_variables())  # for the contenders, as for the cells of a sweep
     with cli.user_errors():
         if _TUNE.value:
             return print(tuning.tune(Path(_TABLE.value), lambda line: print(line, flush=True)))

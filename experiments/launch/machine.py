@@ -30,16 +30,19 @@ def threads(of: Sequence[set[int]]) -> int:
     return sum(max(1, len(core)) for core in of)
 
 
-def huge_pages() -> dict[str, str]:
-    """Variables by which glibc puts a new process's large arrays on huge pages of memory.
+def memory_variables() -> dict[str, str]:
+    """Variables by which glibc keeps what a new process frees for its next arrays, on huge pages.
 
     XLA takes the memory of a step anew each time, and the first touch of each page costs; pages of
-    2 MB are few. docs/launching.md has what that saves.
+    2 MB are few, and those that are kept are touched already. docs/launching.md has what that
+    saves. None where GLIBC_TUNABLES says how memory is had.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if "glibc.malloc.hugetlb" in tunables:
+    if "glibc.malloc" in tunables:
         return {}
-    return {"GLIBC_TUNABLES": ":".join(filter(None, (tunables, "glibc.malloc.hugetlb=1")))}
+    own = {"hugetlb": 1, "mmap_threshold": 2**30, "trim_threshold": 2**40}
+    settings = [f"glibc.malloc.{name}={value}" for name, value in own.items()]
+    return {"GLIBC_TUNABLES": ":".join(filter(None, [tunables, *settings]))}
 
 
 def free_memory() -> int:

@@ -1,5 +1,7 @@
 """The devices of a run: several processes, and whether its settings fit a mesh."""
 
+import contextlib
+import ctypes
 import os
 
 import jax
@@ -42,6 +44,23 @@ def use_threads(number: int) -> None:
     """
     if number:
         os.environ["NPROC"] = str(number)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+
+
+def keep_memory() -> None:
+    """Has glibc keep the memory that this process frees, for its next arrays.
+
+    As `launch.machine.memory_variables`, but for the pages, which a process cannot choose once it
+    runs. Nothing happens where GLIBC_TUNABLES says how memory is had, or the C library is another.
+    """
+    if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, 2**30)
+        mallopt(_TRIM_THRESHOLD, -1)
 
 
 def mesh(config: ConfigDict) -> Mesh | None:

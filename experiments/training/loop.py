@@ -149,6 +149,7 @@ def train(
     After the last two a checkpoint is there to go on from. `stop.error` is raised as it is.
     """
     c, stop, started = config.train, stop or StopRequest(), time.perf_counter()
+    devices.keep_memory()
     run = prepare(config)
     program, compile_seconds = _compile(run)
     rates, iterator = learning_rates(config), data.train_iterator(run.source)

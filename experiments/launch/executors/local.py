@@ -201,7 +201,7 @@ class _Worker:
         threads = {"NPROC": str(self._threads)} if self._threads else {}
         process = subprocess.Popen(
             [sys.executable, "-m", "experiments.launch.worker"],
-            env={**os.environ, **machine.huge_pages(), **self._place.environment, **threads},
+            env={**os.environ, **machine.memory_variables(), **self._place.environment, **threads},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
