@@ -93,7 +93,7 @@ def place(tmp_path_factory):
     """A folder with what the commands read: configs/, also mine.py, and a cell's config.json."""
     folder = tmp_path_factory.mktemp("place")
     (folder / "configs").mkdir()
-    for path in ROOT.glob("configs/*.py"):
+    for path in (*ROOT.glob("configs/*.py"), ROOT / "configs/reference"):
         (folder / "configs" / path.name).symlink_to(path)
     (config,) = (code for code in blocks("README.md") if "def get_config" in code)
     (folder / "configs/mine.py").write_text(config)
