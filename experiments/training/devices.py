@@ -1,4 +1,4 @@
-"""The devices of a run: several processes, and whether its settings fit a mesh."""
+"""The devices of a run, its processes, threads and memory; whether its settings fit a mesh."""
 
 import contextlib
 import ctypes
