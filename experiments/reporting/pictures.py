@@ -104,8 +104,7 @@ def caption(model: trained.Trained, path: str | Path) -> Captioned:
     """
     task = model.task
     image, _ = _read(path, 3)
-    scaled = files.scaled(image, task.image_shape[:2])
-    pixels = scaled[None].astype(np.float32) / np.float32(127.5) - 1
+    pixels = task.prepare(image)
     write = decode.translator(
         model.model, decode.from_config(model.config, task, beam=True), seeds_impl="map"
     )

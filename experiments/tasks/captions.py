@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from experiments.tasks import hashing
-from experiments.tasks.images import scenes
+from experiments.tasks.images import files, scenes
 from experiments.tasks.images.drawings import SHAPES
 from experiments.tasks.ranges import at_least, between, check_fields, ranged
 from experiments.tasks.transduction import BEGIN, END, PAD
@@ -88,6 +88,10 @@ class Captions:
         """The same: all splits have such captions."""
         return self.length
 
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """The images [1, size, size, 3] of an image uint8 [height, width, 3], scaled to that."""
+        return files.as_inputs(files.scaled(image, self.image_shape[:2])[None])
+
     def batch(self, seed: int, indices: np.ndarray) -> dict[str, np.ndarray]:
         """Training examples: see `experiments.tasks.Task`."""
         return self._examples(hashing.TRAIN, seed, indices)
@@ -141,7 +145,7 @@ class Captions:
         scene = scenes.draw(stream, seed, indices, *sizes)
         targets, objects = self._captions(scene)
         return {
-            "images": scene.images.astype(np.float32) / np.float32(127.5) - 1,
+            "images": files.as_inputs(scene.images),
             "inputs": np.insert(targets[:, :-1], 0, BEGIN, axis=1),
             "targets": targets,
             "weights": (targets != PAD).astype(np.float32),

@@ -126,6 +126,11 @@ def _resized(image, size):
     return image if size is None else scaled(image, (size, size))
 
 
+def as_inputs(images: np.ndarray) -> np.ndarray:
+    """What a model reads of pixels uint8: float32 pixel / 127.5 − 1."""
+    return images.astype(np.float32) / np.float32(127.5) - 1
+
+
 def scaled(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """An image [height, width, channels] scaled bilinearly to `size` (rows, columns)."""
     if image.shape[:2] == tuple(size):

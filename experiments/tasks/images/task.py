@@ -180,7 +180,7 @@ class Images:
                 f"{_CHANNELS[channels]}: convert it"
             )
         whole = size if self._made_up else self._data.images["train"].shape[1:3]
-        return _as_inputs(_middle(files.scaled(image, whole)[None], size))
+        return files.as_inputs(_middle(files.scaled(image, whole)[None], size))
 
     @property
     def _made_up(self):
@@ -267,13 +267,9 @@ def _middle(images, size):
 _CHANNELS = {1: "1 channel (gray)", 3: "3 channels (red, green, blue)"}
 
 
-def _as_inputs(images):
-    return images.astype(np.float32) / np.float32(127.5) - 1
-
-
 def _as_batch(images, numbers):
     return {
-        "inputs": _as_inputs(images),
+        "inputs": files.as_inputs(images),
         "targets": numbers.astype(np.int32),
         "weights": np.ones(len(images), np.float32),
     }
