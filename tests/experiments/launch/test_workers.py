@@ -131,12 +131,12 @@ def test_freed_memory_serves_the_next_step_unless_the_user_says_how_it_is_had(mo
         return int(subprocess.run(command, cwd=ROOT, env=env, capture_output=True).stdout)
 
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    assert faults() < 100, "the process sees to it"
+    assert faults() < 10, "the process sees to it"
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.elision.enable=0")
     variables = machine.memory_variables()
     assert variables["GLIBC_TUNABLES"].startswith("glibc.elision.enable=0:glibc.malloc.hugetlb=1:")
     monkeypatch.setenv("GLIBC_TUNABLES", variables["GLIBC_TUNABLES"])
-    assert faults() < 100, "its variables do"
+    assert faults() < 10, "its variables do"
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
     assert machine.memory_variables() == {} and faults() > 1000
 
