@@ -128,7 +128,8 @@ def test_with_patience_the_best_parameters_of_each_seed_are_the_result(tmp_path)
         own = {step: values[seed] for step, values in by_step.items()}
         assert step == max(own, key=own.get), "the first of the best"
         assert result["metrics"]["validation/accuracy"][seed] == pytest.approx(own[step])
-    assert final["step"] == result["steps"] and result["steps"] not in result["best_steps"]
+    # Of a run that patience ended, the last step may be the best of some seed, but not of all.
+    assert final["step"] == result["steps"] > min(result["best_steps"])
     state = checkpoints.read_state(tmp_path / "checkpoints")
     best = steps.final_params(state)
     assert any((a != b).any() for a, b in zip(leaves(best), leaves(state["params"]), strict=True))
