@@ -7,7 +7,13 @@ Those of a grid, as the patches of an image have it, take a row and a column ins
 
 from attention.parts import Sum
 from attention.positions.absolute import Learned, NoPE, Sinusoidal
-from attention.positions.gated import Forget, GatedT5, Indexer, PositionTemperature
+from attention.positions.gated import (
+    BlockIndexer,
+    Forget,
+    GatedT5,
+    Indexer,
+    PositionTemperature,
+)
 from attention.positions.grid import ALiBi2D, Learned2D, Relative2D, RoPE2D, Sinusoidal2D
 from attention.positions.relative import FIRE, T5, ALiBi, CoPE, KerpleLog, KerplePower, Shaw
 from attention.positions.rotary import NTK, Linear, RoPE, XPos, YaRN
@@ -15,6 +21,7 @@ from attention.positions.rotary import NTK, Linear, RoPE, XPos, YaRN
 __all__ = [
     "ALiBi",
     "ALiBi2D",
+    "BlockIndexer",
     "CoPE",
     "FIRE",
     "Forget",

@@ -156,21 +156,65 @@ class Indexer(Position):
         return self.width
 
     def tile(self, params, query, key, tile):
-        heads = self.index_heads
-        queries = tile.query_gates[:, heads:].reshape(-1, heads, self.width)
-        index = functools.reduce(
-            jnp.add,
-            (
-                tile.query_gates[:, h, None] * jax.nn.relu(queries[:, h] @ tile.key_gates.T)
-                for h in range(heads)
-            ),
-        )
+        index = self._index(tile)
         fixed = jax.lax.stop_gradient(index)
         among = jnp.where(tile.visible, fixed, -jnp.inf)
         chosen = jax.lax.top_k(among, min(self.k, among.shape[1]))[1]
         rows = jnp.arange(len(among))[:, None]
         stays = jnp.zeros(among.shape, bool).at[rows, chosen].set(True)
         return jnp.where(stays, index - fixed, -jnp.inf)
+
+    def _index(self, tile):
+        """I, [t, s]."""
+        heads = self.index_heads
+        queries = tile.query_gates[:, heads:].reshape(-1, heads, self.width)
+        return functools.reduce(
+            jnp.add,
+            (
+                tile.query_gates[:, h, None] * jax.nn.relu(queries[:, h] @ tile.key_gates.T)
+                for h in range(heads)
+            ),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockIndexer(Indexer):
+    """Hides all but `k` blocks of `size` keys: the query's own, and those of the largest mean I_ij.
+
+    Positions b · size … (b + 1) · size − 1 are block b; the mean is over its visible keys, I as in
+    `Indexer`. The block of the query's own position is always one of the k where any of it is
+    visible.  Lu et al. 2025 (MoBA), sec. 2.2, where I is the product of query and key.
+
+    Of equal blocks the one of the earlier key stays. Keys that stay get the score Ī − Ī of their
+    block, of which only the first has a gradient.
+
+    Attributes:
+      k: blocks that stay.
+      size: positions of a block.
+    """
+
+    k: int = 4
+    size: int = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_counts(self, size=1)
+
+    def tile(self, params, query, key, tile):
+        visible, block = tile.visible, tile.key_positions // self.size
+        index = self._index(tile)
+        together = block[:, None] == block[None, :]
+        count = visible.astype(index.dtype) @ together.astype(index.dtype)
+        mean = jnp.where(visible, index, 0) @ together.astype(index.dtype) / jnp.maximum(count, 1)
+        fixed = jax.lax.stop_gradient(mean)
+        # The first visible key of a block stands for it.
+        earlier = visible.astype(index.dtype) @ jnp.triu(together, 1).astype(index.dtype)
+        own = block == (tile.query_positions // self.size)[:, None]
+        among = jnp.where(own, jnp.inf, fixed)
+        among = jnp.where(visible & (earlier == 0), among, -jnp.inf)
+        largest, chosen = jax.lax.top_k(among, min(self.k, among.shape[1]))
+        stays = (block[chosen][:, :, None] == block) & (largest > -jnp.inf)[:, :, None]
+        return jnp.where(stays.any(1), mean - fixed, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)

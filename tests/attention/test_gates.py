@@ -239,10 +239,30 @@ def test_entmax_of_tokens_is_that_of_their_alpha(x64):
     assert "TokenEntmax(start=1.5) by numbers" in unsupported(KERNELS["tiled"], call)
 
 
+def best_keys(index, k, size):
+    """Of the index [i + 1] of query i and the keys before it: the k largest."""
+    return np.argsort(-index, kind="stable")[:k]
+
+
+def best_blocks(index, k, size):
+    """The keys of its own block and of the k − 1 of the largest mean."""
+    starts = range(0, len(index), size)
+    *others, own = [np.arange(start, min(start + size, len(index))) for start in starts]
+    others.sort(key=lambda block: -index[block].mean())
+    return np.concatenate([own, *others[: k - 1]])
+
+
 @pytest.mark.parametrize("kernel", ["dense", pytest.param("tiled", marks=pytest.mark.slow)])
-def test_indexer(kernel, x64):
-    """The k keys of the largest index stay, as NumPy finds them; its numbers get a gradient."""
-    position = positions.Indexer(k=2, index_heads=3, width=2)
+@pytest.mark.parametrize(
+    "position, best",
+    [
+        (positions.Indexer(k=2, index_heads=3, width=2), best_keys),
+        (positions.BlockIndexer(k=2, index_heads=3, width=2, size=2), best_blocks),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_indexer(position, best, kernel, x64):
+    """The keys of the largest index stay, as NumPy finds them; its numbers get a gradient."""
     mechanism = Mechanism(position=position, mask=masks.Causal())
     query, key, value = qkv((), T, T, H=2, K=1, dtype="float64")
     of_tokens = gates(position, batch=(), dtype="float64")
@@ -263,7 +283,7 @@ def test_indexer(kernel, x64):
         weights, queries = np.split(of_tokens["query_gates"][i, h], [3])
         products = of_tokens["key_gates"][: i + 1, 0] @ queries.reshape(3, 2).T
         index = np.maximum(products, 0) @ weights
-        stays = np.argsort(-index, kind="stable")[:2]
+        stays = best(index, 2, 2)
         logits = np.full(i + 1, -np.inf)
         logits[stays] = key[stays, 0] @ query[i, h] / 2
         want = np.exp(logits) / np.exp(logits).sum()
@@ -272,9 +292,12 @@ def test_indexer(kernel, x64):
     assert all(np.abs(x).max() > 1e-4 for x in slopes.values())
 
 
-def test_indexer_in_a_cache():
+@pytest.mark.parametrize(
+    "position", [positions.Indexer(2, 1, 2), positions.BlockIndexer(2, 1, 2, size=2)], ids=str
+)
+def test_indexer_in_a_cache(position):
     """It keeps the numbers of all keys, and a step chooses among all of them."""
-    mechanism = Mechanism(position=positions.Indexer(2, 1, 2), mask=masks.Causal())
+    mechanism = Mechanism(position=position, mask=masks.Causal())
     query, key, value = qkv((), T, T, H=2, K=1)
     of_tokens = gates(mechanism, batch=())
 

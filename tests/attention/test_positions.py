@@ -236,7 +236,9 @@ POSITIONS = {
 }
 EMBEDDED = {positions.Sinusoidal, positions.Learned}  # tested below
 OF_GRIDS = set(public_classes(grid))  # tested in test_grid.py
-WITH_GATES = {positions.Forget, positions.GatedT5, positions.Indexer}  # in test_gates.py
+WITH_GATES = {  # in test_gates.py
+    *(positions.Forget, positions.GatedT5, positions.Indexer, positions.BlockIndexer),
+}
 ABSOLUTE = {"fire", "cope + alibi", "temperature"}  # i − j is not all they know
 
 

@@ -236,7 +236,7 @@ NOT_OF_THEIR_OWN = {
     *(normalizers.Softmax, normalizers.SoftmaxOffByOne),
     *(normalizers.Sparsemax, normalizers.Hardmax, normalizers.TopK),
     # In test_gates.py.
-    *(positions.Forget, positions.GatedT5, positions.Indexer),
+    *(positions.Forget, positions.GatedT5, positions.Indexer, positions.BlockIndexer),
     *(scores.TokenTemperature, normalizers.TokenEntmax),
 }
 
