@@ -25,6 +25,10 @@ def main(_):
         output = paths.as_path(_OUTPUT.value)
         if isinstance(output, Path) and not output.parent.is_dir():
             raise ValueError(f"--output={output}: there is no folder {output.parent}")
+        if isinstance(output, Path) and output.is_dir():
+            raise ValueError(f"--output={output} is a folder: give a file in it")
+        if output.suffix not in (".png", ".pdf", ".svg"):
+            raise ValueError(f"--output={output}: its name must end with .png, .pdf or .svg")
         model = pictures.load(_WORKDIR.value, _CELL.value, _SEED.value)
         writes = isinstance(model.task, tasks.Captions)
         result = (pictures.caption if writes else pictures.classify)(model, _IMAGE.value)
@@ -52,9 +56,9 @@ def _print_classes(probabilities):
 
 if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "Of a trained model.", required=True)
-    _IMAGE = flags.DEFINE_string("image", None, "A PNG or JPEG file.", required=True)
+    _IMAGE = flags.DEFINE_string("image", None, "A PNG, JPEG, WebP or BMP file.", required=True)
     _CELL = flags.DEFINE_string("cell", None, "Of a sweep, the cell to take.")
-    _OUTPUT = flags.DEFINE_string("output", "look.png", "The PNG file to write.")
+    _OUTPUT = flags.DEFINE_string("output", "look.png", "The file to write: .png, .pdf or .svg.")
     _SEED = flags.DEFINE_integer("seed", 0, "Which of the trained seeds, from 0.")
     cli.limit(_SEED, at_least(0))
     cli.keep_compiled()

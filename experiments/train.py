@@ -18,7 +18,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from experiments import tasks
-from experiments.analysis import statistics
 from experiments.config.models import build
 from experiments.launch import cli, machine
 from experiments.launch.interrupts import Stop, Stopped
@@ -46,7 +45,7 @@ def main(argv):
         loop.check_directory(directory, config)
         loop.claim(directory, config, cores)
         task, _ = build(config)
-        if isinstance(task, tasks.Translates):
+        if isinstance(task, tasks.Summarizes):
             print(task.summary())
     path = directory / "result.json"
     if not path.exists():
@@ -68,8 +67,7 @@ def main(argv):
         return
     result = json.loads(path.read_text("utf-8"))
     for name, values in result["metrics"].items():
-        mean, interval = statistics.mean_interval(values)
-        print(f"{name}: {formatting.plus_minus(mean, interval, 4)}  {values}")
+        print(f"{name}: {formatting.of_seeds(name, values, 4)}  {values}")
     for split, by_length in result.get("bleu_by_length", {}).items():
         numbers = ", ".join(f"{tokens}: {np.mean(x):.1f}" for tokens, x in by_length.items())
         print(f"{split}/bleu by tokens of the source: {numbers}")

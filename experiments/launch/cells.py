@@ -185,10 +185,9 @@ def line(result: dict[str, Any]) -> str:
         return f"{result['status']}: {result['error']}"
     if result["status"] == "paused":
         return f"at step {result['step']}"
-    value = statistics.mean_interval(result["metrics"][result["primary"]])
-    return (
-        f"{result['primary']} {formatting.plus_minus(*value, 3)}, {result['train_seconds']:.0f} s"
-    )
+    name = result["primary"]
+    score = formatting.of_seeds(name, result["metrics"][name], 3)
+    return f"{name} {score}, {result['train_seconds']:.0f} s"
 
 
 def disk_full(error: BaseException | None) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import tasks
 from experiments.analysis import comparisons, run_directory
 from experiments.config import claims, settings, sweep
 from experiments.launch import cells, cli, halving, tune
@@ -248,6 +249,10 @@ def train_sweep(
                     cells.forget(cells.folder(workdir, job.id), retried)
                 open_workdir(workdir, swept, expected, executor.threads, looks)
             print(f"{len(todo)} of {len(swept)} cells to train in {workdir}", flush=True)
+            trained = {cell.id: tasks.create(cell.config.task) for cell in swept}
+            own = [trained[job.id] for job in todo]
+            for text in dict.fromkeys(x.summary() for x in own if isinstance(x, tasks.Summarizes)):
+                print(text, flush=True)
             stop.unsaved = True  # those who train are asked to save
             if eta:
                 halve(workdir, swept, executor, stop, eta, options)

@@ -75,7 +75,7 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
         certain = f", {significantly} ({p_equals(best.p_holm)}, Holm)"
     if sign * primary.comparison.difference >= 0:
         close = f"{'worse' if gap > 0 else 'better'} {size}{certain}"
-        close = f"the best alternative, {value}, is {close}" if gap else f"{value} equals it"
+        close = f"the best alternative, {value}, is {close}" if gap else f"the value {value} equals it"
         sentence = f"no value beats {name}{where}, {score(base)}; {close}"
     elif gap > 0:
         split = best.metric.partition("/")[0]
@@ -175,6 +175,12 @@ def planned(rows: Sequence[Row]) -> str:
         "and means of cells with unequal numbers of seeds are of different seeds, so that only "
         "their differences compare."
     )
+
+
+def data(rows: Sequence[Row]) -> list[str]:
+    """What data the cells of a group were trained and judged on, where their tasks say so."""
+    results = [row.cell.result for row in rows if row.reported]
+    return list(dict.fromkeys(result["data"] for result in results if "data" in result))
 
 
 def caveats(rows: Sequence[Row]) -> str:

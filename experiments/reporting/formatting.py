@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.analysis.comparisons import Estimate, Row
+from experiments.analysis import statistics
+from experiments.analysis.comparisons import Estimate, Row, limits
 from experiments.analysis.run_directory import COSTS
 
 
@@ -111,6 +112,13 @@ def with_interval(mean: float, low: float, high: float, digits: int, sign: str =
         for end in (low, high)
     ]
     return f"{plus_minus(mean, math.nan, digits, sign)} [{', '.join(ends)}]"
+
+
+def of_seeds(metric: str, values: Sequence[float], digits: int) -> str:
+    """The mean of a metric with its 95% interval, which ends at the limits of the metric."""
+    mean, half = statistics.mean_interval(values)
+    low, high = limits(metric)
+    return with_interval(mean, max(mean - half, low), min(mean + half, high), digits)
 
 
 def rough(value: float) -> str:

@@ -170,6 +170,7 @@ def _group(
         "effects": [(axis, comparisons.axis_effects(rows, axis)) for axis in products],
         "pairs": comparisons.pairwise(rows),
         "digits": digits,
+        "data": findings.data(rows),
         "note": findings.how_tested(rows),
         "caveats": findings.caveats(rows),
         "bimodal": formatting.is_bimodal(rows),

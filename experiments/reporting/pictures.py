@@ -75,12 +75,13 @@ def load(workdir: str | Path, cell: str | None = None, seed: int = 0) -> trained
 def classify(model: trained.Trained, path: str | Path) -> Classified:
     """What a model for images makes of an image file.
 
-    Raises FileNotFoundError where there is none, OSError where it is damaged or no image, and
-    ValueError where it has other channels than the model reads, or no layer has weights.
+    It is read in gray or in colour as the images of training are. Raises FileNotFoundError where
+    there is none, OSError where it is damaged or no image, and ValueError where no layer has
+    weights.
     """
     task, m = model.task, model.config.model
-    image, file = _read(path, task.channels)
-    batch = {"inputs": task.prepare(image, file)}
+    image = _read(path, task.image_shape[2])
+    batch = {"inputs": task.prepare(image)}
     logits, weights = _look(model, batch)
     if not weights:
         raise ValueError(
@@ -103,7 +104,7 @@ def caption(model: trained.Trained, path: str | Path) -> Captioned:
     Raises FileNotFoundError where there is none and OSError where it is damaged or no image.
     """
     task = model.task
-    image, _ = _read(path, 3)
+    image = _read(path, 3)
     pixels = task.prepare(image)
     write = decode.translator(
         model.model, decode.from_config(model.config, task, beam=True), seeds_impl="map"
@@ -123,11 +124,13 @@ def caption(model: trained.Trained, path: str | Path) -> Captioned:
 
 
 def _read(path, channels):
-    """The pixels of an image file, and the file."""
+    """The pixels of an image file."""
     file = Path(path).expanduser()
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder: give an image file in it")
     if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file}: give a PNG or JPEG file")
-    return files.read_image(file, channels), file
+        raise FileNotFoundError(f"there is no file {file}: give an image file")
+    return files.read_image(file, channels)
 
 
 def _look(model, batch):
@@ -138,17 +141,24 @@ def _look(model, batch):
 
 def _of_the_picture(one, image):
     """The map without a truth, which nobody knows; a note where the image was of another size."""
-    sizes = [f"{rows} × {columns}" for rows, columns, _ in (image.shape, one.picture.pixels.shape)]
-    note = f"{sizes[0]} pixels, read as the {sizes[1]} that the model was trained on"
+    sizes = [files.pixels(x.shape) for x in (image, one.picture.pixels)]
+    note = f"{sizes[0]}, read as the {sizes[1]} that the model was trained on"
+    (height, width, _), (rows, columns, _) = image.shape, one.picture.pixels.shape
+    if height * columns != width * rows:
+        note += ": stretched, since its sides have another ratio"
     own = one._replace(picture=one.picture._replace(truth=""))
     return own, note if sizes[0] != sizes[1] else ""
 
 
 def draw(path: Any, one: attention_maps.Map, m: Any, title: str) -> None:
-    """Writes `plots.overlays` of a map as PNG; `m` are the settings `model`."""
+    """Writes `plots.overlays` of a map as the suffix says; `m` are the settings `model`.
+
+    The suffix is .png, .pdf or .svg.
+    """
     labels = [""] * len(one.weights)
     if one.query == one.key:
         labels = layer_names(m, ["image"]).get("image") or labels
     names = [f"layer {i}: {label}".rstrip(": ") for i, label in enumerate(labels, start=1)]
     rollout = attention_maps.rollout_of(one, m.num_layers)
-    paths.replace(path, plots.render(plots.overlays(one, names, rollout, title), ["png"])["png"])
+    kind = path.suffix[1:]
+    paths.replace(path, plots.render(plots.overlays(one, names, rollout, title), [kind])[kind])

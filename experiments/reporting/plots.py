@@ -77,6 +77,8 @@ def learning_curves(experiment: run_directory.Experiment, base: str, axis: str) 
             names.append((base_name if cell.axis is None else str(cell.value), id))
             style = _style(cell, variants)
             mean = values.mean(axis=1)
+            if len(steps) == 1:
+                style["marker"] = "o"
             lines += panel.plot(steps, mean, gid=f"line|{id}", **style)
             if values.shape[1] > 1:
                 low, high = values.min(axis=1), values.max(axis=1)
@@ -449,7 +451,8 @@ def overlays(
 
     Columns are the heads, each by the weights of the map's pooled query, or where words look at the
     picture the words, by the mean of the heads. Over the gray picture a patch is as strong in
-    colour as the root of its weight, of all on one scale, in the rollout on its own.
+    colour as the root of its weight, of all on one scale, in the rollout on its own; a scale ends
+    at four equal shares or later, so that a head that prefers no patch looks so.
     """
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm, to_rgb
 
@@ -460,9 +463,10 @@ def overlays(
     rows = [w.mean(0) if of_words else w[:, queries].mean(1) for w in layers]
     grids = [row.reshape(-1, *one.picture.grid) for row in rows]
     headings = one.query if of_words else [f"head {j + 1}" for j in range(max(map(len, rows)))]
-    largest = max(float(grid.max()) for grid in grids) or 1.0
+    least = 4 / math.prod(one.picture.grid)
+    largest = max(least, *(float(grid.max()) for grid in grids))
     color = to_rgb(COLORS["worse"])
-    colors = LinearSegmentedColormap.from_list("weight", [(*color, 0.0), (*color, 0.9)])
+    colors = LinearSegmentedColormap.from_list("weight", [(*color, 0.0), (*color, 0.78)])
     pixels = one.picture.pixels
     gray = pixels.mean(-1)
     height, width, channels = pixels.shape
@@ -486,7 +490,7 @@ def overlays(
         lower.set_axis_off()
         if rollout is not None:
             grid = rollout[queries, one.patches].mean(0).reshape(one.picture.grid)
-            show(lower, grid, float(grid.max()))
+            show(lower, grid, max(least, float(grid.max())))
             lower.set_title(f"rollout, up to {grid.max():.2g}", fontsize=8, loc="center")
         panels = right.subplots(len(grids), columns, squeeze=False)
         for i, (row, layer) in enumerate(zip(grids, names, strict=True)):

@@ -34,6 +34,7 @@ def markdown(experiments: Sequence[run_directory.Experiment]) -> str:
         lines = [f"- **{axis}:** {findings.finding(experiment, group, axis)}" for axis in axes]
         parts += ["\n".join(lines)] * bool(lines)
         parts.append(f"{_sentence(formatting.metric_title(group))} A star: {star(group)}.")
+        parts += findings.data(group)
         parts.append(markdown_table(*_columns(group, "±", "**{}**".format)))
         if caveats := findings.caveats(group):
             parts.append(caveats)

@@ -135,6 +135,14 @@ class OfImages(Task, typing.Protocol):
 
 
 @typing.runtime_checkable
+class Summarizes(typing.Protocol):
+    """A task of data that somebody may have laid out otherwise than they think."""
+
+    def summary(self) -> str:
+        """How much there is of what, and what was left out."""
+
+
+@typing.runtime_checkable
 class Bucketed(typing.Protocol):
     """A task whose training batches differ in length, so that less of them is padding.
 
@@ -169,7 +177,7 @@ class Writes(typing.Protocol):
 
 
 @typing.runtime_checkable
-class Translates(Writes, typing.Protocol):
+class Translates(Writes, Summarizes, typing.Protocol):
     """A task from text to text."""
 
     def sources(self, split: str) -> list[str]:
@@ -190,9 +198,6 @@ class Translates(Writes, typing.Protocol):
     @property
     def fingerprint(self) -> str:
         """A hash that changes with any text and with the vocabulary."""
-
-    def summary(self) -> str:
-        """How much text there is, and what was left out."""
 
 
 def create(config: Mapping[str, Any]) -> Task:

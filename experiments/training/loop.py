@@ -291,6 +291,8 @@ def _finish(config, run, program, params, directory):
         for split, of_seeds in texts.items():
             lines = "".join(f"{text}\n" for text in of_seeds[0])
             write(directory / f"{run.task.texts}_{split}.txt", lines)
+    if isinstance(run.task, tasks.Summarizes):
+        details["data"] = run.task.summary()
     metrics |= attention_maps.metrics(statistics)
     if "boxes" in run.examples:
         test = run.task.eval_splits()["test"]  # of as many examples as there are for validation

@@ -36,7 +36,7 @@ def load(workdir: str | Path, seed: int = 0) -> Trained:
     The parameters are those that the results are about: the best or the averaged ones where the
     config asks for them. Of a run that goes on they are those of its last checkpoint.
 
-    Raises ValueError where there is none, or its vocabulary is no longer that of the data.
+    Raises ValueError where there is none, or the data are no longer those of its training.
     """
     folder = paths.as_path(workdir)
     text = paths.read(folder / "config.json")
@@ -48,15 +48,20 @@ def load(workdir: str | Path, seed: int = 0) -> Trained:
     there, here = described["task"].get("fingerprint"), getattr(task, "fingerprint", None)
     if there not in (here, getattr(task, "former_fingerprint", None)):
         raise ValueError(
-            f"the vocabulary or text of {folder} has changed since it was trained (fingerprint "
-            f"{there} there, {here} here): give it the data of its training"
+            f"the data of {folder} have changed since it was trained (fingerprint {there} there, "
+            f"{here} here): give it those of its training{_data_path(config)}"
         )
     if not 0 <= seed < config.train.seeds:
-        raise ValueError(f"seed {seed} of {config.train.seeds}: the first is 0")
+        raise ValueError(f"there is no seed {seed}: give one of 0 to {config.train.seeds - 1}")
     with mirrors.checkpoint(folder) as directory:
         state = checkpoints.read_state(directory)
     params = jax.tree.map(lambda x: jnp.asarray(x[seed]), final_params(state))
     return Trained(config, task, model, params)
+
+
+def _data_path(config):
+    path = config.task.get("path")
+    return f", which were in {str(path)!r}" if path else ""
 
 
 def save_safetensors(model: Trained, path: str | Path) -> None:

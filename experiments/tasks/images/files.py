@@ -12,10 +12,11 @@ import numpy as np
 
 from experiments.tasks import tfds_sets
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _IDX = re.compile(r"(?:.*-)?(train|t10k|test)-(images|labels)[-.]idx\d-ubyte(?:\.gz)?")
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 _SPLITS |= {"test": "test", "t10k": "test"}
+CHANNELS = {1: "1 channel (gray)", 3: "3 channels (red, green, blue)"}
 
 
 class Part(NamedTuple):
@@ -29,8 +30,8 @@ def read_path(path: str, resize: int | None, channels: int | None) -> dict[str, 
     """The parts 'train', and 'validation' and 'test' where they are there, of a folder.
 
     It holds idx files (train-images-idx3-ubyte, t10k-labels-idx1-ubyte ..., plain or .gz), or
-    folders of PNG and JPEG files, one for each class, in folders train, val and test or by
-    themselves.
+    folders of PNG, JPEG, WebP and BMP files, one for each class, in folders train, val (or
+    validation) and test or by themselves.
 
     Args:
       path: the folder.
@@ -39,27 +40,19 @@ def read_path(path: str, resize: int | None, channels: int | None) -> dict[str, 
 
     Raises:
       FileNotFoundError: there is none of all that; OSError: a file is damaged.
-      ValueError: images differ in size or channels; says what to set.
+      ValueError: images differ in size or channels, or it is not clear which folder is which class
+        or split; says what to set.
     """
+    if not path:
+        raise FileNotFoundError(f"path={path!r} names no folder: give one of images")
     folder = pathlib.Path(path).expanduser()
+    if folder.is_file():
+        raise NotADirectoryError(f"path={str(folder)!r} is a file: give a folder of images")
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder at path={str(folder)!r}: give one of images")
     if files := _idx_files(folder):
         return _read_idx(folder, files, resize, channels)
-    splits = {
-        _SPLITS[own.name]: own
-        for own in sorted(folder.iterdir())
-        if own.is_dir() and own.name in _SPLITS
-    }
-    if "train" not in splits:
-        splits = {"train": folder}
-    files_of = {split: _by_class(own) for split, own in splits.items()}
-    for split, own in splits.items():
-        if not files_of[split]:
-            raise FileNotFoundError(
-                f"{own} holds no folders of {', '.join(SUFFIXES)} files, one for each class, and "
-                "no idx files: give another path"
-            )
+    files_of = {split: _by_class(own) for split, own in _split_folders(folder).items()}
     decoded = _decode_all(list(itertools.chain(*files_of.values())), resize, channels)
     parts, at = {}, 0
     for split, files in files_of.items():
@@ -69,14 +62,56 @@ def read_path(path: str, resize: int | None, channels: int | None) -> dict[str, 
     return parts
 
 
-def _by_class(folder):
+def _folders(folder):
     return [
-        file
-        for own in sorted(folder.iterdir())
-        if own.is_dir() and not own.name.startswith(".")
-        for file in sorted(own.iterdir())
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+        own for own in sorted(folder.iterdir()) if own.is_dir() and not own.name.startswith(".")
     ]
+
+
+def _split_folders(folder):
+    """By split its folder of folders by class: all is for training where no folder is a split's."""
+    splits: dict[str, pathlib.Path] = {}
+    classes = []
+    for own in _folders(folder):
+        split = _SPLITS.get(own.name.lower())
+        if split in splits:
+            raise ValueError(f"{splits[split]} and {own} are both for {split}: keep one of them")
+        if split:
+            splits[split] = own
+        else:
+            classes.append(own.name)
+    if splits and classes:
+        names = ", ".join(own.name for own in splits.values())
+        raise ValueError(
+            f"{folder} has folders of splits ({names}) beside others ({', '.join(classes)}): move "
+            "those into a split, and give a class no name of a split"
+        )
+    if splits and "train" not in splits:
+        raise FileNotFoundError(f"{folder} has no folder train beside {', '.join(splits)}: add it")
+    return splits or {"train": folder}
+
+
+def _by_class(folder):
+    """The image files of each folder in it."""
+    files = []
+    for own in _folders(folder):
+        images = [
+            file
+            for file in sorted(own.iterdir())
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+        ]
+        if not images:
+            raise FileNotFoundError(
+                f"{own} holds no {', '.join(SUFFIXES)} files: put those of this class into it, or "
+                "remove it"
+            )
+        files += images
+    if not files:
+        raise FileNotFoundError(
+            f"{folder} holds no idx files, and no folders of {', '.join(SUFFIXES)} files, one for "
+            "each class: give another path"
+        )
+    return files
 
 
 def _decode_all(files, resize, channels):
@@ -90,16 +125,24 @@ def _decode_all(files, resize, channels):
 def read_image(file: pathlib.Path, channels: int | None) -> np.ndarray:
     """The pixels uint8 [height, width, channels] of a file, turned as its EXIF says.
 
-    `channels` as of `read_path`. Raises OSError where it cannot be read.
+    `channels` as of `read_path`. What is transparent is white; of 16 bits the upper 8 count. Raises
+    OSError where it cannot be read.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(file) as opened:
             image = ImageOps.exif_transpose(opened)
-            gray = image.mode in ("1", "L", "I", "I;16", "F", "LA")
+            if image.mode == "I" or image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+            gray = image.mode in ("1", "L", "LA", "F")
             wanted = channels or (1 if gray else 3)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("L" if wanted == 1 else "RGB")
+    except UnidentifiedImageError:
+        raise OSError(f"{file} is no image, or a damaged one: get it anew, or remove it") from None
     except Exception as error:  # Pillow has exceptions of its own for each format
         reason = tfds_sets.one_line(error)
         raise OSError(
@@ -111,14 +154,19 @@ def read_image(file: pathlib.Path, channels: int | None) -> np.ndarray:
 def _check_alike(shape, name, first_shape, first_name):
     if shape[2] != first_shape[2]:
         raise ValueError(
-            f"{name} has {shape[2]} channels, {first_name} has {first_shape[2]}: set "
-            "task.channels=1 for gray, or 3"
+            f"{name} has {CHANNELS[shape[2]]}, {first_name} has {CHANNELS[first_shape[2]]}: set "
+            "task.channels=3 to read all in colour, or 1 to read all in gray"
         )
     if shape != first_shape:
         raise ValueError(
-            f"{name} has {shape[0]} × {shape[1]} pixels, {first_name} has {first_shape[0]} × "
-            f"{first_shape[1]}: set task.resize to scale all to one size"
+            f"{name} is {pixels(shape)}, {first_name} is {pixels(first_shape)}: set task.resize "
+            "to scale all to squares of one size"
         )
+
+
+def pixels(shape: Sequence[int]) -> str:
+    """Of an array [height, width, ...]: '640 × 480 pixels', width × height as viewers say it."""
+    return f"{shape[1]} × {shape[0]} pixels"
 
 
 def _resized(image, size):
@@ -259,17 +307,23 @@ def _only(features: Mapping[str, Any], kind: type, usual: str, name: str) -> str
     )
 
 
-def number(parts: Mapping[str, Part]) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+def number(parts: Mapping[str, Part], source: str) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
     """The classes of the training part, sorted, and by part the number int32 [n] of each image's.
 
-    Raises ValueError where another part has a class that training lacks, or another shape.
+    Raises ValueError, naming `source`, where training has a single class, and where another part
+    has a class that training lacks, or another shape.
     """
     classes = np.unique(parts["train"].labels)
+    if len(classes) == 1:
+        raise ValueError(
+            f"all images of {source} for training are of one class, {str(classes[0])!r}: add "
+            "images of another"
+        )
     numbers = {}
     for split, part in parts.items():
         if len(extra := np.setdiff1d(part.labels, classes)):
             raise ValueError(
-                f"class {str(extra[0])!r} is in the {split} part but not among the "
+                f"class {str(extra[0])!r} is in the {split} part of {source} but not among the "
                 f"{len(classes)} of training: add images of it there, or remove it"
             )
         _check_alike(

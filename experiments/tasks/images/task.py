@@ -109,6 +109,16 @@ class Images:
         height, width, channels = self._data.images["train"].shape[1:]
         return (self.crop or height, self.crop or width, channels)
 
+    def summary(self) -> str:
+        """How many images there are for what, of which classes and size."""
+        splits = self.eval_splits()
+        counts = [f"{len(split['targets']):,} for {name}" for name, split in splits.items()]
+        if not self._made_up:
+            counts.insert(0, f"{len(self._data.images['train']):,} for training")
+        names = self.classes if len(self.classes) <= 10 else (*self.classes[:9], "...")
+        size = f"{files.pixels(self.image_shape)}, {files.CHANNELS[self.image_shape[2]]}"
+        return f"images: {', '.join(counts)}; {size}; classes: {', '.join(names)}"
+
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change with any image or class."""
@@ -157,7 +167,8 @@ class Images:
         self._check_crop(data.images["train"])
         for name in ("validation", "test"):
             images, numbers = (
-                _spaced(x[name], self.max_eval_examples) for x in (data.images, data.numbers)
+                _mixed(_spaced(x[name], self.max_eval_examples))
+                for x in (data.images, data.numbers)
             )
             splits[name] = _as_batch(_middle(images, self.image_shape[:2]), numbers)
         for n in self.test_sizes:  # of the test images, which come last
@@ -167,18 +178,13 @@ class Images:
             splits[f"size_{n}"] = _as_batch(larger, numbers)
         return splits
 
-    def prepare(self, image: np.ndarray, name: str) -> np.ndarray:
+    def prepare(self, image: np.ndarray) -> np.ndarray:
         """The inputs [1, height, width, channels] of an image uint8, as those of evaluation.
 
         It is scaled to the size of the training images, whose middle is taken where they are
-        cropped. Raises ValueError, calling it `name`, where they have other channels.
+        cropped.
         """
-        *size, channels = self.image_shape
-        if image.shape[-1] != channels:
-            raise ValueError(
-                f"{name} has {_CHANNELS[image.shape[-1]]}, the images of training have "
-                f"{_CHANNELS[channels]}: convert it"
-            )
+        size = self.image_shape[:2]
         whole = size if self._made_up else self._data.images["train"].shape[1:3]
         return files.as_inputs(_middle(files.scaled(image, whole)[None], size))
 
@@ -199,8 +205,8 @@ class Images:
         height, width = images.shape[1:3]
         if self.crop and self.crop > min(height, width):
             raise ValueError(
-                f"crop={self.crop} is more than the {height} × {width} pixels of the images: lower "
-                "it, or set resize"
+                f"crop={self.crop} is more than the {files.pixels(images.shape[1:])} of the "
+                "images: lower it, or set resize"
             )
 
 
@@ -218,7 +224,7 @@ def _load(path, tfds, tfds_records, data_dir, resize, channels):
         parts = files.read_tfds(tfds, tfds_records, data_dir, resize, channels)
     else:
         parts = files.read_path(path, resize, channels)
-    classes, numbers = files.number(parts)
+    classes, numbers = files.number(parts, tfds or path)
     images = {split: part.images for split, part in parts.items()}
     for split in ("test", "validation"):
         if split not in images:
@@ -233,14 +239,24 @@ def _hold_out(split, images, numbers, tenth):
     taken = min(max(tenth, 1), count - 1)
     if count < 2:
         raise ValueError(
-            f"there is {count} image for training, and none for {split}: add some of each class"
+            f"there are too few images to take some of training for {split}: add some of each class"
         )
-    order = hashing.permutations(hashing.bits(hashing.CONSTANT, 0, np.arange(1), 0, count))[0]
+    order = _hashed_order(0, count)
     for x in (images, numbers):
         x["train"], x[split] = (
             x["train"][np.sort(order[taken:])],
             x["train"][np.sort(order[:taken])],
         )
+
+
+def _hashed_order(number, count):
+    """A permutation of 0 … count − 1, always the same for a `number`."""
+    return hashing.permutations(hashing.bits(hashing.CONSTANT, 0, np.arange(1), number, count))[0]
+
+
+def _mixed(x):
+    """In another order: files come class by class, and the first examples are looked at."""
+    return x[_hashed_order(1, len(x))]
 
 
 def _digest(classes, parts):
@@ -262,9 +278,6 @@ def _middle(images, size):
         np.full(len(images), (a - b) // 2) for a, b in zip((height, width), size, strict=True)
     )
     return images if (height, width) == tuple(size) else files.shifted(images, down, right, size)
-
-
-_CHANNELS = {1: "1 channel (gray)", 3: "3 channels (red, green, blue)"}
 
 
 def _as_batch(images, numbers):

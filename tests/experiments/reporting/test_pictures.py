@@ -11,7 +11,7 @@ from PIL import Image
 
 from experiments import tasks
 from experiments.config.models import build
-from experiments.reporting import pictures
+from experiments.reporting import pictures, plots
 from experiments.training import attention_maps, trained
 from support.helpers import one_line
 from support.runs import write_run
@@ -94,7 +94,10 @@ def test_a_picture_of_another_size_is_scaled_and_it_is_said(model, picture):
     path, _ = picture
     Image.open(path).resize((50, 30)).save(path)
     result = pictures.classify(model, path)
-    assert result.note == "30 × 50 pixels, read as the 24 × 24 that the model was trained on"
+    assert result.note == (
+        "50 × 30 pixels, read as the 24 × 24 pixels that the model was trained on: stretched, "
+        "since its sides have another ratio"
+    )
     assert result.weights.picture.pixels.shape == (24, 24, 1)
 
 
@@ -102,11 +105,30 @@ def test_what_is_no_picture_for_a_model(model, tmp_path):
     with one_line(FileNotFoundError, "there is no file", "no.png"):
         pictures.classify(model, tmp_path / "no.png")
     (tmp_path / "text.png").write_text("a text")
-    with one_line(OSError, "cannot read the image", "text.png"):
+    with one_line(OSError, "text.png is no image"):
         pictures.classify(model, tmp_path / "text.png")
-    Image.new("RGB", (24, 24)).save(tmp_path / "color.png")
-    with one_line(ValueError, "color.png has 3 channels", "1 channel (gray)", "convert it"):
-        pictures.classify(model, tmp_path / "color.png")
+    with one_line(IsADirectoryError, str(tmp_path), "is a folder"):
+        pictures.classify(model, tmp_path)
+
+
+def test_a_coloured_picture_for_a_model_of_gray_ones(model, picture, tmp_path):
+    path, _ = picture
+    want = pictures.classify(model, path).probabilities
+    Image.open(path).convert("RGB").save(tmp_path / "color.png")
+    assert pictures.classify(model, tmp_path / "color.png").probabilities == want
+
+
+def test_a_head_that_prefers_no_patch_is_pale():
+    """Uniform weights are half as strong in colour as four equal shares."""
+    picture = attention_maps.Picture(np.zeros((16, 16, 1), np.uint8), (4, 4))
+    labels = attention_maps.patch_labels((4, 4), "mean", 0)
+    colour = {}
+    for name, weights in (("even", np.full((16, 16), 1 / 16)), ("one", np.eye(16)[[5] * 16])):
+        one = attention_maps.Map(weights[None, None], labels, labels, picture)
+        figure = plots.overlays(one, [""], None, name)
+        (image,) = [x for axes in figure.axes for x in axes.images if x.colorbar]
+        colour[name] = image.norm(image.get_array().max())
+    assert colour["even"] == pytest.approx(0.5) and colour["one"] == 1
 
 
 class WithoutWeights:
@@ -154,7 +176,7 @@ def test_a_crop_is_that_of_evaluation(tmp_path):
     task, _ = build(config)
     pixels = np.asarray(Image.open(tmp_path / "cat/3.png"))
     expected = pixels[None, 2:6, 2:6].astype(np.float32) / np.float32(127.5) - 1
-    np.testing.assert_array_equal(task.prepare(pixels, "3.png"), expected)
+    np.testing.assert_array_equal(task.prepare(pixels), expected)
 
 
 @pytest.mark.slow
