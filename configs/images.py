@@ -5,7 +5,8 @@
         --config.task.path=mnist
 
 The second takes five minutes on two CPU cores and is right in 0.989 of the test images (one seed).
-`path` is the folder of the four idx files of MNIST, or of Fashion-MNIST, or of PNG files by class.
+`path` is the folder of the four idx files of MNIST, or of Fashion-MNIST, or of PNG or JPEG files by
+class.
 Without an argument nine shapes are drawn, one unlike the others, whose place is the class: a guess
 is right in 0.11 of the test images, the base in all of them (one seed, four minutes). `:connected`
 has two classes, so a guess is right in half; no score of it has been measured.

@@ -8,9 +8,11 @@ lists them all.
 """
 
 import dataclasses
+import inspect
 import json
 import math
 import os
+import re
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -453,6 +455,17 @@ def complete(described: Mapping[str, Any]) -> dict[str, Any]:
     return filled(defaults, described)
 
 
+def _meanings(kind: type) -> dict[str, str]:
+    """By field of a task what the section 'Attributes' of its docstring says, in one line."""
+    section = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^  (\w+(?:, \w+)*): (.*(?:\n    .*)*)", section, re.MULTILINE)
+    return {
+        name: " ".join(text.split()).rstrip(".")
+        for names, text in entries
+        for name in names.split(", ")
+    }
+
+
 def table() -> str:
     """All settings in Markdown: default, range, meaning, and who reads those that not all do."""
     lines = ["| setting | default | range | |", "|---|---|---|---|"]
@@ -462,9 +475,10 @@ def table() -> str:
         says = "; ".join(filter(None, (setting.says, only)))
         lines.append(f"| {name} | {default!r} | {setting.range.text} | {says} |")
     for task, kind in tasks.TASKS.items():
+        meanings = _meanings(kind)
         for field in dataclasses.fields(kind):
             allowed = field.metadata["range"].text if "range" in field.metadata else ""
-            says = f"of task.name={task!r}"
+            says = "; ".join(filter(None, (meanings.get(field.name), f"of task.name={task!r}")))
             lines.append(f"| task.{field.name} | {field.default!r} | {allowed} | {says} |")
     return "\n".join(lines)
 

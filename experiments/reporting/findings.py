@@ -75,7 +75,9 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
         certain = f", {significantly} ({p_equals(best.p_holm)}, Holm)"
     if sign * primary.comparison.difference >= 0:
         close = f"{'worse' if gap > 0 else 'better'} {size}{certain}"
-        close = f"the best alternative, {value}, is {close}" if gap else f"the value {value} equals it"
+        close = (
+            f"the best alternative, {value}, is {close}" if gap else f"the value {value} equals it"
+        )
         sentence = f"no value beats {name}{where}, {score(base)}; {close}"
     elif gap > 0:
         split = best.metric.partition("/")[0]
