@@ -126,11 +126,11 @@ def _find(kind: str, name: str) -> type:
     plain = name.replace("_", "").lower()
     if plain in known:
         return known[plain]
-    parts = [cls.__name__ for cls in known.values() if issubclass(cls, base)]
-    near = difflib.get_close_matches(plain, [p.lower() for p in parts], n=3, cutoff=0.4)
-    parts.sort(key=lambda p: near.index(p.lower()) if p.lower() in near else len(near))
-    parts += ["none"] if kind in _NOTHING else []
-    raise ValueError(f"{kind}: unknown {name!r}; known are {', '.join(parts)}")
+    parts = {key: _name(cls) for key, cls in known.items() if issubclass(cls, base)}
+    near = difflib.get_close_matches(plain, parts, n=3, cutoff=0.4)
+    names = [parts[key] for key in dict.fromkeys([*near, *parts])]
+    names += ["none"] if kind in _NOTHING and "none" not in names else []
+    raise ValueError(f"{kind}: unknown {name!r}; known are {', '.join(names)}")
 
 
 def unparse(part: Any) -> str:

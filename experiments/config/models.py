@@ -115,11 +115,13 @@ def patches(task: Any, m: ConfigDict, other_sizes: Collection[int] = ()) -> dict
     """
     height, width, channels = task.image_shape
     fields = [name for name in ("resize", "crop", "test_sizes", "size") if hasattr(task, name)]
+    others = ", ".join(f"task.{name}" for name in fields)
     for side in sorted({height, width, *other_sizes}):
         if side % m.patch_size:
+            divisors = ", ".join(str(n) for n in range(1, side + 1) if side % n == 0)
             raise ValueError(
                 f"model.patch_size={m.patch_size} does not divide images of {side} pixels: take "
-                f"one that does, or other sizes ({', '.join(f'task.{name}' for name in fields)})"
+                f"one that does ({divisors} of this side), or other sizes ({others})"
             )
     side = m.patch_size
     return {"patch_size": (side, side), "channels": channels, "registers": m.registers}

@@ -91,9 +91,14 @@ def decimals_of(values: Sequence[float]) -> int:
 
 
 def plus_minus(mean: float, interval: float, digits: int, sign: str = "") -> str:
-    """'1.823 ± 0.012'; '1.823' without an interval; '' for nan with `sign='+'` (a difference)."""
+    """'1.823 ± 0.012'; '1.823' without an interval; '' for nan with `sign='+'` (a difference).
+
+    What rounds to zero has no sign.
+    """
     if math.isnan(mean):
         return "" if sign else "nan"
+    if round(mean, digits) == 0:
+        mean, sign = 0.0, ""
     kind = "f" if abs(mean) < 1e6 else "e"
     text = f"{mean:{sign}.{digits}{kind}}"
     return text if math.isnan(interval) else f"{text} ± {interval:.{digits}{kind}}"

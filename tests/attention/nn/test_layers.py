@@ -76,7 +76,7 @@ def test_a_pattern_is_read_as_it_is_written(text, layers):
     ("layer(num_heads=0)", ["num_heads of Layer must be a whole number, 1 or more"]),
     ("layer(num_heads=two)", ["num_heads=two is not a whole number"]),
     ("layer(position=None)", ["position=None is not a part; leave it out"]),
-    ("sliding(3)", ["unknown 'sliding'; known are SlidingWindow"]),
+    ("sliding(3)", ["unknown 'sliding'; known are sliding_window"]),
     ("full + rope", ["mask: unknown 'rope'"]),
     ("layer(position='learned + t5')", ["position=learned + t5", "make it the model's position"]),
 ])  # fmt: skip

@@ -430,7 +430,7 @@ def test_show_into_a_pipe_folds_nothing(tmp_path, monkeypatch):
     file = io.StringIO()
     terminal.show(comparisons.summarize(run_directory.load(write_run(tmp_path, cells))), file)
     (line,) = [line for line in file.getvalue().splitlines() if value in line]
-    assert "2.100 ± 0.248" in line and "+0.000 ± 0.000" in line and line.rstrip().endswith("done")
+    assert "2.100 ± 0.248" in line and " 0.000 ± 0.000" in line and line.rstrip().endswith("done")
 
 
 def test_decimals_follow_the_size_of_the_metric(experiment):
@@ -448,6 +448,7 @@ def test_decimals_follow_the_size_of_the_metric(experiment):
     assert formatting.plus_minus(12345678.0, 1000.0, 0) == "1e+07 ± 1e+03"
     assert formatting.plus_minus(math.nan, math.nan, 3) == "nan"
     assert formatting.plus_minus(0.5, math.nan, 2, "+") == "+0.50"
+    assert formatting.plus_minus(-0.0004, math.nan, 3, "+") == "0.000"
 
 
 def axis_findings(workdir, cells, **kwargs):
