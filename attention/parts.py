@@ -129,6 +129,17 @@ class Tile:
         """Rows of a table [n, D] at index [m], clipped to 0 … n−1, **transposed**: [D, m]."""
         return table.at[index].get(mode="clip").T
 
+    def random_at_least(self, threshold: int, key_data: Array) -> Array:
+        """[t, s] bool: whether 32 random bits of each pair are a number of at least `threshold`.
+
+        The bits are those of the key of `key_data`, folded in with the index of the query and then
+        with that of the key.
+        """
+        fold = jax.random.fold_in
+        by_row = jax.vmap(fold, (None, 0))(jax.random.wrap_key_data(key_data), self.query_index)
+        by_pair = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(by_row, self.key_index)
+        return jax.random.key_data(by_pair)[..., 0] >= jnp.uint32(threshold)
+
     def sum_units(self, weights: Array, unit: Callable[..., Array], *units: Array) -> Array:
         """Σ_h weights_h unit(units_h), [t, s], of weights [h] and arrays [h, ...].
 

@@ -312,7 +312,7 @@ def attend_rows(
 
     dropped = weights
     if dropout_key is not None and dropout_rate > 0:
-        dropped = drop(weights, dropout_key, dropout_rate, tile)
+        dropped = drop(weights, jax.random.key_data(dropout_key), dropout_rate, tile)
     out = mix(mechanism, inputs, dropped, tile)
     out = jnp.where((worst > 0)[:, None], jnp.nan, out)
 
@@ -361,7 +361,7 @@ def entropy(weights: Array) -> Array:
     return -jnp.sum(weights * jnp.log(jnp.where(weights > 0, weights, 1)), axis=-1)
 
 
-def drop(weights: Array, dropout_key: Array, rate: float, tile: Tile) -> Array:
+def drop(weights: Array, key_data: Array, rate: float, tile: Tile) -> Array:
     """Weights [t, s] with a share of `rate` set to 0, and the others divided by 1 − rate.
 
     Which ones are dropped depends on key, row and column, not on the tiling.
@@ -369,11 +369,7 @@ def drop(weights: Array, dropout_key: Array, rate: float, tile: Tile) -> Array:
     threshold = round(rate * 2**32)
     if threshold == 2**32:
         return jnp.zeros_like(weights)
-    fold = jax.random.fold_in
-    by_row = jax.vmap(fold, (None, 0))(dropout_key, tile.query_index)
-    by_pair = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(by_row, tile.key_index)
-    bits = jax.random.key_data(by_pair)[..., 0]
-    return jnp.where(bits >= jnp.uint32(threshold), weights / (1 - rate), 0)
+    return jnp.where(tile.random_at_least(threshold, key_data), weights / (1 - rate), 0)
 
 
 @functools.cache

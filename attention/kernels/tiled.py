@@ -432,8 +432,7 @@ def tile_output(
     if not inputs.value.shape[1]:
         return weights[:, :0]
     if dropout_key is not None:
-        key = jax.random.wrap_key_data(dropout_key)
-        weights = dense.drop(weights, key, plan.dropout_rate, tile)
+        weights = dense.drop(weights, dropout_key, plan.dropout_rate, tile)
     return dense.mix(plan.mechanism, inputs, weights, tile)
 
 

@@ -90,6 +90,7 @@ def attended(
     shapes = {
         "bias": ((length, length), dtype),
         "mask": ((length, length), bool),
+        "dropout_key": ((2,), jnp.uint32),
         "query_coordinates": ((length, 2), jnp.int32),
         "key_coordinates": ((length, 2), jnp.int32),
     }
@@ -238,6 +239,7 @@ def parts() -> dict[str, tuple[attention.Mechanism, dict[str, Any]]]:
     plain = attention.Mechanism()
     cases["bias [T, S]"] = plain, {"inputs": ("bias",)}
     cases["mask [T, S]"] = plain, {"inputs": ("mask",)}
+    cases["dropout"] = plain, {"inputs": ("dropout_key",), "dropout_rate": 0.1}
     relative = attention.Mechanism(position=positions.T5())
     cases["T5 at given positions"] = relative, {"inputs": ("query_positions", "key_positions")}
     return cases

@@ -56,6 +56,7 @@ class VisitData(NamedTuple):
     key_length: Array | None
     prefix_length: Array | None
     mask: Array | None
+    dropout_key: Array | None
 
 
 class _Operand(NamedTuple):
@@ -141,7 +142,7 @@ def _pieces(plan, arrays):
 
 def _locals(plan, data):
     """`VisitData` of `_Operand`s."""
-    mask = data.mask
+    mask, key = data.mask, data.dropout_key
     return VisitData(
         _whole(data.head),
         jax.tree.map(_of_rows, data.query),
@@ -151,6 +152,7 @@ def _locals(plan, data):
             for x in (data.query_length, data.key_length, data.prefix_length)
         ),
         None if mask is None else _of_pairs(mask.astype(jnp.int32), plan.block),
+        None if key is None else _whole(lax.bitcast_convert_type(key, jnp.int32)),
     )
 
 
@@ -382,7 +384,8 @@ def forward(setting: TpuSetting, arrays: Arrays, data: Data) -> tuple[Array, Any
         own = piece.inputs.params["normalizer"]
         state, weights, factor = normalizer.update(own, state, logits)
         out = out if factor is None else out * factor[:, None]
-        return state, out + tiled.tile_output(plan, piece.inputs, weights, tile, None)
+        more = tiled.tile_output(plan, piece.inputs, weights, tile, local.dropout_key)
+        return state, out + more
 
     start = launch.trace(of_normalizer(lambda own: normalizer.start(own, jnp.zeros(t, dtype))))
     state_avals = _outputs(start)
@@ -508,7 +511,7 @@ def _gradients(launch, steps, places, name):
         weights = plan.mechanism.normalizer.weight(own, logits, extra.statistic)
         if visible is not None:
             weights = jnp.where(visible, weights, 0)
-        out = tiled.tile_output(plan, piece.inputs, weights, tile, None)
+        out = tiled.tile_output(plan, piece.inputs, weights, tile, local.dropout_key)
         return out, weights.sum(1)
 
     def pull(masked, piece, *others):

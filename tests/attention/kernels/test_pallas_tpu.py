@@ -253,7 +253,6 @@ REFUSED = [
     (Mechanism(Sorted()), {}, "no TPU kernel can have sort, which its forward pass has"),
     (Mechanism(), {"dtype": "float16"}, "takes float32 and bfloat16, got float16: cast"),
     (Mechanism(), {"D": 2048}, "wider than 1024, got 2048"),
-    (Mechanism(), {"dropout_rate": 0.1}, "it drops no weights"),
     (Mechanism(), {"aux": ("weights",)}, "'row_weights' are some"),
     (Mechanism(), {"device": Device("cuda", "NVIDIA H100")}, "it runs on tpu and cpu"),
 ]
@@ -263,6 +262,27 @@ REFUSED = [
 def test_what_it_cannot_serve(mechanism, options, reason):
     found = unsupported(KERNELS["pallas_tpu"], call(mechanism, **options))
     assert reason in found and "\n" not in found
+
+
+def test_it_drops_by_threefry_alone():
+    dropping = call(Mechanism(), dropout_rate=0.1)
+    assert unsupported(KERNELS["pallas_tpu"], dropping) is None
+    with jax.default_prng_impl("rbg"):
+        assert "Threefry" in unsupported(KERNELS["pallas_tpu"], dropping)
+
+
+def test_its_random_bits_are_those_of_jax():
+    index = np.arange(37), np.arange(5, 300)
+    data = jax.random.key_data(jax.random.key(11))
+    plain, own = (
+        of_kind(*(jnp.asarray(x, jnp.int32) for x in index * 2), jnp.int32(0), 1)
+        for of_kind in (Tile, TpuTile)
+    )
+    for threshold in (0, 1, 2**31, round(0.1 * 2**32), 2**32 - 1):
+        want = jax.jit(plain.random_at_least, static_argnums=0)(threshold, data)
+        got = jax.jit(own.random_at_least, static_argnums=0)(threshold, data.view(jnp.int32))
+        np.testing.assert_array_equal(got, want)
+        assert abs(want.mean() - (1 - threshold / 2**32)) < 0.02
 
 
 def test_a_score_of_ones_own_is_served():
