@@ -83,7 +83,7 @@ accelerator:  ## Check and measure all kernels of this GPU or TPU, in 8 minutes;
 
 docs: setup  ## Build the documentation into site/; a broken link or reference fails.
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test,docs]'
-	JAX_PLATFORMS=cpu $(BIN)/mkdocs build --strict
+	JAX_PLATFORMS=cpu $(BIN)/python -m mkdocs build --strict
 
 constraints: setup  ## Update constraints.txt to the newest versions.
 	$(BIN)/uv pip compile setup.cfg --extra test-clusters --extra browser --extra docs --universal --python-version 3.11 --no-header --no-annotate --upgrade --output-file constraints.txt
