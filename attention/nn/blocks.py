@@ -57,6 +57,7 @@ class TransformerConfig:
       kv_rank, rotary_dim: of self-attention, whose keys and values are made from a vector of
         kv_rank numbers that all heads share, and turn in rotary_dim more (D // 2 unless given);
         see `attention.nn.spaces.LatentSpace`. None: from x.
+      query_rank: with a kv_rank, queries are made from a vector of so many numbers. None: from x.
       head_mix: of self-attention, 'none' or 'talking'; see `attention.nn.spaces.TalkingSpace`.
       dropout_rate: of embeddings and of each residual branch.
       attention_dropout_rate: of the attention weights.
@@ -97,6 +98,7 @@ class TransformerConfig:
     value_residual: str = "none"
     kv_rank: int | None = None
     rotary_dim: int | None = None
+    query_rank: int | None = None
     head_mix: str = "none"
     dropout_rate: float = 0.0
     attention_dropout_rate: float = 0.0
@@ -111,7 +113,7 @@ class TransformerConfig:
 
     def __post_init__(self):
         sizes = ("vocab_size", "model_dim", "num_layers", "num_heads")
-        sizes += ("num_kv_heads", "head_dim", "mlp_dim", "kv_rank", "rotary_dim")
+        sizes += ("num_kv_heads", "head_dim", "mlp_dim", "kv_rank", "rotary_dim", "query_rank")
         check_counts(self, **dict.fromkeys(sizes, 1))
         for name in ("dropout_rate", "attention_dropout_rate"):
             if not 0 <= getattr(self, name) < 1:
@@ -435,6 +437,7 @@ class Block(nn.Module):
                     "vocab_size": c.vocab_size,
                     "kv_rank": c.kv_rank,
                     "rotary_dim": c.rotary_dim,
+                    "query_rank": c.query_rank,
                     "head_mix": c.head_mix,
                 },
             )

@@ -77,6 +77,7 @@ class MultiHeadAttention(nn.Module):
       kv_rank: R, keys and values of all heads are made from one vector of so many numbers, which a
         cache keeps in their place; see `spaces.LatentSpace`. None: from x.
       rotary_dim: r, of the part of a key that turns there; D // 2 unless given.
+      query_rank: queries are made from one vector of so many numbers there. None: from x.
       head_mix: 'talking': heads mix their scores and their weights; see `spaces.TalkingSpace`.
       dtype, param_dtype: of the computation and of the parameters.
       kernel_init, out_kernel_init: of W_Q, W_K, W_V, the gate and of W_O.
@@ -97,6 +98,7 @@ class MultiHeadAttention(nn.Module):
     vocab_size: int | None = None
     kv_rank: int | None = None
     rotary_dim: int | None = None
+    query_rank: int | None = None
     head_mix: str = "none"
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -321,6 +323,15 @@ class MultiHeadAttention(nn.Module):
 
             return of_heads
 
+        def latent(name, rank):
+            """RMSNorm(inputs · W), of `rank` numbers."""
+            project = projection(name, 1, rank, None)
+            norm = nn.RMSNorm(
+                scale_init=named(nn.initializers.ones_init()), name=f"{name}_norm", **settings
+            )
+            return lambda inputs: norm(project(inputs))
+
+        of_query = None
         if self.kv_rank is None:
             space, width = HeadSpace(self.mechanism), head_dim // of_each
             key = projection("key", K * of_each, width, norm=self.qk_norm)
@@ -331,16 +342,13 @@ class MultiHeadAttention(nn.Module):
             space = self._latent(H, head_dim, value_dim)
             width = head_dim + space.rotary_dim
             key = projection("rotary_key", 1, space.rotary_dim, None)
-            latent = projection("latent", 1, self.kv_rank, None)
-            latent_norm = nn.RMSNorm(
-                scale_init=named(nn.initializers.ones_init()), name="latent_norm", **settings
-            )
+            value = latent("latent", self.kv_rank)
+            if self.query_rank is not None:
+                of_query = latent("query_latent", whole_number("query_rank", self.query_rank, 1))
 
-            def value(inputs):
-                return latent_norm(latent(inputs))
-
+        query = projection("query", query_heads, width, "heads", norm=self.qk_norm)
         return _Parts(
-            query=projection("query", query_heads, width, "heads", norm=self.qk_norm),
+            query=query if of_query is None else lambda x: query(of_query(x)[..., 0, :]),
             key_value=lambda inputs: (key(inputs), value(inputs)),
             value_residual=VALUE_RESIDUALS[self.value_residual](
                 vocab_size=self.vocab_size,

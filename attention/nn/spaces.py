@@ -85,11 +85,12 @@ class HeadSpace:
 class LatentSpace(HeadSpace):
     """Multi-head latent attention: k_h = [W_UK,h c; k_R], v_h = W_UV,h c.
 
-    DeepSeek-V2 (2024), sec. 2.1, whose queries are not compressed here.
+    DeepSeek-V2 (2024), sec. 2.1.
 
     c = RMSNorm(x W_DKV) has R numbers and k_R = x W_KR, which all heads share and which alone
     turns by position, has r. Both are what is stored, as value and key of one key head: a token
-    takes R + r numbers whatever the number of heads. Queries are [q_C; q_R] by head, of D + r.
+    takes R + r numbers whatever the number of heads. Queries are [q_C; q_R] by head, of D + r, made
+    from x, or with a `query_rank` from RMSNorm(x W_DQ) of so many numbers.
 
     In decoding the matrices of keys and values move to the other side of the products, so that all
     heads read c itself, as one key head:
@@ -241,10 +242,9 @@ def query_scale(mechanism: Mechanism, width: int, setting: str) -> float:
 def check_latent(module: Any) -> None:
     """Raises ValueError where the settings of a module or a config do not go with its `kv_rank`."""
     if module.kv_rank is None:
-        if module.rotary_dim is not None:
-            raise ValueError(
-                f"rotary_dim={module.rotary_dim} is of a kv_rank: give it, or leave rotary_dim out"
-            )
+        for name in ("rotary_dim", "query_rank"):
+            if (value := getattr(module, name)) is not None:
+                raise ValueError(f"{name}={value} is of a kv_rank: give it, or leave {name} out")
         return
     apart = {"qk_norm": "none", "value_residual": "none", "head_mix": "none"}
     for name, default in {"num_kv_heads": None, **apart}.items():

@@ -83,7 +83,7 @@ def transformer_config(task: Any, m: ConfigDict, parts: dict[str, Any]) -> Trans
     sizes = (
         *("model_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "norm"),
         *("mlp", "block", "norm_kind", "qk_norm", "readout", "output_gate"),
-        *("value_residual", "kv_rank", "rotary_dim", "head_mix"),
+        *("value_residual", "kv_rank", "rotary_dim", "query_rank", "head_mix"),
         *("dropout_rate", "attention_dropout_rate", "use_bias", "tie_embeddings", "init_stddev"),
         *("scan_layers", "remat_layers", "implementation"),
     )

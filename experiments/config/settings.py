@@ -191,6 +191,12 @@ SETTINGS: dict[str, Any] = {
         "rotary_dim": Setting(
             int, at_least(1), "of a key beside those, which turns; half of head_dim", LATENT
         ),
+        "query_rank": Setting(
+            int,
+            at_least(1),
+            "queries of all heads are made from so many numbers; from x unless given",
+            LATENT,
+        ),
         "head_mix": Setting(
             "none",
             one_of("none", "talking"),

@@ -44,7 +44,11 @@ def latent_in_numpy(own, x, H, D, r):
     c = linear("latent", x)
     c = own["latent_norm"]["scale"] * c / np.sqrt(np.mean(c**2, -1, keepdims=True) + 1e-6)
     content, value = (linear(n, c).reshape(*x.shape[:-1], H, -1) for n in ("key", "value"))
-    query = linear("query", x).reshape(*x.shape[:-1], H, D + r)
+    q = x
+    if "query_latent" in own:
+        q = linear("query_latent", x)
+        q = own["query_latent_norm"]["scale"] * q / np.sqrt(np.mean(q**2, -1, keepdims=True) + 1e-6)
+    query = linear("query", q).reshape(*x.shape[:-1], H, D + r)
     q_rotary, k_rotary = turned(query[..., D:]), turned(linear("rotary_key", x)[..., None, :])
     s = np.einsum("bthd,bshd->bhts", query[..., :D], content)
     s = s + np.einsum("bthd,bskd->bhts", q_rotary, k_rotary)
@@ -71,6 +75,7 @@ def both_passes(layer, x, cache):
 
 @pytest.mark.parametrize("changes", [
     {"mechanism": ROPE},
+    {"mechanism": ROPE, "query_rank": 5},
     pytest.param({"mechanism": CAPPED, "rotary_dim": 3}, marks=pytest.mark.slow),
     pytest.param({"mechanism": ROPE, "readout": "exclusive"}, marks=pytest.mark.slow),
     pytest.param({"mechanism": ROPE, "readout": "differential"}, marks=pytest.mark.slow),
@@ -81,6 +86,7 @@ def test_latent_attention(changes):
     mechanism, r = layer.mechanism, layer.rotary_dim or 2
     cache = decoding.empty((2,), 5, 1, r, 3, position=mechanism.position, mask=mechanism.mask)
     own, full, pieces, cache = both_passes(layer, x, cache)
+    assert ("query_latent" in own) == (layer.query_rank is not None)
     np.testing.assert_allclose(pieces, full, atol=1e-5)
     assert cache.key.shape[2:] == (1, r) and cache.value.shape[2:] == (1, 3)
     if layer.readout == "none" and mechanism is ROPE:
@@ -176,6 +182,7 @@ def test_the_settings_of_a_latent():
     ({"qk_norm": "rms"}, ["kv_rank=3", "takes no qk_norm, got 'rms'"]),
     ({"value_residual": "token"}, ["kv_rank=3", "takes no value_residual"]),
     ({"kv_rank": None, "rotary_dim": 2}, ["rotary_dim=2 is of a kv_rank"]),
+    ({"kv_rank": None, "query_rank": 2}, ["query_rank=2 is of a kv_rank"]),
     ({"layers": parse_layers("layer(num_kv_heads=1)")}, ["leave num_kv_heads out of"]),
 ])  # fmt: skip
 def test_what_a_latent_does_not_take(changes, words):
