@@ -120,7 +120,8 @@ class SingleHead(nn.Module):
         if separable(self.mechanism, self.model_dim):
             _, key = self._features(jnp.zeros_like(key[:, :1]), key)
             value = value.astype(key.dtype)
-        return Cache(key[:, :, None], value[:, :, None], lengths.astype(jnp.int32))
+        key, value = key[:, :, None], value[:, :, None]
+        return decoding.of_context(key, value, lengths.astype(jnp.int32))
 
     def __call__(self, x: Array, context: Cache, **data) -> Array:
         """x [B, T, M], a context of `precompute_kv` -> [B, T, M].
