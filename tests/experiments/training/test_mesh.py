@@ -79,6 +79,27 @@ def assert_same(run, reference):
         np.testing.assert_allclose(run["metrics"][name], value, rtol=2e-4, err_msg=name)
 
 
+MIXED = {
+    "model.layers": "layer(mixer=gated_delta) + layer(mixer=kda) + layer(mixer=gla) + full",
+    "model.num_layers": 4,
+    "model.mask": "causal",
+}
+AROUND = {
+    "model.readout": "differential",
+    "model.output_gate": "head",
+    "model.value_residual": "first_layer",
+    "model.qk_norm": "rms",
+    "model.mlp": "swiglu",
+    "model.norm_kind": "rms",
+    "model.num_layers": 2,
+}
+LATENT = {
+    "model.value_residual": "none",
+    "model.qk_norm": "none",
+    "model.kv_rank": 4,
+    "model.query_rank": 6,
+    "model.position": "rope",
+}
 RNN = {"model.architecture": "rnn", "model.mlp_dim": None}
 
 
@@ -92,6 +113,10 @@ RNN = {"model.architecture": "rnn", "model.mlp_dim": None}
     ("reverse", {**FULL, "model.implementation": "tiled"}),
     ("reverse", {**RNN, "mesh": "data:4", "fully_sharded": True}),
     ("reverse", {**RNN, "mesh": "data:2,model:2", "model.rnn.cell": "lstm"}),
+    ("recall", {**FULL, **MIXED}),
+    ("recall", {"mesh": "data:2,model:2", **MIXED}),
+    ("recall", {"mesh": "data:2,model:2", **AROUND}),
+    ("recall", {"mesh": "data:2,model:2", **AROUND, **LATENT}),
 ])  # fmt: skip
 def test_other_runs_on_a_mesh(tmp_path, task, changes):
     """Minutes: a process compiles and trains each model for one device and for several."""
