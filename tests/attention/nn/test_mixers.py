@@ -106,6 +106,26 @@ def test_a_text_in_pieces_is_the_text_at_once(mixer):
     assert np.isnan(lost.memory[0]).all() and np.isfinite(lost.memory[1]).all()
 
 
+@pytest.mark.parametrize("mixer", BY_NAME)
+def test_in_bfloat16_it_is_near_float32(mixer):
+    """Of a text longer than a chunk, and so is the gradient."""
+    module, x = LinearMixer(mixer, num_heads=2), vectors(150, 64)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
+
+    def run(dtype):
+        def loss(variables):
+            y = dataclasses.replace(module, dtype=dtype).apply(variables, x)
+            return (y.astype(jnp.float32) ** 2).mean(), y
+
+        gradient, y = jax.jit(jax.grad(loss, has_aux=True))(variables)
+        assert y.dtype == dtype
+        return [y, *jax.tree.leaves(gradient)]
+
+    for i, (near, exact) in enumerate(zip(run("bfloat16"), run("float32"), strict=True)):
+        error = np.linalg.norm(np.float32(near) - exact) / np.linalg.norm(exact)
+        assert error < (0.1 if i else 0.02)
+
+
 @pytest.mark.parametrize("mixer", BY_NAME[:3])
 def test_a_packed_document_is_read_alone(mixer):
     module, x = LinearMixer(mixer, num_heads=2), vectors(7, 8)
