@@ -435,7 +435,7 @@ def test_training_solves_a_task_it_can(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model.score": "aditive"}, "unknown 'aditive'; known are Additive"),
+    ({"model.score": "aditive"}, "unknown 'aditive'; known are additive"),
     ({"model.num_heads": 3}, "num_heads must divide"),
     ({"model.num_heads": 8, "model.position": "rope"}, "even"),
     ({"model.position": "learned(length=4)"}, "no vector for position"),
