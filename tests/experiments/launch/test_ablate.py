@@ -49,7 +49,7 @@ MISTAKES = [
     (["--config.model.num_head=3"], "no setting 'num_head'; did you mean 'num_heads'?"),
     (["--config.model.num_heads=many"], "invalid literal for int()"),
     (["--config.model.num_heads=3"], "num_heads must divide model_dim"),
-    (["--config.model.score=aditive"], "unknown 'aditive'; known are Additive"),
+    (["--config.model.score=aditive"], "unknown 'aditive'; known are additive"),
     (["--config.task.path=missing.txt"], "no setting 'path'"),
     (["--sweep=colour"], "has no sweep_colour; it has position, rate"),
     (["stray"], "cannot use 'stray'"),
