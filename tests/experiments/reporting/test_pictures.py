@@ -48,6 +48,8 @@ def test_a_picture_is_classified_as_the_model_does(model, picture, tmp_path):
     assert result.weights.picture.prediction == next(iter(result.probabilities))
     np.testing.assert_allclose(result.weights.weights.sum(-1), 1, rtol=1e-5)
     pictures.draw(tmp_path / "look.png", result.weights, model.config.model, "picture.png")
+    pictures.draw(tmp_path / "look.pdf", result.weights, model.config.model, "picture.png")
+    assert (tmp_path / "look.pdf").read_bytes().startswith(b"%PDF")
     drawn = files.imread(tmp_path / "look.png")[..., :3]
     orange = (drawn[..., 0] - drawn[..., 2] > 0.1).mean()
     assert drawn.shape[0] > 200 and 0.02 < orange < 0.9  # over the gray picture

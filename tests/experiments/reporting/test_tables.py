@@ -43,6 +43,16 @@ def test_markdown_tells_findings_cells_claims_and_how(tmp_path):
     assert {line.count("|") for line in lines} == {10, 8}  # of both tables
 
 
+def test_what_data_there_are_is_told_once(tmp_path):
+    experiment, rows = load(tmp_path, DISAGREE)
+    for row in rows:
+        row.cell.result["data"] = "images: 7 for training; classes: cat, <b>dog"
+    text = tables.markdown([experiment])
+    assert text.count("\n\nimages: 7 for training; classes: cat, <b>dog\n\n|") == 1
+    html = page.page([experiment], {})
+    assert html.count('<p class="soft">images: 7 for training; classes: cat, &lt;b&gt;dog</p>') == 1
+
+
 def test_it_is_told_when_a_claim_was_first_stated(tmp_path):
     claim = less("text.score=b", "text.score=a", says="b beats a")
     stated = {"before": 0, "after one": 1, "late": 3}

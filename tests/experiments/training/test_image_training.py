@@ -25,6 +25,7 @@ def test_run_of_images(tmp_path):
     assert {"validation/accuracy", "test/loss", "size_36/accuracy"} <= result["metrics"].keys()
     assert np.isfinite(result["metrics"]["attention/entropy"]).all()
     assert list(result["attention"]) == ["image"]
+    assert result["data"].startswith("images: ") and "row 2 column 2" in result["data"]
     task, model, params = (
         getattr(trained.load(tmp_path), name) for name in ("task", "model", "params")
     )
