@@ -462,8 +462,11 @@ def test_every_order(mechanism, thorough, x64):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mechanism", [Mechanism(mask=masks.Causal()), *LEARNED], ids=str)
-def test_numerical_gradients(mechanism, x64):
-    """Of both orders and modes, against differences."""
+def test_numerical_gradients(mechanism, x64, nothing_kept):
+    """Of both orders and modes, against differences.
+
+    Nothing is kept, since jaxlib 0.12 may crash in writing down one of these programs.
+    """
     point = arrays(mechanism, T=5, S=6, H=2, K=1, dtype="float64")[:4]
     run = jax.jit(by_kernel("tiled", mechanism, size=(2, 4)))
     jax.test_util.check_grads(run, point, order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5)
