@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import glob
+import io
 import os
 import re
 import sys
@@ -49,7 +50,7 @@ def open_splits(
       OSError: where the set cannot be prepared; says where to copy a prepared one.
     """
     try:
-        with _file_functions_without_tensorflow(builder):
+        with _without_tensorflow(builder):
             builder.download_and_prepare(file_format="array_record")
         names = list(builder.info.splits)  # none where TFDS mocks its data
         missing = [s for s in splits.values() if s and names and s.split("[")[0] not in names]
@@ -69,22 +70,33 @@ def open_splits(
 
 
 @contextlib.contextmanager
-def _file_functions_without_tensorflow(builder):
-    """Gives the builder's module plain file functions for tf.io.gfile.
+def _without_tensorflow(builder):
+    """Gives the builder's module and those of TFDS plain functions for what they use of TensorFlow.
 
-    That is all that tiny_shakespeare, lm1b, pg19 and others use TensorFlow for; the translation
-    sets do not use it.
+    These are the files of tf.io.gfile, which tiny_shakespeare, lm1b, pg19, mnist and others read,
+    and the encoding of images given as arrays, such as those of mnist and cifar10. The translation
+    sets use none of it.
     """
+    from tensorflow_datasets.core.download import extractor
+    from tensorflow_datasets.core.features import image_feature
+    from tensorflow_datasets.core.utils import tf_utils
 
     def open_file(file, mode="r"):
         text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
         return open(file, mode, **text)
 
-    module = sys.modules[type(builder).__module__]
-    original = getattr(module, "tf", None)
-    if original is None:
-        yield
-        return
+    def encoder(kind):
+        def encode(image):
+            from PIL import Image
+
+            file = io.BytesIO()
+            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, kind)
+            return types.SimpleNamespace(numpy=file.getvalue)
+
+        return encode
+
+    modules = [sys.modules[type(builder).__module__], extractor, image_feature, tf_utils]
+    originals = {module: module.tf for module in modules if hasattr(module, "tf")}
     gfile = types.SimpleNamespace(
         GFile=open_file,
         exists=os.path.exists,
@@ -92,11 +104,19 @@ def _file_functions_without_tensorflow(builder):
         listdir=os.listdir,
         glob=glob.glob,
     )
-    module.tf = types.SimpleNamespace(io=types.SimpleNamespace(gfile=gfile))
+    plain = types.SimpleNamespace(
+        io=types.SimpleNamespace(gfile=gfile),
+        compat=types.SimpleNamespace(as_text=os.fspath),
+        image=types.SimpleNamespace(encode_png=encoder("png"), encode_jpeg=encoder("jpeg")),
+        executing_eagerly=lambda: True,
+    )
+    for module in originals:
+        vars(module)["tf"] = plain
     try:
         yield
     finally:
-        module.tf = original
+        for module, original in originals.items():
+            vars(module)["tf"] = original
 
 
 def text(example: Mapping[str, Any], key: str, name: str) -> str:

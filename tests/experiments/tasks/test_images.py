@@ -4,6 +4,7 @@ import collections
 import gzip
 import itertools
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -235,6 +236,46 @@ def test_tfds_set_of_images(tmp_path, monkeypatch):
     task = tasks.Images(tfds="pictures", tfds_records=5, data_dir=str(tmp_path))
     assert task.classes == ("a", "b") and task.image_shape == (4, 4, 3)
     assert sorted(task.eval_splits()["test"]["targets"]) == [0, 0, 1, 1, 1]
+
+
+def test_tfds_own_mnist_without_tensorflow(idx, tmp_path, monkeypatch):
+    """Its real builder, TFDS's extractor and its encoding of arrays; the images are fewer."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    from tensorflow_datasets.core.download import extractor
+    from tensorflow_datasets.image_classification import mnist
+
+    tfds.disable_progress_bar()
+    for name, count in (("train", 40), ("t10k", 10)):
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28))
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte.gz", pixels)
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte.gz", np.arange(count) % 5)
+    monkeypatch.setattr(mnist, "_TRAIN_EXAMPLES", 40)
+    monkeypatch.setattr(mnist, "_TEST_EXAMPLES", 10)
+
+    def download(self, urls):
+        files = {key: tmp_path / url.rpartition("/")[2] for key, url in urls.items()}
+        extract = extractor._Extractor()
+        methods = {key: tfds.download.ExtractMethod.GZIP for key in files}
+        with extract.tqdm():
+            return {k: extract.extract(f, methods[k], tmp_path / k).get() for k, f in files.items()}
+
+    monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", download)
+    task = tasks.Images(tfds="mnist", data_dir=str(tmp_path / "data"))
+    assert task.summary().startswith("images: 36 for training, 4 for validation, 10 for test; 28")
+    parts = files.read_tfds("mnist", None, str(tmp_path / "data"), None, None)
+    for name, count in (("train", 40), ("test", 10)):
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 28, 28))
+        order = np.lexsort(pixels.reshape(count, -1).T)
+        got = parts[name].images[..., 0]
+        own = np.lexsort(got.reshape(count, -1).T)
+        np.testing.assert_array_equal(got[own], pixels[order])
+        np.testing.assert_array_equal(
+            parts[name].labels[own].astype(int), (np.arange(count) % 5)[order]
+        )
+    assert "tensorflow" not in sys.modules
+    from tensorflow_datasets.core.utils import lazy_imports_utils
+
+    assert extractor.tf is lazy_imports_utils.tensorflow  # put back
 
 
 # What is wrong is said in one line
