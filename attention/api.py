@@ -145,7 +145,7 @@ def attend(
     check(mechanism, params, query, key, value, pairs, data)
     gates = check_gates(mechanism, query, key, query_gates, key_gates)
     if dropout_key is not None:
-        dropout_key = _of_default_generator(dropout_key)
+        dropout_key = _of_threefry(dropout_key)
     check_dropout(dropout_rate, dropout_key, query.shape)
     check_aux(aux, _AUX, weight_rows, query.shape[-3])
     check_non_finite(non_finite, key.shape[:-1])
@@ -332,17 +332,16 @@ def _is_key(x):
     return jnp.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
 
 
-def _of_default_generator(key):
-    """Keys, or data of such, as keys of JAX's default generator, whose bits all kernels draw."""
-    if not _is_key(key):
-        return jax.random.wrap_key_data(key)
-    default = jax.random.key(0)
-    if key.dtype == default.dtype:
+def _of_threefry(key):
+    """Keys of any generator, or data of such, as keys of Threefry, whose bits all kernels draw."""
+    key = key if _is_key(key) else jax.random.wrap_key_data(key)
+    first = jax.random.key(0, impl="threefry2x32")
+    if key.dtype == first.dtype:
         return key
     data = jax.random.key_data(key)
     words = jnp.moveaxis(data, -1, 0).reshape(data.shape[-1], -1)
     fold = jax.vmap(jax.random.fold_in)
-    keys = functools.reduce(fold, words, jnp.broadcast_to(default, words.shape[1:]))
+    keys = functools.reduce(fold, words, jnp.broadcast_to(first, words.shape[1:]))
     return keys.reshape(key.shape)
 
 

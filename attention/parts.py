@@ -132,11 +132,12 @@ class Tile:
     def random_at_least(self, threshold: int, key_data: Array) -> Array:
         """[t, s] bool: whether 32 random bits of each pair are a number of at least `threshold`.
 
-        The bits are those of the key of `key_data`, folded in with the index of the query and then
-        with that of the key.
+        The bits are those of Threefry's key of `key_data`, folded in with the index of the query
+        and then with that of the key.
         """
         fold = jax.random.fold_in
-        by_row = jax.vmap(fold, (None, 0))(jax.random.wrap_key_data(key_data), self.query_index)
+        random_key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
+        by_row = jax.vmap(fold, (None, 0))(random_key, self.query_index)
         by_pair = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))(by_row, self.key_index)
         return jax.random.key_data(by_pair)[..., 0] >= jnp.uint32(threshold)
 

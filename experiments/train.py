@@ -45,8 +45,8 @@ def main(argv):
         loop.check_directory(directory, config)
         loop.claim(directory, config, cores)
         task, _ = build(config)
-        if isinstance(task, tasks.Summarizes):
-            print(task.summary())
+        for text in tasks.summaries([task]):
+            print(text)
     path = directory / "result.json"
     if not path.exists():
         stop = Stop(leave=cli.leave)

@@ -747,7 +747,9 @@ def _by_whole_rows(plan, arrays, data, aux):
             jax.tree.map(lambda x: _at(x, row), arrays.query_gates),
             jax.tree.map(lambda x: x[:, index].T, arrays.key_gates),
         )
-        dropout_key = jax.random.wrap_key_data(data.dropout_key) if plan.dropout_rate else None
+        dropout_key = None
+        if plan.dropout_rate:
+            dropout_key = jax.random.wrap_key_data(data.dropout_key, impl="threefry2x32")
         out, extra = dense.attend_rows(
             plan.mechanism,
             inputs,

@@ -249,9 +249,7 @@ def train_sweep(
                     cells.forget(cells.folder(workdir, job.id), retried)
                 open_workdir(workdir, swept, expected, executor.threads, looks)
             print(f"{len(todo)} of {len(swept)} cells to train in {workdir}", flush=True)
-            trained = {cell.id: tasks.create(cell.config.task) for cell in swept}
-            own = [trained[job.id] for job in todo]
-            for text in dict.fromkeys(x.summary() for x in own if isinstance(x, tasks.Summarizes)):
+            for text in tasks.summaries(tasks.create(cell.config.task) for cell in swept):
                 print(text, flush=True)
             stop.unsaved = True  # those who train are asked to save
             if eta:

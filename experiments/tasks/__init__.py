@@ -9,7 +9,7 @@ its own and name it in `TASKS`.
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -198,6 +198,11 @@ class Translates(Writes, Summarizes, typing.Protocol):
     @property
     def fingerprint(self) -> str:
         """A hash that changes with any text and with the vocabulary."""
+
+
+def summaries(of: Iterable[Task]) -> list[str]:
+    """What those that `Summarizes` say of their data, each text once."""
+    return list(dict.fromkeys(task.summary() for task in of if isinstance(task, Summarizes)))
 
 
 def create(config: Mapping[str, Any]) -> Task:

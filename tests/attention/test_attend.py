@@ -677,18 +677,20 @@ def test_dropout_keys_of_examples_and_heads():
     assert (abs(by_head[1] - want[1]) > 1e-3).any()
 
 
+@pytest.mark.parametrize("generator", ["threefry2x32", "rbg"])
 @pytest.mark.parametrize("kernel", ["dense", "tiled"])
-def test_dropout_keys_of_another_generator(kernel):
-    """What they drop is the same for every kernel, and another key drops something else."""
+def test_dropout_keys_of_another_generator(kernel, generator):
+    """What they drop is the same for every kernel and default, and another key drops another."""
     run = functools.partial(attend, Mechanism(), NO_PARAMS, *qkv(H=2), dropout_rate=0.5)
     one, other = (jax.random.key(n, impl="rbg") for n in (3, 4))
     want = run(dropout_key=one, implementation="dense")
-    assert_close(run(dropout_key=one, implementation=kernel), want)
-    assert_close(
-        run(dropout_key=jnp.stack([one] * 2), implementation=kernel)[0, :, 1],
-        run(dropout_key=jnp.stack([other, one]), implementation=kernel)[0, :, 1],
-    )
-    assert (abs(run(dropout_key=other, implementation=kernel) - want) > 1e-3).any()
+    with jax.default_prng_impl(generator):
+        assert_close(run(dropout_key=one, implementation=kernel), want)
+        assert_close(
+            run(dropout_key=jnp.stack([one] * 2), implementation=kernel)[0, :, 1],
+            run(dropout_key=jnp.stack([other, one]), implementation=kernel)[0, :, 1],
+        )
+        assert (abs(run(dropout_key=other, implementation=kernel) - want) > 1e-3).any()
 
 
 def test_dropout():

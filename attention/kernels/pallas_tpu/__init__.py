@@ -16,7 +16,6 @@ or are asked about, since importing Pallas takes a while.
 
 import math
 
-import jax
 import jax.numpy as jnp
 
 from attention.kernels import tiled
@@ -43,9 +42,6 @@ def unsupported(call: Call) -> str | None:
         return f"{mechanism.normalizer} needs all scores of a row at once; tiled gives it them"
     if call.device.platform == "tpu" and dtype not in (jnp.float32, jnp.bfloat16):
         return f"it takes float32 and bfloat16, got {dtype}: cast query, key and value"
-    generator = jax.config.jax_default_prng_impl  # type: ignore[attr-defined]
-    if call.dropout_rate > 0 and generator != "threefry2x32":
-        return "it hashes what to drop by Threefry: set jax_default_prng_impl='threefry2x32'"
     widest = max(call.query.shape[-1], call.value.shape[-1])
     if widest > _WIDEST:
         return f"its blocks have no room for heads wider than {_WIDEST}, got {widest}"

@@ -264,13 +264,6 @@ def test_what_it_cannot_serve(mechanism, options, reason):
     assert reason in found and "\n" not in found
 
 
-def test_it_drops_by_threefry_alone():
-    dropping = call(Mechanism(), dropout_rate=0.1)
-    assert unsupported(KERNELS["pallas_tpu"], dropping) is None
-    with jax.default_prng_impl("rbg"):
-        assert "Threefry" in unsupported(KERNELS["pallas_tpu"], dropping)
-
-
 def test_its_random_bits_are_those_of_jax():
     index = np.arange(37), np.arange(5, 300)
     data = jax.random.key_data(jax.random.key(11))

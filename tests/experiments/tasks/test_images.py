@@ -151,6 +151,12 @@ def test_folders_by_class(tmp_path, suffix):
     )
 
 
+def test_what_was_read_is_said_once(tmp_path):
+    write_images(tmp_path)
+    image, text = tasks.Images(path=str(tmp_path)), tasks.create({"name": "recall"})
+    assert tasks.summaries([image, text, image]) == [image.summary()]
+
+
 def test_one_folder_is_split(tmp_path):
     write_images(tmp_path)
     splits = tasks.Images(path=str(tmp_path)).eval_splits()
@@ -238,7 +244,7 @@ def test_tfds_set_of_images(tmp_path, monkeypatch):
     assert sorted(task.eval_splits()["test"]["targets"]) == [0, 0, 1, 1, 1]
 
 
-def test_tfds_own_mnist_without_tensorflow(idx, tmp_path, monkeypatch):
+def test_tfds_own_mnist_without_tensorflow(tmp_path, monkeypatch):
     """Its real builder, TFDS's extractor and its encoding of arrays; the images are fewer."""
     tfds = pytest.importorskip("tensorflow_datasets")
     from tensorflow_datasets.core.download import extractor
@@ -253,11 +259,12 @@ def test_tfds_own_mnist_without_tensorflow(idx, tmp_path, monkeypatch):
     monkeypatch.setattr(mnist, "_TEST_EXAMPLES", 10)
 
     def download(self, urls):
-        files = {key: tmp_path / url.rpartition("/")[2] for key, url in urls.items()}
-        extract = extractor._Extractor()
-        methods = {key: tfds.download.ExtractMethod.GZIP for key in files}
+        extract, kind = extractor._Extractor(), tfds.download.ExtractMethod.GZIP
         with extract.tqdm():
-            return {k: extract.extract(f, methods[k], tmp_path / k).get() for k, f in files.items()}
+            return {
+                key: extract.extract(tmp_path / url.rpartition("/")[2], kind, tmp_path / key).get()
+                for key, url in urls.items()
+            }
 
     monkeypatch.setattr(tfds.download.DownloadManager, "download_and_extract", download)
     task = tasks.Images(tfds="mnist", data_dir=str(tmp_path / "data"))

@@ -82,7 +82,6 @@ def assert_same(run, reference):
 MIXED = {
     "model.layers": "layer(mixer=gated_delta) + layer(mixer=kda) + layer(mixer=gla) + full",
     "model.num_layers": 4,
-    "model.mask": "causal",
 }
 AROUND = {
     "model.readout": "differential",
