@@ -138,6 +138,17 @@ def test_agrees_with_dense(mechanism, x64):
     assert_close(got, pulled("dense", mechanism, **options)(*given, {}), 1e-10)
 
 
+def test_drops_what_dense_drops(x64):
+    """Forward and backward."""
+    given = arrays(Mechanism(), dtype="float64")
+    data = {"dropout_key": jax.random.key(5)}
+    got, want = (
+        pulled(kernel, Mechanism(), dropout_rate=0.4)(*given, data)
+        for kernel in ("pallas_tpu", "dense")
+    )
+    assert_close(got, want, 1e-10)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mechanism",
