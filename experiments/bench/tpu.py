@@ -87,12 +87,15 @@ def attended(
         lambda key: mechanism.init(key, num_heads=heads, head_dim=width), jax.random.key(0)
     )
     needed = {name for names in mechanism.required_inputs for name in names} | {*inputs}
+    gates = {"query_gates": mechanism.query_gates, "key_gates": mechanism.key_gates}
+    needed |= {name for name, count in gates.items() if count}
     shapes = {
         "bias": ((length, length), dtype),
         "mask": ((length, length), bool),
         "dropout_key": ((2,), jnp.uint32),
         "query_coordinates": ((length, 2), jnp.int32),
         "key_coordinates": ((length, 2), jnp.int32),
+        **{name: ((length, heads, count), dtype) for name, count in gates.items()},
     }
     data = {}
     for name in sorted(needed):
@@ -103,7 +106,7 @@ def attended(
         return attention.attend(mechanism, params, query, key, value, **data, **options)
 
     def gradient(params, query, key, value, data):
-        floating = {name: data[name] for name in data if name == "bias"}
+        floating = {name: data[name] for name in data if name == "bias" or name in gates}
 
         def of_floating(params, query, key, value, floating):
             return run(params, query, key, value, data | floating)
@@ -246,13 +249,14 @@ def parts() -> dict[str, tuple[attention.Mechanism, dict[str, Any]]]:
 
 
 _PARTS = {
-    "score": "dot; scaled_dot; general; additive(16); location(4096); cosine; gaussian; "
-    "scale(dot, 0.1); temperature(dot); soft_cap(scaled_dot)",
+    "score": "dot; scaled_dot; general; additive(16); location(4096); cosine; gaussian; pope; "
+    "elu_features; random_features(64); hedgehog_features; "
+    "scale(dot, 0.1); temperature(dot); token_temperature(dot); soft_cap(scaled_dot)",
     "position": "rope; xpos; alibi; t5; shaw; shaw(value_side=True); kerple_log; kerple_power; "
-    "fire(8)",
+    "fire(8); forget; gated_t5; position_temperature; rope2d; alibi2d",
     "mask": "causal; sliding_window(256); causal | prefix(100); prefix; padding; segments; "
-    "block_local(256); dilated(2); causal & segments",
-    "normalizer": "softmax_off_by_one; learned_sink; squared_relu",
+    "block_local(256); dilated(2); causal & segments; window2d(8)",
+    "normalizer": "softmax_off_by_one; learned_sink; squared_relu; unnormalized; sum_to_one",
 }
 
 

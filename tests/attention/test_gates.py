@@ -12,6 +12,7 @@ import attention
 from attention import Mechanism, attend, decoding, masks, normalizers, positions, scores
 from attention.kernels.registry import KERNELS, describe, unsupported
 from attention.nn import MultiHeadAttention
+from support.marks import slow_but
 from support.mechanisms import (
     NO_PARAMS,
     assert_close,
@@ -28,7 +29,10 @@ T = 7
 
 @dataclasses.dataclass(frozen=True)
 class Slope(attention.Position):
-    """−a exp(g_i + f_j) |i − j|, and keys times their own number: every way that gates go."""
+    """−a exp(g_i + f_j) |i − j|, vectors times their own number, o_i + a g_i Σ_j w_ij f_j.
+
+    Every way that gates go.
+    """
 
     query_gates = 1
     key_gates = 2
@@ -42,6 +46,9 @@ class Slope(attention.Position):
     def tile(self, params, query, key, tile):
         rate = jnp.exp(tile.query_gates + tile.key_gates[:, 1:].T)
         return -params["a"] * rate * jnp.abs(tile.distance)
+
+    def mix(self, params, weights, tile):
+        return params["a"] * (tile.query_gates * weights) @ tile.key_gates[:, :1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +85,7 @@ def gates(asking, T=T, H=2, K=1, batch=(2,), dtype="float32"):
 
 def derivatives(mechanism, kernel, tangent=True, **data):
     """(arrays, gates, direction) -> (out, lse), gradient of a sum, its tangent; `compiled`."""
-    size = {"block_sizes": (2, 3)} if kernel == "tiled" else {}
+    size = {"block_sizes": (2, 3)} if KERNELS[kernel].has_blocks else {}
 
     @compiled
     def run(arrays, gates, direction):
@@ -111,7 +118,10 @@ def test_kernels_agree_on_every_derivative(mechanism, x64):
     of_tokens = gates(mechanism, dtype="float64")
     data = {"mask": np.arange(T)[:, None] != 3}
     inputs = arrays, of_tokens, (arrays, of_tokens)
-    kernels = [name for name, kernel in KERNELS.items() if kernel.takes_gates]
+    call = describe(mechanism, *arrays[1:])
+    kernels = [name for name, kernel in KERNELS.items() if not unsupported(kernel, call)]
+    assert kernels[:2] == ["dense", "tiled"]
+    assert ("pallas_tpu" in kernels) == (mechanism.normalizer == normalizers.Softmax())
     want, *others = (derivatives(mechanism, kernel, **data)(*inputs) for kernel in kernels)
     for got in others:
         assert_close(got, want, 1e-12)
@@ -119,7 +129,7 @@ def test_kernels_agree_on_every_derivative(mechanism, x64):
         assert np.abs(leaf).max() > 1e-3
 
 
-@pytest.mark.parametrize("kernel", ["tiled", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kernel", slow_but(["tiled"], ["dense", "tiled", "pallas_tpu"]))
 def test_absent_gates_change_nothing(kernel):
     """NaN in the gates of padding: the same bits and gradients of 0.
 
@@ -151,7 +161,7 @@ def test_the_choice_and_its_errors():
         run(query_gates=normal(0, 2, T, 2, 1))
     call = describe(mechanism, query, key, value)
     able = [name for name, kernel in KERNELS.items() if not unsupported(kernel, call)]
-    assert able == ["dense", "tiled"]
+    assert able == ["dense", "tiled", "pallas_tpu"]
     assert "key_gates" in unsupported(KERNELS["linear"], call)
 
 

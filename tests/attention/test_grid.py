@@ -150,7 +150,7 @@ def test_learned_and_its_gradients(x64):
 
 def derivatives(mechanism, kernel, coordinates):
     """(arrays, tangents) -> out, gradient of a sum, its tangent; `compiled`."""
-    size = {"block_sizes": (4, 3)} if kernel == "tiled" else {}
+    size = {"block_sizes": (4, 3)} if KERNELS[kernel].has_blocks else {}
 
     @compiled
     def run(arrays, tangents):
@@ -168,6 +168,9 @@ def derivatives(mechanism, kernel, coordinates):
 
 
 MECHANISMS = {
+    "turned": Mechanism(
+        position=positions.RoPE2D() + positions.ALiBi2D(), mask=masks.Window2D(1) & masks.Causal()
+    ),
     "window": Mechanism(position=positions.Relative2D(2), mask=masks.Window2D(1)),
     "whole rows": Mechanism(position=positions.CoPE(3) + positions.ALiBi2D(), mask=masks.Causal()),
 }
@@ -185,7 +188,9 @@ def test_kernels_agree_on_every_derivative(name, examples, x64):
     want = derivatives(mechanism, "dense", GRID)(arrays, tangents)
     for leaf in jax.tree.leaves(want):
         assert np.abs(leaf).max() > 1e-3
-    assert_close(derivatives(mechanism, "tiled", places)(arrays, tangents), want, 1e-12)
+    kernels = ["tiled", "pallas_tpu"] if name == "turned" else ["tiled"]
+    for kernel in kernels:
+        assert_close(derivatives(mechanism, kernel, places)(arrays, tangents), want, 1e-12)
 
 
 def test_a_window_visits_its_blocks_alone(monkeypatch):
@@ -229,12 +234,11 @@ def test_which_kernels_serve():
     for kind, part in (("position", positions.RoPE2D()), ("mask", masks.Window2D(1))):
         mechanism = Mechanism(**{kind: part})
         lines = explain(mechanism, *arrays, query_coordinates=GRID, key_coordinates=GRID)
-        assert lines.count("cannot: ") >= 3 and "dense: runs" in lines
+        reason = f"cannot: it reads no rows and columns of tokens (query_coordinates), as {part}"
+        assert lines.count("cannot: ") >= 2 and "dense: runs" in lines
+        assert f"{reason} does" in lines or kind == "position"
         call = describe(mechanism, *arrays, query_coordinates=GRID, key_coordinates=GRID)
-        reason = unsupported(KERNELS["pallas_tpu"]._replace(platforms=None), call)
-        assert (
-            reason == f"it reads no rows and columns of tokens (query_coordinates), as {part} does"
-        )
+        assert unsupported(KERNELS["pallas_tpu"], call) is None
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from attention.kernels.heads import (
     on_data_parts,
     unknown_split,
 )
+from attention.kernels.products import num_features
 from attention.kernels.registry import Call, Kernel, device_of, register
 
 
@@ -45,6 +46,10 @@ def unsupported(call: Call) -> str | None:
     widest = max(call.query.shape[-1], call.value.shape[-1])
     if widest > _WIDEST:
         return f"its blocks have no room for heads wider than {_WIDEST}, got {widest}"
+    features = num_features(mechanism, call.query.shape[-1])
+    if features > _WIDEST:
+        of_score = f"{features} of {mechanism.score}"
+        return f"its blocks have no room for more than {_WIDEST} features, {of_score}"
     if call.value.shape[-1] == 0:
         return "values of width 0 leave it nothing to compute"
     from attention.kernels.pallas_tpu import limits
@@ -81,6 +86,7 @@ def attend(
     dropout_key,
     block_sizes,
     non_finite=None,
+    gates=(None, None),
     **options,
 ):
     """`Kernel.attend`: each device of an axis 'data' for its own examples."""
@@ -101,6 +107,7 @@ def attend(
         "data": data,
         "dropout_key": dropout_key,
         "non_finite": non_finite,
+        "gates": gates,
     }
 
     def run(params, arrays):
@@ -118,5 +125,7 @@ register(
         platforms=("tpu", "cpu"),
         has_blocks=True,
         reads_non_finite=True,
+        takes_gates=True,
+        takes_coordinates=True,
     )
 )

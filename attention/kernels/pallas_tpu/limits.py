@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention.kernels import lanes
+from attention.kernels.heads import with_gates
 from attention.kernels.lanes import LANES, is_literal
 from attention.kernels.pallas_tpu.head import attend_head
 from attention.kernels.pallas_tpu.passes import fast_memory
 from attention.kernels.registry import Device
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism, params_shape
-from attention.parts import Tile
+from attention.parts import COORDINATES, Tile
 
 
 class KernelShapes(NamedTuple):
@@ -63,23 +64,32 @@ def kernel_jaxprs(shapes: KernelShapes, block: tuple[int, int]) -> dict[str, Any
     ]
     label = jax.ShapeDtypeStruct((), jnp.int32)
     labels = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (T, S)]
+    gates = [
+        jax.ShapeDtypeStruct((length, n), jnp.float32) if n else None
+        for length, n in ((T, mechanism.query_gates), (S, mechanism.key_gates))
+    ]
+    coordinates: list[Any] = [None, None]
+    if COORDINATES & mechanism.required_inputs:
+        coordinates = [jax.ShapeDtypeStruct((n, 2), jnp.int32) for n in (T, S)]
     known = [np.arange(n) for n in (T, S)]
 
-    def gradient(params, query, key, value, bias, mask, known_labels, lengths, segments):
+    def gradient(params, vectors, gates, bias, mask, known_labels, lengths, segments, coordinates):
         positions = known if shapes.consecutive else known_labels
-        tile = Tile(*known, *positions, lengths[0], shapes.num_heads, *lengths[1:3], *segments,
-                    lengths[3], consecutive=shapes.consecutive)  # fmt: skip
 
-        def run(params, query, key, value, bias):
+        def run(params, vectors, gates, bias):
+            tile = Tile(*known, *positions, lengths[0], shapes.num_heads, *lengths[1:3], *segments,
+                        lengths[3], shapes.consecutive, None, *gates, *coordinates)  # fmt: skip
             return attend_head(
-                mechanism, params, query, key, value, tile, bias=bias, mask=mask,
-                block_sizes=block, interpret=False,
+                mechanism, params, *vectors, with_gates(mechanism, params, tile, shapes.dtype),
+                bias=bias, mask=mask, block_sizes=block, interpret=False,
             )[0]  # fmt: skip
 
-        out, pull = jax.vjp(run, params, query, key, value, bias)
+        out, pull = jax.vjp(run, params, vectors, gates, bias)
         return pull(out)
 
-    closed = jax.make_jaxpr(gradient)(params, *vectors, *pairs, labels, [label] * 4, labels)
+    closed = jax.make_jaxpr(gradient)(
+        params, vectors, gates, *pairs, labels, [label] * 4, labels, coordinates
+    )
     return dict(_pallas_calls(closed.jaxpr))
 
 

@@ -127,7 +127,7 @@ def _whole(x):
 
 
 def _pieces(plan, arrays):
-    """`Piece` of `_Operand`s."""
+    """`Piece` of `_Operand`s; its gates of keys are [n, s], as a register holds them."""
     s = plan.block[1]
     inputs = Inputs(
         jax.tree.map(_whole, arrays.params),
@@ -136,6 +136,8 @@ def _pieces(plan, arrays):
         _of_rows(arrays.features),
         _of_columns(arrays.key_features, s),
         _Operand(arrays.value.T, (s, len(arrays.value)), ("column", None), (s, len(arrays.value))),
+        jax.tree.map(_of_rows, arrays.query_gates),
+        jax.tree.map(lambda x: _of_columns(x, s), arrays.key_gates),
     )
     return Piece(inputs, None if arrays.bias is None else _of_pairs(arrays.bias, plan.block))
 
@@ -177,7 +179,16 @@ def _tile(plan, local, indices):
         key_segments=key.segments,
         prefix_length=local.prefix_length,
         consecutive=plan.consecutive,
+        query_coordinates=query.coordinates,
+        key_coordinates=None if key.coordinates is None else key.coordinates.T,
     )
+
+
+def _gates_by_key(piece):
+    """The piece with the gates of keys as `Tile` has them, [s, n]."""
+    inputs = piece.inputs
+    gates = jax.tree.map(jnp.transpose, inputs.key_gates)
+    return piece._replace(inputs=inputs._replace(key_gates=gates))
 
 
 def _visible(plan, tile, local):
@@ -378,7 +389,7 @@ def forward(setting: TpuSetting, arrays: Arrays, data: Data) -> tuple[Array, Any
         )
 
     def visit(masked, piece, local, extra, indices, state, out):
-        tile = _tile(plan, local, indices)
+        piece, tile = _gates_by_key(piece), _tile(plan, local, indices)
         visible = _visible(plan, tile, local) if masked else None
         logits = tiled.tile_logits(plan, piece, tile, visible)
         own = piece.inputs.params["normalizer"]
@@ -493,6 +504,8 @@ def backward(
         inputs.key_features,
         inputs.value.T,
         bias,
+        inputs.query_gates,
+        inputs.key_gates,
     )
 
 
@@ -504,7 +517,7 @@ def _gradients(launch, steps, places, name):
     plan, states = launch.setting.plan, launch.states
 
     def weighted(masked, piece, local, extra, indices):
-        tile = _tile(plan, local, indices)
+        piece, tile = _gates_by_key(piece), _tile(plan, local, indices)
         visible = _visible(plan, tile, local) if masked else None
         logits = tiled.tile_logits(plan, piece, tile, visible)
         own = piece.inputs.params["normalizer"]

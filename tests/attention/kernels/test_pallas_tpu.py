@@ -264,6 +264,11 @@ REFUSED = [
     (Mechanism(Sorted()), {}, "no TPU kernel can have sort, which its forward pass has"),
     (Mechanism(), {"dtype": "float16"}, "takes float32 and bfloat16, got float16: cast"),
     (Mechanism(), {"D": 2048}, "wider than 1024, got 2048"),
+    (
+        Mechanism(scores.TaylorFeatures()),
+        {},
+        "no room for more than 1024 features, 16513 of Taylor",
+    ),
     (Mechanism(), {"aux": ("weights",)}, "'row_weights' are some"),
     (Mechanism(), {"device": Device("cuda", "NVIDIA H100")}, "it runs on tpu and cpu"),
 ]
