@@ -11,7 +11,7 @@ other. So a function is traced to a jaxpr, and `evaluate` computes it with each 
 and moved only where an operation needs the other one. Matrix products get their precision here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,7 +24,10 @@ LANES = 128  # columns of a register
 
 
 class Value(NamedTuple):
-    """An array of a jaxpr: `kind` is 'rows', 'columns', 'uniform', or 'array', x as it is."""
+    """An array of a jaxpr.
+
+    `kind` is 'rows', 'columns', 'uniform', or 'array', x as it is, or 'turned', x its transpose.
+    """
 
     kind: str
     x: Any
@@ -53,6 +56,8 @@ def array(held: Value, shape: tuple[int, ...], dtype: Any = None) -> Array:
     """The array of that shape; vectors lie along the last axis."""
     kind, x = held
     x = x if dtype is None else x.astype(dtype)
+    if kind == "turned":
+        return x.T
     if kind == "uniform":
         return _spread(x if x.ndim == 0 else x.reshape((1,) * len(shape)), shape)
     if kind == "rows" and len(shape) == 1:
@@ -101,9 +106,12 @@ def evaluate(
     closed: core.ClosedJaxpr,
     consts: list[Value],
     args: list[Value],
-    product: Callable[[Array, Array, Any], Array],
+    product: Callable[[Array, Array, Sequence[Any], dict[str, Any]], Array],
 ) -> list[Value]:
-    """The outputs of a jaxpr; `product(a, b, equation)` computes its `dot_general`s of arrays."""
+    """The outputs of a jaxpr.
+
+    `product(a, b, dtypes, params)` computes a `dot_general` of arrays that have those dtypes in it.
+    """
     jaxpr = closed.jaxpr
     held = dict(zip(jaxpr.constvars, consts, strict=True))
     held |= zip(jaxpr.invars, args, strict=True)
@@ -116,6 +124,8 @@ def evaluate(
     for equation in live(jaxpr):
         operands = [read(atom) for atom in equation.invars]
         name = equation.primitive.name
+        if name != "transpose":
+            operands = [Value("array", x.x.T) if x.kind == "turned" else x for x in operands]
         if (inner := inner_jaxpr(equation)) is not None:
             own = [value(jnp.asarray(x)) for x in inner.consts]
             results = evaluate(inner, own, operands, product)
@@ -124,14 +134,23 @@ def evaluate(
         elif name in _RULES:
             results = [_RULES[name](equation, *operands)]
         elif name == "dot_general":
-            left, right = (
-                array(x, atom.aval.shape) for x, atom in zip(operands, equation.invars, strict=True)
-            )
-            results = [_of(equation, product(left, right, equation))]
+            results = [_dot_general(equation, operands, product)]
         else:
             results = _as_it_is(equation, operands)
         held |= zip(equation.outvars, results, strict=True)
-    return [read(atom) for atom in jaxpr.outvars]
+    results = [read(atom) for atom in jaxpr.outvars]
+    return [value(x.x.T) if x.kind == "turned" else x for x in results]
+
+
+def _dot_general(equation, operands, product):
+    avals = [atom.aval for atom in equation.invars]
+    arrays = [array(x, aval.shape) for x, aval in zip(operands, avals, strict=True)]
+    dtypes, params = [aval.dtype for aval in avals], equation.params
+    # aᵀ b turns a around first: the smaller of the two.
+    if params["dimension_numbers"] == (((0,), (0,)), ((), ())) and params["precision"] is None:
+        if avals[0].ndim == avals[1].ndim == 2 and avals[0].size > avals[1].size:
+            return Value("turned", product(*arrays[::-1], dtypes[::-1], params))
+    return _of(equation, product(*arrays, dtypes, params))
 
 
 def is_literal(atom: Any) -> bool:
@@ -190,7 +209,8 @@ ELEMENTWISE = frozenset(
     "abs add add_any and atan2 ceil clamp convert_element_type copy cos div eq erf erf_inv exp "
     "exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg "
     "nextafter not or pow reduce_precision rem round rsqrt select_n shift_left "
-    "shift_right_arithmetic shift_right_logical sign sin sqrt square sub tan tanh xor".split()
+    "shift_right_arithmetic shift_right_logical sign sin sqrt square stop_gradient sub tan tanh "
+    "xor".split()
 )
 
 
@@ -318,6 +338,8 @@ def _iota(equation):
 
 def _transpose(equation, held):
     before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    if held.kind == "turned":
+        return Value("array", held.x)
     if not _is_vector(before):
         return Value("array", lax.transpose(array(held, before), equation.params["permutation"]))
     if held.kind == "uniform" or len(before) < 2:

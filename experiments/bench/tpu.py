@@ -130,7 +130,7 @@ OURS = {
     "ours, soft cap": attention.Mechanism(scores.SoftCap(scores.ScaledDot())),
     "ours, ALiBi": attention.Mechanism(position=positions.ALiBi()),
 }
-PEERS = ("jax's flash_attention", "jax's splash")
+PEERS = ("jax's flash_attention", "jax's splash", "the products of dq alone")
 _MATRICES = {"forward": 2, "dq": 3, "dkv": 4}  # products of matrices of a kernel
 
 
@@ -212,7 +212,8 @@ def _compile(chip, name, block):
         )
     x = jax.ShapeDtypeStruct((1, 1, LENGTH, WIDTH), jnp.bfloat16)
     return compiled(
-        {"jax's flash_attention": _flash, "jax's splash": _splash}[name](*block), target, x, x, x
+        dict(zip(PEERS, (_flash, _splash, _products), strict=True))[name](*block),
+        *(target, x, x, x),
     )
 
 
@@ -231,6 +232,35 @@ def _splash(t, s):
         mask=mask, block_sizes=splash.BlockSizes(block_q=t, block_kv=s, block_kv_compute=s)
     )
     return lambda q, k, v: kernel(q[0], k[0], v[0])
+
+
+def _products(t, s):
+    """(q kᵀ + q vᵀ) k of a pair of blocks at a time: what no kernel of dq can do without."""
+    from jax.experimental import pallas as pl
+
+    def product(a, b, contracted):
+        numbers = ((1,), (contracted,)), ((), ())
+        return jax.lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
+
+    def kernel(query, key, value, out):
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            out[...] = jnp.zeros(out.shape, out.dtype)
+
+        scores = product(query[...], key[...], 1) + product(query[...], value[...], 1)
+        out[...] += product(scores.astype(jnp.bfloat16), key[...], 0)
+
+    rows = pl.BlockSpec((t, WIDTH), lambda i, j: (i, 0))
+    columns = pl.BlockSpec((s, WIDTH), lambda i, j: (j, 0))
+    run = pl.pallas_call(
+        kernel,
+        grid=(LENGTH // t, LENGTH // s),
+        in_specs=[rows, columns, columns],
+        out_specs=rows,
+        out_shape=jax.ShapeDtypeStruct((LENGTH, WIDTH), jnp.float32),
+        name="dq_products",
+    )
+    return lambda q, k, v: run(q[0, 0], k[0, 0], v[0, 0])
 
 
 def parts() -> dict[str, tuple[attention.Mechanism, dict[str, Any]]]:

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from attention.kernels import blocks, tiled
 from attention.kernels.derivatives import with_fast_pair
 from attention.kernels.lanes import LANES
-from attention.kernels.pallas_tpu.passes import TpuSetting, backward, fast_memory, forward
+from attention.kernels.pallas_tpu.passes import (
+    TpuSetting,
+    backward,
+    fast_memory,
+    forward,
+    strip_size,
+)
 from attention.kernels.registry import device_of
 from attention.mechanism import Mechanism
 from attention.parts import Array, Params, Tile
@@ -50,7 +56,11 @@ def attend_head(
         dropout_key, dropout_rate, non_finite,
     )  # fmt: skip
     setting = TpuSetting(
-        plan, query.dtype == jnp.bfloat16, interpret, vmem=fast_memory(device.kind)
+        plan,
+        query.dtype == jnp.bfloat16,
+        interpret,
+        vmem=fast_memory(device.kind),
+        strip=strip_size(device.kind),
     )
 
     def attend(plan, arrays, data):

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from attention.kernels import lanes, tiled
 from attention.kernels.dense import Inputs
 from attention.kernels.lanes import LANES, Value, is_literal
-from attention.kernels.pallas_tpu.schedule import Steps, schedule
+from attention.kernels.pallas_tpu.schedule import Schedule, schedule
 from attention.kernels.pallas_tpu.tile import TpuTile
 from attention.kernels.tiled import Arrays, Data, Labels, Piece, Plan
 from attention.parts import EMPTY, FULL, PARTIAL, Array
@@ -33,17 +33,25 @@ class TpuSetting:
       narrow: whether operands of products are bfloat16.
       interpret: whether Pallas's interpreter runs the kernel.
       vmem: bytes of fast memory that a kernel may take.
+      strip: how many rows of a block `forward` computes at once, where it divides them: the
+        compiler puts the products of a strip beside the exponentials of the one before.
     """
 
     plan: Plan
     narrow: bool
     interpret: bool
     vmem: int
+    strip: int
 
 
 def fast_memory(kind: str) -> int:
     """Bytes of a TPU core's vector memory (VMEM) that a kernel may take; some is the compiler's."""
     return (48 if kind.startswith("TPU7x") else 88) * 2**20
+
+
+def strip_size(kind: str) -> int:
+    """`TpuSetting.strip` for a kind of TPU: twice the side of its matrix units, by estimate."""
+    return 256 if kind.startswith(("TPU v4", "TPU v5")) else 512
 
 
 class VisitData(NamedTuple):
@@ -74,24 +82,25 @@ class _Operand(NamedTuple):
     axes: tuple[str | None, ...]
     shape: tuple[int, ...]
 
-    def spec(self):
-        def index(step, row, column, state):
-            place = {"row": row, "column": column}
-            return tuple(0 if axis is None else place[axis][step] for axis in self.axes)
+    def spec(self, place):
+        """place: what `pallas_call` gives index maps -> {'row': block of rows, 'column': ...}."""
+
+        def index(*step):
+            own = place(*step)
+            return tuple(0 if axis is None else own[axis] for axis in self.axes)
 
         return pl.BlockSpec(self.block, index)
 
-    def aval(self):
-        return jax.ShapeDtypeStruct(self.shape, self.x.dtype)
+    def aval(self, rows):
+        """Of `rows` rows of the part."""
+        shape = (rows, *self.shape[1:]) if "row" in self.axes else self.shape
+        return jax.ShapeDtypeStruct(shape, self.x.dtype)
 
-    def load(self, ref):
-        if len(self.shape) == 1 and self.axes[0] == "row":
-            return lanes.rows(ref[...])
-        return lanes.value(ref[...])
-
-    def output(self):
-        """Shape and spec of an output like this operand."""
-        return jax.ShapeDtypeStruct(self.x.shape, self.x.dtype), self.spec()
+    def load(self, ref, rows):
+        if "row" not in self.axes:
+            return lanes.value(ref[...])
+        x = ref[rows]
+        return lanes.rows(x) if len(self.shape) == 1 else lanes.value(x)
 
 
 def _is_operand(x):
@@ -229,11 +238,10 @@ def _traced(function, *args):
     )
 
 
-def _product(narrow, a, b, equation):
+def _product(narrow, a, b, dtypes, params):
     """dot_general of a tile; one that asks for a precision gets it."""
-    params = dict(equation.params)
+    params = dict(params)
     wide = params["preferred_element_type"] or jnp.promote_types(a.dtype, b.dtype)
-    dtypes = [atom.aval.dtype for atom in equation.invars]
     if params["precision"] is None and jnp.issubdtype(wide, jnp.floating):
         if narrow:
             dtypes = [jnp.bfloat16, jnp.bfloat16]
@@ -246,18 +254,29 @@ def _product(narrow, a, b, equation):
 class _Launch:
     """One kernel: functions of (piece, local, indices, ...) and what they read of the first two.
 
-    Calls of the functions are made inside `body`.
+    They are functions of a strip of a block, `strip` of its rows: `plan` is the one whose blocks
+    are strips. Calls of the functions are made inside `body`, where
+
+        place: the blocks of rows and of columns of this step, by 'row' and 'column'
+        first, last: whether this step is the first, the last with its block along `axis`
+        start: whether it is the first of all
+        state: PARTIAL or FULL, where pairs of both states occur
     """
 
     def __init__(
         self,
         setting: TpuSetting,
-        states: frozenset[int],
+        axis: str,
+        pairs: Schedule,
         arrays: Arrays,
         data: Data,
         extra: Any = (),
+        strip: int | None = None,
     ):
-        self.setting, self.states = setting, states
+        self.setting, self.axis, self.pairs = setting, axis, pairs
+        t, s = setting.plan.block
+        self.strip = t if strip is None or t % strip else strip
+        self.plan = dataclasses.replace(setting.plan, block=(self.strip, s))
         self.operands = _pieces(setting.plan, arrays), _locals(setting.plan, data), extra
         self.leaves = jax.tree.leaves(self.operands, is_leaf=_is_operand)
         self.inputs: dict[int, _Operand] = {}
@@ -268,7 +287,9 @@ class _Launch:
 
         `record`: it will be called, so that the kernel gets what it reads.
         """
-        traced = _traced(function, *_avals(self.operands), _index_avals(self.setting.plan), *more)
+        operands = jax.tree.map(lambda x: x.aval(self.strip), self.operands, is_leaf=_is_operand)
+        indices = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in self.plan.block]
+        traced = _traced(function, *operands, indices, *more)
         if not record:
             return traced
         used = [i for i in sorted(traced.read) if i < len(self.leaves)]
@@ -277,71 +298,93 @@ class _Launch:
         self.wide |= set(map(id, traced.consts))
         return traced
 
-    def compute(self, traced, *more):
-        """Pytrees of `Value`s for `more` -> that of the results."""
+    def strips(self):
+        """The rows of each strip, as slices."""
+        t = self.setting.plan.block[0]
+        return [slice(n, n + self.strip) for n in range(0, t, self.strip)]
+
+    def compute(self, traced, rows, *more):
+        """Of a strip: pytrees of `Value`s for `more` -> that of the results."""
         unread = Value("uniform", jnp.zeros((), jnp.float32))
         own = [
-            x.load(self.refs[id(x)]) if i in traced.read else unread
+            x.load(self.refs[id(x)], rows) if i in traced.read else unread
             for i, x in enumerate(self.leaves)
         ]
-        row, column = (x[self.step] for x in self.steps[:2])
-        own += [*_indices(self.setting.plan, row, column), *_values(more)]
-        consts = [x.load(self.refs[id(x)]) for x in traced.consts]
+        t, s = self.setting.plan.block
+        starts = self.place["row"] * t + rows.start, self.place["column"] * s
+        own += [*_indices(self.plan, *starts), *_values(more)]
+        consts = [x.load(self.refs[id(x)], rows) for x in traced.consts]
         product = functools.partial(_product, self.setting.narrow)
         return jax.tree.unflatten(
             traced.structure, lanes.evaluate(traced.jaxpr, consts, own, product)
         )
 
-    def run(self, steps: Steps, body, outputs: list[_Operand], scratch: list[Any], name: str):
+    def run(self, body, outputs: list[_Operand], scratch: list[Any], name: str):
         """body(output refs, scratch refs) for each step -> outputs."""
+        by_row = self.axis == "row"
+        steps: list[Array] = []
+        grid: tuple[int, ...]
+        if self.pairs.shape:
+            grid = self.pairs.shape if by_row else self.pairs.shape[::-1]
+        else:
+            steps = [*(self.pairs.by_row if by_row else self.pairs.by_column)]
+            grid = steps[0].shape
+        in_order: Any = ("arbitrary",) * len(grid)
         inputs = list(self.inputs.values())
         narrow = [
             jnp.bfloat16 if self.setting.narrow and key not in self.wide else x.x.dtype
             for key, x in self.inputs.items()
         ]
 
+        def place(*args):
+            """Of the indices in the grid, and the references to the steps."""
+            if steps:
+                n, *refs = args
+                return {"row": refs[0][n], "column": refs[1][n]}
+            return dict(zip(("row", "column"), args if by_row else args[::-1], strict=True))
+
         def kernel(*refs):
-            self.steps, self.step = Steps(*refs[:3]), pl.program_id(0)
-            ends = 3 + np.cumsum([len(inputs), len(outputs)])
-            self.refs = dict(zip(self.inputs, refs[3 : ends[0]], strict=True))
+            index, own = [pl.program_id(i) for i in range(len(grid))], refs[: len(steps)]
+            self.place = place(*index, *own)
+            if steps:
+                (n,), (count,), order = index, grid, own[0 if by_row else 1]
+                before, after = order[jnp.maximum(n - 1, 0)], order[jnp.minimum(n + 1, count - 1)]
+                self.start, self.state = n == 0, own[2][n]
+                self.first = self.start | (before != order[n])
+                self.last = (n == count - 1) | (after != order[n])
+            else:
+                self.first, self.last = index[1] == 0, index[1] == grid[1] - 1
+                self.start = self.first & (index[0] == 0)
+            ends = len(steps) + np.cumsum([len(inputs), len(outputs)])
+            self.refs = dict(zip(self.inputs, refs[len(steps) : ends[0]], strict=True))
             body(refs[ends[0] : ends[1]], refs[ends[1] :])
 
         return pl.pallas_call(
             kernel,
             grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=3,
-                grid=steps.row.shape,
-                in_specs=[x.spec() for x in inputs],
-                out_specs=[x.spec() for x in outputs],
+                num_scalar_prefetch=len(steps),
+                grid=grid,
+                in_specs=[x.spec(place) for x in inputs],
+                out_specs=[x.spec(place) for x in outputs],
                 scratch_shapes=scratch,
             ),
             out_shape=[jax.ShapeDtypeStruct(x.x.shape, x.x.dtype) for x in outputs],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("arbitrary",), vmem_limit_bytes=self.setting.vmem
+                dimension_semantics=in_order, vmem_limit_bytes=self.setting.vmem
             ),
             interpret=self.setting.interpret,
             name=name,
         )(*steps, *(x.x.astype(dtype) for x, dtype in zip(inputs, narrow, strict=True)))
 
-    def edges(self, order):
-        """Whether this step is the first, the last with its block; `order`: of the blocks."""
-        n, step = order.shape[0], self.step
-        before, after = order[jnp.maximum(step - 1, 0)], order[jnp.minimum(step + 1, n - 1)]
-        return (step == 0) | (before != order[step]), (step == n - 1) | (after != order[step])
-
     def on_state(self, function):
         """function(masked), as the state of the pair at hand says."""
-        for state in sorted(self.states - {EMPTY}):
+        for state in sorted(self.pairs.states - {EMPTY}):
             run = functools.partial(function, state == PARTIAL)
-            run() if self.states == {state} else pl.when(self.steps.state[self.step] == state)(run)
+            run() if self.pairs.states == {state} else pl.when(self.state == state)(run)
 
 
 def _values(tree):
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Value))
-
-
-def _avals(operands):
-    return jax.tree.map(lambda x: x.aval(), operands, is_leaf=_is_operand)
 
 
 def _width(plan):
@@ -350,38 +393,34 @@ def _width(plan):
 
 
 def _indices(plan, row, column):
-    """`Value`s of the query and key indices of a pair of blocks."""
+    """`Value`s of the query and key indices of a strip whose first ones are given."""
     t, s = plan.block
-    i = row * t + lax.broadcasted_iota(jnp.int32, (t, _width(plan)), 0)
-    j = column * s + lax.broadcasted_iota(jnp.int32, (1, s), 1)
+    i = row + lax.broadcasted_iota(jnp.int32, (t, _width(plan)), 0)
+    j = column + lax.broadcasted_iota(jnp.int32, (1, s), 1)
     return lanes.rows(i), lanes.columns(j)
 
 
-def _index_avals(plan):
-    return [jax.ShapeDtypeStruct((n,), jnp.int32) for n in plan.block]
-
-
-def _write_rows(refs, tree):
-    """Vectors of rows into references [t, 1] or [t, 128]."""
+def _write_rows(refs, rows, tree):
+    """Vectors of rows into those rows of references [t, 1] or [t, 128]."""
     for ref, x in zip(refs, _values(tree), strict=True):
-        x = lanes.as_rows(x, ref.shape[0])
-        ref[...] = jnp.broadcast_to(x if x.shape == ref.shape else x[:, :1], ref.shape)
+        shape = rows.stop - rows.start, ref.shape[1]
+        x = lanes.as_rows(x, shape[0])
+        ref[rows] = jnp.broadcast_to(x if x.shape == shape else x[:, :1], shape)
 
 
-def _rows_like(count, x):
-    """The output of an array [t, n], or [t], of each of `count` blocks of rows."""
-    block = (*x.shape, 1)[:2]
+def _rows_like(count, t, x):
+    """The output of arrays [·, n], or [·], of `count` blocks of t rows."""
+    block = (t, *x.shape[1:], 1)[:2]
     like = jax.ShapeDtypeStruct((count, *block), x.dtype)
-    return _Operand(like, (None, *block), ("row", None, None), x.shape)
+    return _Operand(like, (None, *block), ("row", None, None), (t, *x.shape[1:]))
 
 
 def forward(setting: TpuSetting, arrays: Arrays, data: Data) -> tuple[Array, Any]:
     """out [row blocks, t, V] and the rows' statistic, as `tiled.attend_tiles`."""
-    plan = setting.plan
-    pairs = schedule(plan, data)
-    t, dtype = plan.block[0], arrays.value.dtype
-    normalizer: Any = plan.mechanism.normalizer
-    launch = _Launch(setting, pairs.states, arrays, data)
+    pairs, dtype = schedule(setting.plan, data), arrays.value.dtype
+    normalizer: Any = setting.plan.mechanism.normalizer
+    launch = _Launch(setting, "row", pairs, arrays, data, strip=setting.strip)
+    plan, t = launch.plan, launch.strip
 
     def of_normalizer(method):
         return lambda piece, local, extra, indices, *args: method(
@@ -409,38 +448,41 @@ def forward(setting: TpuSetting, arrays: Arrays, data: Data) -> tuple[Array, Any
     }
 
     def body(outputs, scratch):
-        first, last = launch.edges(launch.steps.row)
         out_ref, *statistic_refs = outputs
 
-        def state():
-            values = [lanes.rows(ref[...]) for ref in scratch]
+        def state(rows):
+            values = [lanes.rows(ref[rows]) for ref in scratch]
             return jax.tree.unflatten(start.structure, values)
 
-        @pl.when(first)
+        @pl.when(launch.first)
         def _():
-            _write_rows(scratch, launch.compute(start))
+            for rows in launch.strips():
+                _write_rows(scratch, rows, launch.compute(start, rows))
             out_ref[...] = jnp.zeros(out_ref.shape, dtype)
 
         def update(masked):
-            new, out = launch.compute(visits[masked], state(), lanes.value(out_ref[...]))
-            _write_rows(scratch, new)
-            out_ref[...] = lanes.array(out, out_ref.shape)
+            for rows in launch.strips():
+                before = state(rows), lanes.value(out_ref[rows])
+                new, out = launch.compute(visits[masked], rows, *before)
+                _write_rows(scratch, rows, new)
+                out_ref[rows] = lanes.array(out, acc.shape)
 
         launch.on_state(update)
 
-        @pl.when(last)
+        @pl.when(launch.last)
         def _():
-            statistic, factor = launch.compute(finish, state())
-            _write_rows(statistic_refs, statistic)
-            if factor is not None:
-                factor = lanes.rows(lanes.as_rows(factor, t))
-                out_ref[...] *= lanes.array(factor, out_ref.shape)
+            for rows in launch.strips():
+                statistic, factor = launch.compute(finish, rows, state(rows))
+                _write_rows(statistic_refs, rows, statistic)
+                if factor is not None:
+                    factor = lanes.rows(lanes.as_rows(factor, t))
+                    out_ref[rows] *= lanes.array(factor, acc.shape)
 
-    rows = len(arrays.query)
     statistic, _ = _outputs(finish)
-    outputs = [_rows_like(rows, x) for x in (acc, *jax.tree.leaves(statistic))]
-    scratch = [pltpu.VMEM((t, _width(plan)), x.dtype) for x in jax.tree.leaves(state_avals)]
-    out, *leaves = launch.run(pairs.by_row, body, outputs, scratch, "forward")
+    count, length = arrays.query.shape[:2]
+    outputs = [_rows_like(count, length, x) for x in (acc, *jax.tree.leaves(statistic))]
+    scratch = [pltpu.VMEM((length, _width(plan)), x.dtype) for x in jax.tree.leaves(state_avals)]
+    out, *leaves = launch.run(body, outputs, scratch, "forward")
     leaves = [x[..., 0] for x in leaves]
     return out, jax.tree.unflatten(jax.tree.structure(statistic), leaves)
 
@@ -488,10 +530,10 @@ def backward(
     by_columns = [x.axes.count("column") == 1 and "row" not in x.axes for x in leaves]
     pairs = schedule(setting.plan, data)
     gradients: dict[int, Array] = {}
-    for name, steps in ("dq", pairs.by_row), ("dkv", pairs.by_column):
-        places = [i for i, own_side in enumerate(by_columns) if own_side == (name == "dkv")]
-        launch = _Launch(setting, pairs.states, arrays, data, jax.tree.map(_of_rows, rows))
-        gradients |= _gradients(launch, steps, places, name)
+    for name, axis in ("dq", "row"), ("dkv", "column"):
+        places = [i for i, own_side in enumerate(by_columns) if own_side == (axis == "column")]
+        launch = _Launch(setting, axis, pairs, arrays, data, jax.tree.map(_of_rows, rows))
+        gradients |= _gradients(launch, places, name)
     leaves = [gradients.get(i, jnp.zeros(x.x.shape, x.x.dtype)) for i, x in enumerate(leaves)]
     inputs, bias = jax.tree.unflatten(structure, leaves)
     params = jax.tree.map(lambda x, like: x.reshape(like.shape), inputs.params, arrays.params)
@@ -509,12 +551,13 @@ def backward(
     )
 
 
-def _gradients(launch, steps, places, name):
+def _gradients(launch, places, name):
     """Of the leaves of `Piece` at `places`: place -> cotangent, as the kernel holds it.
 
     Those that the weights do not depend on are left out.
     """
-    plan, states = launch.setting.plan, launch.states
+    plan, states = launch.plan, launch.pairs.states
+    (rows,) = launch.strips()
 
     def weighted(masked, piece, local, extra, indices):
         piece, tile = _gates_by_key(piece), _tile(plan, local, indices)
@@ -550,28 +593,28 @@ def _gradients(launch, steps, places, name):
     def body(outputs, scratch):
         del scratch
         refs = dict(zip(operands, outputs, strict=True))
-        first, _ = launch.edges(launch.steps.column if name == "dkv" else launch.steps.row)
 
         def clear(which):
             for i in which:
                 refs[i][...] = jnp.zeros(refs[i].shape, refs[i].dtype)
 
         axes = {i: {axis for axis in x.axes if axis} for i, x in operands.items()}
-        pl.when(launch.step == 0)(lambda: clear(i for i in places if not axes[i]))
-        pl.when(first)(lambda: clear(i for i in places if len(axes[i]) == 1))
+        pl.when(launch.start)(lambda: clear(i for i in places if not axes[i]))
+        pl.when(launch.first)(lambda: clear(i for i in places if len(axes[i]) == 1))
 
         def add(masked):
-            for i, x in launch.compute(pulls[masked]).items():
+            for i, x in launch.compute(pulls[masked], rows).items():
                 x = _held(x, operands[i], refs[i].shape)
                 refs[i][...] = x if len(axes[i]) == 2 else refs[i][...] + x
 
         launch.on_state(add)
 
-    results = launch.run(steps, body, list(operands.values()), [], name)
+    results = launch.run(body, list(operands.values()), [], name)
     gradients = dict(zip(places, results, strict=True))
     for i, operand in operands.items():
         if "row" in operand.axes and "column" in operand.axes:
-            gradients[i] = jnp.where(_visited(plan, steps, operand.x.shape), gradients[i], 0)
+            visited = _visited(plan, launch.pairs.by_row, operand.x.shape)
+            gradients[i] = jnp.where(visited, gradients[i], 0)
     return gradients
 
 

@@ -1,5 +1,6 @@
 """Which pairs of blocks a TPU kernel visits, and in what order."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -32,11 +33,14 @@ class Schedule(NamedTuple):
     Attributes:
       by_row, by_column: the steps, with one EMPTY pair for a block that would have none.
       states: which states occur.
+      shape: blocks of rows and of columns where every pair of them is visited and all are of one
+        state, so that a step need not look up what it does; else None.
     """
 
     by_row: Steps
     by_column: Steps
     states: frozenset[int]
+    shape: tuple[int, int] | None
 
 
 def schedule(plan: Plan, data: Data) -> Schedule:
@@ -91,4 +95,6 @@ def schedule(plan: Plan, data: Data) -> Schedule:
         occur |= {EMPTY, PARTIAL, *np.unique(cap).tolist()}
     if any(len(np.unique(x)) < n for x, n in zip((row, column), counts, strict=True)):
         occur |= {EMPTY}
-    return Schedule(by_row, Steps(of_row, of_column, states), frozenset(occur))
+    all_alike = len(row) == math.prod(counts) and len(occur) == 1
+    by_column = Steps(of_row, of_column, states)
+    return Schedule(by_row, by_column, frozenset(occur), counts if all_alike else None)

@@ -47,6 +47,11 @@ FUNCTIONS = {
     "a sum of all": lambda i, j, x: x.sum() + i.max() * jnp.arange(3.0),
     "indices": lambda i, j, x: jnp.arange(4)[:, None] * x + jnp.arange(3),
     "three axes": lambda i, j, x: (x[:, None] + i[None, :, None] * x[:, None]).sum(1),
+    "products turned around": lambda i, j, x: (
+        jax.lax.dot_general(jnp.exp(x @ x.T), x, (((0,), (0,)), ((), ()))).T - 1,
+        jax.lax.dot_general(jnp.sin(x @ x.T), x, (((0,), (0,)), ((), ()))).sum(1),
+        jax.lax.dot_general(jnp.cos(x @ x.T), x, (((0,), (0,)), ((), ()))),
+    ),
     "transposed": lambda i, j, x: x.T + j[:, None] - i,
     "a slice": lambda i, j, x: x[1:3] * i[1:3, None] + j[None, :1],
     "steps": lambda i, j, x: jax.nn.softplus(x) + jax.nn.relu(i)[:, None],
@@ -59,18 +64,18 @@ def test_vectors_on_two_axes(name, width):
     """What a function of vectors computes, however the vectors lie."""
     function = FUNCTIONS[name]
     i, j, x = normal(0, 4), normal(1, 3), normal(2, 4, 3)
-    want = function(i, j, x)
+    wanted = jax.tree.leaves(function(i, j, x))
     closed = jax.make_jaxpr(function)(i, j, x)
 
-    def product(a, b, equation):
-        return equation.primitive.bind(a, b, **equation.params)
+    def product(a, b, dtypes, params):
+        assert [a.dtype, b.dtype] == dtypes
+        return jax.lax.dot_general_p.bind(a, b, **params)
 
     consts = [lanes.value(jnp.asarray(c)) for c in closed.consts]
     for row in rows_of(i, width), columns_of(i):
-        (got,) = lanes.evaluate(
-            closed, consts, [row, columns_of(j), lanes.value(jnp.asarray(x))], product
-        )
-        np.testing.assert_allclose(lanes.array(got, want.shape), want, rtol=1e-6, atol=1e-6)
+        given = [row, columns_of(j), lanes.value(jnp.asarray(x))]
+        for got, want in zip(lanes.evaluate(closed, consts, given, product), wanted, strict=True):
+            np.testing.assert_allclose(lanes.array(got, want.shape), want, rtol=1e-6, atol=1e-6)
 
 
 # A tile's formulations.
@@ -136,6 +141,31 @@ def test_agrees_with_dense(mechanism, x64):
     options = {"aux": ("lse", "entropy", "row_max", "column_sums")}
     got = pulled("pallas_tpu", mechanism, **options)(*given, {})
     assert_close(got, pulled("dense", mechanism, **options)(*given, {}), 1e-10)
+
+
+@pytest.mark.parametrize("mask", slow_but([masks.Full()], [masks.Full(), masks.Causal()]), ids=str)
+def test_blocks_in_strips(mask, x64, monkeypatch):
+    """Of two rows each, in a grid of all pairs of blocks and in one of those that a mask leaves."""
+    monkeypatch.setattr(head, "strip_size", lambda kind: 2)
+    mechanism = Mechanism(
+        scores.TokenTemperature(scores.Additive(hidden=2)), positions.T5(num_buckets=4), mask
+    )
+    given = arrays(mechanism, T=8, S=16, dtype="float64")
+    data = {"query_gates": normal(5, 8, 4, 1, dtype="float64"), "dropout_key": jax.random.key(5)}
+    got, want = (
+        pulled.__wrapped__(kernel, mechanism, aux=("lse",), dropout_rate=0.3)(*given, data)
+        for kernel in ("pallas_tpu", "dense")
+    )
+    assert_close(got, want, 1e-10)
+
+
+def test_a_grid_of_all_pairs_where_all_are_alike():
+    def shape(mask, T, S, **data):
+        return schedule.schedule(*plan_and_data(mask, T, S, (4, 2), **data)).shape
+
+    assert shape(masks.Full(), 8, 6) == (2, 3)
+    assert shape(masks.Full(), 8, 5) is None and shape(masks.Causal(), 8, 8) is None
+    assert shape(masks.Padding(), 8, 6, key_length=jnp.int32(3)) is None
 
 
 def test_drops_what_dense_drops(x64):
