@@ -625,18 +625,13 @@ def flex_functions(work: KernelWork, lib: Any) -> tuple[Callable | None, Callabl
         cap, inner = inner.cap, inner.score
     if inner != scores.ScaledDot():
         raise Unavailable(f"{work.library} has no score {work.score!r}")
-    slopes = None
-    if mechanism.position == positions.ALiBi():
-        slopes = lib.tensor(mechanism.position.slopes(work.heads), dtype=lib.float32)
-        slopes = slopes.to(torch_device())
-    elif mechanism.position != positions.NoPE():
-        raise Unavailable(f"{work.library} is not given the position {work.position!r}")
+    term = _flex_term(work, lib, mechanism)
     segments = [lib.tensor(x).to(torch_device()) for x in work.data().values()]
 
     def score(s, b, h, i, j):
         if cap is not None:
             s = cap * lib.tanh(s / cap)
-        return s if slopes is None else s - slopes[h] * (i - j).abs()
+        return s if term is None else s + term(h, i, j)
 
     def visible(mask):
         if type(mask) is masks.Causal:
@@ -654,8 +649,35 @@ def flex_functions(work: KernelWork, lib: Any) -> tuple[Callable | None, Callabl
     def mask(b, h, i, j):
         return functools.reduce(operator.and_, (x(b, h, i, j) for x in every))
 
-    changes = cap is not None or slopes is not None
+    changes = cap is not None or term is not None
     return (score if changes else None), (mask if every else None)
+
+
+def _flex_term(work, lib, mechanism):
+    """(h, i, j) -> what the position adds to a score; None: nothing."""
+    position = mechanism.position
+    initial = mechanism.init(jax.random.key(0), num_heads=work.heads, head_dim=work.width)
+
+    def tensor(x):
+        return lib.tensor(np.asarray(x)).to(torch_device())
+
+    def learned(x):
+        return tensor(x).requires_grad_(work.derivative == "gradient")
+
+    params = jax.tree.map(learned, initial["position"])
+    if position == positions.NoPE():
+        return None
+    if position == positions.ALiBi():
+        slopes = tensor(np.float32(position.slopes(work.heads)))
+        return lambda h, i, j: -slopes[h] * (i - j).abs()
+    if position == positions.KerpleLog():
+        a, b = params["log_a"], params["log_b"]
+        return lambda h, i, j: -a[h].exp() * (1 + b[h].exp() * (i - j).abs()).log()
+    if isinstance(position, positions.T5):
+        distances = jnp.arange(1 - work.keys, work.length)
+        bucket, table = tensor(position.bucket(distances)).long(), params["table"]
+        return lambda h, i, j: table[h, bucket[i - j + work.keys - 1]]
+    raise Unavailable(f"{work.library} is not given the position {work.position!r}")
 
 
 PEERS: dict[str, Callable[[KernelWork], Any]] = {

@@ -87,6 +87,28 @@ def test_what_torch_lacks_is_written_out_in_it(parts):
         np.testing.assert_allclose(theirs[name], ours[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("parts", [
+    {"score": "soft_cap(scaled_dot, cap=2.0)", "position": "alibi"},
+    {"position": "t5(bidirectional=False)", "mask": "causal & segments", "documents": 3},
+    {"position": "kerple_log", "mask": "causal & sliding_window(5)"},
+], ids=str)  # fmt: skip
+def test_what_flex_attention_is_given(parts):
+    """Its functions of a score and of places, without the compiler that it needs."""
+    torch = pytest.importorskip("torch")
+    work = dataclasses.replace(SMALL, **parts)
+    score, mask = kernels.flex_functions(dataclasses.replace(work, library="torch.flex"), torch)
+    query, key, value = (torch.tensor(x) for x in work.arrays()[:3])
+    i, j = torch.arange(work.length)[:, None], torch.arange(work.length)
+    want = compare.results(work)["out"]
+    for b, h in np.ndindex(work.batch, work.heads):
+        q, k, v = (x[b, :, h] for x in (query, key, value))
+        scores = score(q @ k.T * work.width**-0.5, b, h, i, j).masked_fill(
+            ~mask(b, h, i, j), -torch.inf
+        )
+        out = (torch.softmax(scores, dim=-1) @ v).detach().numpy()
+        np.testing.assert_allclose(out, want[b, :, h], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"mask": "causal & segments", "documents": 2}, "jax.nn has no mask 'causal & segments'"),
     ({"score": "cosine"}, "jax.nn has no score 'cosine'"),
