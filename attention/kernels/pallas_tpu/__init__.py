@@ -55,7 +55,13 @@ def unsupported(call: Call) -> str | None:
     from attention.kernels.pallas_tpu import limits
 
     shapes = limits.KernelShapes.of(
-        mechanism, call.query, call.value, call.bias, call.mask, call.data
+        mechanism,
+        call.query,
+        call.value,
+        call.bias,
+        call.mask,
+        call.data,
+        drops=call.dropout_rate > 0,
     )
     return limits.no_code_for(shapes)
 
@@ -84,6 +90,7 @@ def attend(
     mask,
     data,
     dropout_key,
+    dropout_rate,
     block_sizes,
     non_finite=None,
     gates=(None, None),
@@ -94,7 +101,8 @@ def attend(
     from attention.kernels.pallas_tpu.head import attend_head
 
     if block_sizes is None:
-        shapes = limits.KernelShapes.of(mechanism, query, value, bias, mask, data)
+        drops = dropout_key is not None and dropout_rate > 0
+        shapes = limits.KernelShapes.of(mechanism, query, value, bias, mask, data, drops)
         lengths = query.shape[1], key.shape[1]
         block_sizes = limits.sizes(shapes, lengths, device_of(query))
     lifted = lift(attend_head, chunk_size=lambda mechanism, query, key: query.shape[0])
@@ -111,7 +119,14 @@ def attend(
     }
 
     def run(params, arrays):
-        return lifted(mechanism, params, **arrays, block_sizes=block_sizes, **options)
+        return lifted(
+            mechanism,
+            params,
+            **arrays,
+            dropout_rate=dropout_rate,
+            block_sizes=block_sizes,
+            **options,
+        )
 
     return on_data_parts(run, params, arrays)
 

@@ -30,9 +30,10 @@ class KernelShapes(NamedTuple):
     bias: tuple[bool, bool] | None
     mask: tuple[bool, bool] | None
     consecutive: bool
+    drops: bool = False
 
     @classmethod
-    def of(cls, mechanism, query, value, bias, mask, data):
+    def of(cls, mechanism, query, value, bias, mask, data, drops):
         """Of query [..., T, H, D], value [..., S, K, V]; bias and mask [..., T or 1, S or 1]."""
         long = [
             None if x is None else tuple(n > 1 for n in (1, 1, *x.shape)[-2:]) for x in (bias, mask)
@@ -45,6 +46,7 @@ class KernelShapes(NamedTuple):
             np.dtype(query.dtype),
             *long,
             consecutive=not {"query_positions", "key_positions"} & data.keys(),
+            drops=drops,
         )
 
 
@@ -72,6 +74,9 @@ def kernel_jaxprs(shapes: KernelShapes, block: tuple[int, int]) -> dict[str, Any
     if COORDINATES & mechanism.required_inputs:
         coordinates = [jax.ShapeDtypeStruct((n, 2), jnp.int32) for n in (T, S)]
     known = [np.arange(n) for n in (T, S)]
+    dropout = {}
+    if shapes.drops:
+        dropout = {"dropout_key": jax.random.key(0, impl="threefry2x32"), "dropout_rate": 0.5}
 
     def gradient(params, vectors, gates, bias, mask, known_labels, lengths, segments, coordinates):
         positions = known if shapes.consecutive else known_labels
@@ -81,7 +86,7 @@ def kernel_jaxprs(shapes: KernelShapes, block: tuple[int, int]) -> dict[str, Any
                         lengths[3], shapes.consecutive, None, *gates, *coordinates)  # fmt: skip
             return attend_head(
                 mechanism, params, *vectors, with_gates(mechanism, params, tile, shapes.dtype),
-                bias=bias, mask=mask, block_sizes=block, interpret=False,
+                bias=bias, mask=mask, block_sizes=block, interpret=False, **dropout,
             )[0]  # fmt: skip
 
         out, pull = jax.vjp(run, params, vectors, gates, bias)

@@ -352,10 +352,11 @@ def test_blocks_that_no_tpu_has():
 
 
 def test_wide_mechanisms_get_small_blocks():
-    def block(score, bias=None):
+    def block(score, drops=False):
         shapes = limits.KernelShapes(
-            Mechanism(score), 1, 128, 128, np.dtype("float32"), bias, None, True
+            Mechanism(score), 1, 128, 128, np.dtype("float32"), None, None, True, drops
         )
         return np.prod(limits.sizes(shapes, (4096, 4096), V5E))
 
     assert block(scores.Additive(hidden=16)) < block(scores.Dot())
+    assert block(scores.Dot(), drops=True) < block(scores.Dot())
