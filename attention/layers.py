@@ -14,11 +14,12 @@ import functools
 import itertools
 from collections.abc import Iterable
 
+from attention import mixers
 from attention.integers import whole_number
 from attention.masks import Causal, Full, Padding, Segments
 from attention.mechanism import PART_KINDS, Mechanism
 from attention.mixers import Mixer
-from attention.parsing import parse, unparse
+from attention.parsing import check_once, parse, unparse
 from attention.parts import (
     And,
     Mask,
@@ -30,6 +31,7 @@ from attention.parts import (
     check_counts,
     check_part,
 )
+from attention.positions import NoPE
 
 _MOST_LAYERS = 1000  # of a pattern
 
@@ -66,6 +68,8 @@ class Layer:
             if getattr(self, kind) is not None:
                 check_part(f"{kind} of Layer", getattr(self, kind), base)
         check_counts(self, num_heads=1, num_kv_heads=1, head_dim=1)
+        if not isinstance(self.shared_kv, bool):
+            raise ValueError(f"shared_kv of Layer must be True or False, got {self.shared_kv!r}")
         if self.mixer is not None:
             self._check_mixer()
         if self.shared_kv and self.num_kv_heads is not None:
@@ -97,7 +101,8 @@ class Layer:
         """The mechanism of the layer in a model with that mechanism; the model's with a mixer.
 
         Raises ValueError for a mixer where the model's mask is not causal: causal alone, or with
-        padding and segments.
+        padding and segments; and for a layer without positions in a model that adds its own to the
+        embeddings.
         """
         if self.mixer is not None:
             terms = set(_terms(model.mask))
@@ -108,6 +113,12 @@ class Layer:
                     f"mask={unparse(model.mask)}"
                 )
             return model
+        if self.position == NoPE() and _only_embeds(model.position):
+            raise ValueError(
+                f"position=none of a layer changes nothing where the model's position, "
+                f"{unparse(model.position)}, is added to the embeddings, which all layers read: "
+                "leave it out"
+            )
         own = {kind: getattr(self, kind) for kind in PART_KINDS}
         own = {kind: part for kind, part in own.items() if part is not None}
         if self.mask is not None:
@@ -183,7 +194,18 @@ def _parse(node):
             f"cannot read {ast.unparse(node)!r}; put a mask with & or | in brackets: "
             "3*(causal & sliding_window(128)) + full"
         )
-    return (Layer(mask=parse("mask", ast.unparse(node))),)
+    text = ast.unparse(node)
+    if _is_mixer(node):
+        raise ValueError(f"{text} is a mixer, and a layer by itself is a mask: layer(mixer={text})")
+    return (Layer(mask=parse("mask", text)),)
+
+
+def _is_mixer(node):
+    """Whether a node is a mixer's name, or such a name with arguments."""
+    name = node.func if isinstance(node, ast.Call) else node
+    plain = ast.unparse(name).replace("_", "").lower()
+    classes = (x for x in vars(mixers).values() if isinstance(x, type) and issubclass(x, Mixer))
+    return plain in {cls.__name__.lower() for cls in classes if cls is not Mixer}
 
 
 def _joins_layers(node):
@@ -205,6 +227,7 @@ def _layer(node):
         raise ValueError(
             f"cannot read {ast.unparse(node)!r}; layer takes {', '.join(names)}, each as name=value"
         )
+    check_once(node)
     return Layer(**{str(keyword.arg): _value(keyword) for keyword in node.keywords})
 
 
@@ -229,6 +252,12 @@ def embeds(position: Position) -> bool:
     if isinstance(position, Sum):
         return any(map(embeds, position.parts))
     return type(position).embed is not Position.embed
+
+
+def _only_embeds(position):
+    """Whether a position does nothing else than to add to the embeddings."""
+    parts = position.parts if isinstance(position, Sum) else (position,)
+    return all(map(embeds, parts))
 
 
 def _both(mask, other):

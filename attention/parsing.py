@@ -62,6 +62,7 @@ def _evaluate(kind: str, node: ast.expr) -> Any:
             return _find(kind, ast.unparse(node))
         case ast.Call():
             args = [_instance(kind, arg) for arg in node.args]
+            check_once(node)
             kwargs = {str(k.arg): _instance(kind, k.value) for k in node.keywords}
             return _construct(kind, _evaluate(kind, node.func), args, kwargs)
         case ast.BinOp(op=ast.BitAnd() | ast.BitOr() | ast.Add()):
@@ -85,6 +86,13 @@ def _evaluate(kind: str, node: ast.expr) -> Any:
                 raise ValueError(
                     f"{kind}: cannot read {ast.unparse(node)!r}; write names, numbers and calls"
                 ) from None
+
+
+def check_once(call: ast.Call) -> None:
+    """Raises ValueError where a call has an argument twice, which Python itself would refuse."""
+    names = [str(keyword.arg) for keyword in call.keywords]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ValueError(f"cannot read {ast.unparse(call)!r}; it has {twice[0]} twice")
 
 
 def _instance(kind, node):
@@ -126,7 +134,9 @@ def _find(kind: str, name: str) -> type:
     plain = name.replace("_", "").lower()
     if plain in known:
         return known[plain]
+    written = {"and", "or", "not", "sum"}  # by & | ~ +
     parts = {key: _name(cls) for key, cls in known.items() if issubclass(cls, base)}
+    parts = {key: name for key, name in parts.items() if key not in written}
     near = difflib.get_close_matches(plain, parts, n=3, cutoff=0.4)
     names = [parts[key] for key in dict.fromkeys([*near, *parts])]
     names += ["none"] if kind in _NOTHING and "none" not in names else []
@@ -168,5 +178,5 @@ def _name(cls):
     if not any(getattr(module, cls.__name__, None) is cls for module in modules):
         return f"{cls.__module__}:{cls.__qualname__}"
     acronym = re.match("[A-Z]{2}", cls.__name__)
-    words = cls.__name__ if acronym else re.sub("(?<=[a-z0-9])(?=[A-Z][a-z])", "_", cls.__name__)
+    words = cls.__name__ if acronym else re.sub("(?<=[a-z0-9])(?=[A-Z][a-z0-9])", "_", cls.__name__)
     return "none" if cls is positions.NoPE else words.lower()

@@ -1,9 +1,9 @@
 """What current models are made of, side by side: one change at a time to a small model.
 
     python -m experiments.ablate --config=configs/modern.py:text --workdir=runs/modern-text \\
-        --tune=optimizer.learning_rate:1e-3,3e-3,1e-2
+        --tune=optimizer.learning_rate:3e-3,1e-2,3e-2
     python -m experiments.ablate --config=configs/modern.py:recall --workdir=runs/modern-recall \\
-        --tune=optimizer.learning_rate:1e-3,3e-3,1e-2
+        --tune=optimizer.learning_rate:3e-3,1e-2,3e-2
 
 `--tune` gives each cell the learning rate that suits it, of seeds of its own. `text,wide` is the
 same at twice the width: which mechanism is better may differ. `text` is the source of Python's own

@@ -7,6 +7,7 @@ they answer, and what a decoder keeps is what its cache holds.
 import functools
 import inspect
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,9 @@ number of keys that does not grow with the text. Memory is O(T) but with *dense*
 (D + V) numbers each. A mask that needs fewer says so. Where *linear* serves a mechanism under the
 mask `causal`, it is a state instead, of one size at every length.
 
-**Learns** is how many numbers a head of width {D} learns.
+**Learns** is how many numbers a head of width {D} learns. "n · M a head": the part reads n numbers
+of each token, `query_gates` or `key_gates` of `attend`, which `nn.MultiHeadAttention` makes of the
+token's M by a projection and its bias.
 """
 _MIXERS = """
 ## Mixers
@@ -112,10 +115,9 @@ def parts(module, base) -> list:
 
 def row(kind: str, part) -> str:
     """The row of a part in the table of its kind."""
-    first_line = _in_table((part.__doc__ or "").split("\n\n")[0])
     fields = (
         f"`{unparse(part)}`",
-        first_line,
+        _equation_and_paper(part),
         _learns(kind, part),
         ", ".join(_kernels(kind, part)),
         _remark(kind, part),
@@ -125,8 +127,22 @@ def row(kind: str, part) -> str:
 
 def _mixer(mixer):
     memory = math.prod(mixer.empty((), 1, _WIDTH, jnp.float32).memory.shape)
-    first_line = _in_table((mixer.__doc__ or "").split("\n\n")[0])
-    return f"| `{unparse(mixer)}` | {first_line} | {memory:,} |\n"
+    return f"| `{unparse(mixer)}` | {_equation_and_paper(mixer)} | {memory:,} |\n"
+
+
+def _equation_and_paper(part):
+    """The first lines of a docstring, and the papers of the others where those name none."""
+    first, *others = (part.__doc__ or "").split("\n\n")
+    if not re.search(_YEAR, first):
+        named = re.findall(_PAPER, " ".join(" ".join(others).split()))
+        first += f" {'; '.join(dict.fromkeys(named))}." if named else ""
+    return _in_table(first)
+
+
+_YEAR = r"\b(?:19|20)\d\d\b"
+_PAPER = (
+    rf"[A-Z][\w-]+ (?:et al\.|& [A-Z]\w+) {_YEAR}|(?:[A-Z][\w.-]+ )+\({_YEAR}\)|[A-Z][\w-]+ {_YEAR}"
+)
 
 
 def _others():
@@ -162,7 +178,10 @@ def _learns(kind, part):
         table = jax.eval_shape(lambda key: part.init_embed(key, _WIDTH), jax.random.key(0))
         if rows := sum(math.prod(x.shape[:-1]) for x in jax.tree.leaves(table)):
             return f"{rows:,} · M once"
-    return f"{count:,}" if count else ""
+    own = [f"{count:,}"] if count else []
+    gates = {"query": mechanism.query_gates, "key": mechanism.key_gates}
+    own += [f"{n} · M a {side} head" for side, n in gates.items() if n]
+    return ", ".join(own)
 
 
 def _remark(kind, part):
@@ -206,11 +225,13 @@ def _docstring(module):
     if not isinstance(module, functools.partial):
         return (module.__doc__ or "").split("\n\n")[0]
     settings = inspect.signature(module.func).bind_partial(*module.args, **module.keywords)
-    own = ", ".join(
-        f"{name} = {getattr(value, '__name__', value)}"
-        for name, value in settings.arguments.items()
-    )
+    own = ", ".join(f"{name} = {_value(value)}" for name, value in settings.arguments.items())
     return f"{_docstring(module.func)} Here {own}."
+
+
+def _value(x):
+    """An argument of a module: axes of [..., T, H, D] by their letters, a function by its name."""
+    return "".join("HD"[axis] for axis in x) if isinstance(x, tuple) else getattr(x, "__name__", x)
 
 
 def _devices(kernel):

@@ -137,7 +137,8 @@ class TransformerConfig:
             )
         _check_heads(self, Layer())
         check_latent(self)
-        if not all(isinstance(layer, Layer) for layer in self.layers):
+        own = self.layers
+        if not (isinstance(own, tuple | list) and all(isinstance(x, Layer) for x in own)):
             raise ValueError(
                 f"layers must be a tuple of attention.Layer, got {self.layers!r}; a text becomes "
                 "one with attention.parse_layers"
@@ -215,6 +216,7 @@ def _check_shared(config):
         if owner.shared_kv:
             continue
         K, head_dim = _kv_widths(config, owner)
+        K = 1 if config.kv_rank is not None else K  # heads read the latent as they like
         for layer in _sharing(attending, index)[1:]:
             if layer.mechanism(config.decoder).position != owner.mechanism(config.decoder).position:
                 raise ValueError(
@@ -228,6 +230,11 @@ def _check_shared(config):
                     f"{head_dim}: take the same head_dim, and a multiple of the keys"
                 )
     if config.value_residual == "first_layer":
+        if config.num_layers == 1:
+            raise ValueError(
+                "value_residual='first_layer' adds values of the first layer to those of others, "
+                "and num_layers=1 has none: take more layers, or another value_residual"
+            )
         widths = {_kv_widths(config, layer) for layer in attending if not layer.shared_kv}
         if len(widths) > 1:
             raise ValueError(
@@ -363,8 +370,8 @@ class Block(nn.Module):
                 at = decoding.last_positions(shared.key_values.cache, T, lengths)
             memory_data.setdefault("query_positions", at)
         parts = self._parts(cross=context is not None)
-        if self.layer.mixer is not None and data.get("query_segments") is not None:
-            _check_segments(self.mechanism, self.layer)
+        if self.layer.mixer is not None:
+            _check_segments(self.mechanism, self.layer, data.get("query_segments") is not None)
 
         relayed = relay is not None and self.layer.mixer is None
 
@@ -726,11 +733,17 @@ def required_inputs(mechanism: Mechanism, layer: Layer) -> set[str]:
     return set().union(*(own if layer.mixer is None else own.mask).required_inputs)
 
 
-def _check_segments(mechanism, layer):
-    if "query_segments" not in required_inputs(mechanism, layer):
+def _check_segments(mechanism, layer, has_segments):
+    needs_segments = "query_segments" in required_inputs(mechanism, layer)
+    if has_segments and not needs_segments:
         raise ValueError(
             f"query_segments was given, but the mask {mechanism.mask} ignores it, and so does "
             f"{layer}: combine it with masks.Segments()"
+        )
+    if needs_segments and not has_segments:
+        raise ValueError(
+            f"{layer} begins anew with each document of the mask {mechanism.mask}, and needs "
+            "query_segments: pass them, or take another mask"
         )
 
 

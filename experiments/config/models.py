@@ -56,6 +56,11 @@ def _check_clip(threshold, m, parts):
     width = m.head_dim or max(1, m.model_dim // m.num_heads)
     of_layers = (layer.score for layer in attention.parse_layers(m.layers) if layer.score)
     for score in (parts["score"], *of_layers):
+        if isinstance(score, attention.scores.SoftCap):
+            raise ValueError(
+                f"optimizer.qk_clip={threshold} reads the largest score, which "
+                f"{attention.parsing.unparse(score)} caps already: leave one of them out"
+            )
         query_scale(attention.Mechanism(score), width, "optimizer.qk_clip")
 
 

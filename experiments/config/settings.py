@@ -354,6 +354,7 @@ def check_read(config: ConfigDict, changed: Collection[str] = ()) -> None:
         raise ValueError(
             f"{name}={value!r} is read only with {reader.when}: leave it at {default!r}"
         )
+    _check_mixers_alone(config, changed)
     if config.task.get("path") or config.task.get("tfds"):
         defaults = task_config(config.task.name)
         for name, value in config.task.items():
@@ -369,6 +370,31 @@ def check_read(config: ConfigDict, changed: Collection[str] = ()) -> None:
                 "read only with model.architecture='transformer': choose 'none', or one that "
                 "acts on query, key or scores"
             )
+
+
+def _check_mixers_alone(config, changed):
+    """Raises ValueError where a setting of attention is changed, and no layer attends."""
+    layers = attention.parse_layers(config.model.layers) if DECODER.reads(config) else ()
+    attends = not layers or any(layer.mixer is None for layer in layers)
+    if attends or not LANGUAGE_MODEL.reads(config):
+        return
+    defaults = _defaults(SETTINGS)
+    for name in _OF_ATTENTION:
+        value = get(config, name)
+        default = get(ConfigDict(defaults), name)
+        if name in changed and value != default:
+            raise ValueError(
+                f"{name}={value!r} is of attention, and model.layers={config.model.layers!r} has "
+                f"mixers alone: leave it at {default!r}, or add a layer that attends"
+            )
+
+
+_OF_ATTENTION = (
+    *("model.score", "model.normalizer", "model.num_kv_heads", "model.qk_norm", "model.readout"),
+    *("model.output_gate", "model.value_residual", "model.kv_rank", "model.rotary_dim"),
+    *("model.query_rank", "model.head_mix", "model.attention_dropout_rate"),
+    *("model.implementation", "optimizer.qk_clip"),
+)
 
 
 def seeds(config: ConfigDict, of: str = "") -> tuple[int, ...]:

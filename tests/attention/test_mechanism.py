@@ -207,6 +207,7 @@ def test_parse_reads_every_repr(kind, module, base):
         ("score", "additive(hiden=3)", r"score: .*'hiden'.*Additive takes hidden"),
         ("score", "additive(3, 4)", r"score: .*Additive takes hidden"),
         ("score", "dot(1)", r"Dot takes no arguments"),
+        ("score", "soft_cap(dot, cap=3, cap=5)", r"cannot read .* it has cap twice"),
         ("score", "dot(**{})", r"score: "),
         ("score", "soft_cap", r"score: .*missing.*SoftCap takes score, cap"),
         ("score", "3", r"'3' is not an attention.Score"),

@@ -29,7 +29,7 @@ def test_the_page_has_every_part_that_a_config_can_name(kind):
         ("position", "learned", "| 4,096 · M once | linear, pallas_tpu, cudnn, splash |  |"),
         ("mask", "sliding_window", "| pallas_tpu, cudnn, splash | caches 257 tokens |"),
         ("mask", "segments", "| linear, pallas_tpu, splash |  |"),
-        ("normalizer", "token_entmax", "|  |  | dense only |"),
+        ("normalizer", "token_entmax", "| 1 · M a query head |  | dense only |"),
         ("normalizer", "softmax", "|  | pallas_tpu, cudnn, splash |  |"),
     ],
 )

@@ -78,6 +78,9 @@ def test_a_pattern_is_read_as_it_is_written(text, layers):
     ("layer(position=None)", ["position=None is not a part; leave it out"]),
     ("sliding(3)", ["unknown 'sliding'; known are sliding_window"]),
     ("full + rope", ["mask: unknown 'rope'"]),
+    ("gated_delta + full", ["gated_delta is a mixer", "layer(mixer=gated_delta)"]),
+    ("full + GLA(rank=2)", ["GLA(rank=2) is a mixer", "layer(mixer=GLA(rank=2))"]),
+    ("layer(mask=full, mask=causal)", ["cannot read 'layer(mask=full,", "it has mask twice"]),
     ("layer(position='learned + t5')", ["position=learned + t5", "make it the model's position"]),
 ])  # fmt: skip
 def test_a_pattern_that_cannot_be_read_is_named(text, words):
@@ -317,6 +320,12 @@ def test_beams_of_a_pattern_score_as_the_full_pass():
     ({"layers": (Layer(num_heads=3),)}, ["num_heads=3, model_dim=16 in layer(num_heads=3)"]),
     ({"layers": (Layer(num_heads=1),)}, ["num_kv_heads=2, num_heads=1 in layer(num_heads=1)"]),
     ({"layers": "full"}, ["layers must be a tuple of attention.Layer", "attention.parse_layers"]),
+    ({"layers": None}, ["layers must be a tuple of attention.Layer, got None"]),
+    ({"layers": Layer()}, ["layers must be a tuple of attention.Layer, got Layer("]),
+    ({"num_layers": 1, "layers": (), "value_residual": "first_layer"}, ["num_layers=1 has none"]),
+    ({"layers": (Layer(), Layer(position=positions.NoPE())),
+      "decoder": Mechanism(position=positions.Sinusoidal(), mask=masks.Causal())},
+     ["position=none of a layer changes nothing", "sinusoidal, is added to the embeddings"]),
 ])  # fmt: skip
 def test_a_pattern_that_does_not_fit_is_refused(change, words):
     with one_line(ValueError, *words):
@@ -326,5 +335,7 @@ def test_a_pattern_that_does_not_fit_is_refused(change, words):
 def test_a_layer_takes_parts_and_sizes():
     with one_line(ValueError, "mask of Layer must be an attention.Mask, got 'causal'"):
         Layer(mask="causal")
+    with one_line(ValueError, "shared_kv of Layer must be True or False, got 'no'"):
+        Layer(shared_kv="no")
     with one_line(ValueError, "sinusoidal of a layer is added to the embeddings"):
         Layer(position=positions.Sinusoidal())

@@ -194,6 +194,22 @@ def test_layers_that_share_keep_one_cache_that_serves_all():
 
 
 @pytest.mark.slow
+def test_any_number_of_heads_reads_a_latent_that_it_shares():
+    """Step by step as at once; of keys it must be a multiple, of a latent it need not."""
+    layers = parse_layers("layer(num_heads=3) + layer(shared_kv=True, num_heads=2)")
+    config = changed(
+        layers=layers, num_layers=2, kv_rank=3, rotary_dim=2, head_dim=4, num_kv_heads=None
+    )
+    model, text = LanguageModel(config), tokens(2, 4)
+    variables = random_params(model.init, text, scale=0.3)
+    state = model.apply(variables, 2, 4, method="start")
+    first, state = model.apply(variables, state, text[:, :3], method="step")
+    last, _ = model.apply(variables, state, text[:, 3:], method="step")
+    full = model.apply(variables, text)
+    np.testing.assert_allclose(np.concatenate([first, last], 1), full, atol=2e-5)
+
+
+@pytest.mark.slow
 def test_a_target_reads_its_source_beside_keys_that_it_shares():
     model = EncoderDecoder(changed(layers=SHARED, num_layers=2, value_residual="token"))
     source, text, lengths = tokens(2, 5), tokens(2, 3), np.array([5, 2])

@@ -50,6 +50,20 @@ def test_a_pattern_is_read_by_the_transformer_alone():
         loop.check(settings.override(rnn, {"model.layers": "full"}))
 
 
+def test_settings_of_attention_are_refused_where_mixers_alone_are():
+    """But not what a sweep's base has: a variant of it may have mixers."""
+    mixers = {"model.layers": "layer(mixer=gla)", "model.num_layers": 1}
+    names = {"model.score": "cosine", "model.qk_norm": "rms", "model.implementation": "tiled",
+             "model.kv_rank": 2, "optimizer.qk_clip": 3.0}  # fmt: skip
+    for name, value in names.items():
+        config = text(**mixers, **{name: value})
+        with one_line(ValueError, f"{name}={value!r} is of attention", "has mixers alone"):
+            settings.check_read(config, {name})
+        settings.check_read(config)
+        hybrid = {"model.layers": "layer(mixer=gla) + full", "model.num_layers": 2}
+        settings.check_read(text(**hybrid, **{name: value}), {name})
+
+
 def test_heads_of_layers_are_split_over_a_mesh(monkeypatch):
     mesh = AbstractMesh((1, 2), ("data", "model"))
     monkeypatch.setattr(devices, "mesh", lambda config: mesh)
