@@ -384,6 +384,11 @@ class MultiHeadAttention(nn.Module):
     def _latent(self, H, head_dim, value_dim):
         R = whole_number("kv_rank", self.kv_rank, 1)
         r = head_dim // 2 if self.rotary_dim is None else self.rotary_dim
+        if r == 0 and self.rotary_dim is None:
+            raise ValueError(
+                f"with a kv_rank half of the numbers of a head turn, of head_dim={head_dim} none: "
+                "take a head_dim of 4 or more, or give rotary_dim"
+            )
         whole_number("rotary_dim", r, 1)
         scales = [query_scale(self.mechanism, width, "kv_rank") for width in (head_dim + r, R + r)]
 

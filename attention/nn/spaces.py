@@ -31,8 +31,17 @@ class RotatedBlocks(PositionWrapper):
     def rotate(self, params, x, positions, side, gates=None, coordinates=None):
         first = x.shape[-1] - self.count * self.width
         parts = [x[:, :first]] if first else []
-        for block in jnp.split(x[:, first:], self.count, axis=-1):
-            parts.append(rotated(self.position, params, block, positions, side, gates, coordinates))
+        arguments = positions, side, gates, coordinates
+        try:
+            for block in jnp.split(x[:, first:], self.count, axis=-1):
+                parts.append(rotated(self.position, params, block, *arguments))
+        except ValueError as error:
+            if not first:
+                raise
+            raise ValueError(
+                f"{error} (of a head {self.width} numbers turn here, which is rotary_dim or half "
+                "of head_dim)"
+            ) from None
         return jnp.concatenate(parts, axis=-1)
 
 

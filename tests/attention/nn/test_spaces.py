@@ -199,3 +199,14 @@ def test_what_a_latent_does_not_take(changes, words):
 def test_what_reads_keys_themselves_has_no_latent(mechanism, words):
     with one_line(ValueError, *words):
         MultiHeadAttention(2, mechanism, kv_rank=3).init(jax.random.key(0), np.ones((1, 2, 8)))
+
+
+@pytest.mark.parametrize("sizes, words", [
+    ({"rotary_dim": 3}, ["of a head 3 numbers turn here, which is rotary_dim or half of head_dim"]),
+    ({"head_dim": 6}, ["of a head 3 numbers turn here"]),
+    ({"head_dim": 1}, ["of head_dim=1 none: take a head_dim of 4 or more, or give rotary_dim"]),
+])  # fmt: skip
+def test_what_cannot_turn_is_named(sizes, words):
+    layer = MultiHeadAttention(2, ROPE, kv_rank=3, **sizes)
+    with one_line(ValueError, *words):
+        layer.init(jax.random.key(0), np.ones((1, 2, 8)))
