@@ -46,9 +46,13 @@ def list_cells(todo):
             changes[cell.matched["setting"]] = cell.matched["width"]
         print(cell.id, *(f"{k}={v}" for k, v in changes.items()))
     if todo.tuning:
-        print(f"after {len(todo.tuning)} cells of {todo.tuning_seeds} seeds that tune them:")
-    seeds = " or ".join(map(str, todo.looks or [todo.swept[0].config.train.seeds]))
-    print(f"{len(todo.swept)} cells of {seeds} seeds; nothing was run")
+        print(f"after {len(todo.tuning)} cells of {_seeds(todo.tuning_seeds)} that tune them:")
+    seeds = todo.looks or [todo.swept[0].config.train.seeds]
+    print(f"{len(todo.swept)} cells of {_seeds(*seeds)}; nothing was run")
+
+
+def _seeds(*counts):
+    return " or ".join(map(str, counts)) + (" seed" if counts == (1,) else " seeds")
 
 
 def read_flags():

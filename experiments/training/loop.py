@@ -45,11 +45,22 @@ def check(config: ConfigDict, changed: Collection[str] = ()) -> None:
     longest = max(task.eval_splits().values(), key=lambda split: split["inputs"].shape[1])
     row = {name: x[:1] for name, x in longest.items()}
     inputs = data.model_inputs(row)
-    jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs))
+    _trace(model, inputs)
     if tokens := config.decoding.timed_tokens:
-        text = np.zeros((1, tokens), np.int32)
-        jax.eval_shape(lambda: model.init(jax.random.key(0), text))
+        _trace(model, (np.zeros((1, tokens), np.int32),))
     devices.check(config, model, inputs)
+
+
+def _trace(model, inputs):
+    """Initialises a model without computing it, once for all cells that share it."""
+    leaves, structure = jax.tree.flatten(inputs)
+    traced = model, structure, tuple((x.shape, x.dtype) for x in leaves)
+    if traced not in _TRACED:
+        jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs))
+        _TRACED.add(traced)
+
+
+_TRACED: set[Any] = set()
 
 
 class RunProgress(Protocol):

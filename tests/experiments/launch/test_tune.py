@@ -162,7 +162,7 @@ def test_the_command_tunes_trains_and_resumes(config, tmp_path):
     flags += (f"--tune={RATE}:1e-2,1e-9", "--tuning_seeds=1")
     dry = ablate(*flags, "--dry_run")
     assert (
-        "after 4 cells of 1 seeds that tune them" in dry.stdout and not (tmp_path / "run").exists()
+        "after 4 cells of 1 seed that tune them" in dry.stdout and not (tmp_path / "run").exists()
     )
     ended = ablate(*flags)
     assert ended.returncode == 0, ended.stderr

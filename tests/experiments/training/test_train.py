@@ -529,6 +529,19 @@ def test_a_directory_from_before_settings_were_checked_still_loads():
         loop.check(old)
 
 
+def test_cells_that_share_a_model_are_traced_once(monkeypatch):
+    traced = []
+    eval_shape = jax.eval_shape
+    monkeypatch.setattr(jax, "eval_shape", lambda f, *x: traced.append(f) or eval_shape(f, *x))
+    for changes, count in (
+        ({"model.mlp_dim": 13}, 1),
+        ({"model.mlp_dim": 13, "optimizer.learning_rate": 0.5}, 1),
+        ({"model.mlp_dim": 14}, 2),
+    ):
+        loop.check(tiny(**changes))
+        assert len([f for f in traced if f.__module__ == loop.__name__]) == count
+
+
 def test_a_directory_of_another_experiment_is_left_alone(tmp_path):
     loop.claim(tmp_path, tiny())
     loop.check_directory(tmp_path, tiny())
