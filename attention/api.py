@@ -191,13 +191,17 @@ def explain(
     dropout_rate: float = 0.0,
     implementation: str | None = None,
     aux: tuple[str, ...] = (),
+    query_gates: Array | None = None,
+    key_gates: Array | None = None,
     **data: Any,
 ) -> str:
     """Which kernel `attend` runs for these arrays, and why it does not run the others: a line each.
 
-    Takes the arguments of `attend` that the choice depends on, `data` being positions, lengths and
-    segments: arrays or `jax.ShapeDtypeStruct`s. Computes nothing. Raises as `attend` does.
+    Takes the arguments of `attend` that the choice depends on, `data` being positions, lengths,
+    segments and coordinates: arrays or `jax.ShapeDtypeStruct`s. Gates may be passed, too; what the
+    mechanism says of them decides. Computes nothing. Raises as `attend` does.
     """
+    del query_gates, key_gates
     check_arrays(query, key, value)
     call = describe(
         mechanism,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import attention
-from attention import Mechanism, attend, decoding, masks, normalizers, positions, scores
+from attention import Mechanism, attend, decoding, explain, masks, normalizers, positions, scores
 from attention.kernels.registry import KERNELS, describe, unsupported
 from attention.nn import MultiHeadAttention
 from support.marks import slow_but
@@ -162,6 +162,9 @@ def test_the_choice_and_its_errors():
     call = describe(mechanism, query, key, value)
     able = [name for name, kernel in KERNELS.items() if not unsupported(kernel, call)]
     assert able == ["dense", "tiled", "pallas_tpu"]
+    of_tokens = gates(mechanism)
+    lines = explain(mechanism, query, key, value, **of_tokens)
+    assert lines == explain(mechanism, query, key, value) and "dense: runs" in lines
     assert "key_gates" in unsupported(KERNELS["linear"], call)
 
 
