@@ -391,20 +391,25 @@ def _delta_attend(by_channel, params, query, key, value):
 def _jax_nn(implementation: str | None) -> Callable[[KernelWork], JaxWork]:
     def build(work):
         check_plain(work, "mask")
-        conjuncts = _conjuncts(work.mechanism().mask)
-        causal = masks.Causal() in conjuncts
-        windows = [x for x in conjuncts if type(x) is masks.SlidingWindow]
-        others = {type(x) for x in conjuncts} - {masks.Full, masks.Causal, masks.SlidingWindow}
-        if others or len(windows) > 1 or (windows and not causal):
-            raise Unavailable(f"{work.library} has no mask {work.mask!r}")
+        causal, window = _causal_and_window(work)
         if implementation == "cudnn" and jax.default_backend() != "gpu":
             raise Unavailable("cuDNN needs a GPU")
         if work.derivative == "decode":
             return _program(work, (work, implementation), _jax_nn_attend)
-        window = (windows[0].left, 0) if windows else None
         return _program(work, (causal, window, implementation), _jax_nn_attend)
 
     return build
+
+
+def _causal_and_window(work):
+    """Whether the mask is causal, and the window (left, 0) in it, or None; or `Unavailable`."""
+    conjuncts = _conjuncts(work.mechanism().mask)
+    causal = masks.Causal() in conjuncts
+    windows = [x for x in conjuncts if type(x) is masks.SlidingWindow]
+    others = {type(x) for x in conjuncts} - {masks.Full, masks.Causal, masks.SlidingWindow}
+    if others or len(windows) > 1 or (windows and not causal):
+        raise Unavailable(f"{work.library} has no mask {work.mask!r}")
+    return causal, (windows[0].left, 0) if windows else None
 
 
 def _conjuncts(mask):
@@ -459,12 +464,20 @@ def _tokamax(work: KernelWork) -> JaxWork:
 
     if not flags.FLAGS.is_parsed():  # else tokamax reads the command line
         flags.FLAGS(sys.argv[:1])
-    return _program(work, (is_causal(work), tokamax.dot_product_attention), _tokamax_attend)
+    check_plain(work, "score", "mask")
+    score = work.mechanism().score
+    cap = score.cap if isinstance(score, scores.SoftCap) else None
+    if (score.score if isinstance(score, scores.SoftCap) else score) != scores.ScaledDot():
+        raise Unavailable(f"{work.library} has no score {work.score!r}")
+    static = *_causal_and_window(work), cap, tokamax.dot_product_attention
+    return _program(work, static, _tokamax_attend)
 
 
 def _tokamax_attend(static, params, query, key, value):
-    causal, function = static
-    return function(query, key, value, is_causal=causal)
+    causal, window, cap, function = static
+    return function(
+        query, key, value, is_causal=causal, local_window_size=window, logits_soft_cap=cap
+    )
 
 
 def _torch_arrays(work):

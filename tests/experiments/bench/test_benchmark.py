@@ -59,7 +59,8 @@ def config(suite, **changes):
 def test_kernels_and_peers_compute_the_same():
     others = [{"implementation": "dense"}, {"implementation": "tiled"}, {"batching": "vmap"},
               {"batching": "vmap_heads"}]  # fmt: skip
-    others += [{"library": name} for name in ("jax.nn", "flax.linen", "flax.nnx", "torch")]
+    peers = ("jax.nn", "flax.linen", "flax.nnx", "torch", "tokamax")
+    others += [{"library": name} for name in peers]
     want = compare.results(GRADIENT)
     assert set(want) == {"out", "query", "key", "value"}
     for other in others:
@@ -82,6 +83,19 @@ def test_what_torch_lacks_is_written_out_in_it(parts):
     ours, theirs = (
         compare.results(dataclasses.replace(GRADIENT, **parts, library=library))
         for library in ("attention", "torch.eager")
+    )
+    for name in theirs:
+        np.testing.assert_allclose(theirs[name], ours[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [
+    {"score": "soft_cap(scaled_dot, cap=2.0)"}, {"mask": "causal & sliding_window(3)"},
+], ids=str)  # fmt: skip
+def test_what_tokamax_is_given(parts):
+    pytest.importorskip("tokamax")
+    ours, theirs = (
+        compare.results(dataclasses.replace(GRADIENT, **parts, library=library))
+        for library in ("attention", "tokamax")
     )
     for name in theirs:
         np.testing.assert_allclose(theirs[name], ours[name], rtol=1e-4, atol=1e-5)
