@@ -255,9 +255,12 @@ def embeds(position: Position) -> bool:
 
 
 def _only_embeds(position):
-    """Whether a position does nothing else than to add to the embeddings."""
+    """Whether a position adds to the embeddings, and does nothing else."""
     parts = position.parts if isinstance(position, Sum) else (position,)
-    return all(map(embeds, parts))
+    acts = ("rotate", "tile", "mix")
+    return any(map(embeds, parts)) and all(
+        getattr(type(part), name) is getattr(Position, name) for part in parts for name in acts
+    )
 
 
 def _both(mask, other):

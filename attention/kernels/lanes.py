@@ -125,7 +125,7 @@ def evaluate(
         operands = [read(atom) for atom in equation.invars]
         name = equation.primitive.name
         if name != "transpose":
-            operands = [Value("array", x.x.T) if x.kind == "turned" else x for x in operands]
+            operands = [value(x.x.T) if x.kind == "turned" else x for x in operands]
         if (inner := inner_jaxpr(equation)) is not None:
             own = [value(jnp.asarray(x)) for x in inner.consts]
             results = evaluate(inner, own, operands, product)
@@ -339,7 +339,7 @@ def _iota(equation):
 def _transpose(equation, held):
     before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     if held.kind == "turned":
-        return Value("array", held.x)
+        return value(held.x)
     if not _is_vector(before):
         return Value("array", lax.transpose(array(held, before), equation.params["permutation"]))
     if held.kind == "uniform" or len(before) < 2:

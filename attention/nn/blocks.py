@@ -371,7 +371,8 @@ class Block(nn.Module):
             memory_data.setdefault("query_positions", at)
         parts = self._parts(cross=context is not None)
         if self.layer.mixer is not None:
-            _check_segments(self.mechanism, self.layer, data.get("query_segments") is not None)
+            has_segments = data.get("query_segments") is not None
+            _check_segments(self.mechanism, self.layer, has_segments, in_cache=state is not None)
 
         relayed = relay is not None and self.layer.mixer is None
 
@@ -733,14 +734,14 @@ def required_inputs(mechanism: Mechanism, layer: Layer) -> set[str]:
     return set().union(*(own if layer.mixer is None else own.mask).required_inputs)
 
 
-def _check_segments(mechanism, layer, has_segments):
+def _check_segments(mechanism, layer, has_segments, in_cache):
     needs_segments = "query_segments" in required_inputs(mechanism, layer)
     if has_segments and not needs_segments:
         raise ValueError(
             f"query_segments was given, but the mask {mechanism.mask} ignores it, and so does "
             f"{layer}: combine it with masks.Segments()"
         )
-    if needs_segments and not has_segments:
+    if needs_segments and not has_segments and not in_cache:  # whose rows are a text each
         raise ValueError(
             f"{layer} begins anew with each document of the mask {mechanism.mask}, and needs "
             "query_segments: pass them, or take another mask"

@@ -58,8 +58,9 @@ def _check_clip(threshold, m, parts):
     for score in (parts["score"], *of_layers):
         if isinstance(score, attention.scores.SoftCap):
             raise ValueError(
-                f"optimizer.qk_clip={threshold} reads the largest score, which "
-                f"{attention.parsing.unparse(score)} caps already: leave one of them out"
+                f"optimizer.qk_clip={threshold} reads the largest score after its cap, "
+                f"{attention.parsing.unparse(score)}, and would clip by a wrong factor: leave one "
+                "of them out"
             )
         query_scale(attention.Mechanism(score), width, "optimizer.qk_clip")
 

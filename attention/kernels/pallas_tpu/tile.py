@@ -46,7 +46,8 @@ class TpuTile(Tile):
         """[n, w] bool: whether column(d) is c, of the t + s − 1 distances d, the furthest first."""
         t, s = len(self.query_index), len(self.key_index)
         w = -(-(t + s - 1) // LANES) * LANES
-        furthest = self.query_positions[0] + t - 1 - self.key_positions[0]
+        # Of padding the positions stand still; where they are consecutive they are the index.
+        furthest = self.query_index[0] + t - 1 - self.key_index[0]
         columns = column(furthest - lax.broadcasted_iota(jnp.int32, (1, w), 1))
         return columns == lax.broadcasted_iota(jnp.int32, (n, 1), 0)
 

@@ -16,7 +16,7 @@ from attention.kernels.registry import KERNELS, Device, describe, unsupported
 from attention.parts import EMPTY, FULL, PARTIAL, Tile
 from support.kernels import arrays, pulled
 from support.marks import slow_but
-from support.mechanisms import EPS, MECHANISMS, assert_close, assert_same, normal, wide
+from support.mechanisms import EPS, MECHANISMS, assert_close, assert_same, init, normal, wide
 
 V5E = Device("tpu", "TPU v5 lite")
 
@@ -51,6 +51,11 @@ FUNCTIONS = {
         jax.lax.dot_general(jnp.exp(x @ x.T), x, (((0,), (0,)), ((), ()))).T - 1,
         jax.lax.dot_general(jnp.sin(x @ x.T), x, (((0,), (0,)), ((), ()))).sum(1),
         jax.lax.dot_general(jnp.cos(x @ x.T), x, (((0,), (0,)), ((), ()))),
+    ),
+    "vectors turned around": lambda i, j, x: (
+        jax.lax.dot_general(jnp.exp(x), i[:, None], (((0,), (0,)), ((), ()))).T + j,
+        jax.lax.dot_general(jnp.exp(x), i[:, None], (((0,), (0,)), ((), ()))).T.T * j[:, None],
+        jax.lax.dot_general(jnp.cos(x), i[:, None], (((0,), (0,)), ((), ()))) - j[:, None],
     ),
     "transposed": lambda i, j, x: x.T + j[:, None] - i,
     "a slice": lambda i, j, x: x[1:3] * i[1:3, None] + j[None, :1],
@@ -141,6 +146,43 @@ def test_agrees_with_dense(mechanism, x64):
     options = {"aux": ("lse", "entropy", "row_max", "column_sums")}
     got = pulled("pallas_tpu", mechanism, **options)(*given, {})
     assert_close(got, pulled("dense", mechanism, **options)(*given, {}), 1e-10)
+
+
+@dataclasses.dataclass(frozen=True)
+class OfGates(attention.Score):
+    """q · k + g_i f_j − k² / 2: vectors of one number, which every product turns around."""
+
+    query_gates = 1
+    key_gates = 1
+
+    def tile(self, params, query, key, tile):
+        gates = tile.query_gates @ tile.key_gates.T
+        return query @ key + gates - 0.5 * jnp.sum(key**2, axis=0)
+
+
+@pytest.mark.parametrize("head_dim", [1, 3])
+def test_products_of_one_number(head_dim, x64):
+    mechanism = Mechanism(OfGates(), positions.Shaw(clip=2))
+    query, key, value = (
+        normal(n, length, heads, head_dim, dtype="float64")
+        for n, length, heads in ((1, 5, 4), (2, 6, 2), (3, 6, 2))
+    )
+    params = jax.tree.map(np.float64, init(mechanism, H=4, D=head_dim, V=head_dim))
+    gates = {
+        "query_gates": normal(4, 5, 4, 1, dtype="float64"),
+        "key_gates": normal(5, 6, 2, 1, dtype="float64"),
+    }
+
+    def gradient(kernel):
+        def loss(params, query, key, value, gates):
+            out = attention.attend(
+                mechanism, params, query, key, value, implementation=kernel, **gates
+            )
+            return jnp.sum(jnp.sin(out))
+
+        return jax.jit(jax.grad(loss, argnums=range(5)))(params, query, key, value, gates)
+
+    assert_close(gradient("pallas_tpu"), gradient("dense"), 1e-10)
 
 
 @pytest.mark.parametrize("mask", slow_but([masks.Full()], [masks.Full(), masks.Causal()]), ids=str)

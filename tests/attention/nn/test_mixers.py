@@ -144,6 +144,21 @@ def test_a_model_refuses_segments_that_its_mask_ignores():
         model.init(jax.random.key(0), text, segments=segments)
 
 
+def test_a_mixer_needs_the_segments_of_its_mask_but_in_a_cache():
+    """There each row is one text."""
+    decoder = dataclasses.replace(SMALL.decoder, mask=masks.Causal() & masks.Segments())
+    config = dataclasses.replace(SMALL, layers=SMALL.layers[:1], num_layers=1, decoder=decoder)
+    model, text = LanguageModel(config), tokens(2, 3)
+    with one_line(ValueError, "layer(mixer=gated_delta) begins anew", "needs query_segments"):
+        model.init(jax.random.key(0), text)
+    whole = np.zeros_like(text)
+    variables = random_params(model.init, text, segments=whole)
+    state = model.apply(variables, 2, 3, method="start")
+    logits, _ = model.apply(variables, state, text, method="step")
+    want = model.apply(variables, text, segments=whole)
+    np.testing.assert_allclose(logits, want, atol=1e-5)
+
+
 @pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_model_decodes_by_states_and_caches(scan):
     config = dataclasses.replace(SMALL, num_layers=4, scan_layers=scan, remat_layers=True)
