@@ -160,7 +160,7 @@ class OfGates(attention.Score):
         return query @ key + gates - 0.5 * jnp.sum(key**2, axis=0)
 
 
-@pytest.mark.parametrize("head_dim", [1, 3])
+@pytest.mark.parametrize("head_dim", slow_but([1], [1, 3]))
 def test_products_of_one_number(head_dim, x64):
     mechanism = Mechanism(OfGates(), positions.Shaw(clip=2))
     query, key, value = (
@@ -185,15 +185,19 @@ def test_products_of_one_number(head_dim, x64):
     assert_close(gradient("pallas_tpu"), gradient("dense"), 1e-10)
 
 
-@pytest.mark.parametrize("mask", slow_but([masks.Full()], [masks.Full(), masks.Causal()]), ids=str)
-def test_blocks_in_strips(mask, x64, monkeypatch):
+STRIPS = [
+    Mechanism(scores.TokenTemperature(scores.Dot()), positions.ALiBi()),
+    Mechanism(scores.TokenTemperature(scores.Additive(2)), positions.T5(num_buckets=4)),
+    Mechanism(scores.TokenTemperature(scores.Dot()), positions.Shaw(2), masks.Causal()),
+]
+
+
+@pytest.mark.parametrize("mechanism", slow_but(STRIPS[:1], STRIPS), ids=str)
+def test_blocks_in_strips(mechanism, x64, monkeypatch):
     """Of two rows each, in a grid of all pairs of blocks and in one of those that a mask leaves."""
     monkeypatch.setattr(head, "strip_size", lambda kind: 2)
-    mechanism = Mechanism(
-        scores.TokenTemperature(scores.Additive(hidden=2)), positions.T5(num_buckets=4), mask
-    )
-    given = arrays(mechanism, T=8, S=16, dtype="float64")
-    data = {"query_gates": normal(5, 8, 4, 1, dtype="float64"), "dropout_key": jax.random.key(5)}
+    given = arrays(mechanism, T=8, S=16, H=2, K=1, dtype="float64")
+    data = {"query_gates": normal(5, 8, 2, 1, dtype="float64"), "dropout_key": jax.random.key(5)}
     got, want = (
         pulled.__wrapped__(kernel, mechanism, aux=("lse",), dropout_rate=0.3)(*given, data)
         for kernel in ("pallas_tpu", "dense")
@@ -210,6 +214,7 @@ def test_a_grid_of_all_pairs_where_all_are_alike():
     assert shape(masks.Padding(), 8, 6, key_length=jnp.int32(3)) is None
 
 
+@pytest.mark.slow  # quickly beside strips, above
 def test_drops_what_dense_drops(x64):
     """Forward and backward."""
     given = arrays(Mechanism(), dtype="float64")

@@ -106,6 +106,7 @@ def test_a_text_in_pieces_is_the_text_at_once(mixer):
     assert np.isnan(lost.memory[0]).all() and np.isfinite(lost.memory[1]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixer", BY_NAME)
 def test_in_bfloat16_it_is_near_float32(mixer):
     """Of a text longer than a chunk, and so is the gradient."""
