@@ -125,7 +125,7 @@ def evaluate(
         operands = [read(atom) for atom in equation.invars]
         name = equation.primitive.name
         if name != "transpose":
-            operands = [value(x.x.T) if x.kind == "turned" else x for x in operands]
+            operands = [*map(_upright, operands)]
         if (inner := inner_jaxpr(equation)) is not None:
             own = [value(jnp.asarray(x)) for x in inner.consts]
             results = evaluate(inner, own, operands, product)
@@ -138,8 +138,11 @@ def evaluate(
         else:
             results = _as_it_is(equation, operands)
         held |= zip(equation.outvars, results, strict=True)
-    results = [read(atom) for atom in jaxpr.outvars]
-    return [value(x.x.T) if x.kind == "turned" else x for x in results]
+    return [_upright(read(atom)) for atom in jaxpr.outvars]
+
+
+def _upright(held):
+    return value(held.x.T) if held.kind == "turned" else held
 
 
 def _dot_general(equation, operands, product):

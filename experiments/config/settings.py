@@ -346,15 +346,22 @@ def check_read(config: ConfigDict, changed: Collection[str] = ()) -> None:
     `changed` are the dotted names of those that a sweep or a flag has set itself; they are not
     inherited (see `Reader`).
     """
+    no_layer_attends = _mixers_alone(config)
     for name, setting in _flat(SETTINGS):
         value, reader = get(config, name), setting.reader
         default = None if isinstance(setting.default, type) else setting.default
-        if value == default or reader.reads(config) or (reader.inherited and name not in changed):
+        if value == default:
+            continue
+        if no_layer_attends and name in _OF_ATTENTION and name in changed:
+            raise ValueError(
+                f"{name}={value!r} is of attention, and model.layers={config.model.layers!r} has "
+                f"mixers alone: leave it at {default!r}, or add a layer that attends"
+            )
+        if reader.reads(config) or (reader.inherited and name not in changed):
             continue
         raise ValueError(
             f"{name}={value!r} is read only with {reader.when}: leave it at {default!r}"
         )
-    _check_mixers_alone(config, changed)
     if config.task.get("path") or config.task.get("tfds"):
         defaults = task_config(config.task.name)
         for name, value in config.task.items():
@@ -372,21 +379,12 @@ def check_read(config: ConfigDict, changed: Collection[str] = ()) -> None:
             )
 
 
-def _check_mixers_alone(config, changed):
-    """Raises ValueError where a setting of attention is changed, and no layer attends."""
-    layers = attention.parse_layers(config.model.layers) if DECODER.reads(config) else ()
-    attends = not layers or any(layer.mixer is None for layer in layers)
-    if attends or not LANGUAGE_MODEL.reads(config):
-        return
-    defaults = _defaults(SETTINGS)
-    for name in _OF_ATTENTION:
-        value = get(config, name)
-        default = get(ConfigDict(defaults), name)
-        if name in changed and value != default:
-            raise ValueError(
-                f"{name}={value!r} is of attention, and model.layers={config.model.layers!r} has "
-                f"mixers alone: leave it at {default!r}, or add a layer that attends"
-            )
+def _mixers_alone(config):
+    """Whether a model has layers of which none attends."""
+    if not (DECODER.reads(config) and LANGUAGE_MODEL.reads(config)):
+        return False
+    layers = attention.parse_layers(config.model.layers)
+    return bool(layers) and all(layer.mixer is not None for layer in layers)
 
 
 _OF_ATTENTION = (

@@ -186,7 +186,7 @@ def test_products_of_one_number(head_dim, x64):
 
 
 STRIPS = [
-    Mechanism(scores.TokenTemperature(scores.Dot()), positions.ALiBi()),
+    Mechanism(scores.TokenTemperature(scores.Temperature(scores.Dot())), positions.ALiBi()),
     Mechanism(scores.TokenTemperature(scores.Additive(2)), positions.T5(num_buckets=4)),
     Mechanism(scores.TokenTemperature(scores.Dot()), positions.Shaw(2), masks.Causal()),
 ]
@@ -196,7 +196,7 @@ STRIPS = [
 def test_blocks_in_strips(mechanism, x64, monkeypatch):
     """Of two rows each, in a grid of all pairs of blocks and in one of those that a mask leaves."""
     monkeypatch.setattr(head, "strip_size", lambda kind: 2)
-    given = arrays(mechanism, T=8, S=16, H=2, K=1, dtype="float64")
+    given = arrays(mechanism, T=8, S=24, H=2, K=1, dtype="float64")
     data = {"query_gates": normal(5, 8, 2, 1, dtype="float64"), "dropout_key": jax.random.key(5)}
     got, want = (
         pulled.__wrapped__(kernel, mechanism, aux=("lse",), dropout_rate=0.3)(*given, data)

@@ -73,29 +73,18 @@ def test_kernels_and_peers_compute_the_same():
             np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("parts", [
-    {"score": "soft_cap(scaled_dot, cap=2.0)", "position": "alibi", "kv_heads": 1},
-    {"score": "additive(hidden=3)", "position": "t5(bidirectional=False)"},
-    {"position": "kerple_log", "mask": "causal & segments", "documents": 3},
+@pytest.mark.parametrize("library, parts", [
+    ("torch.eager", {"score": "soft_cap(scaled_dot, cap=2.0)", "position": "alibi", "kv_heads": 1}),
+    ("torch.eager", {"score": "additive(hidden=3)", "position": "t5(bidirectional=False)"}),
+    ("torch.eager", {"position": "kerple_log", "mask": "causal & segments", "documents": 3}),
+    ("tokamax", {"score": "soft_cap(scaled_dot, cap=2.0)"}),
+    ("tokamax", {"mask": "causal & sliding_window(3)"}),
 ], ids=str)  # fmt: skip
-def test_what_torch_lacks_is_written_out_in_it(parts):
-    pytest.importorskip("torch")
+def test_what_peers_know_beside_dot_products(library, parts):
+    pytest.importorskip(library.partition(".")[0])
     ours, theirs = (
-        compare.results(dataclasses.replace(GRADIENT, **parts, library=library))
-        for library in ("attention", "torch.eager")
-    )
-    for name in theirs:
-        np.testing.assert_allclose(theirs[name], ours[name], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("parts", [
-    {"score": "soft_cap(scaled_dot, cap=2.0)"}, {"mask": "causal & sliding_window(3)"},
-], ids=str)  # fmt: skip
-def test_what_tokamax_is_given(parts):
-    pytest.importorskip("tokamax")
-    ours, theirs = (
-        compare.results(dataclasses.replace(GRADIENT, **parts, library=library))
-        for library in ("attention", "tokamax")
+        compare.results(dataclasses.replace(GRADIENT, **parts, library=name))
+        for name in ("attention", library)
     )
     for name in theirs:
         np.testing.assert_allclose(theirs[name], ours[name], rtol=1e-4, atol=1e-5)
