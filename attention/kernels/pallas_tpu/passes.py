@@ -329,7 +329,9 @@ class _Launch:
         else:
             steps = [*(self.pairs.by_row if by_row else self.pairs.by_column)]
             grid = steps[0].shape
-        in_order: Any = ("arbitrary",) * len(grid)
+        order: Any = ["arbitrary"] * len(grid)
+        if self.pairs.shape and all(self.axis in x.axes for x in outputs):
+            order[0] = "parallel"  # no block is written twice, so that two cores may share them
         inputs = list(self.inputs.values())
         narrow = [
             jnp.bfloat16 if self.setting.narrow and key not in self.wide else x.x.dtype
@@ -370,7 +372,7 @@ class _Launch:
             ),
             out_shape=[jax.ShapeDtypeStruct(x.x.shape, x.x.dtype) for x in outputs],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=in_order, vmem_limit_bytes=self.setting.vmem
+                dimension_semantics=order, vmem_limit_bytes=self.setting.vmem
             ),
             interpret=self.setting.interpret,
             name=name,

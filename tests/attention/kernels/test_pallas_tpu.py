@@ -1,6 +1,8 @@
 """The TPU kernels in Pallas's interpreter: what they compute, refuse and visit."""
 
 import dataclasses
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -212,6 +214,24 @@ def test_a_grid_of_all_pairs_where_all_are_alike():
     assert shape(masks.Full(), 8, 6) == (2, 3)
     assert shape(masks.Full(), 8, 5) is None and shape(masks.Causal(), 8, 8) is None
     assert shape(masks.Padding(), 8, 6, key_length=jnp.int32(3)) is None
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "orders"),
+    [
+        (Mechanism(), {"forward": "parallel", "dq": "parallel", "dkv": "parallel"}),
+        (Mechanism(position=positions.T5()), {"forward": "parallel", "dq": "arbitrary"}),
+        (Mechanism(mask=masks.Causal()), {"forward": "arbitrary", "dkv": "arbitrary"}),
+    ],
+    ids=str,
+)
+def test_two_cores_share_blocks_that_are_written_once(mechanism, orders):
+    given = arrays(mechanism, T=8, S=8, dtype="float32")
+    pull = functools.partial(pulled("pallas_tpu", mechanism, size=(4, 4)), data={})
+    traced = str(jax.make_jaxpr(pull)(*given))
+    pattern = r"dimension_semantics=\('(\w+)'.*?\bname=(\w+)"
+    first_axes = {name: order for order, name in re.findall(pattern, traced, re.DOTALL)}
+    assert {name: first_axes[name] for name in orders} == orders
 
 
 @pytest.mark.slow  # quickly beside strips, above
