@@ -325,6 +325,15 @@ class Score(abc.ABC):
         del params
         return query, key
 
+    def feature_map(self, params: Params, query: Array, key: Array) -> tuple[Array, Array]:
+        """φ(q) [T, F'], φ(k) [S, F'] of what `prepare` returned, where φ(q) · φ(k) is the score.
+
+        What linear attention sums. A score whose `tile` is the product of what `prepare` returned
+        need not write one; any other that does is served by the linear kernel, too.
+        """
+        del params
+        return query, key
+
     @abc.abstractmethod
     def tile(self, params: Params, query: Array, key: Array, tile: Tile) -> Array:
         """Scores of one tile: query features [t, F], **transposed** key features [F, s] -> [t, s].

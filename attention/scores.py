@@ -240,19 +240,29 @@ class EluFeatures(Score):
 class TaylorFeatures(Score):
     """s(q, k) = 1 + x + x²/2, x = q · k / √D: exp(x) to the second order, and positive.
 
-    As a product of 1 + D + D² features each.  Arora et al. 2024 (Based), sec. 4.1.
+    Arora et al. 2024 (Based), sec. 4.1: a product of 1 + D + D² features each, which the linear
+    kernel sums.
     """
 
     def prepare(self, params, query, key):
-        def features(x):
+        def scaled(x):
             x = x * x.shape[-1] ** -0.25
+            # Infinite where a score may be: rows that see it are NaN then, and send no gradient.
+            fourth_power = jnp.sum(x * x, axis=-1, keepdims=True) ** 2
+            return jnp.where(jnp.isfinite(fourth_power), x, jnp.inf)
+
+        return scaled(query), scaled(key)
+
+    def feature_map(self, params, query, key):
+        def features(x):
             squares = (x[:, :, None] * x[:, None, :]).reshape(len(x), -1) * 2**-0.5
             return jnp.concatenate([jnp.ones_like(x[:, :1]), x, squares], axis=-1)
 
         return features(query), features(key)
 
     def tile(self, params, query, key, tile):
-        return _product(query, key)
+        product = _product(query, key)
+        return 1 + product + product * product / 2
 
 
 @dataclasses.dataclass(frozen=True)

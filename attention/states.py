@@ -21,7 +21,7 @@ import numpy as np
 
 from attention import masks
 from attention.kernels.linear import NORMALIZERS, causal, divided, terms, with_ones
-from attention.kernels.products import depends, not_of_features, num_features
+from attention.kernels.products import depends, feature_map, not_of_features, num_features
 from attention.mechanism import Mechanism, params_shape
 from attention.normalizers import SumToOne
 from attention.parts import Array, Params, accumulator, rotated
@@ -113,7 +113,7 @@ def needs_keys(
 
     def key_features(fixed, query):
         params, key = fixed
-        return _prepare(mechanism, params, key, query)[1]
+        return _feature_map(mechanism, params, key, query)[1]
 
     if depends(key_features, (params, x), x):
         return f"features of keys are summed before the queries come, which {mechanism.score} reads"
@@ -234,7 +234,7 @@ def _features(mechanism, params, x, at, side):
     bad = ~jnp.isfinite(x).all(-1)
     x = jnp.where(bad[:, None], 0, x.astype(wide))
     x = rotated(mechanism.position, params["position"], x, at, side)
-    features = mechanism.score.prepare(params["score"], x, x)[side == "key"]
+    features = feature_map(mechanism.score, params["score"], x, x)[side == "key"]
     bad |= ~jnp.isfinite(features).all(-1)
     return jnp.where(bad[:, None], 0, features), bad
 
@@ -250,16 +250,16 @@ def _of_a_head(mechanism, head_dim, value_dim):
     return params, jax.ShapeDtypeStruct((_TOKENS, head_dim), jnp.float32)
 
 
-def _prepare(mechanism, params, key, query):
+def _feature_map(mechanism, params, key, query):
     """Features of queries and of keys at the places 0, 1, 2 ..."""
     at, own = np.arange(_TOKENS), params["position"]
     query = rotated(mechanism.position, own, query, at, "query")
     key = rotated(mechanism.position, own, key, at, "key")
-    return mechanism.score.prepare(params["score"], query, key)
+    return feature_map(mechanism.score, params["score"], query, key)
 
 
 @functools.cache
 def _learns_keys(mechanism, head_dim, value_dim):
     """Whether features of keys depend on what the mechanism learns."""
     params, x = _of_a_head(mechanism, head_dim, value_dim)
-    return depends(lambda x, params: _prepare(mechanism, params, x, x)[1], x, params)
+    return depends(lambda x, params: _feature_map(mechanism, params, x, x)[1], x, params)

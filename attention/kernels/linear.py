@@ -107,8 +107,11 @@ def attend_head(
         rows = tile.query_index < tile.query_length
     if masks.Padding() in kinds and tile.key_length is not None:
         columns = tile.key_index < tile.key_length
-    features = jnp.where(rows[:, None], inputs.features, 0)
-    key_features = jnp.where(columns[:, None], inputs.key_features.T, 0)
+    features, key_features = mechanism.score.feature_map(
+        inputs.params["score"], inputs.features, inputs.key_features.T
+    )
+    features = jnp.where(rows[:, None], features, 0)
+    key_features = jnp.where(columns[:, None], key_features, 0)
     value = jnp.where(columns[:, None], inputs.value, 0)
     sums_to_one = isinstance(mechanism.normalizer, SumToOne)
     if sums_to_one:

@@ -15,7 +15,7 @@ import numpy as np
 from attention import scores
 from attention.mechanism import Mechanism, params_shape
 from attention.normalizers import Softmax
-from attention.parts import Position, Tile, rotated, with_zero_gates
+from attention.parts import Array, Params, Position, Score, Tile, rotated, with_zero_gates
 
 
 class Product(NamedTuple):
@@ -63,23 +63,40 @@ def is_bilinear(mechanism: Mechanism, head_dim: int, value_dim: int) -> bool:
 
 @functools.cache
 def not_of_features(mechanism: Mechanism, head_dim: int, value_dim: int) -> str | None:
-    """Why scores are not query @ key of features and nothing else, or None."""
+    """Why scores are not φ(q) · φ(k) of `Score.feature_map` and nothing else, or None."""
     params = _params_of_a_head(mechanism, head_dim, value_dim)
     x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
     position = mechanism.position
     if position.whole_row or _has_terms(position, params["position"], x):
         return f"it knows no term of the scores or the output, as {position} has"
-    if not _is_product(mechanism.score, params["score"], x):
-        return f"it computes products of features, not {mechanism.score}"
+    score = mechanism.score
+    if type(score).feature_map is Score.feature_map and not _is_product(score, params["score"], x):
+        return f"it computes products of features, not {score}"
     return None
 
 
 @functools.cache
 def num_features(mechanism: Mechanism, head_dim: int) -> int:
+    """F', the features of a query in `Score.feature_map`."""
+    return _features(mechanism, head_dim, feature_map)
+
+
+@functools.cache
+def num_prepared(mechanism: Mechanism, head_dim: int) -> int:
     """F, the features of a query that `Score.prepare` makes."""
+    return _features(mechanism, head_dim, lambda score, *args: score.prepare(*args))
+
+
+def _features(mechanism, head_dim, function):
     x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
     params = _params_of_a_head(mechanism, head_dim, head_dim)
-    return jax.eval_shape(mechanism.score.prepare, params["score"], x, x)[0].shape[-1]
+    made = functools.partial(function, mechanism.score)
+    return jax.eval_shape(made, params["score"], x, x)[0].shape[-1]
+
+
+def feature_map(score: Score, params: Params, query: Array, key: Array) -> tuple[Array, Array]:
+    """φ(q) [T, F'], φ(k) [S, F'] of query and key, where φ(q) · φ(k) is the score."""
+    return score.feature_map(params, *score.prepare(params, query, key))
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from attention.integers import count_array, whole_number
+from attention.kernels import products
 from attention.kernels.delta import recurrence
 from attention.mixers import MixerState
 from attention.nn.dense import Dense, dense
@@ -340,10 +341,12 @@ class LinearMixer(nn.Module):
             return jax.tree.map(lambda x: x.astype(self.param_dtype), params)
 
         params = param_if_any(self, "score", init, "heads")
-        prepare = jax.vmap(score.prepare, in_axes=(0, -2, -2), out_axes=-2)
+        of_heads = jax.vmap(
+            functools.partial(products.feature_map, score), in_axes=(0, -2, -2), out_axes=-2
+        )
         for _ in query.shape[:-3]:
-            prepare = jax.vmap(prepare, in_axes=(None, 0, 0))
-        return prepare(params, query, key)
+            of_heads = jax.vmap(of_heads, in_axes=(None, 0, 0))
+        return of_heads(params, query, key)
 
 
 def _rotated(x, positions, side):

@@ -282,7 +282,7 @@ def parts() -> dict[str, tuple[attention.Mechanism, dict[str, Any]]]:
 
 _PARTS = {
     "score": "dot; scaled_dot; general; additive(16); location(4096); cosine; gaussian; pope; "
-    "elu_features; random_features(64); hedgehog_features; "
+    "elu_features; taylor_features; random_features(64); hedgehog_features; "
     "scale(dot, 0.1); temperature(dot); token_temperature(dot); soft_cap(scaled_dot)",
     "position": "rope; xpos; alibi; t5; shaw; shaw(value_side=True); kerple_log; kerple_power; "
     "fire(8); forget; gated_t5; position_temperature; rope2d; alibi2d",

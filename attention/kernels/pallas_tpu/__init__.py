@@ -25,7 +25,7 @@ from attention.kernels.heads import (
     on_data_parts,
     unknown_split,
 )
-from attention.kernels.products import num_features
+from attention.kernels.products import num_prepared
 from attention.kernels.registry import Call, Kernel, device_of, register
 
 
@@ -46,7 +46,7 @@ def unsupported(call: Call) -> str | None:
     widest = max(call.query.shape[-1], call.value.shape[-1])
     if widest > _WIDEST:
         return f"its blocks have no room for heads wider than {_WIDEST}, got {widest}"
-    features = num_features(mechanism, call.query.shape[-1])
+    features = num_prepared(mechanism, call.query.shape[-1])
     if features > _WIDEST:
         of_score = f"{features} of {mechanism.score}"
         return f"its blocks have no room for more than {_WIDEST} features, {of_score}"

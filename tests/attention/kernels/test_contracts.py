@@ -164,6 +164,17 @@ def test_a_huge_value_of_the_future_leaves_second_derivatives_finite(kernel):
     assert_same(function(query, put(value, 6, 3e38))[:6], function(query, value)[:6])
 
 
+@every_kernel
+def test_a_huge_key_of_the_future_sends_a_square_of_the_score_no_gradient(kernel):
+    query, key, value = qkv((), T, S)
+    mechanism = Mechanism(
+        scores.TaylorFeatures(), mask=masks.Causal(), normalizer=normalizers.SumToOne()
+    )
+    run = by_kernel(kernel, mechanism)
+    function = compiled(jax.grad(lambda *x: run(NO_PARAMS, *x)[:6].sum(), (0, 1, 2)))
+    assert_same(function(query, put(key, 6, 1e25), value), function(query, key, value))
+
+
 # Rows that see nothing.
 
 SEES_NOTHING = [

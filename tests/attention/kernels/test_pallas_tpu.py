@@ -362,9 +362,9 @@ REFUSED = [
     (Mechanism(), {"dtype": "float16"}, "takes float32 and bfloat16, got float16: cast"),
     (Mechanism(), {"D": 2048}, "wider than 1024, got 2048"),
     (
-        Mechanism(scores.TaylorFeatures()),
+        Mechanism(scores.RandomFeatures(1025)),
         {},
-        "no room for more than 1024 features, 16513 of Taylor",
+        "no room for more than 1024 features, 1025 of Random",
     ),
     (Mechanism(), {"aux": ("weights",)}, "'row_weights' are some"),
     (Mechanism(), {"device": Device("cuda", "NVIDIA H100")}, "it runs on tpu and cpu"),
