@@ -20,7 +20,7 @@ from jax.export import is_symbolic_dim
 from attention import masks
 from attention.kernels import dense
 from attention.kernels.heads import lift
-from attention.kernels.products import not_of_features, num_features
+from attention.kernels.products import not_of_features, num_features, num_prepared
 from attention.kernels.registry import Call, Kernel, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
@@ -32,6 +32,7 @@ CHUNK = 64
 
 _MASKS = (masks.Full, masks.Causal, masks.Padding, masks.Segments)
 NORMALIZERS = (Unnormalized, SumToOne)
+_MAKING = 10  # numbers that take as long, on a CPU, as one feature that `Score.feature_map` adds
 
 
 def unsupported(call: Call) -> str | None:
@@ -59,6 +60,8 @@ def unsupported(call: Call) -> str | None:
 def cost(call: Call) -> tuple[float, str]:
     """Numbers of scores and states at once, and the reason if this kernel runs.
 
+    Features that `Score.feature_map` adds to those of `Score.prepare` count more.
+
     Where the tiled kernel is faster than the dense one its cost is a constant, for any number of
     scores; these numbers are scaled by what that is of the dense kernel's cost, so that the ratio
     of the two kernels is that of their numbers. A symbolic size counts as 1.
@@ -71,7 +74,8 @@ def cost(call: Call) -> tuple[float, str]:
         S = call.key.shape[-3]
         T += 1 if is_symbolic_dim(S) else S
     chunks = -(-T // CHUNK)
-    numbers = math.prod(batch) * H * (T * (CHUNK + F) + chunks * F * V)
+    made = _MAKING * (F - num_prepared(call.mechanism, D))
+    numbers = math.prod(batch) * H * (T * (CHUNK + F + made) + chunks * F * V)
     share = min(1.0, tuned().tiled_above / max(1, dense.cost(call)[0]))
     return numbers * share, f"states and the scores of chunks are {numbers:,} numbers at once"
 
@@ -182,38 +186,27 @@ def causal(
 
     query, key, value = chunks(features), chunks(key_features), chunks(value)
     visible = jnp.tri(chunk, dtype=bool)
-    if starts is None:
-        sums = jnp.einsum("ncf,ncv->nfv", key, value)
-        states = jnp.cumsum(jnp.pad(sums, ((1, 0), (0, 0), (0, 0))), axis=0)[:-1]
-        readers = query
-        if state is not None:
-            states += state
-    else:
+    readers, last_keys, resets = query, key, jnp.zeros(len(key), bool)
+    if starts is not None:
         document = jnp.cumsum(chunks(starts[:, None])[..., 0], axis=1)  # counted within the chunk
         last = document[:, -1:]
-        sums = jnp.einsum("ncf,ncv->nfv", jnp.where((document == last)[..., None], key, 0), value)
-        if state is not None:
-            sums = jnp.concatenate([state[None], sums])
-        first = 0 if state is None else 1
-        resets = jnp.pad(last[:, 0] > 0, (first, 0))
-        states = jnp.pad(_sums_since(resets, sums), ((1 - first, 0), (0, 0), (0, 0)))[:-1]
         readers = jnp.where((document == 0)[..., None], query, 0)
+        last_keys = jnp.where((document == last)[..., None], key, 0)
+        resets = last[:, 0] > 0
         visible = visible & (document[:, :, None] == document[:, None])
+    sums = jnp.einsum("ncf,ncv->nfv", last_keys, value)
+
+    def add(state, own):
+        reset, x = own
+        return jnp.where(reset, 0, state) + x, state
+
+    # One after another: a parallel prefix sum takes longer on a CPU, by copies.
+    state = jnp.zeros_like(sums[0]) if state is None else state
+    _, states = jax.lax.scan(add, state, (resets, sums))
     scores = jnp.einsum("ncf,ndf->ncd", query, key)
     scores = jnp.where(visible, scores, 0)
     out = jnp.einsum("ncd,ndv->ncv", scores, value) + jnp.einsum("ncf,nfv->ncv", readers, states)
     return out.reshape(length, -1)[:T]
-
-
-def _sums_since(resets, x):
-    """Σ_{m ≤ n} x_m of the m since the last n that resets, itself included: [N], [N, ...]."""
-
-    def join(left, right):
-        (left_resets, left_sum), (right_resets, right_sum) = left, right
-        earlier = jnp.where(right_resets[:, None, None], 0, left_sum)
-        return left_resets | right_resets, earlier + right_sum
-
-    return jax.lax.associative_scan(join, (resets, x))[1]
 
 
 def _of_segments(features, key_features, value, flags, tile, is_causal):

@@ -95,7 +95,7 @@ def test_its_size_and_its_work_do_not_grow_with_the_text():
 
     assert of_step(100) == of_step(100_000)
     assert empty(ELU).nbytes == 2 * K * D * (V + 1) * 4
-    assert empty(dataclasses.replace(ELU, score=scores.TaylorFeatures())).memory.shape[-2] == 21
+    assert empty(dataclasses.replace(ELU, score=scores.TaylorFeatures())).memory.shape[-2] == 15
 
 
 @pytest.mark.parametrize("change, reason", [

@@ -225,7 +225,10 @@ def test_what_it_cannot_serve_it_says():
 
 def test_it_is_chosen_for_long_texts(monkeypatch):
     monkeypatch.setattr(linear, "CHUNK", 64)
-    lengths = ((1, 16, "dense"), (1, 4096, "linear"), (1, 2**20, "linear"), (512, 1024, "linear"))
-    for batch, T, name in lengths:
+    taylor = dataclasses.replace(ELU, score=scores.TaylorFeatures())
+    for mechanism, batch, T, name in (
+        *((ELU, 1, 16, "dense"), (ELU, 1, 4096, "linear"), (ELU, 1, 2**20, "linear")),
+        *((ELU, 512, 1024, "linear"), (taylor, 1, 1024, "dense"), (taylor, 1, 4096, "linear")),
+    ):
         x = jax.ShapeDtypeStruct((batch, T, 2, 16), jnp.float32)
-        assert f" {name}: runs" in attention.explain(ELU, x, x, x)
+        assert f" {name}: runs" in attention.explain(mechanism, x, x, x)
