@@ -79,6 +79,14 @@ class Tile:
         i, j = self.query_positions[:, None], self.key_positions[None, :]
         return i - j if self.consecutive else difference(i, j)
 
+    def distance_in(self, dtype: Any) -> Array:
+        """`distance` as floating numbers, [t, s]."""
+        if not self.consecutive:
+            return self.distance.astype(dtype)
+        # Indices up to 2²⁴ are exact in them, and so are differences: fewer operations of [t, s].
+        i, j = (jnp.asarray(x).astype(dtype) for x in (self.query_positions, self.key_positions))
+        return i[:, None] - j[None, :]
+
     @property
     def grid_distance(self) -> tuple[Array, Array, Array]:
         """Rows and columns that each key lies behind each query, and whether both have a place.

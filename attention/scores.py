@@ -5,6 +5,7 @@ subclass of `attention.Score` here or in your own code (see `attention/parts.py`
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -425,4 +426,18 @@ class SoftCap(_Wrapper):
         check_numbers(self, "cap")
 
     def tile(self, params: Params, query: Array, key: Array, tile: Tile) -> Array:
-        return self.cap * jnp.tanh(self.score.tile(params, query, key, tile) / self.cap)
+        return _soft_cap(self.cap, self.score.tile(params, query, key, tile))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _soft_cap(cap, score):
+    """cap · tanh(score / cap)."""
+    return cap * jnp.tanh(score / cap)
+
+
+@_soft_cap.defjvp
+def _soft_cap_jvp(cap, scores, tangents):
+    # Written out, the tangent is not multiplied by cap and divided by it again.
+    (score,), (tangent,) = scores, tangents
+    ratio = jnp.tanh(score / cap)
+    return cap * ratio, tangent - tangent * ratio * ratio

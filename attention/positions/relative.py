@@ -129,7 +129,7 @@ class ALiBi(Position):
         return slope
 
     def tile(self, params, query, key, tile):
-        return -self.slope(tile, query.dtype) * jnp.abs(tile.distance)
+        return -self.slope(tile, query.dtype) * jnp.abs(tile.distance_in(query.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +148,7 @@ class KerpleLog(Position):
 
     def tile(self, params, query, key, tile):
         a, b = jnp.exp(params["log_a"]), jnp.exp(params["log_b"])
-        return -a * jnp.log1p(b * jnp.abs(tile.distance))
+        return -a * jnp.log1p(b * jnp.abs(tile.distance_in(b.dtype)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +169,9 @@ class KerplePower(Position):
 
     def tile(self, params, query, key, tile):
         a, b = jnp.exp(params["log_a"]), 2 * jax.nn.sigmoid(params["logit_b"])
-        distance = jnp.abs(tile.distance)
+        distance = jnp.abs(tile.distance_in(a.dtype))
         # 0^b has no finite derivative in b as written, so distance 0 is set apart.
-        return jnp.where(distance > 0, -a * jnp.maximum(distance, 1).astype(a.dtype) ** b, 0)
+        return jnp.where(distance > 0, -a * jnp.maximum(distance, 1) ** b, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +203,7 @@ class FIRE(Position):
     def tile(self, params, query, key, tile):
         c, threshold = jnp.exp(params["log_c"]), jnp.exp(params["log_threshold"])
         far = jnp.log1p(c * jnp.maximum(threshold, jnp.abs(tile.query_positions)))
-        x = jnp.log1p(c * jnp.abs(tile.distance)) / far[:, None]
+        x = jnp.log1p(c * jnp.abs(tile.distance_in(c.dtype))) / far[:, None]
 
         def unit(weight, bias):
             return jax.nn.relu(x * weight + bias)
