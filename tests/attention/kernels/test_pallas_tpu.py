@@ -194,14 +194,20 @@ STRIPS = [
 ]
 
 
-@pytest.mark.parametrize("mechanism", slow_but(STRIPS[:1], STRIPS), ids=str)
-def test_blocks_in_strips(mechanism, x64, monkeypatch):
+@pytest.mark.parametrize(
+    "mechanism, dropout_rate",
+    [(STRIPS[0], 0.0), *(pytest.param(x, 0.3, marks=pytest.mark.slow) for x in STRIPS)],
+    ids=str,
+)
+def test_blocks_in_strips(mechanism, dropout_rate, x64, monkeypatch):
     """Of two rows each, in a grid of all pairs of blocks and in one of those that a mask leaves."""
     monkeypatch.setattr(head, "strip_size", lambda kind: 2)
     given = arrays(mechanism, T=8, S=24, H=2, K=1, dtype="float64")
-    data = {"query_gates": normal(5, 8, 2, 1, dtype="float64"), "dropout_key": jax.random.key(5)}
+    data = {"query_gates": normal(5, 8, 2, 1, dtype="float64")}
+    if dropout_rate:
+        data["dropout_key"] = jax.random.key(5)
     got, want = (
-        pulled.__wrapped__(kernel, mechanism, aux=("lse",), dropout_rate=0.3)(*given, data)
+        pulled.__wrapped__(kernel, mechanism, aux=("lse",), dropout_rate=dropout_rate)(*given, data)
         for kernel in ("pallas_tpu", "dense")
     )
     assert_close(got, want, 1e-10)
@@ -234,7 +240,7 @@ def test_two_cores_share_blocks_that_are_written_once(mechanism, orders):
     assert {name: first_axes[name] for name in orders} == orders
 
 
-@pytest.mark.slow  # quickly beside strips, above
+@pytest.mark.slow
 def test_drops_what_dense_drops(x64):
     """Forward and backward."""
     given = arrays(Mechanism(), dtype="float64")
