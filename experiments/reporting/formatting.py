@@ -113,7 +113,7 @@ def with_interval(mean: float, low: float, high: float, digits: int, sign: str =
     if math.isnan(mean) or math.isnan(half) or abs(low + half - mean) <= 1e-9 * half:
         return plus_minus(mean, half, digits, sign)
     ends = [
-        f"{end:.0f}" if end in (0, 1) else plus_minus(end, math.nan, digits, sign)
+        f"{abs(end):.0f}" if end in (0, 1) else plus_minus(end, math.nan, digits, sign)
         for end in (low, high)
     ]
     return f"{plus_minus(mean, math.nan, digits, sign)} [{', '.join(ends)}]"

@@ -258,6 +258,7 @@ def test_numbers_with_uneven_intervals():
     assert formatting.with_interval(0.5, 0.25, 0.75, 2) == "0.50 ± 0.25"
     assert formatting.with_interval(0.5, 0.0, 0.75, 2, "+") == "+0.50 [0, +0.75]"
     assert formatting.with_interval(-0.5, -0.75, 0.0, 2, "+") == "-0.50 [-0.75, 0]"
+    assert formatting.with_interval(0.5, -0.0, 0.75, 2) == "0.50 [0, 0.75]"
     assert formatting.with_interval(0.5, math.nan, math.nan, 2) == "0.50"
     rough = [formatting.rough(x) for x in (0.0312, 0.0149, 0.0951, 0.00196, 0.99, 3.4, 12.3, 456)]
     assert rough == ["0.03", "0.015", "0.1", "0.002", "1", "3", "12", "5e+02"]
