@@ -5,7 +5,8 @@ and too many are, too. Table 3 E: learned positions give nearly identical result
 ones.
 
     python -m experiments.ablate --config=configs/reference/heads.py --workers=2 \\
-        --workdir=runs/heads --config.task.path=input.txt --tune=optimizer.learning_rate:1e-3,3e-3,1e-2
+        --workdir=runs/heads --config.task.path=input.txt \\
+        --tune=optimizer.learning_rate:1e-3,3e-3,1e-2
 
 Scaled down from translation with 512 channels to characters of tiny Shakespeare (`input.txt` of
 github.com/karpathy/char-rnn) with 128: heads of 128, 32 (the base) and 4 channels.

@@ -5,7 +5,8 @@ which softmax heads do by looking at the first token; sigmoid attention (Ramapur
 1.5-entmax (Peters et al. 2019), whose weights are sparser, are reported to be equivalent.
 
     python -m experiments.ablate --config=configs/reference/normalizers.py --workers=2 \\
-        --workdir=runs/normalizers --config.task.path=input.txt
+        --workdir=runs/normalizers --config.task.path=input.txt \\
+        --tune=optimizer.learning_rate:1e-3,3e-3,1e-2
 
 Scaled down to two layers on characters of tiny Shakespeare (`input.txt` of
 github.com/karpathy/char-rnn) and to multi-query recall. Beside the loss each cell reports the mean
