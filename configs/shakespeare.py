@@ -6,7 +6,7 @@
 `input.txt` is the text of github.com/karpathy/char-rnn, plain or compressed; without a path,
 `--config.task.tfds=tiny_shakespeare` downloads it. Loss in nats over the last tenth of the text,
 which is half validation and half test, at the trained length of 64: learned 1.90 (published: 1.88),
-rope 1.79, alibi 1.86, none 2.05. At lengths never trained on: configs/reference/extrapolation.py.
+rope 1.79, alibi 1.85, none 2.05. At lengths never trained on: configs/reference/extrapolation.py.
 `--sweep=layers` compares patterns of layers that look back 16 characters and layers that see all,
 `--sweep=mixer` attention and layers of linear attention, with decay and the delta rule.
 """
