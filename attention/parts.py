@@ -80,10 +80,13 @@ class Tile:
         return i - j if self.consecutive else difference(i, j)
 
     def distance_in(self, dtype: Any) -> Array:
-        """`distance` as floating numbers, [t, s]."""
-        if not self.consecutive:
+        """`distance` as floating numbers, [t, s].
+
+        Of consecutive positions those up to 2²⁴ are exact: kernels count them from 0.
+        """
+        if not self.consecutive or jnp.finfo(dtype).bits < 32:
             return self.distance.astype(dtype)
-        # Indices up to 2²⁴ are exact in them, and so are differences: fewer operations of [t, s].
+        # Whole numbers are converted by rows and columns, not pair by pair.
         i, j = (jnp.asarray(x).astype(dtype) for x in (self.query_positions, self.key_positions))
         return i[:, None] - j[None, :]
 
@@ -336,8 +339,9 @@ class Score(abc.ABC):
     def feature_map(self, params: Params, query: Array, key: Array) -> tuple[Array, Array]:
         """φ(q) [T, F'], φ(k) [S, F'] of what `prepare` returned, where φ(q) · φ(k) is the score.
 
-        What linear attention sums. A score whose `tile` is the product of what `prepare` returned
-        need not write one; any other that does is served by the linear kernel, too.
+        What linear attention sums. A score needs one only where its `tile` is not the product of
+        what `prepare` returned; a subclass with another `tile` needs its own. Where `prepare`
+        returned finite numbers, these must be finite.
         """
         del params
         return query, key

@@ -242,7 +242,8 @@ class TaylorFeatures(Score):
     """s(q, k) = 1 + x + x²/2, x = q · k / √D: exp(x) to the second order, and positive.
 
     Arora et al. 2024 (Based), sec. 4.1: a product of 1 + D + D² features each. The linear kernel
-    sums 1 + D + D (D + 1) / 2, since channels a, b and b, a make the same one.
+    sums 1 + D + D (D + 1) / 2, since channels a, b and b, a make the same one. A vector counts as
+    infinite where the fourth power of its length overflows, as x² may then.
     """
 
     def prepare(self, params, query, key):

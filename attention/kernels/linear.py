@@ -58,7 +58,7 @@ def unsupported(call: Call) -> str | None:
 
 
 def cost(call: Call) -> tuple[float, str]:
-    """Numbers of scores and states at once, and the reason if this kernel runs.
+    """Numbers of scores and states, and the reason if this kernel runs.
 
     Features that `Score.feature_map` adds to those of `Score.prepare` count more.
 
@@ -74,10 +74,10 @@ def cost(call: Call) -> tuple[float, str]:
         S = call.key.shape[-3]
         T += 1 if is_symbolic_dim(S) else S
     chunks = -(-T // CHUNK)
-    made = _MAKING * (F - num_prepared(call.mechanism, D))
+    made = _MAKING * max(0, F - num_prepared(call.mechanism, D))
     numbers = math.prod(batch) * H * (T * (CHUNK + F + made) + chunks * F * V)
     share = min(1.0, tuned().tiled_above / max(1, dense.cost(call)[0]))
-    return numbers * share, f"states and the scores of chunks are {numbers:,} numbers at once"
+    return numbers * share, f"states and the scores of chunks take as long as {numbers:,} scores"
 
 
 def attend_head(
@@ -200,9 +200,9 @@ def causal(
         reset, x = own
         return jnp.where(reset, 0, state) + x, state
 
-    # One after another: a parallel prefix sum takes longer on a CPU, by copies.
-    state = jnp.zeros_like(sums[0]) if state is None else state
-    _, states = jax.lax.scan(add, state, (resets, sums))
+    # One after another: on a CPU a parallel prefix sum takes longer, by copies.
+    none = jnp.zeros_like(sums[0])
+    _, states = jax.lax.scan(add, none if state is None else none + state, (resets, sums))
     scores = jnp.einsum("ncf,ndf->ncd", query, key)
     scores = jnp.where(visible, scores, 0)
     out = jnp.einsum("ncd,ndv->ncv", scores, value) + jnp.einsum("ncf,nfv->ncv", readers, states)

@@ -70,9 +70,18 @@ def not_of_features(mechanism: Mechanism, head_dim: int, value_dim: int) -> str 
     if position.whole_row or _has_terms(position, params["position"], x):
         return f"it knows no term of the scores or the output, as {position} has"
     score = mechanism.score
-    if type(score).feature_map is Score.feature_map and not _is_product(score, params["score"], x):
-        return f"it computes products of features, not {score}"
-    return None
+    own = _owner(score, "feature_map")
+    # A map is of the `tile` of its own class, or of one above it; a subclass may have another.
+    if own is Score:
+        is_product = _is_product(score, params["score"], x)
+    else:
+        is_product = issubclass(own, _owner(score, "tile"))
+    return None if is_product else f"it computes products of features, not {score}"
+
+
+def _owner(score, name):
+    """The class that a method of a score is written in."""
+    return next(owner for owner in type(score).__mro__ if name in vars(owner))
 
 
 @functools.cache

@@ -459,3 +459,14 @@ def test_positions_beyond_int32_have_no_embedding():
         params = scheme.init_embed(jax.random.key(0), 2)
         with pytest.raises(ValueError, match="position"):
             scheme.embed(params, jnp.zeros((2, 2)), MILLISECONDS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_distances_of_consecutive_positions_are_exact_in_floating_numbers(dtype):
+    index = jnp.arange(4)
+    for first in 0, 1000, 2**24 - 4:
+        at = first + index
+        tile = Tile(index, index, at, at, jnp.int32(0), 1, consecutive=True)
+        distance = tile.distance_in(dtype)
+        assert distance.dtype == dtype
+        np.testing.assert_array_equal(distance.astype(int), np.subtract.outer(index, index))

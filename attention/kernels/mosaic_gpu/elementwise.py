@@ -209,6 +209,9 @@ class _StepsTile(Tile):
 
     sizes: tuple[int, int] = (1, 1)
 
+    def distance_in(self, dtype):
+        return self.distance.astype(dtype)  # here rows and columns are tiles, too
+
     def pick(self, values, column):
         T, S = self.sizes
         if values.ndim != 1:

@@ -329,9 +329,10 @@ class _Launch:
         else:
             steps = [*(self.pairs.by_row if by_row else self.pairs.by_column)]
             grid = steps[0].shape
-        order: Any = ["arbitrary"] * len(grid)
+        semantics: Any = ["arbitrary"] * len(grid)
+        # Where no two steps of the outer axis write one block, two cores may share these.
         if self.pairs.shape and all(self.axis in x.axes for x in outputs):
-            order[0] = "parallel"  # no block is written twice, so that two cores may share them
+            semantics[0] = "parallel"
         inputs = list(self.inputs.values())
         narrow = [
             jnp.bfloat16 if self.setting.narrow and key not in self.wide else x.x.dtype
@@ -372,7 +373,7 @@ class _Launch:
             ),
             out_shape=[jax.ShapeDtypeStruct(x.x.shape, x.x.dtype) for x in outputs],
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=order, vmem_limit_bytes=self.setting.vmem
+                dimension_semantics=semantics, vmem_limit_bytes=self.setting.vmem
             ),
             interpret=self.setting.interpret,
             name=name,

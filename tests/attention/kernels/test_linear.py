@@ -223,6 +223,52 @@ def test_what_it_cannot_serve_it_says():
         run("linear", replace(ELU, mask=masks.SlidingWindow(3)))(init(ELU, 2), q, q, q)
 
 
+class Cubic(scores.TaylorFeatures):
+    """A score of its own, of which the features that it inherits are not the map."""
+
+    def tile(self, params, query, key, tile):
+        return super().tile(params, query, key, tile) + (query @ key) ** 3 / 6
+
+
+class Warmer(scores.TaylorFeatures):
+    """Other vectors, and the same function of them."""
+
+    def prepare(self, params, query, key):
+        query, key = super().prepare(params, query, key)
+        return 2 * query, key
+
+
+class Narrow(scores.Score):
+    """(Σ_d q_d) (Σ_d k_d), by one feature where `prepare` has D."""
+
+    def tile(self, params, query, key, tile):
+        return query.sum(1)[:, None] * key.sum(0)
+
+    def feature_map(self, params, query, key):
+        return query.sum(1, keepdims=True), key.sum(1, keepdims=True)
+
+
+def test_feature_maps_of_scores_of_ones_own():
+    x = jax.ShapeDtypeStruct((2, 9, 2, 4), jnp.float32)
+    for score in Warmer(), Narrow():
+        mechanism = dataclasses.replace(PLAIN, score=score)
+        inputs, _ = arrays(mechanism, 9, 9)
+        assert_close(run("linear", mechanism)(*inputs), run("dense", mechanism)(*inputs))
+        assert linear.cost(describe(mechanism, x, x, x))[0] > 0
+    reason = unsupported(
+        KERNELS["linear"], describe(dataclasses.replace(PLAIN, score=Cubic()), x, x, x)
+    )
+    assert "products of features, not Cubic" in reason
+
+
+def test_a_state_of_a_narrower_type_than_features_have(x64):
+    features, value = np.ones((5, 3)), np.ones((5, 2))
+    state = jnp.ones((3, 2), jnp.float32)
+    np.testing.assert_allclose(
+        linear.causal(features, features, value, state), 3 + 3 * np.tri(5) @ value
+    )
+
+
 def test_it_is_chosen_for_long_texts(monkeypatch):
     monkeypatch.setattr(linear, "CHUNK", 64)
     taylor = dataclasses.replace(ELU, score=scores.TaylorFeatures())
