@@ -64,6 +64,19 @@ def test_pieces_equal_the_full_pass(mechanism, x64, monkeypatch):
     assert_close(got, want, 1e-12)
 
 
+def test_a_prompt_inside_shard_map():
+    params, arrays = init(ELU, H), qkv(T=T, S=T, H=H, K=K)
+
+    def decode(*arrays):
+        outputs, _ = run(ELU, params, empty(ELU), arrays, (T,))
+        return outputs[0]
+
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("batch",))
+    batch = jax.sharding.PartitionSpec("batch")
+    sharded = jax.jit(jax.shard_map(decode, mesh=mesh, in_specs=(batch,) * 3, out_specs=batch))
+    assert_close(sharded(*arrays), decode(*arrays))
+
+
 def test_it_is_as_a_cache_of_keys():
     """Prompts of different lengths and none, and what is not finite: each row as with all keys."""
     params = init(ELU, H)
