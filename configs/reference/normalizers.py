@@ -1,8 +1,9 @@
 """Softmax, or a normaliser that may attend to nothing, or to few?
 
 Softmax off by one (Miller 2023) and learned sinks (Xiao et al. 2024) let a head attend to nothing,
-which softmax heads do by looking at the first token; sigmoid attention (Ramapuram et al. 2024) and
-1.5-entmax (Peters et al. 2019), whose weights are sparser, are reported to be equivalent.
+which softmax heads do by looking at the first token; sigmoid attention is reported to
+match softmax (Ramapuram et al. 2024), and 1.5-entmax, whose weights are sparser, to gain on it a
+little (Peters et al. 2019); both are tested for equivalence here.
 
     python -m experiments.ablate --config=configs/reference/normalizers.py --workers=2 \\
         --workdir=runs/normalizers --config.task.path=input.txt \\

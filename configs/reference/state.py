@@ -3,7 +3,8 @@
 Arora et al. 2024 ("Based"), fig. 2: attention, whose cache grows with the text, recalls all; a
 model whose state has a fixed size recalls the more the larger that is, and by Taylor's features,
 which are nearer to a softmax, nearly as much as attention. A window recalls what it spans. Yang et
-al. 2024: the delta rule recalls more than a sum with a state of the same size.
+al. 2024: the delta rule recalls more than a sum with a state of the same size; here it is the gated
+one (Yang et al. 2025).
 
     python -m experiments.ablate --config=configs/reference/state.py --workers=2 \\
         --workdir=runs/state --tune=optimizer.learning_rate:1e-3,3e-3,1e-2
