@@ -32,7 +32,10 @@ def decoder_step(model, state, tokens, lengths):
     cache, *_ = state.caches  # all layers have the same length
     if lengths is not None:
         lengths = count_array("lengths", lengths, tokens.shape[:-1], tokens.shape[-1])
-    at = decoding.positions(cache._replace(length=cache.length[..., 0]), tokens.shape[-1])
+    length = cache.length
+    if length.ndim == tokens.ndim:  # of the repetitions of scanned layers
+        length = length[..., 0]
+    at = decoding.positions(cache._replace(length=length), tokens.shape[-1])
     x = model.embedding(tokens, at)
     x, state = model.decoder(x, state=state, lengths=lengths, tokens=tokens)
     return model.embedding.logits(x), state

@@ -1,13 +1,11 @@
 """The modules of a Transformer: embedding, residual blocks, stack of blocks."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -67,7 +65,8 @@ class TransformerConfig:
         1/√(number of branches) of it (Radford et al. 2019).
       scan_layers: run the blocks by `nn.scan`: compile time is flat in depth and the parameters
         have a leading L axis. The scan is over the repetitions of `layers`, of which the parameters
-        then lead with the number. False: one after another, parameters by layer.
+        then lead with the number. False: one after another, parameters and caches by layer, and
+        faster steps on a CPU; a token of a text is much faster then, which copies no cache.
       remat_layers: of a block keep its input only and compute the rest once more in the backward
         pass: memory for the activations of one block instead of all (Chen et al. 2016). On a CPU
         with scan_layers only: otherwise XLA removes the second computation.
@@ -294,9 +293,9 @@ class Embedding(nn.Module):
 class DecoderState(NamedTuple):
     """The state of a decoder within a text.
 
-    Of a `Stack` each field is one cache where all layers are alike, and its leaves have an L axis
-    after the batch; else a tuple with one for each layer of the pattern, and the axis is that of
-    the repetitions.
+    Of a `Stack` each field is a tuple with one for each layer. Where layers are scanned it has one
+    for each layer of the pattern, and after the batch the leaves have an axis of its repetitions.
+    A tuple of one is that one itself.
 
     Attributes:
       self_attention: `decoding.Cache`, keys and values of the text so far, or the state of linear
@@ -309,7 +308,7 @@ class DecoderState(NamedTuple):
 
     @property
     def caches(self) -> tuple[Any, ...]:
-        """Those of self-attention and the states of mixers, by layer of the pattern."""
+        """Those of self-attention and the states of mixers, by layer."""
         own = self.self_attention
         of_layers = (own,) if hasattr(own, "length") else own
         return tuple(cache for cache in of_layers if cache is not None)
@@ -603,13 +602,14 @@ class Stack(nn.Module):
             return {kind: getattr(mechanism, kind) for kind in PART_KINDS}
 
         def cache(index, layer):
-            of_layers = (*batch, c.num_layers // len(self._period))
+            repetitions = (c.num_layers // len(self._period),) if c.scan_layers else ()
+            of_layers = (*batch, *repetitions)
             if layer.mixer is not None:
                 H, _, head_dim = _heads(c, layer).values()
                 return layer.mixer.empty(of_layers, H, head_dim or c.model_dim // H, c.dtype)
             if layer.shared_kv:
                 return None
-            readers = _sharing(self._period, index)
+            readers = _sharing(self._period, index % len(self._period))
             # A state is of one score, and of keys as they are.
             reads_keys = len(readers) > 1 or c.kv_rank is not None or c.head_mix != "none"
             of_readers = [
@@ -628,7 +628,8 @@ class Stack(nn.Module):
             first, *others = of_readers
             return max(of_readers, key=lambda cache: cache.key.shape[-3]) if others else first
 
-        caches = self._field([cache(*item) for item in enumerate(self._period)])
+        layers = self._period * (self._count // len(self._period))
+        caches = self._field([cache(*item) for item in enumerate(layers)])
         if memory is None:
             return DecoderState(caches)
 
@@ -656,14 +657,19 @@ class Stack(nn.Module):
     def _period(self):
         return self.pattern or (Layer(),)
 
+    @property
+    def _count(self):
+        """How many layers have a state of their own; those of scanned repetitions share one."""
+        return len(self._period) if self.config.scan_layers else self.config.num_layers
+
     def _field(self, of_layers):
-        """The field of a `DecoderState` of what belongs to each layer of the pattern."""
+        """The field of a `DecoderState` of what belongs to each layer that has a state."""
         first, *more = of_layers
         return first if first is None or not more else tuple(of_layers)
 
     def _by_layer(self, state):
-        """The state of each layer of the pattern."""
-        count = len(self._period)
+        """The state of each layer that has one of its own."""
+        count = self._count
         if state is None or count == 1:
             return [state] * count
         return [
@@ -676,9 +682,9 @@ class Stack(nn.Module):
     def _layers(self, blocks, layer, carry, states, axis):
         """layer(index in the pattern, block, carry, state) -> carry, state, one after another.
 
-        `states` are by layer of the pattern; their leaves have the repetitions at `axis`.
+        Where layers are scanned the leaves of `states` have the repetitions at `axis`.
         """
-        count = len(states)
+        count = len(self._period)
 
         def at(index):
             def own_layer(block, carry, state):
@@ -709,13 +715,12 @@ class Stack(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             return scan(blocks, carry, states)
-        new: list[list] = [[] for _ in states]
-        for i, block in enumerate(blocks):
-            repetition, which = divmod(i, count)
-            own = jax.tree.map(functools.partial(_at, repetition, axis), states[which])
-            carry, own = of_pattern[which](block, carry, own)
-            new[which].append(own)
-        return carry, [jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *own) for own in new]
+        # A state apart for each layer: one of all would be copied whole at each token.
+        new = []
+        for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
+            carry, state = of_pattern[i % count](block, carry, state)
+            new.append(state)
+        return carry, new
 
     @nn.compact
     def _parts(self):
@@ -746,7 +751,3 @@ def _check_segments(mechanism, layer, has_segments, in_cache):
             f"{layer} begins anew with each document of the mask {mechanism.mask}, and needs "
             "query_segments: pass them, or take another mask"
         )
-
-
-def _at(index, axis, leaf):
-    return jax.lax.index_in_dim(leaf, index, axis, keepdims=False)

@@ -356,17 +356,38 @@ def test_a_step_moves_keys_and_values_and_little_else():
         out = jax.nn.dot_product_attention(x, key, value, key_value_seq_lengths=lengths)
         return decoding.Cache(key, value, lengths), out
 
-    def bytes_per_slot(step, position=None):
-        def moved(slots):
-            cache = decoding.empty((1,), slots, K, width, position=position)
-            compiled = jax.jit(step, donate_argnums=0).lower(cache).compile()
-            return compiled.cost_analysis()["bytes accessed"]
+    def bytes_of(step, position=None):
+        empty = functools.partial(decoding.empty, (1,), position=position)
+        return bytes_per_slot(step, lambda slots: empty(slots, K, width)) / K
 
-        return (moved(2048) - moved(1024)) / 1024 / K
-
-    limit = bytes_per_slot(theirs) + 64  # a look at the keys would be 256
+    limit = bytes_of(theirs) + 64  # a look at the keys would be 256
     for position in (positions.NoPE(), positions.RoPE()):
-        assert bytes_per_slot(ours(position), position) < limit
+        assert bytes_of(ours(position), position) < limit
+
+
+def test_a_step_of_layers_moves_their_keys_and_values_and_little_else():
+    sizes = {"num_layers": 2, "model_dim": 64, "scan_layers": False}
+    model = LanguageModel(dataclasses.replace(SMALL, **sizes))
+    variables = jax.jit(model.init)(KEY, tokens(1, 2))
+
+    def start(slots):
+        return model.apply(variables, 1, slots, method="start")
+
+    def step(state):
+        return model.apply(variables, state, tokens(1, 1), method="step")
+
+    of_a_slot = 2 * 2 * 64 * 4  # key and value of both layers, in bytes
+    assert bytes_per_slot(step, start) < 4 * of_a_slot  # 10 with a copy of all
+
+
+def bytes_per_slot(step, start):
+    """By how much a compiled step of the state start(slots) moves more for each slot more."""
+
+    def moved(slots):
+        compiled = jax.jit(step, donate_argnums=0).lower(start(slots)).compile()
+        return compiled.cost_analysis()["bytes accessed"]
+
+    return (moved(2048) - moved(1024)) / 1024
 
 
 def test_a_step_costs_the_slots_and_not_the_tokens():
@@ -431,12 +452,21 @@ def texts_by_step(model, variables, state, text, prompt, chunk):
     first, state = feed(state, text[:, :count], jnp.array(prompt))
 
     def step(state, _):
-        at = state.self_attention.length[:, :1] + jnp.arange(chunk)
+        length = state.caches[0].length.reshape(len(text), -1)  # one, or of each scanned layer
+        at = length[:, :1] + jnp.arange(chunk)
         logits, state = feed(state, jnp.take_along_axis(text, at, axis=1))
         return state, logits
 
     _, rest = jax.lax.scan(step, state, None, length=(text.shape[1] - count) // chunk)
     return first, jnp.moveaxis(rest, 0, 1).reshape(*first.shape[:1], -1, first.shape[-1])
+
+
+def assert_by_layer(state, config):
+    """Two layers and two texts: a cache for each layer, or of scanned ones a second axis."""
+    lead = (2, 2) if config.scan_layers else (2,)
+    assert all(leaf.shape[: len(lead)] == lead for leaf in jax.tree.leaves(state))
+    for caches in state:
+        assert caches is None or hasattr(caches, "length") == config.scan_layers
 
 
 def assert_rows(first, rest, full, prompt):
@@ -471,7 +501,7 @@ def test_a_language_model_steps_as_it_passes(config):
         return state, by_step, model.apply(variables, text)
 
     state, (first, rest), full = run(variables_of(model, text))
-    assert all(leaf.shape[:2] == (2, 2) for leaf in jax.tree.leaves(state))
+    assert_by_layer(state, config)
     assert_rows(first, rest, full, PROMPT)
 
 
@@ -487,8 +517,10 @@ def test_an_encoder_decoder_steps_as_it_passes(config):
         return state, by_step, model.apply(variables, source, text, lengths)
 
     state, (first, rest), full = run(variables_of(model, source, text, lengths))
-    assert all(leaf.shape[:2] == (2, 2) for leaf in jax.tree.leaves(state))
-    assert state.cross_attention.key.shape[2] == 6
+    assert_by_layer(state, config)
+    of_memory = state.cross_attention
+    for cache in (of_memory,) if config.scan_layers else of_memory:
+        assert cache.key.shape[-3] == 6
     assert_rows(first, rest, full, PROMPT)
 
 

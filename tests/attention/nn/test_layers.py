@@ -273,13 +273,14 @@ def test_a_pattern_is_decoded_by_small_caches(scan, repetitions):
 
     state, logits = model.apply(variables, 2, 10, method="start"), []
     for lengths in PIECES:
-        at = np.asarray(state.caches[0].length[:, :1]) + np.arange(max(lengths))
+        at = np.asarray(state.caches[0].length).reshape(2, -1)[:, :1] + np.arange(max(lengths))
         piece = np.take_along_axis(text, np.minimum(at, 9), axis=1)
         out, state = step(state, piece, np.array(lengths))
         logits.append(np.asarray(out))
-    shapes, lead = [cache.key.shape for cache in state.caches], (2, repetitions)
-    assert shapes == [(*lead, 3, 1, 6), (*lead, 3, 2, 4), (*lead, 10, 2, 4)]
-    assert all(leaf.shape[:2] == lead for leaf in jax.tree.leaves(state))
+    shapes, lead = [cache.key.shape for cache in state.caches], (2, repetitions) if scan else (2,)
+    of_pattern = [(*lead, 3, 1, 6), (*lead, 3, 2, 4), (*lead, 10, 2, 4)]
+    assert shapes == (of_pattern if scan else of_pattern * repetitions)
+    assert all(leaf.shape[: len(lead)] == lead for leaf in jax.tree.leaves(state))
     for b, count in enumerate([8, 5]):
         pieces = [x[b, : lengths[b]] for x, lengths in zip(logits, PIECES, strict=True)]
         np.testing.assert_allclose(np.concatenate(pieces), full[b, :count], atol=2e-5)

@@ -167,10 +167,12 @@ def test_a_model_decodes_by_states_and_caches(scan):
     variables = random_params(model.init, text, scale=0.3)
     full = jax.jit(model.apply)(variables, text)
     state = model.apply(variables, 2, 6, method="start")
-    assert all(leaf.shape[:2] == (2, 2) for leaf in jax.tree.leaves(state))
-    own, cache = state.caches
-    assert own.nbytes == 4 * 2 * 2 * (2 * 4 * 4 + 3 * 3 * 8)
-    assert cache.nbytes == 4 * 2 * 2 * 6 * 2 * 4 * 2
+    lead = (2, 2) if scan else (2,)
+    assert all(leaf.shape[: len(lead)] == lead for leaf in jax.tree.leaves(state))
+    assert len(state.caches) == (2 if scan else 4)
+    own, cache = (sum(x.nbytes for x in state.caches[i::2]) for i in range(2))
+    assert own == 4 * 2 * 2 * (2 * 4 * 4 + 3 * 3 * 8)
+    assert cache == 4 * 2 * 2 * 6 * 2 * 4 * 2
     step = jax.jit(lambda state, x: model.apply(variables, state, x, method="step"))
     first, state = step(state, text[:, :3])
     logits = [first]
