@@ -375,7 +375,12 @@ def _tile(plan, data, row, start):
 
 
 class Piece(NamedTuple):
-    """What the scores of a tile are made of: `dense.Inputs`, and the bias [t or 1, s or 1]."""
+    """What a tile is made of.
+
+    Attributes:
+      inputs: `dense.Inputs`; of `_piece` its value is [V, s] still.
+      bias: [t or 1, s or 1]; None: there is none.
+    """
 
     inputs: dense.Inputs
     bias: Array | None
@@ -394,12 +399,18 @@ def _piece(plan, arrays, row, start):
         key,
         _at(arrays.features, row),
         _from(arrays.key_features, start, plan),
-        _from(arrays.value, start, plan).T,
+        _from(arrays.value, start, plan),
         jax.tree.map(lambda x: _at(x, row), arrays.query_gates),
         jax.tree.map(lambda x: _from(x, start, plan).T, arrays.key_gates),
     )
     bias = arrays.bias
     return Piece(inputs, bias if bias is None else _pairs_at(bias, row, start, plan))
+
+
+def _output(plan, data, piece, weights, tile):
+    # Values turn around here: in `_piece`, outside of a checkpoint, that would be a copy.
+    inputs = piece.inputs._replace(value=piece.inputs.value.T)
+    return tile_output(plan, inputs, weights, tile, data.dropout_key)
 
 
 def _visible(plan, data, tile, row, start):
@@ -538,7 +549,7 @@ def attend_tiles(plan, arrays, data):
             logits = tile_logits(plan, piece, tile, visible)
             state, weights, factor = normalizer.update(params, state, logits)
             out = out if factor is None else out * factor[:, None]
-            return state, out + tile_output(plan, piece.inputs, weights, tile, data.dropout_key)
+            return state, out + _output(plan, data, piece, weights, tile)
 
         state = normalizer.start(params, jnp.zeros(t, dtype))
         carry = state, jnp.zeros((t, value_dim), dtype)
@@ -581,7 +592,7 @@ def _attend_tiles_jvp(plan, primals, tangents):
 
         def weighted(piece):
             tile, _, weights = _weigh(plan, data, piece, row, start, masked, statistic)
-            return tile_output(plan, piece.inputs, weights, tile, data.dropout_key), weights
+            return _output(plan, data, piece, weights, tile), weights
 
         _, (changed, weights) = jax.jvp(weighted, (piece,), (tangent,))
         return changed, weights.sum(1)
