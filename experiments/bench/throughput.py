@@ -5,7 +5,8 @@
 The cells are those of nanoGPT's CPU recipe (4 layers, width 128, 12 texts of 64 characters a step),
 one seed each, which differ in the learning rate alone: what is timed is training, not compiling.
 Each sweep is a command of its own in an empty work directory; they take turns after one of each
-that is not timed, which leaves the programs that the others find.
+that is not timed, which leaves the programs that the others find. With --before, a checkout of
+another version of this repository, one worker of that version takes turns with them.
 """
 
 import os
@@ -39,28 +40,35 @@ def sweep_rate():
 WORKERS = {"one worker": 1, "one for each core": 0}
 
 
-def measure(cells: int, steps: int, repeats: int) -> dict[str, list[float]]:
+def measure(
+    cells: int, steps: int, repeats: int, before: Path | None = None
+) -> dict[str, list[float]]:
     """Seconds of the command by kind of sweep, `repeats` of each.
 
-    RuntimeError with the stderr of a command that failed.
+    `before`: a checkout of another version, of which one worker is timed as well. RuntimeError with
+    the stderr of a command that failed.
     """
-    seconds: dict[str, list[float]] = {kind: [] for kind in WORKERS}
+    sweeps: dict[str, tuple[int, Path | None]] = {kind: (n, None) for kind, n in WORKERS.items()}
+    if before is not None:
+        sweeps = {"one worker before": (1, before.resolve()), **sweeps}
+    seconds: dict[str, list[float]] = {kind: [] for kind in sweeps}
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.py"
         config.write_text(CONFIG.format(steps=steps, cells=cells))
         for turn in range(repeats + 1):
-            for kind, workers in WORKERS.items():
-                took = _run(config, Path(folder) / f"{turn} {kind}", workers)
+            for kind, (workers, checkout) in sweeps.items():
+                took = _run(config, Path(folder) / f"{turn} {kind}", workers, checkout)
                 if turn:
                     seconds[kind].append(took)
     return seconds
 
 
-def _run(config, workdir, workers):
+def _run(config, workdir, workers, checkout):
     flags = (f"--config={config}", f"--workdir={workdir}", f"--workers={workers}")
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "experiments.ablate", *flags],
+        cwd=checkout,  # which `python -m` imports from
         env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(config.parent / "programs")},
         capture_output=True,
         text=True,
@@ -73,7 +81,10 @@ def _run(config, workdir, workers):
 def main(argv):
     del argv
     cells, steps = _CELLS.value, _STEPS.value
-    seconds = measure(cells, steps, _REPEATS.value)
+    before = Path(_BEFORE.value) if _BEFORE.value else None
+    if before is not None and not (before / "experiments/ablate.py").exists():
+        raise ValueError(f"--before={before} is no checkout of this repository")
+    seconds = measure(cells, steps, _REPEATS.value, before)
     print(f"{cells} cells of {steps} steps")
     medians = {kind: statistics.median(times) for kind, times in seconds.items()}
     for kind, times in seconds.items():
@@ -82,14 +93,16 @@ def main(argv):
         print(
             f"{kind}: {medians[kind]:.1f} s ({shown}), {rate:.1f} steps/s with all that is around"
         )
-    one, each = medians.values()
-    print(f"throughput: {one / each:.2f} times")
+    *others, each = medians.values()
+    for kind, other in zip(medians, others, strict=False):
+        print(f"throughput of one for each core: {other / each:.2f} times that of {kind}")
 
 
 if __name__ == "__main__":
     _CELLS = flags.DEFINE_integer("cells", 12, "Cells of a sweep.")
     _STEPS = flags.DEFINE_integer("steps", 200, "Steps of a cell.")
     _REPEATS = flags.DEFINE_integer("repeats", 3, "Sweeps of each kind.")
+    _BEFORE = flags.DEFINE_string("before", "", "A checkout of another version to time as well.")
     for flag in (_CELLS, _STEPS, _REPEATS):
         cli.limit(flag, at_least(1))
     cli.run(main)
