@@ -628,7 +628,7 @@ class Stack(nn.Module):
             first, *others = of_readers
             return max(of_readers, key=lambda cache: cache.key.shape[-3]) if others else first
 
-        layers = self._period * (self._count // len(self._period))
+        layers = self._period * (self._num_states // len(self._period))
         caches = self._field([cache(*item) for item in enumerate(layers)])
         if memory is None:
             return DecoderState(caches)
@@ -658,7 +658,7 @@ class Stack(nn.Module):
         return self.pattern or (Layer(),)
 
     @property
-    def _count(self):
+    def _num_states(self):
         """How many layers have a state of their own; those of scanned repetitions share one."""
         return len(self._period) if self.config.scan_layers else self.config.num_layers
 
@@ -669,7 +669,7 @@ class Stack(nn.Module):
 
     def _by_layer(self, state):
         """The state of each layer that has one of its own."""
-        count = self._count
+        count = self._num_states
         if state is None or count == 1:
             return [state] * count
         return [
