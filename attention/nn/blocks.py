@@ -609,7 +609,7 @@ class Stack(nn.Module):
                 return layer.mixer.empty(of_layers, H, head_dim or c.model_dim // H, c.dtype)
             if layer.shared_kv:
                 return None
-            readers = _sharing(self._period, index % len(self._period))
+            readers = _sharing(self._period, index)
             # A state is of one score, and of keys as they are.
             reads_keys = len(readers) > 1 or c.kv_rank is not None or c.head_mix != "none"
             of_readers = [
@@ -628,8 +628,8 @@ class Stack(nn.Module):
             first, *others = of_readers
             return max(of_readers, key=lambda cache: cache.key.shape[-3]) if others else first
 
-        layers = self._period * (self._num_states // len(self._period))
-        caches = self._field([cache(*item) for item in enumerate(layers)])
+        times = self._num_states // len(self._period)
+        caches = self._field([cache(*x) for _ in range(times) for x in enumerate(self._period)])
         if memory is None:
             return DecoderState(caches)
 
