@@ -41,10 +41,13 @@ def _cache(row):
     return f"{row['cache_bytes'] / 1e3:,.0f}" if "cache_bytes" in row else ""
 
 
+_PHASES = ("trace", "lower", "compile")
+
+
 def _compile(row):
     if "trace_seconds" not in row:
         return ""
-    phases = " + ".join(f"{row[f'{p}_seconds']:.2f}" for p in ("trace", "lower", "compile"))
+    phases = " + ".join(f"{row[f'{phase}_seconds']:.2f}" for phase in _PHASES)
     warm = f"{row['warm_seconds']:.2f}" if "warm_seconds" in row else "not cached"
     return f"{phases}; {warm}"
 
@@ -193,7 +196,8 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
     """Changes of the contenders that both results have: the same work by the same library.
 
     A dict for each quantity that both have: 'key', 'what', 'ratio' of new to old and whether that
-    is 'beyond_noise': of times, that the two 95% intervals do not touch; of memory, always. 'fault'
+    is 'beyond_noise': of times, that the two 95% intervals do not touch; of memory, always; of the
+    seconds to trace, lower and compile, medians of few, that one is 1.25 times the other. 'fault'
     says where a contender cannot run any more, retraces or is less accurate.
     """
     before = dict(_by_work(old))
@@ -209,6 +213,13 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
             apart = low > old_high or high < old_low
             ratio = middle / old_middle
             differences.append({"key": key, "what": "time", "ratio": ratio, "beyond_noise": apart})
+        if "trace_seconds" in was and "trace_seconds" in row:
+            seconds, old_seconds = (sum(x[f"{p}_seconds"] for p in _PHASES) for x in (row, was))
+            ratio = seconds / old_seconds
+            apart = not 1 / 1.25 <= ratio <= 1.25
+            differences.append(
+                {"key": key, "what": "compile", "ratio": ratio, "beyond_noise": apart}
+            )
         if was.get("temporary_bytes") and "temporary_bytes" in row:
             ratio = row["temporary_bytes"] / was["temporary_bytes"]
             differences.append({"key": key, "what": "memory", "ratio": ratio, "beyond_noise": True})
@@ -251,7 +262,10 @@ def show_changes(old: dict[str, Any], new: dict[str, Any], threshold: float) -> 
             continue
         bad = change["ratio"] > threshold
         worse += [change["key"]] * bad
-        words = {"time": "slower", "memory": "larger"}, {"time": "faster", "memory": "smaller"}
+        words = (
+            {"time": "slower", "memory": "larger", "compile": "compiled more slowly"},
+            {"time": "faster", "memory": "smaller", "compile": "compiled faster"},
+        )
         word = words[change["ratio"] < 1][change["what"]]
         print(f"{word}, {change['ratio']:.2f} of before{' (!)' * bad}: {change['key']}")
     print(f"{len(both)} numbers compared, {len(worse)} worse than {threshold} of before")

@@ -498,12 +498,16 @@ def test_changes_beyond_noise_are_told(capsys):
     assert "slower, 1.15 of before: t: 3" in printed and "t: 1" not in printed
     rows = new["comparisons"][0]["rows"]
     rows[1]["temporary_bytes"] *= 2
+    rows[1]["trace_seconds"] += 1.5  # of 2.2 with what lowers and compiles
+    rows[2]["trace_seconds"] += 0.5  # of 3.2: noise
     rows[2]["errors"] = {"out": None}
     rows[3]["fault"] = "a retrace"
     rows[0] = {"name": "0", "work": rows[0]["work"], "unavailable": "full"}
-    assert tables.show_changes(old, new, threshold=1.2) == ["t: 0", "t: 2", "t: 3", "t: 1"]
+    worse = ["t: 0", "t: 2", "t: 3", "t: 1", "t: 1"]
+    assert tables.show_changes(old, new, threshold=1.2) == worse
     printed = capsys.readouterr().out
     assert "(!) t: 0: full" in printed and "(!) t: 3: a retrace" in printed
+    assert "compiled more slowly, 1.68 of before (!): t: 1" in printed
     assert "larger, 2.00 of before (!): t: 1" in printed and "error of out is None" in printed
     for row in rows:  # another work under the same name
         row["work"] = {"length": 7}
