@@ -173,7 +173,7 @@ def load(
     """The bases, axes and claims of a config file: of `bases`, `sweep_<name>` and `claims`.
 
     `names` are the axes to sweep, separated by commas; 'all' takes every axis and '' none.
-    A sweep with a parameter is given the `config`, for values that depend on it.
+    A sweep, or `claims`, with a parameter is given the `config`, for values that depend on it.
 
     Raises ValueError for a sweep that does not exist, and where one of these functions returns a
     value of the wrong type.
@@ -194,8 +194,7 @@ def load(
         )
     axes = {}
     for name in swept:
-        function = functions[f"sweep_{name}"]
-        values = _list(path, function, *[config] * len(inspect.signature(function).parameters))
+        values = _list(path, functions[f"sweep_{name}"], config)
         for value in values:
             if not isinstance(value, Mapping):
                 raise ValueError(
@@ -205,15 +204,15 @@ def load(
         if not values and names != "all":
             raise ValueError(f"{path}: sweep_{name}() has no values for this config")
         axes[name] = values
-    expected = _list(path, functions["claims"]) if "claims" in functions else []
+    expected = _list(path, functions["claims"], config) if "claims" in functions else []
     for claim in expected:
         if not isinstance(claim, Claim):
             raise ValueError(f"{path}: claims() must yield `less` or `equal`; got {claim!r}")
     return dict(bases), axes, expected
 
 
-def _list(path, function, *arguments):
-    values = function(*arguments)
+def _list(path, function, config):
+    values = function(config) if inspect.signature(function).parameters else function()
     if not isinstance(values, Iterable) or isinstance(values, str | Mapping):
         raise ValueError(
             f"{path}: {function.__name__}() must yield its values or return a list of them; it "

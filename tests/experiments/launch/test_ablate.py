@@ -227,6 +227,9 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 EXPERIMENTS = [(path,) for path in CONFIGS if path.stem not in ("benchmark", "cell")]
 EXPERIMENTS += [(ROOT / "configs/transduction.py", task) for task in ("reverse", "sort")]
 EXPERIMENTS += [
+    (ROOT / "configs/modern.py", task) for task in ("recall", "in_context_recall", "text,wide")
+]
+EXPERIMENTS += [
     (ROOT / "configs/translation.py", name) for name in ("rnn", "rnn_no_attention", "tiny")
 ]
 
@@ -378,6 +381,18 @@ def test_every_config_in_the_repository_is_sound(place):
             loop.check(cell.config)
             checked.add(cell.base)
     assert module["__doc__"].count("python -m experiments.") or "make " in module["__doc__"]
+
+
+def test_claims_may_depend_on_the_config():
+    path = str(ROOT / "configs/modern.py")
+    get_config = runpy.run_path(path)["get_config"]
+    gains = "rotary positions help (Su et al. 2021)"
+    for task, left, right, metric in (
+        ("text", "base", "base.position=none", "test/loss"),
+        ("recall", "base.position=none", "base", "test/accuracy"),
+    ):
+        _, _, expected = sweep.load(path, "position", get_config(task))
+        assert expected[0] == claims.less(left, right, at=metric, says=gains)
 
 
 def test_the_quickstart_has_the_cells_it_promises():
