@@ -10,8 +10,8 @@ same at twice the width: which mechanism is better may differ. `text` is the sou
 standard library unless `--config.task.path` names another, `recall` is multi-query associative
 recall (Arora et al. 2023) and `in_context_recall` the task of MAD (Poli et al. 2024), both scaled
 down. Rotary positions in the base, so that the cell `position=none` shows what they are worth.
-Matrices start with deviation 1/√width: with the 0.02 of wide models attention, at these widths,
-learns less in so few steps.
+Matrices start with deviation 1/√width: with the 0.02 of wide models attention of width 32 learns
+less in so few steps.
 
 Most claims are those of the papers, whose models are far larger; margins of 0.02, and that windows
 alone are worse, are ours.
