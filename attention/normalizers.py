@@ -251,7 +251,9 @@ class Entmax(Normalizer):
     """w_ij = max((α − 1) s_ij − τ_i, 0)^(1/(α−1)), Σ_j w_ij = 1, α learned per head.
 
     Correia et al. 2019: α = 1 + σ(a) lies between softmax (1) and sparsemax
-    (2). τ is found by bisection, its derivatives of any order are those of the implicit function.
+    (2). It is computed as w_ij = (1 + (α − 1) (s_ij − u_i))^(1/(α−1)), with logarithms that stay
+    exact towards α = 1, where it is exp(s_ij − u_i). u is found by bisection, its derivatives of
+    any order are those of the implicit function.
 
     Attributes:
       start: α before training.
@@ -271,19 +273,22 @@ class Entmax(Normalizer):
         top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
         top = jnp.where(jnp.isfinite(top), top, 0)
 
-        def excess(tau):
-            return self.weight(params, logits, (top, tau)).sum(-1) - 1
+        def excess(shift):
+            return self.weight(params, logits, (top, shift)).sum(-1) - 1
 
-        def bisect(excess, tau):
+        def bisect(excess, shift):
             def halve(_, bounds):
                 low, high = bounds
                 middle = (low + high) / 2
                 above = excess(middle) > 0
                 return jnp.where(above, middle, low), jnp.where(above, high, middle)
 
-            # At −1 the largest score alone has weight 1, at 0 there is none.
+            # At 0 the largest score has weight 1, at the other end 1/n, where n keys are visible.
+            share = self._share(params)
+            count = jnp.maximum(jnp.sum(logits > -jnp.inf, axis=-1), 1)
+            most = -jnp.expm1(-share * jnp.log(count.astype(logits.dtype))) / share
             steps = jnp.finfo(logits.dtype).nmant + 4
-            return jax.lax.fori_loop(0, steps, halve, (tau - 1, tau))[0]
+            return jax.lax.fori_loop(0, steps, halve, (shift, shift + most))[0]
 
         def divide(slope, change):
             slopes = slope(jnp.ones_like(change))
@@ -292,12 +297,16 @@ class Entmax(Normalizer):
         return top, jax.lax.custom_root(excess, jnp.zeros_like(top), bisect, divide)
 
     def weight(self, params, logits, statistic):
-        top, tau = statistic
-        share = jax.nn.sigmoid(params["a"])[..., None]
+        top, shift = statistic
+        share = self._share(params)[..., None]
         visible = logits > -jnp.inf
-        base = share * jnp.where(visible, logits - top[:, None], 0) - tau[:, None]
-        positive = visible & (base > 0)
-        return jnp.where(positive, jnp.exp(jnp.log(jnp.where(positive, base, 1)) / share), 0)
+        base = share * (jnp.where(visible, logits - top[:, None], 0) - shift[:, None])
+        positive = visible & (base > -1)
+        return jnp.where(positive, jnp.exp(jnp.log1p(jnp.where(positive, base, 0)) / share), 0)
+
+    def _share(self, params):
+        """α − 1; what is divided by it is lost below 1e-12."""
+        return jnp.maximum(jax.nn.sigmoid(params["a"]), 1e-12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,7 +362,7 @@ class StickBreaking(Normalizer):
 
     Tan et al. 2025: from the last visible key back, so that near keys come first. What no
     key takes is lost: a row sums to at most 1. For causal masks; the paper hides a token from
-    itself, `Causal() & ~SlidingWindow(1)`.
+    itself, `Causal() & ~SlidingWindow(0)`.
 
     A weight depends on the columns after its own: kernels give it whole rows, caches keep all keys.
     """

@@ -202,7 +202,7 @@ def attend(state: State, params: Params, query: Array, at: Array) -> Array:
     for _ in batch:
         of_heads = jax.vmap(of_heads, (None, 0, 0))
     features, bad_query = of_heads(params, query, at)
-    features = features.reshape(*batch, T, N, H // N, -1)
+    features = features.reshape(*batch, T, N, H // N, features.shape[-1])
     if added is None:
         out = jnp.einsum("...tngf,...nfv->...tngv", features, memory)
         some, bad = (state.length > 0)[..., None], state.non_finite[..., None, :]
@@ -217,7 +217,7 @@ def attend(state: State, params: Params, query: Array, at: Array) -> Array:
         bad = state.non_finite[..., None, :] | _until(added.non_finite, -2)
     if isinstance(mechanism.normalizer, SumToOne):
         out = divided(out)
-    out = out.reshape(*batch, T, H, -1)
+    out = out.reshape(*batch, T, H, out.shape[-1])
     not_finite = (bad_query & some[..., None]) | jnp.repeat(bad, H // N, axis=-1)
     return jnp.where(not_finite[..., None], jnp.nan, out).astype(query.dtype)
 

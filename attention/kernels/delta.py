@@ -23,7 +23,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from attention.integers import whole_number
 from attention.parts import Array, accumulator
 
 CHUNK = 64
@@ -58,8 +60,12 @@ def recurrence(
       chunk: tokens of a chunk.
 
     Outputs have the value's dtype, the state is float32 (float64 for float64 values).
+
+    Raises ValueError for shapes that do not fit, and for a log_decay above 0, which would overflow.
+    Where that is traced, what comes of it is NaN.
     """
     query, key, value = map(jnp.asarray, (query, key, value))
+    _check(query, key, value, log_decay, rate, starts, state, chunk)
     T, D = key.shape
     dtype = accumulator(value.dtype)
     last = jnp.zeros((value.shape[1], D), dtype) if state is None else jnp.asarray(state, dtype)
@@ -75,8 +81,8 @@ def recurrence(
     starts = jnp.zeros(T, bool) if starts is None else starts
     inputs = (
         *(chunks(x) for x in (query, key, value)),
-        None if log_decay is None else chunks(jnp.maximum(log_decay, _LEAST_LOG_DECAY)),
-        None if rate is None else chunks(rate[:, None])[..., 0],
+        None if log_decay is None else chunks(_floored(log_decay)),
+        None if rate is None else chunks(jnp.asarray(rate)[:, None])[..., 0],
         jnp.pad(starts, (0, padding)).reshape(-1, size),
     )
     if T == size:
@@ -84,6 +90,39 @@ def recurrence(
     else:
         last, out = jax.lax.scan(jax.checkpoint(_chunk), last, inputs)
     return out.reshape(-1, value.shape[1])[:T].astype(value.dtype), last
+
+
+def _check(query, key, value, log_decay, rate, starts, state, chunk):
+    """Raises ValueError; see `recurrence`."""
+    shapes = query.shape, key.shape, value.shape
+    ranks = [len(x) for x in shapes]
+    if ranks != [2, 2, 2] or query.shape != key.shape or key.shape[0] != value.shape[0]:
+        raise ValueError(
+            "query, key and value must be [T, D], [T, D] and [T, V], of one head: got {}, {} and "
+            "{}".format(*shapes)
+        )
+    whole_number("chunk", chunk, 1)
+    (T, D), V = key.shape, value.shape[1]
+    for name, x, allowed in (
+        ("log_decay", log_decay, {"[T, 1]": (T, 1), "[T, D]": (T, D)}),
+        ("rate", rate, {"[T]": (T,)}),
+        ("starts", starts, {"[T]": (T,)}),
+        ("state", state, {"[V, D]": (V, D)}),
+    ):
+        if x is not None and jnp.shape(x) not in allowed.values():
+            expected = " or ".join(f"{letters} = {shape}" for letters, shape in allowed.items())
+            raise ValueError(f"{name} must be {expected}, got {jnp.shape(x)}")
+    if log_decay is not None and not isinstance(log_decay, jax.core.Tracer):
+        most = np.max(np.asarray(log_decay), initial=-np.inf)
+        if most > 0:
+            raise ValueError(
+                f"log_decay must be 0 or less, so that no state grows without end; got {most}"
+            )
+
+
+def _floored(log_decay):
+    """Logarithms of decays, no lower than what matters; NaN for those above 0."""
+    return jnp.where(log_decay > 0, jnp.nan, jnp.maximum(log_decay, _LEAST_LOG_DECAY))
 
 
 def _chunk(state, inputs):

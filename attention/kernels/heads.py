@@ -172,7 +172,7 @@ def map_heads(
     def one_example(arrays):
         # Heads come first within the loop over examples: before it, that would be a copy of all.
         split = {
-            "query": jnp.swapaxes(arrays["query"], 0, 1).reshape(K, G, T, -1),
+            "query": by_group(jnp.swapaxes(arrays["query"], 0, 1)),
             "key": jnp.swapaxes(arrays["key"], 0, 1)[:, None],
             "value": jnp.swapaxes(arrays["value"], 0, 1)[:, None],
             "params": jax.tree.map(lambda x: x.reshape(K, G, *x.shape[1:]), arrays["params"]),

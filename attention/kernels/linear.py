@@ -206,7 +206,7 @@ def causal(
     scores = jnp.einsum("ncf,ndf->ncd", query, key)
     scores = jnp.where(visible, scores, 0)
     out = jnp.einsum("ncd,ndv->ncv", scores, value) + jnp.einsum("ncf,nfv->ncv", readers, states)
-    return out.reshape(length, -1)[:T]
+    return out.reshape(length, out.shape[-1])[:T]
 
 
 def _of_segments(features, key_features, value, flags, tile, is_causal):

@@ -29,8 +29,9 @@ def patches(images: Array, patch_size: Sequence[int]) -> Array:
             f"patches of {h} × {w} pixels do not divide images of {height} × {width}: take another "
             "patch_size, or crop or pad the images"
         )
-    grid = images.reshape(*batch, height // h, h, width // w, w, channels)
-    return jnp.swapaxes(grid, -4, -3).reshape(*batch, -1, h * w * channels)
+    rows, columns = height // h, width // w
+    grid = images.reshape(*batch, rows, h, columns, w, channels)
+    return jnp.swapaxes(grid, -4, -3).reshape(*batch, rows * columns, h * w * channels)
 
 
 def coordinates(height: int, width: int, patch_size: Sequence[int]) -> np.ndarray:

@@ -185,7 +185,7 @@ class MultiHeadAttention(nn.Module):
         out = parts.space.read(out, key_values is None or key_values.cache is not None)
         out = parts.readout(x, out, own_value, onward.depth)
         out = parts.gate(x, out)
-        out = parts.out(out.reshape(*out.shape[:-2], -1))
+        out = parts.out(jax.lax.collapse(out, out.ndim - 2))
         cache = None if cache is None else decoding.trim(cache)
         if relay is not None:
             return out, cache, onward

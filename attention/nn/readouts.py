@@ -105,8 +105,8 @@ def exclusive(y: Array, value: Array) -> Array:
     this formula; 0 is subtracted where v is 0.
     """
     wide = accumulator(y.dtype)
-    K, V = value.shape[-2:]
-    groups = y.reshape(*y.shape[:-2], K, -1, V).astype(wide)
+    (*lead, H, V), K = y.shape, value.shape[-2]
+    groups = y.reshape(*lead, K, H // K, V).astype(wide)
     own = value.astype(wide)[..., None, :]
     length = jnp.sum(own**2, axis=-1, keepdims=True)
     along = jnp.sum(groups * own, axis=-1, keepdims=True) / jnp.where(length == 0, 1, length)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from attention.decoding import Cache, QueryRotation
@@ -128,22 +129,23 @@ class LatentSpace(HeadSpace):
         return query, jnp.concatenate([content, rotary], -1), self.values(value)
 
     def absorbed(self, query, cache):
-        *lead, _, width = query.shape
+        *lead, heads, width = query.shape
         H = self.key_matrices.shape[1]
-        groups = query.reshape(*lead, H, -1, width)
+        groups = query.reshape(*lead, H, heads // H, width)
         content, rotary = jnp.split(groups, [width - self.rotary_dim], axis=-1)
         content = jnp.einsum("...hgd,rhd->...hgr", content, self.key_matrices)
-        query = jnp.concatenate([content, rotary], -1).reshape(*lead, query.shape[-2], -1)
+        groups = jnp.concatenate([content, rotary], -1)
+        query = groups.reshape(*lead, heads, groups.shape[-1])
         return query * jnp.asarray(self.factor, query.dtype), joined(cache, self.mechanism.position)
 
     def read(self, out, is_absorbed):
         if not is_absorbed:
             return out
-        *lead, heads, _ = out.shape
-        H = self.value_matrices.shape[1]
-        groups = out.reshape(*lead, H, -1, out.shape[-1])
+        *lead, heads, rank = out.shape
+        _, H, V = self.value_matrices.shape
+        groups = out.reshape(*lead, H, heads // H, rank)
         by_head = jnp.einsum("...hgr,rhv->...hgv", groups, self.value_matrices)
-        return by_head.reshape(*lead, heads, -1)
+        return by_head.reshape(*lead, heads, V)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,14 +192,14 @@ class TalkingSpace(HeadSpace):
 
     def _mixed(self, query):
         *lead, H, D = query.shape
-        groups = query.reshape(*lead, self.num_kv_heads, -1, D)
+        groups = query.reshape(*lead, self.num_kv_heads, H // self.num_kv_heads, D)
         mix = self.scores_mix.reshape(H, self.num_kv_heads, -1) * self.factor
         mixed = jnp.einsum("...kgd,hkg->...hkd", groups, mix.astype(query.dtype))
-        return mixed.reshape(*lead, H, -1)
+        return mixed.reshape(*lead, H, self.num_kv_heads * D)
 
     def read(self, out, is_absorbed):
         *lead, H, width = out.shape
-        by_key = out.reshape(*lead, H, self.num_kv_heads, -1)
+        by_key = out.reshape(*lead, H, self.num_kv_heads, width // self.num_kv_heads)
         mix = self.weights_mix.reshape(self.num_kv_heads, -1, H).astype(out.dtype)
         mixed = jnp.einsum("...hkv,kgh->...kgv", by_key, mix)
         return mixed.reshape(*lead, H, width // self.num_kv_heads)
@@ -205,7 +207,7 @@ class TalkingSpace(HeadSpace):
 
 def _as_one(x):
     """The vectors [..., K, D] of all heads as one of one head, [..., 1, K · D]."""
-    return x.reshape(*x.shape[:-2], 1, -1)
+    return jax.lax.collapse(x, x.ndim - 2)[..., None, :]
 
 
 HEAD_MIXES: dict[str, type[HeadSpace]] = {"none": HeadSpace, "talking": TalkingSpace}

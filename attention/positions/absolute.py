@@ -42,7 +42,7 @@ def waves(positions: Array | np.ndarray, width: int, base: float, dtype: Any) ->
     frequencies = base ** (-np.arange(0, width, 2) / width)
     turned = angles(positions, frequencies, dtype)
     both = jnp.stack([jnp.sin(turned), jnp.cos(turned)], axis=-1)
-    return both.reshape(*turned.shape[:-1], -1)[..., :width]
+    return jax.lax.collapse(both, both.ndim - 2)[..., :width]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,15 @@ class Forget(Position):
     """Σ_{l=j+1..i} log f_l, f_l = σ(gate of key l): what lies behind a small f is forgotten.
 
     Lin et al. 2025 (forgetting attention, FoX). It is computed as F_i − F_j of running sums
-    F over all keys of the text, within a segment where there are segments. Padding counts as f = 1.
-    For causal masks: ahead of the query the term grows. Query heads of a group share the gates of
-    their key head.
+    F over all keys of the text, within a segment where there are segments. F grows without end, and
+    float32 loses the digits of a difference of two: each is the sum of two numbers. Padding counts
+    as f = 1. For causal masks: ahead of the query the term grows. Query heads of a group share the
+    gates of their key head.
 
     The token of query i is key i where T = S; else it is the last key that does not stand after
     the query, by positions that ascend.
 
-    A cache keeps F_j of each key, made of that of the key before. F grows without end, and float32
-    loses the digits of a difference of two: it is kept as the sum of two numbers.
+    A cache keeps F_j of each key, made of that of the key before.
 
     Attributes:
       start: f at the start of training, where x W is 0; `nn.MultiHeadAttention` learns
@@ -50,21 +51,31 @@ class Forget(Position):
         log_forget = jax.nn.log_sigmoid(tile.key_gates[:, 0])
         if tile.key_length is not None:
             log_forget = jnp.where(tile.key_index < tile.key_length, log_forget, 0)
-        total = _running_sum(log_forget, tile.key_segments)[:, None]
-        return total[_own_key(tile)], total
+        total = _running_pairs(log_forget, tile.key_segments)
+        return _columns(total[_own_key(tile)]), _columns(total)
 
     def cache_gates(self, before, gates):
         log_forget = jax.nn.log_sigmoid(gates)
-        pairs = jnp.concatenate([log_forget, jnp.zeros_like(log_forget)], axis=1)
-        pairs = jnp.concatenate([before[None], pairs])
+        pairs = jnp.concatenate([before[None], _as_pairs(log_forget[:, 0])])
         return jax.lax.associative_scan(_add_pairs, pairs)[1:]
 
     def prepare_cached(self, params, tile, own):
-        return own, tile.key_gates
+        return _columns(own), _columns(tile.key_gates)
 
     def tile(self, params, query, key, tile):
-        columns = zip(tile.query_gates.T, tile.key_gates.T, strict=True)
-        return functools.reduce(jnp.add, (q[:, None] - k for q, k in columns))
+        # The second of a pair is what rounding leaves, which has no derivative.
+        (q, q_rest), (k, k_rest) = tile.query_gates, tile.key_gates
+        return q - k.T + jax.lax.stop_gradient(q_rest - k_rest.T)
+
+
+def _columns(pairs: Array) -> tuple[Array, Array]:
+    """[T, 2] -> two of [T, 1], which a tile reads one number after another."""
+    return pairs[:, :1], pairs[:, 1:]
+
+
+def _as_pairs(x: Array) -> Array:
+    """Numbers [S] as sums of two, [S, 2]."""
+    return jnp.stack([x, jnp.zeros_like(x)], axis=1)
 
 
 def _add_pairs(a: Array, b: Array) -> Array:
@@ -80,16 +91,33 @@ def _add_pairs(a: Array, b: Array) -> Array:
     return jnp.stack([high, rest - (high - total)], axis=-1)
 
 
-def _running_sum(x: Array, segments: Array | None) -> Array:
-    """Σ_{l ≤ j} x_l, [S], of the l in the run of equal `segments` [S] that holds j."""
+@jax.custom_jvp
+def _running_pairs(x: Array, segments: Array | None) -> Array:
+    """Σ_{l ≤ j} x_l of the l in the run of equal `segments` [S] that holds j: pairs, [S, 2]."""
+    return _running_sum(_add_pairs, _as_pairs(x), segments)
+
+
+@_running_pairs.defjvp
+def _running_pairs_jvp(primals, tangents):
+    # A derivative has no need of the digits: its sums are plain ones.
+    x, segments = primals
     if segments is None:
-        return jnp.cumsum(x)
+        change = jnp.cumsum(tangents[0])
+    else:
+        change = _running_sum(jnp.add, tangents[0], segments)
+    return _running_pairs(x, segments), _as_pairs(change)
+
+
+def _running_sum(add: Callable[[Array, Array], Array], x: Array, segments: Array | None) -> Array:
+    """The sum, by `add`, to each of x [S, ...] of its own run of equal `segments` [S]."""
+    if segments is None:
+        return jax.lax.associative_scan(add, x)
     first = jnp.concatenate([jnp.ones(1, bool), segments[1:] != segments[:-1]])
 
     def join(left, right):
         (left_first, left_sum), (right_first, right_sum) = left, right
-        total = jnp.where(right_first, right_sum, left_sum + right_sum)
-        return left_first | right_first, total
+        starts = right_first.reshape(right_first.shape + (1,) * (right_sum.ndim - 1))
+        return left_first | right_first, jnp.where(starts, right_sum, add(left_sum, right_sum))
 
     return jax.lax.associative_scan(join, (first, x))[1]
 

@@ -121,7 +121,7 @@ class RoPE2D(Position):
         coordinates, placed = _places(coordinates)
         frequencies = self.base ** (-np.arange(0, width, 4) / width)
         turned = angles(coordinates, frequencies, jnp.promote_types(x.dtype, jnp.float32))
-        turned = turned.reshape(*turned.shape[:-2], -1)
+        turned = jax.lax.collapse(turned, turned.ndim - 2)
         return turn(x, jnp.where(placed[..., None], turned, 0))
 
 

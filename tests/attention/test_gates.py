@@ -194,6 +194,25 @@ def test_forget(x64):
     np.testing.assert_allclose(aux["row_weights"], np.asarray(aux["weights"])[:, :, rows])
 
 
+@pytest.mark.parametrize("kernel", ["dense", "tiled"])
+def test_forget_keeps_its_digits_far_into_a_text(kernel):
+    """Sums of −6,000 whose differences are of a few: as exact at the end as at the start."""
+    T, far = 2048, np.s_[-100:]
+    mechanism = Mechanism(position=positions.Forget(), mask=masks.Causal())
+    query, key, value = (x[:, 0] for x in qkv((), T, T, H=1, K=1))
+    gates = normal(6, T) - 3
+    total = np.cumsum(-np.logaddexp(0, -gates.astype("float64")))
+    scores = query.astype("float64")[far] @ key.T / np.sqrt(query.shape[1])
+    scores += total[far, None] - total
+    weights = np.where(np.tri(T, dtype=bool)[far], np.exp(scores - scores.max(1)[:, None]), 0)
+    want = weights / weights.sum(1)[:, None] @ value
+    arrays = (x[:, None] for x in (query, key, value))
+    out = attend(
+        mechanism, init(mechanism), *arrays, key_gates=gates[:, None, None], implementation=kernel
+    )
+    np.testing.assert_allclose(out[far, 0], want, atol=3e-6)
+
+
 def test_gated_t5(x64):
     position = positions.GatedT5(num_buckets=4, max_distance=6)
     mechanism, plain = Mechanism(position=position), Mechanism()

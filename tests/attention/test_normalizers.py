@@ -195,6 +195,42 @@ def test_equal_scores_have_equal_weights(name):
     np.testing.assert_allclose(gradient[1:], gradient[1], rtol=0, atol=1e-12)
 
 
+def test_stick_breaking_of_the_keys_before_a_query_alone():
+    """The mask of Tan et al. 2025, as the docstring writes it."""
+    mechanism = Mechanism(
+        mask=masks.Causal() & ~masks.SlidingWindow(0), normalizer=normalizers.StickBreaking()
+    )
+    query, key, value = (np.random.default_rng(n).normal(size=(S, 1, D)) for n in range(3))
+    params = mechanism.init(jax.random.key(0), num_heads=1, head_dim=D)
+    got = attend(mechanism, params, query, key, value, aux=("weights",))[1]["weights"][0]
+    for i in range(S):
+        own = stick_breaking({}, key[:i, 0] @ query[i, 0] / math.sqrt(D))
+        same(got[i], np.append(own, np.zeros(S - i)))
+
+
+def test_entmax_goes_to_softmax_where_its_alpha_goes_to_1():
+    """In float32, down to an α that float32 does not tell from 1; gradients go to 0."""
+    scores = np.random.default_rng(0).normal(size=9).astype("float32")
+
+    @jax.jit
+    def weights(a):
+        def normalized(a):
+            params = {"a": a}
+            statistic = normalizer.statistic(params, scores[None])
+            return normalizer.weight(params, scores[None], statistic)[0]
+
+        return normalized(a), jax.jacfwd(normalized)(a)
+
+    normalizer, errors = normalizers.Entmax(), []
+    for a in np.array([-8, -12, -16, -20, -100, -200], "float32"):
+        got, slope = weights(a)
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got.sum(), 1, atol=1e-6)
+        errors.append(np.abs(got - softmax(scores)).max())
+        assert np.abs(slope).max() < 2 * np.exp(a) + 1e-5
+    assert errors[0] < 1e-3 and errors[1] < 2e-5 and max(errors[2:]) < 1e-6
+
+
 def swapped(x, normalizer):
     """The same inputs for a normaliser that has learned something else."""
     return {**x, "params": {**x["params"], "normalizer": normalizer}}

@@ -23,7 +23,9 @@ class RNNEncoder(nn.Module):
         A carry is the cell's, [B, M] or a pair of them: that of the last token forwards, beside
         that of the first backwards. What stands past a text's end changes nothing within it.
         """
-        c = self.config
+        c, S = self.config, tokens.shape[1]
+        if S == 0:  # which `nn.RNN` cannot have: one token of padding
+            tokens = jnp.zeros((tokens.shape[0], 1), jnp.int32)
         x = make_embedding(c, "embedding")(tokens)
         carries = []
         for layer in range(c.num_layers):
@@ -32,7 +34,7 @@ class RNNEncoder(nn.Module):
             some = lengths[:, None] > 0  # of a text without tokens, a carry would be of padding
             carries.append(jax.tree.map(lambda y, some=some: jnp.where(some, y, 0), carry))
             x = by_batch(x.astype(c.dtype))
-        return x, tuple(carries)
+        return x[:, :S], tuple(carries)
 
     def _layer(self, name, x, lengths):
         def rnn(features, name):

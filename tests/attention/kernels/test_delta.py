@@ -96,6 +96,37 @@ def test_what_decays_at_once_leaves_nothing_and_is_finite(channels):
     assert all(np.isfinite(x).all() for x in gradients)
 
 
+def test_what_does_not_fit_is_one_line():
+    (query, key, value, log_decay, rate), starts, state = arrays(6, 1, True)
+
+    def refuses(text, **changes):
+        names = "query", "key", "value", "log_decay", "rate"
+        given = dict(zip(names, (query, key, value, log_decay, rate), strict=True))
+        with pytest.raises(ValueError, match=text) as error:
+            recurrence(**given | {"starts": starts, "state": state} | changes)
+        assert "\n" not in str(error.value)
+
+    refuses(r"of one head: got \(6, 3\), \(5, 3\) and \(6, 2\)", key=key[:5])
+    refuses(r"of one head: got \(6, 3\), \(6, 3\) and \(6,\)", value=value[:, 0])
+    refuses(r"log_decay must be \[T, 1\] = \(6, 1\) or .* got \(6, 2\)", log_decay=key[:, :2])
+    refuses(r"rate must be \[T\] = \(6,\), got \(6, 1\)", rate=rate[:, None])
+    refuses("starts must be", starts=starts[:4])
+    refuses("state must be", state=state.T)
+    refuses("chunk must be a whole number, 1 or more; got 0", chunk=0)
+    refuses(r"log_decay must be 0 or less, .* got 0\.5", log_decay=np.full((6, 1), 0.5))
+
+
+def test_a_growing_state_is_nan_where_its_decay_is_traced():
+    (query, key, value, log_decay, _), _, _ = arrays(6, 3, False)
+    growing = np.array(log_decay)
+    growing[4, 1] = 1e-3
+    out, last = jax.jit(recurrence)(query, key, value, growing)
+    np.testing.assert_array_equal(np.isnan(last).any(0), [False, True, False])
+    expected = recurrence(query[:4], key[:4], value[:4], log_decay[:4])[0]
+    np.testing.assert_allclose(recurrence(query, key, value, log_decay)[0][:4], expected, atol=1e-6)
+    assert np.isnan(out[4:]).all()
+
+
 @DOUBLE
 @pytest.mark.slow
 def test_second_derivatives_are_those_of_the_recurrence():

@@ -386,6 +386,7 @@ def test_sources_of_no_tokens_and_without_lengths():
     np.testing.assert_array_equal(
         run(variables, SOURCE[:, ::-1], TOKENS, np.array([0, 5, 0]))[0], logits[0]
     )
+    np.testing.assert_allclose(run(variables, SOURCE[:, :0], TOKENS)[0], logits[0], atol=1e-6)
     full = run(variables, SOURCE, TOKENS)
     np.testing.assert_allclose(run(variables, SOURCE, TOKENS, np.full(B, S)), full, atol=1e-6)
 
