@@ -168,8 +168,9 @@ class GLA(_Recurrence):
 class SSD(_Recurrence):
     """The state-space layer of Mamba-2: S_t = a_t S_{t−1} + Δ_t v_t k_tᵀ.  Dao & Gu 2024, sec. 2.
 
-    a_t = exp(−A Δ_t), Δ_t = softplus(x_t W_Δ + b), one number for a head. Each head has keys and
-    queries of its own; there they are shared by all.
+    a_t = exp(−A Δ_t), Δ_t = softplus(x_t W_Δ + b), one number for a head. In the paper all heads
+    share keys and queries, D ⊙ v_t is added to the output and the gate comes before the norm; here
+    each head has keys and queries of its own, nothing is added and the gate comes after the norm.
     """
 
     decay: ClassVar[str] = "step"

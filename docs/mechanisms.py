@@ -213,7 +213,7 @@ def _around():
 def _modules(item):
     field, modules = item
     rows = "".join(
-        f"| `{name}` | {_in_table(_docstring(module))} |\n"
+        f"| `{name}` | {_docstring(module)} |\n"
         for name, module in modules.items()
         if name != "none"
     )
@@ -223,7 +223,7 @@ def _modules(item):
 def _docstring(module):
     """The first lines of a module's docstring, and how the module sets its arguments."""
     if not isinstance(module, functools.partial):
-        return (module.__doc__ or "").split("\n\n")[0]
+        return _equation_and_paper(module)
     settings = inspect.signature(module.func).bind_partial(*module.args, **module.keywords)
     own = ", ".join(f"{name} = {_value(value)}" for name, value in settings.arguments.items())
     return f"{_docstring(module.func)} Here {own}."

@@ -1,6 +1,5 @@
 """Norms by their names in a config: of the layers' inputs, and of query and key."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,19 +50,33 @@ def _rms_norm_of_heads(
     )
 
 
+def rms(heads: str, **settings: Any) -> nn.Module:
+    """g x / √(mean(x²) + ε) of each head, g [D] for all alike.  Gemma 3 (2025), Qwen 3 (2025)."""
+    return _rms_norm_of_heads((-1,), (-1,), heads, **settings)
+
+
+def rms_full(heads: str, **settings: Any) -> nn.Module:
+    """g x / √(mean(x²) + ε), the mean over all heads together, g [H, D].  OLMo 2 (2025)."""
+    return _rms_norm_of_heads((-2, -1), (-2, -1), heads, **settings)
+
+
+def l2(heads: str, **settings: Any) -> nn.Module:
+    """g √D x / √(‖x‖² + D ε) of each head, g [H].  After Henry et al. 2020.
+
+    By the score `scaled_dot` the cosine of query and key, times √D and two gains. `scores.Cosine`
+    is the score of the paper.
+    """
+    return _rms_norm_of_heads((-1,), (-2,), heads, **settings)
+
+
 QK_NORMS: dict[str, Callable[..., Callable]] = {
     "none": _no_norm,
-    "rms": functools.partial(_rms_norm_of_heads, (-1,), (-1,)),
-    "rms_full": functools.partial(_rms_norm_of_heads, (-2, -1), (-2, -1)),
-    "l2": functools.partial(_rms_norm_of_heads, (-1,), (-2,)),
+    "rms": rms,
+    "rms_full": rms_full,
+    "l2": l2,
 }
 """By the name `MultiHeadAttention.qk_norm`: (heads, dtype, param_dtype, name) -> a norm.
 
 It maps query or key [..., T, H, D] to the same shape, after the projection and before the mechanism
 rotates or scores it. `heads` is the name of the axis H, 'heads' or 'kv_heads'. Gains start at 1.
-
-    rms       g x / √mean(x²) of each head, g [D] the same for all heads (Gemma 3, Qwen 3)
-    rms_full  g x / √mean(x²) of all heads together, g [H, D] (OLMo 2)
-    l2        g √D x / ‖x‖ of each head, g [H]: by the score scaled_dot the cosine of query and
-              key times √D and two gains (after Henry et al. 2020; `scores.Cosine` is their score)
 """

@@ -77,8 +77,11 @@ class YaRN(Linear):
 class RoPE(Position):
     """Turns pair m of query and key at position p by the angle p · base^(−2m/D).  Su et al. 2021.
 
-    Eq. 34; the scores then depend on i − j alone. Pair m is (x_m, x_{m + D/2}), as in GPT-NeoX and
-    LLaMA; the paper's (x_2m, x_{2m+1}) is a fixed permutation of the width.
+    Eq. 34; scores of the product and the lengths of query and key then depend on i − j alone, as
+    those of `Dot`, `Cosine`, `Gaussian` and `TaylorFeatures`. Others, such as `Additive`, `General`
+    and `EluFeatures`, depend on both places: they read what was turned, where the paper's linear
+    attention (eq. 19) turns the features. Pair m is (x_m, x_{m + D/2}), as in GPT-NeoX and LLaMA;
+    the paper's (x_2m, x_{2m+1}) is a fixed permutation of the width.
 
     Attributes:
       base: 10000 in the paper; larger for longer contexts.

@@ -173,11 +173,12 @@ class MixedRecall:
         return [self._part(*x) for x in zip(self.num_pairs, self.lengths, strict=True)]
 
     def _splits(self):
-        most = max(self.num_pairs)
-        tests = {f"length_{n}": self._part(most, n) for n in self.test_lengths}
         if self.test_num_pairs:
             pairs = zip(self.test_num_pairs, self.test_lengths, strict=True)
             tests = {f"length_{n}_pairs_{p}": self._part(p, n) for p, n in pairs}
+        else:
+            most = max(self.num_pairs)
+            tests = {f"length_{n}": self._part(most, n) for n in self.test_lengths}
         return {f"length_{x.length}_pairs_{x.num_pairs}": x for x in self._parts()} | tests
 
     def _mixed(self, stream, seed, indices):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention import Mechanism, Tile, masks, normalizers, positions
+from attention import Mechanism, Tile, masks, normalizers, positions, scores
 from attention.positions import grid
 from support.formulas import (
     KEY_POSITIONS,
@@ -573,3 +573,24 @@ def test_terms_stay_in_the_dtype_of_the_queries(position, x64):
     params = jax.tree.map(lambda x: x.astype("float32"), params)
     query = jnp.ones((3, 4), "float32")
     assert position.tile(params, query, query.T, tile).dtype == "float32"
+
+
+RELATIVE = scores.Dot(), scores.ScaledDot(), scores.Cosine(), scores.Gaussian()
+
+
+@pytest.mark.parametrize("score", [*RELATIVE, scores.TaylorFeatures(), scores.Additive(2),
+                                   scores.General(), scores.EluFeatures()], ids=str)  # fmt: skip
+def test_which_scores_of_turned_vectors_depend_on_i_minus_j_alone(score):
+    """As the docstring of RoPE says."""
+    rope, params = positions.RoPE(), score.init(jax.random.key(0), D)
+    query, key = np.random.default_rng(0).normal(size=(2, 3, D))
+    tile = Tile(*[np.arange(3)] * 4, 0, 1)
+
+    def scores_from(first):
+        turned = (rope.rotate({}, x, first + jnp.arange(3), "query") for x in (query, key))
+        query_features, key_features = score.prepare(params, *turned)
+        return score.tile(params, query_features, key_features.T, tile)
+
+    change = np.abs(scores_from(0) - scores_from(7)).max()
+    is_relative = score in (*RELATIVE, scores.TaylorFeatures())
+    assert change < 1e-6 if is_relative else change > 1e-3

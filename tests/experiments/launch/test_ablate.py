@@ -229,6 +229,15 @@ EXPERIMENTS += [(ROOT / "configs/transduction.py", task) for task in ("reverse",
 EXPERIMENTS += [
     (ROOT / "configs/modern.py", task) for task in ("recall", "in_context_recall", "text,wide")
 ]
+EXPERIMENTS += [(ROOT / "configs/reference/state.py", "paper")]
+EXPERIMENTS += [
+    (ROOT / f"configs/{file}.py", arg)
+    for file, tasks in (
+        ("mad", ("memorization,paper", "compression,paper")),
+        ("probes", ("s5", "decoder_copy", "needle", "parity,paper")),
+    )
+    for arg in tasks
+]
 EXPERIMENTS += [
     (ROOT / "configs/translation.py", name) for name in ("rnn", "rnn_no_attention", "tiny")
 ]

@@ -182,6 +182,10 @@ CONFIG = runpy.run_path(str(pathlib.Path(__file__).parents[3] / "configs/mad.py"
 
 def test_configs_have_the_vocabulary_of_the_paper():
     created = {name: tasks.create(CONFIG["get_config"](name).task) for name in CONFIG["TASKS"]}
+    for name, scaled in created.items():
+        whole = CONFIG["get_config"](f"{name},paper")
+        assert tasks.create(whole.task).vocab_size == scaled.vocab_size
+        assert whole.train.steps * whole.train.batch_size == 200 * whole.task.num_train
     assert {name for name, kind in tasks.TASKS.items() if issubclass(kind, mad.Mad)} == set(created)
     assert {name: task.vocab_size for name, task in created.items()} == {
         "in_context_recall": 16,

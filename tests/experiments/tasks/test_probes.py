@@ -154,6 +154,14 @@ def test_equal_shares_are_the_default():
     assert counts.keys() == {2, 4, 8} and all(abs(x - 1000) < 120 for x in counts.values())
 
 
+def test_mixed_recall_may_test_few_pairs_in_short_texts():
+    """The most pairs of training need not fit where `test_num_pairs` are fewer."""
+    splits = tasks.MixedRecall(
+        num_pairs=(2, 16), lengths=(8, 48), test_num_pairs=(4,), test_lengths=(12,), num_eval=9
+    ).eval_splits()
+    assert parts_of(splits["length_12_pairs_4"], 64) == {4: 9}
+
+
 def test_mixed_recall_tests_beyond_training():
     fields = {"num_pairs": (2, 4), "lengths": (8, 20), "test_lengths": (20, 48), "num_eval": 9}
     most = tasks.MixedRecall(**fields).eval_splits()
