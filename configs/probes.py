@@ -10,9 +10,9 @@ for each seed and cell. The needle has no distractors: with some, attention had 
 after 2,000 steps.
 
 One seed each, with --config.train.seeds=1: parity at a length of 64 has an accuracy of 0.98 by the
-delta rule with negative eigenvalues, 0.68 without, 0.55 by attention; copying 20 symbols, trained up
-to 10, 0.81 by the gated delta rule and 0.11 by rotary attention; the needle in 256 tokens 0.99 and
-more by both.
+delta rule with negative eigenvalues, 0.68 without, 0.55 by attention; copying 20 symbols, trained
+up to 10, 0.81 by the gated delta rule and 0.11 by rotary attention; the needle in 256 tokens 0.99
+and more by both.
 
 `parity,paper`, `s5,paper` and `decoder_copy,paper` have the lengths of the papers.
 """
