@@ -14,7 +14,7 @@ delta rule with negative eigenvalues, 0.68 without, 0.55 by attention; copying 2
 up to 10, 0.81 by the gated delta rule and 0.11 by rotary attention; the needle in 256 tokens 0.99
 and more by both.
 
-`parity,paper`, `s5,paper` and `decoder_copy,paper` have the lengths of the papers.
+`parity,paper` and `decoder_copy,paper` have the lengths of the papers.
 """
 
 from experiments.config import settings
@@ -27,7 +27,6 @@ TASKS = {
 }
 PAPER = {
     "parity": {"length": 40, "test_lengths": (64, 128, 256)},
-    "s5": {"length": 32, "test_lengths": (64, 128, 256)},
     "decoder_copy": {"length": 41, "test_lengths": (61, 81), "vocab_size": 32},
 }
 STEPS = {"parity": 1000, "s5": 4000, "decoder_copy": 1000, "needle": 500}
