@@ -7,6 +7,7 @@ import pytest
 from attention import Mechanism, layers, masks, models, parse
 from attention.models import rnn
 from attention.nn import TransformerConfig
+from support.marks import slow_but
 
 VOCAB = 11
 CAUSAL = masks.Causal()
@@ -54,7 +55,7 @@ def traced_shapes(model, inputs, *args):
     return out.shape
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(["plain", "latent", "talking", "kda"], CONFIGS))
 def test_language_models(name):
     settings = {"layers_text": CONFIGS[name].get("layers", ""), **CONFIGS[name]}
     settings.pop("layers", None)
@@ -78,7 +79,7 @@ ENCODER_DECODERS = {
 }
 
 
-@pytest.mark.parametrize("name", ENCODER_DECODERS)
+@pytest.mark.parametrize("name", slow_but(["transformer", "Bahdanau"], ENCODER_DECODERS))
 def test_encoder_decoders(name):
     model, own = ENCODER_DECODERS[name], [tokens(2, 3), tokens(2, 4)]
     for source, target in ((0, 3), (0, 4)), ((2, 0), (2, 4)), ((2, 3), (2, 0)):

@@ -229,7 +229,9 @@ EXPERIMENTS += [(ROOT / "configs/transduction.py", task) for task in ("reverse",
 EXPERIMENTS += [
     (ROOT / "configs/modern.py", task) for task in ("recall", "in_context_recall", "text,wide")
 ]
-EXPERIMENTS += [(ROOT / "configs/reference/state.py", "paper")]
+EXPERIMENTS += [
+    pytest.param((ROOT / "configs/reference/state.py", "paper"), marks=pytest.mark.slow)
+]
 EXPERIMENTS += [
     (ROOT / f"configs/{file}.py", arg)
     for file, tasks in (
