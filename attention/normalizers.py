@@ -251,9 +251,12 @@ class Entmax(Normalizer):
     """w_ij = max((α − 1) s_ij − τ_i, 0)^(1/(α−1)), Σ_j w_ij = 1, α learned per head.
 
     Correia et al. 2019: α = 1 + σ(a) lies between softmax (1) and sparsemax
-    (2). It is computed as w_ij = (1 + (α − 1) (s_ij − u_i))^(1/(α−1)), with logarithms that stay
-    exact towards α = 1, where it is exp(s_ij − u_i). u is found by bisection, its derivatives of
-    any order are those of the implicit function.
+    (2). With y_ij = s_ij − max_j s_ij and l_i the logarithm of the largest weight it is
+
+        log w_ij = l_i + log(1 + (α − 1) y_ij exp(−(α − 1) l_i)) / (α − 1),
+
+    which goes to l_i + y_ij, softmax, where α goes to 1. l is found by bisection, its derivatives
+    of any order are those of the implicit function.
 
     Attributes:
       start: α before training.
@@ -273,22 +276,21 @@ class Entmax(Normalizer):
         top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
         top = jnp.where(jnp.isfinite(top), top, 0)
 
-        def excess(shift):
-            return self.weight(params, logits, (top, shift)).sum(-1) - 1
+        def excess(log_largest):
+            return self.weight(params, logits, (top, log_largest)).sum(-1) - 1
 
-        def bisect(excess, shift):
+        def bisect(excess, log_largest):
             def halve(_, bounds):
                 low, high = bounds
                 middle = (low + high) / 2
                 above = excess(middle) > 0
-                return jnp.where(above, middle, low), jnp.where(above, high, middle)
+                return jnp.where(above, low, middle), jnp.where(above, middle, high)
 
-            # At 0 the largest score has weight 1, at the other end 1/n, where n keys are visible.
-            share = self._share(params)
+            # Of n visible keys the largest weight is 1/n to 1.
             count = jnp.maximum(jnp.sum(logits > -jnp.inf, axis=-1), 1)
-            most = -jnp.expm1(-share * jnp.log(count.astype(logits.dtype))) / share
+            least = log_largest - jnp.log(count.astype(logits.dtype))
             steps = jnp.finfo(logits.dtype).nmant + 4
-            return jax.lax.fori_loop(0, steps, halve, (shift, shift + most))[0]
+            return jax.lax.fori_loop(0, steps, halve, (least, log_largest))[1]
 
         def divide(slope, change):
             slopes = slope(jnp.ones_like(change))
@@ -297,12 +299,13 @@ class Entmax(Normalizer):
         return top, jax.lax.custom_root(excess, jnp.zeros_like(top), bisect, divide)
 
     def weight(self, params, logits, statistic):
-        top, shift = statistic
+        top, log_largest = statistic[0][:, None], statistic[1][:, None]
         share = self._share(params)[..., None]
         visible = logits > -jnp.inf
-        base = share * (jnp.where(visible, logits - top[:, None], 0) - shift[:, None])
+        base = share * jnp.exp(-share * log_largest) * jnp.where(visible, logits - top, 0)
         positive = visible & (base > -1)
-        return jnp.where(positive, jnp.exp(jnp.log1p(jnp.where(positive, base, 0)) / share), 0)
+        log_ratio = jnp.log1p(jnp.where(positive, base, 0)) / share
+        return jnp.where(positive, jnp.exp(log_largest + log_ratio), 0)
 
     def _share(self, params):
         """α − 1; what is divided by it is lost below 1e-12."""

@@ -13,8 +13,9 @@ of that token is all there is, as for the auto-encoder of the paper.
 
 `in_context_recall,paper` and the like have the settings of the paper's code: its lengths, 12,800
 training examples that come back (256 of Memorization), width 128 with 16 heads, SwiGLU, rotary
-positions and RMS norms, and 200 passes in batches of 128. The paper takes the best of six, as
---tune=optimizer.learning_rate:1e-4,5e-4,1e-3 --tune=optimizer.weight_decay:0,0.1 does.
+positions (but for Compression) and RMS norms, and 200 passes in batches of 128. The paper takes the
+best of six, as --tune=optimizer.learning_rate:1e-4,5e-4,1e-3 --tune=optimizer.weight_decay:0,0.1
+does.
 
 --sweep=mixer compares attention with layers of fixed state; not in Compression, whose mask they
 cannot have.

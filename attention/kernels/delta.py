@@ -62,7 +62,7 @@ def recurrence(
     Outputs have the value's dtype, the state is float32 (float64 for float64 values).
 
     Raises ValueError for shapes that do not fit, and for a log_decay above 0, which would overflow.
-    Where that is traced, what comes of it is NaN.
+    Where that is traced, its token and all after it are NaN, and tokens before it may be.
     """
     query, key, value = map(jnp.asarray, (query, key, value))
     _check(query, key, value, log_decay, rate, starts, state, chunk)
@@ -113,7 +113,7 @@ def _check(query, key, value, log_decay, rate, starts, state, chunk):
             expected = " or ".join(f"{letters} = {shape}" for letters, shape in allowed.items())
             raise ValueError(f"{name} must be {expected}, got {jnp.shape(x)}")
     if log_decay is not None and not isinstance(log_decay, jax.core.Tracer):
-        most = np.max(np.asarray(log_decay), initial=-np.inf)
+        most = np.max(np.asarray(log_decay, float), initial=-np.inf)
         if most > 0:
             raise ValueError(
                 f"log_decay must be 0 or less, so that no state grows without end; got {most}"
@@ -122,7 +122,8 @@ def _check(query, key, value, log_decay, rate, starts, state, chunk):
 
 def _floored(log_decay):
     """Logarithms of decays, no lower than what matters; NaN for those above 0."""
-    return jnp.where(log_decay > 0, jnp.nan, jnp.maximum(log_decay, _LEAST_LOG_DECAY))
+    x = jnp.asarray(log_decay)
+    return jnp.where(x > 0, jnp.nan, jnp.maximum(x, _LEAST_LOG_DECAY))
 
 
 def _chunk(state, inputs):

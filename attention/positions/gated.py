@@ -23,6 +23,8 @@ class Forget(Position):
     as f = 1. For causal masks: ahead of the query the term grows. Query heads of a group share the
     gates of their key head.
 
+    T and S cannot be symbolic, as `jax.export` has them.
+
     The token of query i is key i where T = S; else it is the last key that does not stand after
     the query, by positions that ascend.
 

@@ -56,7 +56,8 @@ def get_config(arg="scaled"):
 
 def widths(config):
     """Of keys, from few to many, and of values."""
-    return ((4, 8), 32) if config.model.model_dim == 64 else ((8, 16, 24), 128)
+    is_paper = config.task.vocab_size == PAPER["vocab_size"]
+    return ((8, 16, 24), 128) if is_paper else ((4, 8), 32)
 
 
 def sweep_layers(config):

@@ -231,6 +231,20 @@ def test_entmax_goes_to_softmax_where_its_alpha_goes_to_1():
     assert errors[0] < 1e-3 and errors[1] < 2e-5 and max(errors[2:]) < 1e-6
 
 
+@pytest.mark.parametrize("a", [-12.0, -2.0, 2.0, 5.0])
+def test_entmax_of_many_keys_keeps_the_digits_of_float32(a):
+    """Also where weights are small and many: against the formula in float64."""
+    scores = 0.02 * np.random.default_rng(0).normal(size=8192).astype("float32")
+    normalizer, params = normalizers.Entmax(), {"a": np.float32(a)}
+    statistic = normalizer.statistic(params, jnp.asarray(scores[None]))
+    got = np.asarray(normalizer.weight(params, jnp.asarray(scores[None]), statistic)[0])
+    assert got.dtype == np.float32
+    wide = scores.astype("float64")
+    want = softmax(wide) if a < -8 else entmax({"a": a}, wide)
+    np.testing.assert_allclose(got, want, rtol=0, atol=(5e-6 if a > -8 else 1e-4) * want.max())
+    np.testing.assert_allclose(got.sum(dtype="float64"), 1, atol=3e-6)
+
+
 def swapped(x, normalizer):
     """The same inputs for a normaliser that has learned something else."""
     return {**x, "params": {**x["params"], "normalizer": normalizer}}
