@@ -36,11 +36,9 @@ TASKS = {
     "memorization": {"length": 32},
 }
 PAPER = {
-    "in_context_recall": {"length": 128},
-    "noisy_recall": {"length": 128},
-    "fuzzy_recall": {"length": 128},
+    **dict.fromkeys(("in_context_recall", "noisy_recall", "fuzzy_recall"), {"length": 128}),
     "selective_copy": {"length": 256, "num_copied": 16},
-    "compression": {"length": 63},
+    "compression": TASKS["compression"],
     "memorization": {"length": 32, "num_train": 256},
 }
 # The token at 31 sees all before it; what comes after sees nothing before that token.

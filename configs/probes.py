@@ -5,8 +5,8 @@
 `parity` and `s5` (Merrill et al. 2024; Grazzi et al. 2025) need a state that every token changes,
 `decoder_copy` (Kazemnejad et al. 2023) positions that hold beyond the trained length, `needle`
 (Hsieh et al. 2024) one pair of a long text. All are tested at lengths that training lacks, `needle`
-by depth, too. Scaled down to two CPU cores: two layers of width 64, half a minute to three minutes
-for each seed and cell. The needle has no distractors: with some, attention had learned nothing
+by depth, too. Scaled down to two CPU cores: two layers of width 64, up to three minutes for each
+seed and cell. The needle has no distractors: with some, attention had learned nothing
 after 2,000 steps.
 
 One seed each, with --config.train.seeds=1: parity at a length of 64 has an accuracy of 0.98 by the

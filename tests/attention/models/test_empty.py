@@ -22,19 +22,19 @@ CONFIGS = {
     "forget": {"decoder": "forget + sinusoidal", "output_gate": "element"},
     "indexer": {"decoder": "indexer"},
     "shaw": {"decoder": "shaw + learned"},
-    "pattern": {"layers": "sliding_window(2) + layer(shared_kv=True)"},
-    **{name: {"layers": f"layer(mixer={name})"} for name in ("linear_attention", "kda", "ssd")},
+    "pattern": {"pattern": "sliding_window(2) + layer(shared_kv=True)"},
+    **{name: {"pattern": f"layer(mixer={name})"} for name in ("linear_attention", "kda", "ssd")},
 }
 
 
-def config(decoder="none", layers_text="", **settings):
+def config(decoder="none", pattern="", **settings):
     return TransformerConfig(
         VOCAB,
         16,
-        num_layers=2 if layers_text else 1,
+        num_layers=2 if pattern else 1,
         mlp_dim=8,
         decoder=Mechanism(position=parse("position", decoder), mask=CAUSAL),
-        layers=layers.parse_layers(layers_text) if layers_text else (),
+        layers=layers.parse_layers(pattern) if pattern else (),
         **settings,
     )
 
@@ -56,9 +56,7 @@ def traced_shape(model, inputs, *args):
 
 @pytest.mark.parametrize("name", slow_but(["plain", "latent", "talking", "kda"], CONFIGS))
 def test_language_models(name):
-    settings = {"layers_text": CONFIGS[name].get("layers", ""), **CONFIGS[name]}
-    settings.pop("layers", None)
-    model = models.LanguageModel(config(**settings))
+    model = models.LanguageModel(config(**CONFIGS[name]))
     for shape in (0, 3), (2, 0):
         assert traced_shape(model, [tokens(2, 3)], tokens(*shape)) == (*shape, VOCAB)
 
