@@ -10,6 +10,7 @@ import numpy as np
 
 from attention.integers import Constant, index_array, label_array
 from attention.kernels.dense import row_weights
+from attention.kernels.products import check_decay
 from attention.kernels.registry import KERNELS, Call, Kernel, describe, readable, unsupported
 from attention.mechanism import Mechanism
 from attention.parts import Array, Params, accumulator
@@ -143,6 +144,7 @@ def attend(
         if x is not None
     }
     check(mechanism, params, query, key, value, pairs, data)
+    check_decay(mechanism, query.shape[-1], value.shape[-1])
     gates = check_gates(mechanism, query, key, query_gates, key_gates)
     if dropout_key is not None:
         dropout_key = _of_threefry(dropout_key)
@@ -203,6 +205,7 @@ def explain(
     """
     del query_gates, key_gates
     check_arrays(query, key, value)
+    check_decay(mechanism, query.shape[-1], value.shape[-1])
     call = describe(
         mechanism,
         query,

@@ -225,9 +225,10 @@ def empty(
     The position also says how many numbers of a key are kept.
 
     With the `score` as well, and so all four parts of the mechanism, the result is a `State` where
-    one will do: linear attention under the mask `Causal()`, and by the `implementation` None or
-    'linear', since other kernels read keys. A score that learns features of keys has one for each
-    query head, and needs `num_heads`, H. The score also says how many numbers of a key are kept.
+    one will do: linear attention under the mask `Causal()`, with or without decay, and by the
+    `implementation` None or 'linear', since other kernels read keys. Where features of keys are
+    learned, or decay by query head, each of those has its own and `num_heads`, H, is needed. The
+    score also says how many numbers of a key are kept.
 
     Raises ValueError where a size is no whole number or not positive, or a part is none.
     """
@@ -239,10 +240,9 @@ def empty(
     if reads_state and score and position and mask and normalizer:
         mechanism = Mechanism(score, position, mask, normalizer)
         if not states.needs_keys(mechanism, head_dim, value_dim, num_heads):
-            spec = states.StateSpec(
-                mechanism, num_kv_heads, head_dim, value_dim, np.dtype(dtype), max_length
-            )
-            return states.empty(batch, spec, num_heads)
+            sizes_of_state = (num_heads, num_kv_heads, head_dim, value_dim)
+            spec = states.StateSpec(mechanism, *sizes_of_state, np.dtype(dtype), max_length)
+            return states.empty(batch, spec)
     rotation = window = running = None
     if position is not None:
         check_part("position", position, Position)
@@ -325,7 +325,7 @@ def append(
     """The cache with T more keys and values: [..., T, K, D], [..., T, K, V].
 
     `key_gates` [..., T, K, n] are their numbers, where the cache keeps some. `params`, as for
-    `attend`, are needed where it is a `State` and its score learns features of keys.
+    `attend`, are needed where it is a `State` and features or decays of its keys are learned.
 
     `lengths` [...] int, 0 to T, tells how many of an example's T are real, all unless given: with
     it a batch of prompts of different lengths is appended at once. Slots after those are
@@ -345,26 +345,21 @@ def append(
     key, value = jnp.asarray(key), jnp.asarray(value)
     batch = cache.length.shape
     T = key.shape[-3] if key.ndim > 2 else 0
-    own_gates = None if isinstance(cache, State) else cache.key_gates
-    if (own_gates is None) != (key_gates is None):
+    like = _like(cache)
+    if (like.key_gates is None) != (key_gates is None):
         raise ValueError(
             "key_gates go with a cache that decoding.empty(..., position=...) made for a position "
             f"that asks for them: got {jnp.shape(key_gates) if key_gates is not None else 'none'}, "
-            f"and the cache keeps {'none' if own_gates is None else own_gates.shape}"
+            f"and the cache takes {'none' if like.key_gates is None else like.key_gates.shape}"
         )
-    if isinstance(cache, State):
-        _check_appended(batch, key, value, *_like(cache))
-        _, added = _longer(cache, T, lengths)
-        return states.append(cache, params, key, value, added, positions(cache, T))
-    _check_appended(batch, key, value, cache.key, cache.value)
+    _check_new("key", key, like.key, batch, T)
+    _check_new("value", value, like.value, batch, T)
     if key_gates is not None:
         key_gates = jnp.asarray(key_gates)
-        like = cache.key_gates
-        if cache.running is not None:
-            position = cache.running.position
-            count = like.shape[-1] - position.cached_gates + position.key_gates
-            like = jax.ShapeDtypeStruct((*like.shape[:-1], count), cache.key.dtype)
-        _check_new("key_gates", key_gates, like, batch, T)
+        _check_new("key_gates", key_gates, like.key_gates, batch, T)
+    if isinstance(cache, State):
+        _, added = _longer(cache, T, lengths)
+        return states.append(cache, params, key, value, added, positions(cache, T), key_gates)
     length, added = _longer(cache, T, lengths)
     places = positions(cache, T)
     if cache.rotation is not None:
@@ -387,19 +382,29 @@ def append(
     return longer if T > 1 else trim(longer)  # a single query sees no key that this drops
 
 
-def _like(state):
-    """Keys and values as a state takes them."""
-    spec = state.spec
-    return (
-        jax.ShapeDtypeStruct((spec.num_kv_heads, width), spec.dtype)
-        for width in (spec.head_dim, spec.value_dim)
-    )
+class _Like(NamedTuple):
+    """One token's key, value and key_gates, [K, ·], as a cache or a state takes them."""
+
+    key: jax.ShapeDtypeStruct
+    value: jax.ShapeDtypeStruct
+    key_gates: jax.ShapeDtypeStruct | None
 
 
-def _check_appended(batch, key, value, like_key, like_value):
-    T = key.shape[-3] if key.ndim > 2 else 0
-    _check_new("key", key, like_key, batch, T)
-    _check_new("value", value, like_value, batch, T)
+def _like(cache):
+    if isinstance(cache, State):
+        spec = cache.spec
+        K, dtypes = spec.num_kv_heads, (spec.dtype,) * 3
+        widths = spec.head_dim, spec.value_dim, spec.mechanism.key_gates
+    else:
+        arrays = cache.key, cache.value, cache.key_gates
+        K, dtypes = cache.key.shape[-2], [None if x is None else x.dtype for x in arrays]
+        widths = [0 if x is None else x.shape[-1] for x in arrays]
+        if cache.running is not None:
+            position = cache.running.position
+            widths[2] += position.key_gates - position.cached_gates
+            dtypes[2] = cache.key.dtype
+    pairs = zip(widths, dtypes, strict=True)
+    return _Like(*(jax.ShapeDtypeStruct((K, n), dtype) if n else None for n, dtype in pairs))
 
 
 def _check_new(name, new, old, batch, T):

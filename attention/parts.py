@@ -371,8 +371,12 @@ class Position:
     token with a negative one has no place in the grid, as a class token: nothing is added to it or
     to its scores, and it does not turn.
 
+    A scheme may multiply the scores (`decay`), before the terms of `tile` are added.
+
     Attributes:
       whole_row: `tile` needs all keys of a row at once (and gets `tile.visible`).
+      by_feature: `decay` reads the features, which it decays one by one: the score must be their
+        product. One scheme of a sum may.
       query_gates, key_gates: how many numbers per head a query and a key has.
       ordered: `prepare_gates` needs all keys of the text, in their order.
       cached_gates: how many numbers a cache keeps of a key, `key_gates` unless `running`.
@@ -384,6 +388,7 @@ class Position:
     """
 
     whole_row: ClassVar[bool] = False
+    by_feature: ClassVar[bool] = False
     query_gates: ClassVar[int] = 0
     key_gates: ClassVar[int] = 0
     ordered: ClassVar[bool] = False
@@ -473,6 +478,28 @@ class Position:
         del params, query, key, tile
         return None
 
+    def decay(
+        self, params: Params, scores: Array, query: Array, key: Array, tile: Tile
+    ) -> Array | None:
+        """Scores [t, s], each times a factor from 0 to 1: -> [t, s]. None: it multiplies none.
+
+        `scores` are those of the features query [t, F] and, **transposed**, key [F, s].
+        """
+        del params, scores, query, key, tile
+        return None
+
+    def log_decay(self, params: Params, tile: Tile) -> Array | None:
+        """The logarithm of the factors of `decay` of n pairs: [n, 1], or [n, c] by feature.
+
+        What linear attention needs of them. Row m of `tile` meets column m, n of each; the row may
+        be the token of a key, with the gates of a key. Of c factors each is of F/c features in
+        turn. They are 0 or less and add up along a text: that of i and j is those of all
+        neighbours from i back to j, and that of a token and itself is 0. None: linear attention
+        cannot serve the scheme, where it has a `decay`.
+        """
+        del params, tile
+        return None
+
     def mix(self, params: Params, weights: Array, tile: Tile) -> Array | None:
         """A term added to the output, linear in the weights: [t, s] -> [t, V]."""
         del params, weights, tile
@@ -485,17 +512,29 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class Sum(Position):
-    """Several schemes at once: rotations one after another, all other terms added."""
+    """Several schemes at once: rotations and decays one after another, all other terms added.
+
+    Raises ValueError where several decay features.
+    """
 
     parts: tuple[Position, ...]
 
     def __post_init__(self):
         for part in self.parts:
             check_part("every term of a sum", part, Position)
+        if len(by_feature := [part for part in self.parts if part.by_feature]) > 1:
+            raise ValueError(
+                "one scheme of a sum may decay the features of a score one by one, got "
+                f"{' and '.join(map(str, by_feature))}: leave all but one out"
+            )
 
     @property
     def whole_row(self):  # type: ignore[override]
         return any(part.whole_row for part in self.parts)
+
+    @property
+    def by_feature(self):  # type: ignore[override]
+        return any(part.by_feature for part in self.parts)
 
     def init(self, key, head_dim, value_dim):
         keys = jax.random.split(key, len(self.parts))
@@ -589,6 +628,22 @@ class Sum(Position):
         terms = self._terms(params, tile)
         return _sum(part.tile(own, query, key, tile) for part, own, tile in terms)
 
+    def decay(self, params, scores, query, key, tile):
+        terms = list(self._terms(params, tile))
+        # What decays features makes the scores of them anew.
+        terms.sort(key=lambda term: not term[0].by_feature)
+        decays = False
+        for part, own, own_tile in terms:
+            decayed = part.decay(own, scores, query, key, own_tile)
+            scores, decays = (scores, decays) if decayed is None else (decayed, True)
+        return scores if decays else None
+
+    def log_decay(self, params, tile):
+        terms = self._terms(params, tile)
+        decays = (term for term in terms if type(term[0]).decay is not Position.decay)
+        logs = [part.log_decay(own, own_tile) for part, own, own_tile in decays]
+        return None if any(log is None for log in logs) else _sum(logs)
+
     def mix(self, params, weights, tile):
         terms = self._terms(params, tile)
         return _sum(part.mix(own, weights, tile) for part, own, tile in terms)
@@ -633,6 +688,10 @@ class PositionWrapper(Position):
         return self.position.whole_row
 
     @property
+    def by_feature(self):  # type: ignore[override]
+        return self.position.by_feature
+
+    @property
     def query_gates(self):  # type: ignore[override]
         return self.position.query_gates
 
@@ -666,6 +725,12 @@ class PositionWrapper(Position):
 
     def tile(self, params, query, key, tile):
         return self.position.tile(params, query, key, tile)
+
+    def decay(self, params, scores, query, key, tile):
+        return self.position.decay(params, scores, query, key, tile)
+
+    def log_decay(self, params, tile):
+        return self.position.log_decay(params, tile)
 
     def mix(self, params, weights, tile):
         return self.position.mix(params, weights, tile)

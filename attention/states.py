@@ -6,7 +6,9 @@ causal query reads its keys through a sum alone:
     M_t = M_{t−1} + φ(k_t) v_tᵀ,   z_t = z_{t−1} + φ(k_t)
     o_t = φ(q_t) · M_t             or φ(q_t) · M_t / φ(q_t) · z_t
 
-so that a step costs the same at every place of a text (Katharopoulos et al. 2020, sec. 3.4).
+so that a step costs the same at every place of a text (Katharopoulos et al. 2020, sec. 3.4). Where
+the position decays scores, M and z are multiplied by diag(a_t) before the key is added (Sun et al.
+2023; Yang et al. 2024).
 `attention.decoding` makes and uses such states; F is the width of the features, other letters as in
 `attention.parts`.
 """
@@ -20,11 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention import masks
-from attention.kernels.linear import NORMALIZERS, causal, divided, terms, with_ones
-from attention.kernels.products import depends, feature_map, not_of_features, num_features
+from attention.kernels.linear import NORMALIZERS, by_feature, causal, divided, terms, with_ones
+from attention.kernels.products import (
+    depends,
+    feature_map,
+    log_decay,
+    not_of_features,
+    num_features,
+)
 from attention.mechanism import Mechanism, params_shape
 from attention.normalizers import SumToOne
-from attention.parts import Array, Params, accumulator, rotated
+from attention.parts import Array, Params, Tile, accumulator, rotated
 
 
 @jax.tree_util.register_static
@@ -34,12 +42,14 @@ class StateSpec:
 
     Attributes:
       mechanism: whose scores the features make.
+      num_heads: H, None where it is not known.
       num_kv_heads, head_dim, value_dim: K, D, V of what is appended.
       dtype: of what is appended.
       max_length: the most tokens of a text.
     """
 
     mechanism: Mechanism
+    num_heads: int | None
     num_kv_heads: int
     head_dim: int
     value_dim: int
@@ -55,18 +65,20 @@ class Added(NamedTuple):
       value: [..., T, N, V], with the column of `linear.with_ones` where weights sum to one.
       non_finite: [..., T, N] bool, keys or values that are not finite.
       real: [..., T] bool.
+      log_decay: [..., T, N, F] or [..., T, N, 1], of what came before each; None: nothing decays.
     """
 
     features: Array
     value: Array
     non_finite: Array
     real: Array
+    log_decay: Array | None = None
 
 
 class State(NamedTuple):
     """What linear attention keeps of a text; a pytree whose leaves lead with the batch axes.
 
-    N is K, or H where the score learns features of keys: those are of a query head.
+    N is K, or H where features of keys are learned or decay by query head.
 
     Attributes:
       memory: [..., N, F, V] float32 (float64 for float64), Σ_j φ(k_j) v_jᵀ; where weights sum to
@@ -105,8 +117,13 @@ def needs_keys(
         return f"weights of a state are unnormalized or sum to one, and not {mechanism.normalizer}"
     if set(terms(mechanism.mask)) - {masks.Full()} != {masks.Causal()}:
         return f"a state is read under the mask Causal(), not {mechanism.mask}"
-    if position.query_gates or position.key_gates or position.required_inputs:
+    if position.required_inputs:
         return f"a state takes tokens by their places in a text alone, unlike {position}"
+    if mechanism.score.query_gates or mechanism.score.key_gates:
+        return f"features of a state are of vectors alone, and not those of {mechanism.score}"
+    decays = log_decay(position, head_dim, value_dim) is not None
+    if position.query_gates or (position.key_gates and not (decays and position.running)):
+        return f"of numbers of tokens a state takes those of decays alone, unlike {position}"
     if reason := not_of_features(mechanism, head_dim, value_dim):
         return reason
     params, x = _of_a_head(mechanism, head_dim, value_dim)
@@ -119,15 +136,17 @@ def needs_keys(
         return f"features of keys are summed before the queries come, which {mechanism.score} reads"
     if num_heads is None and _learns_keys(mechanism, head_dim, value_dim):
         return "it learns features of keys by query head, of which num_heads was not given"
+    if num_heads is None and _decays_by_head(mechanism, head_dim, value_dim):
+        return "each query head decays in its own way, of which num_heads was not given"
     return None
 
 
-def empty(batch: tuple[int, ...], spec: StateSpec, num_heads: int | None) -> State:
+def empty(batch: tuple[int, ...], spec: StateSpec) -> State:
     """The state before any token."""
-    mechanism = spec.mechanism
+    mechanism, sizes = spec.mechanism, (spec.head_dim, spec.value_dim)
     F = num_features(mechanism, spec.head_dim)
-    learns = _learns_keys(mechanism, spec.head_dim, spec.value_dim)
-    N = num_heads if learns and num_heads is not None else spec.num_kv_heads
+    by_head = _learns_keys(mechanism, *sizes) or _decays_by_head(mechanism, *sizes)
+    N = spec.num_heads if by_head and spec.num_heads is not None else spec.num_kv_heads
     V = spec.value_dim + isinstance(mechanism.normalizer, SumToOne)
     return State(
         jnp.zeros((*batch, N, F, V), accumulator(spec.dtype)),
@@ -138,7 +157,13 @@ def empty(batch: tuple[int, ...], spec: StateSpec, num_heads: int | None) -> Sta
 
 
 def append(
-    state: State, params: Params, key: Array, value: Array, added: Array, places: Array
+    state: State,
+    params: Params,
+    key: Array,
+    value: Array,
+    added: Array,
+    places: Array,
+    key_gates: Array | None,
 ) -> State:
     """The state after more tokens, of which the first `added` [...] are real, at places [..., T].
 
@@ -150,21 +175,25 @@ def append(
     learns = _learns_keys(mechanism, spec.head_dim, spec.value_dim)
     if learns and params is None:
         raise ValueError(
-            f"params must be given with this state: {mechanism.score} learns features of keys; "
-            "pass decoding.append what mechanism.init returned"
+            f"params must be given with this state: of {mechanism} features or decays of keys are "
+            "learned; pass decoding.append what mechanism.init returned"
         )
     if not learns:  # nothing reads them
         shapes, _ = _of_a_head(mechanism, spec.head_dim, spec.value_dim)
         params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    key, value = (jnp.repeat(x, N // spec.num_kv_heads, axis=-2) for x in (key, value))
+    tokens = key, value, key_gates
+    tokens = jax.tree.map(lambda x: jnp.repeat(x, N // spec.num_kv_heads, axis=-2), tokens)
+    key, value, key_gates = tokens
 
-    def of_head(params, key, at):
-        return _features(mechanism, params, key, at, "key")
+    def of_head(params, head, key, gates, at):
+        features, bad = _features(mechanism, params, key, at, "key")
+        log, bad_gates = _log_decay(spec, params, head, gates, at, features.dtype)
+        return features, bad | bad_gates, log
 
-    of_heads = jax.vmap(of_head, (0 if learns else None, 1, None), 1)
+    of_heads = jax.vmap(of_head, (0 if learns else None, 0, 1, 1, None), 1)
     for _ in places.shape[1:]:
-        of_heads = jax.vmap(of_heads, (None, 0, 0))
-    features, bad_key = of_heads(params, key, places)
+        of_heads = jax.vmap(of_heads, (None, None, 0, 0, 0))
+    features, bad_key, log = of_heads(params, jnp.arange(N), key, key_gates, places)
     real = jnp.arange(T) < added[..., None]
     finite = jnp.isfinite(value).all(-1)
     stays = real[..., None]
@@ -172,8 +201,9 @@ def append(
     if isinstance(mechanism.normalizer, SumToOne):
         value = with_ones(value, jnp.broadcast_to(stays, value.shape[:-1]))
     features = jnp.where(stays[..., None], features, 0)
-    tokens = Added(features, value, stays & (bad_key | ~finite), real)
-    state = state._replace(length=state.length + added, added=tokens)
+    log = None if log is None else jnp.where(stays[..., None], log, 0)
+    last = Added(features, value, stays & (bad_key | ~finite), real, log)
+    state = state._replace(length=state.length + added, added=last)
     return state if T > 1 else trim(state)  # a single query sees all of it
 
 
@@ -181,9 +211,15 @@ def trim(state: State) -> State:
     """The state with the tokens of `added` in its sums: for the queries of a next `append`."""
     if state.added is None:
         return state
-    features, value, non_finite, _ = state.added
+    features, value, non_finite, _, log = state.added
+    memory = state.memory
+    if log is not None:
+        to_end = jnp.cumsum(log[..., ::-1, :, :], axis=-3)[..., ::-1, :, :]
+        memory = memory * jnp.exp(to_end[..., 0, :, :])[..., None]
+        after = jnp.concatenate([to_end[..., 1:, :, :], jnp.zeros_like(log[..., :1, :, :])], -3)
+        features = features * jnp.exp(after)
     return state._replace(
-        memory=state.memory + jnp.einsum("...tkf,...tkv->...kfv", features, value),
+        memory=memory + jnp.einsum("...tkf,...tkv->...kfv", features, value),
         non_finite=state.non_finite | non_finite.any(-2),
         added=None,
     )
@@ -207,11 +243,15 @@ def attend(state: State, params: Params, query: Array, at: Array) -> Array:
         out = jnp.einsum("...tngf,...nfv->...tngv", features, memory)
         some, bad = (state.length > 0)[..., None], state.non_finite[..., None, :]
     else:
-        of_groups = jax.vmap(causal, (1, None, None, None), 1)
-        of_states = jax.vmap(of_groups, (1, 1, 1, 0), 1)
+
+        def of_tokens(features, key_features, value, memory, log):
+            return causal(features, key_features, value, memory, log_decay=log)
+
+        of_groups = jax.vmap(of_tokens, (1, None, None, None, None), 1)
+        of_states = jax.vmap(of_groups, (1, 1, 1, 0, 1), 1)
         for _ in batch:
             of_states = jax.vmap(of_states)
-        out = of_states(features, added.features, added.value, memory)
+        out = of_states(features, added.features, added.value, memory, added.log_decay)
         before = state.length - added.real.sum(-1)
         some = (before > 0)[..., None] | _until(added.real, -1)
         bad = state.non_finite[..., None, :] | _until(added.non_finite, -2)
@@ -239,6 +279,30 @@ def _features(mechanism, params, x, at, side):
     return jnp.where(bad[:, None], 0, features), bad
 
 
+def _log_decay(spec, params, head, gates, at, dtype):
+    """log of the decay at each token [T, c], by feature or 1, and which are not finite, [T]."""
+    position, T = spec.mechanism.position, len(at)
+    none, bad = None, jnp.zeros(T, bool)
+    like = log_decay(position, spec.head_dim, spec.value_dim)
+    if like is None:
+        return none, bad
+    before, index = at - 1, jnp.arange(T)
+    num_heads = spec.num_heads or spec.num_kv_heads
+    tile = Tile(index, index, at, before, head, num_heads)
+    own = jax.tree.map(lambda leaf: leaf.astype(dtype), params["position"])
+    if gates is not None:
+        bad = ~jnp.isfinite(gates).all(-1)
+        gates = jnp.where(bad[:, None], 0, gates.astype(dtype))
+        sums = position.cache_gates(jnp.zeros(position.cached_gates, dtype), gates)
+        earlier = jnp.concatenate([jnp.zeros_like(sums[:1]), sums[:-1]])
+        tile = dataclasses.replace(tile, key_gates=earlier)
+        of_query, of_key = position.prepare_cached(own, tile, sums)
+        tile = dataclasses.replace(tile, query_gates=of_query, key_gates=of_key)
+    log = position.log_decay(own, tile).astype(dtype)
+    features = num_features(spec.mechanism, spec.head_dim)
+    return by_feature(log, features), bad
+
+
 _TOKENS = 8
 
 
@@ -260,6 +324,30 @@ def _feature_map(mechanism, params, key, query):
 
 @functools.cache
 def _learns_keys(mechanism, head_dim, value_dim):
-    """Whether features of keys depend on what the mechanism learns."""
+    """Whether features of keys, or their decay, depend on what the mechanism learns."""
     params, x = _of_a_head(mechanism, head_dim, value_dim)
-    return depends(lambda x, params: _feature_map(mechanism, params, x, x)[1], x, params)
+    return depends(
+        lambda x, params: _feature_map(mechanism, params, x, x)[1], x, params
+    ) or depends(
+        lambda head, params: _decay_of_head(mechanism, head_dim, value_dim, params, head),
+        *(_HEAD, params),
+    )
+
+
+@functools.cache
+def _decays_by_head(mechanism, head_dim, value_dim):
+    """Whether the decay of keys depends on which query head it is."""
+    params, _ = _of_a_head(mechanism, head_dim, value_dim)
+    return depends(functools.partial(_decay_of_head, mechanism, head_dim, value_dim), params, _HEAD)
+
+
+_HEAD = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def _decay_of_head(mechanism, head_dim, value_dim, params, head):
+    """`_log_decay` of some tokens; 0 where nothing decays."""
+    spec = StateSpec(mechanism, 1, 1, head_dim, value_dim, np.dtype(np.float32), _TOKENS)
+    count = mechanism.position.key_gates
+    gates = jnp.zeros((_TOKENS, count)) if count else None
+    log, _ = _log_decay(spec, params, head, gates, jnp.arange(_TOKENS), jnp.float32)
+    return 0 if log is None else log

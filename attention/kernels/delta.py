@@ -78,12 +78,11 @@ def recurrence(
         x = jnp.pad(jnp.asarray(x, dtype), ((0, padding), (0, 0)))
         return x.reshape(-1, size, x.shape[1])
 
-    starts = jnp.zeros(T, bool) if starts is None else starts
     inputs = (
         *(chunks(x) for x in (query, key, value)),
         None if log_decay is None else chunks(_floored(log_decay)),
         None if rate is None else chunks(jnp.asarray(rate)[:, None])[..., 0],
-        jnp.pad(starts, (0, padding)).reshape(-1, size),
+        None if starts is None else jnp.pad(starts, (0, padding)).reshape(-1, size),
     )
     if T == size:
         last, out = _chunk(last, jax.tree.map(lambda x: x[0], inputs))
@@ -130,12 +129,16 @@ def _chunk(state, inputs):
     """The state [V, D] after a chunk, and its outputs [C, V]."""
     query, key, value, log_decay, rate, starts = inputs
     C = len(key)
-    document = jnp.cumsum(starts)
+    document = jnp.zeros(C, int) if starts is None else jnp.cumsum(starts)
     continues = (document == 0)[:, None]
     same = document[:, None] == document
     if log_decay is None:
         log_decay = jnp.zeros((C, 1), key.dtype)
-    total = jnp.cumsum(log_decay, axis=0)  # log b
+    if starts is None:
+        total = jnp.cumsum(log_decay, axis=0)  # log b
+    else:  # from the start of each document, so that no digit depends on another
+        within = (same & jnp.tri(C, dtype=bool)).astype(key.dtype)
+        total = jnp.matmul(within, log_decay, precision="highest")
     since_state = jnp.where(continues, jnp.exp(total), 0)
     scores = functools.partial(_decayed_scores, key=key, log_decay=log_decay, total=total)
     u = value
@@ -160,7 +163,7 @@ def _decayed_scores(x, key, log_decay, total):
     """
     C, D = key.shape
     if log_decay.shape[1] == 1:
-        return (x @ key.T) * jnp.exp(jnp.minimum(total - total.T, 0))
+        return (x @ key.T) * jnp.exp(_at_most_zero(total - total.T))
     size = min(_BLOCK, C)
     padding = -C % size
     x, key = (jnp.pad(y, ((0, padding), (0, 0))) for y in (x, key))
@@ -173,11 +176,16 @@ def _decayed_scores(x, key, log_decay, total):
     x, own_key, own_total = blocks(x), blocks(key), blocks(total)
     anchor = jnp.concatenate([jnp.zeros((1, D), total.dtype), own_total[:-1, -1]])[:, None]
     # Keys of earlier blocks, through the anchor before this block: two exponents of 0 or less.
-    far_key = key * jnp.exp(jnp.minimum(anchor - total, 0))
-    far = jnp.einsum("nid,njd->nij", x * jnp.exp(own_total - anchor), far_key)
-    exponent = jnp.minimum(own_total[:, :, None] - own_total[:, None], 0)
+    far_key = key * jnp.exp(_at_most_zero(anchor - total))
+    far = jnp.einsum("nid,njd->nij", x * jnp.exp(_at_most_zero(own_total - anchor)), far_key)
+    exponent = _at_most_zero(own_total[:, :, None] - own_total[:, None])
     near = jnp.einsum("nid,njd,nijd->nij", x, own_key, jnp.exp(exponent))
     n = jnp.arange(len(near))
     far = far.reshape(len(near), size, -1, size)
     scores = far.at[n, :, n].set(near)
     return scores.reshape(length, length)[:C, :C]
+
+
+def _at_most_zero(x):
+    """min(x, 0), of which the derivative at 0 is 1."""
+    return jnp.where(x > 0, 0, x)

@@ -67,7 +67,7 @@ def attend_head(
 ) -> tuple[Array, dict[str, Array]]:
     """Attention of one head: query [T, D], key [S, D], value [S, V] -> out [T, V], aux.
 
-        s_ij = score(q_i, k_j) + position(i, j) + bias_ij        (−inf where masked)
+        s_ij = score(q_i, k_j) decay(i, j) + position(i, j) + bias_ij    (−inf where masked)
         w_i  = normalizer(s_i1 ... s_iS)
         o_i  = Σ_j w_ij v_j + mix(w_i)
 
@@ -250,15 +250,17 @@ def _without(non_finite, x):
 
 
 def score(mechanism: Mechanism, inputs: Inputs, tile: Tile) -> Array:
-    """The score of each pair, with the position's term and before masking: [t, s]."""
+    """The score of each pair, with the position's decay and term, before masking: [t, s]."""
     params = inputs.params
     scores = mechanism.score.tile(
         *(params["score"], inputs.features, inputs.key_features),
         _with_gates_of(inputs, tile, "score"),
     )
-    term = mechanism.position.tile(
-        params["position"], inputs.query, inputs.key, _with_gates_of(inputs, tile, "position")
-    )
+    position, own = mechanism.position, params["position"]
+    tile = _with_gates_of(inputs, tile, "position")
+    decayed = position.decay(own, scores, inputs.features, inputs.key_features, tile)
+    scores = scores if decayed is None else decayed
+    term = position.tile(own, inputs.query, inputs.key, tile)
     return scores if term is None else scores + term
 
 

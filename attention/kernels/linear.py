@@ -6,11 +6,15 @@ takes the place of the T·S scores (Katharopoulos et al. 2020, sec. 3.2). Under 
 text is cut into chunks; a query reads the state of the chunks before its own, and the keys of its
 own chunk by their scores, as matrix units like it (Hua et al. 2022, sec. 3.3).
 
+A position that decays scores decays the state instead, by its `log_decay` from each key to the next
+(`kernels.delta`; Sun et al. 2023, Yang et al. 2024).
+
 Where segments hide keys, keys and queries are sorted into one text of T + S tokens, segment after
 segment, each key before the queries that see it: then the mask is causal and the state begins anew
 with each segment. So any labels are served, of keys other than those of queries too.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -19,13 +23,15 @@ from jax.export import is_symbolic_dim
 
 from attention import masks
 from attention.kernels import dense
+from attention.kernels.delta import recurrence
 from attention.kernels.heads import lift
-from attention.kernels.products import not_of_features, num_features, num_prepared
+from attention.kernels.products import log_decay, not_of_features, num_features, num_prepared
 from attention.kernels.registry import Call, Kernel, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
 from attention.normalizers import SumToOne, Unnormalized
-from attention.parts import And, Array, Mask, Params, Tile
+from attention.parts import And, Array, Mask, Params, Tile, gates_of
+from attention.segments import merged
 
 CHUNK = 64
 """Queries and keys of a chunk."""
@@ -54,6 +60,11 @@ def unsupported(call: Call) -> str | None:
         return f"it has no weights, of which {', '.join(call.aux)} are made"
     if is_symbolic_dim(call.query.shape[-3]) or is_symbolic_dim(call.key.shape[-3]):
         return "it cuts texts into chunks, of which a symbolic length has no number"
+    if log_decay(mechanism.position, call.query.shape[-1], call.value.shape[-1]) is not None:
+        if not is_causal:
+            return f"decays go with a causal mask here, not with {mechanism.mask}"
+        if call.query.shape[-3] != call.key.shape[-3]:
+            return "decays go with as many queries as keys here, those of the same tokens"
     return not_of_features(mechanism, call.query.shape[-1], call.value.shape[-1])
 
 
@@ -97,7 +108,7 @@ def attend_head(
 ) -> tuple[Array, dict[str, Array]]:
     """`dense.attend_head` of what is not `unsupported`.
 
-    state_i = Σ_j φ(k_j) [v_j, 1]ᵀ  over the keys that i sees
+    state_i = Σ_j φ(k_j) [v_j, 1]ᵀ  over the keys that i sees, each times its decay
     [o_i, c_i] = φ(q_i) · state_i,   o_i / c_i where weights sum to one
     """
     del bias, mask, dropout_key, dropout_rate, aux
@@ -123,9 +134,14 @@ def attend_head(
     flags = jnp.stack([columns, columns & (bad.key | bad.value)], axis=1)
     is_causal = masks.Causal() in kinds
     if masks.Segments() in kinds:
-        out, visible = _of_segments(features, key_features, value, flags, tile, is_causal)
+        text = _merged(tile, is_causal)
+        out = _of_segments(
+            features, key_features, value, text, _decays(mechanism, inputs, tile, text)
+        )
+        visible = _visible(flags, text, len(query))
     elif is_causal:
-        out = causal(features, key_features, value)
+        decays = _decays(mechanism, inputs, tile, None)
+        out = causal(features, key_features, value, log_decay=decays)
         never = len(query) + len(key)
         first = jnp.where(flags, tile.key_index[:, None], never).min(0)
         visible = tile.query_index[:, None] >= first
@@ -168,12 +184,18 @@ def causal(
     value: Array,
     state: Array | None = None,
     starts: Array | None = None,
+    log_decay: Array | None = None,
 ) -> Array:
     """φ_i · state + Σ_{j ≤ i} (φ_i · φ_j) v_j: [T, F], [S, F], [S, V] -> [T, V].
 
     `state` [F, V] is the sum over earlier keys, 0 unless given. `starts` [T] bool are the tokens
-    that see none before themselves, nor the state.
+    that see none before themselves, nor the state. `log_decay` [T, c], of as many keys, is what the
+    state decays by at each key, by F/c features in turn.
     """
+    if log_decay is not None:
+        log = by_feature(log_decay, features.shape[1])
+        state = None if state is None else state.T
+        return recurrence(features, key_features, value, log, starts=starts, state=state)[0]
     T = len(features)
     chunk = min(CHUNK, max(T, 1))
     length = -(-T // chunk) * chunk
@@ -209,34 +231,96 @@ def causal(
     return out.reshape(length, out.shape[-1])[:T]
 
 
-def _of_segments(features, key_features, value, flags, tile, is_causal):
-    """Outputs [T, V], and which of `flags` [S, n] bool each query sees: [T, n]."""
+def _merged(tile, is_causal):
+    """Keys and queries by segment, those of a causal mask in the order of the text."""
+    at = (tile.query_index, tile.key_index) if is_causal else (None, None)
+    return merged(tile.query_segments, tile.key_segments, *at)
+
+
+def _of_segments(features, key_features, value, text, decays):
+    """Outputs [T, V] of queries and keys in the order of `text`."""
     T, S = len(features), len(key_features)
-    segment = jnp.concatenate([tile.key_segments, tile.query_segments])
-    index = jnp.concatenate([tile.key_index, tile.query_index])
-    keys = (segment, index) if is_causal else (segment,)
-    # The sort is stable: of equal ones keys come before queries.
-    *_, order = jax.lax.sort((*keys, jnp.arange(S + T)), num_keys=len(keys))
-    segment = segment[order]
-    starts = jnp.concatenate([jnp.zeros(1, bool), segment[1:] != segment[:-1]])
-    place = jnp.zeros(S + T, order.dtype).at[order].set(jnp.arange(S + T))[S:]
-
-    def in_order(of_queries, of_keys):
-        return jnp.concatenate([of_keys, of_queries])[order]
-
+    of_queries = of_keys = None
+    if decays is not None:
+        of_queries, of_keys = decays
+        features = features * jnp.exp(by_feature(of_queries, features.shape[1]))
+        of_keys = text.merge(of_keys, jnp.zeros_like(of_queries))
     out = causal(
-        in_order(features, jnp.zeros_like(key_features)),
-        in_order(jnp.zeros_like(features), key_features),
-        in_order(jnp.zeros((T, value.shape[1]), value.dtype), value),
-        starts=starts,
+        text.merge(jnp.zeros_like(key_features), features),
+        text.merge(key_features, jnp.zeros_like(features)),
+        text.merge(value, jnp.zeros((T, value.shape[1]), value.dtype)),
+        starts=text.starts,
+        log_decay=of_keys,
     )
-    at = jnp.arange(S + T)[:, None]
-    # Not by `cummax`: on a CPU XLA computes anew, for each number, what that one reads.
-    flags = in_order(jnp.zeros((T, flags.shape[1]), bool), flags)
-    latest = jax.lax.associative_scan(jnp.maximum, jnp.where(flags, at, -1))
-    start = jax.lax.associative_scan(jnp.maximum, jnp.where(starts[:, None], at, 0))
-    return out[place], (latest >= start)[place]
+    return out[text.place[S:]]
+
+
+def _visible(flags, text, T):
+    """Which of `flags` [S, n] bool of keys each query sees: [T, n]."""
+    S = len(flags)
+    flags = text.merge(flags, jnp.zeros((T, flags.shape[1]), bool))
+    return text.latest(flags)[text.place[S:]] >= 0
+
+
+def _decays(mechanism, inputs, tile, text):
+    """log_decay [S, c] of each key from the key before it; None where nothing decays.
+
+    With a `text` the pair of that of each query from the last key that it sees, [T, c], and that
+    of each key from the last one in its segment.
+    """
+    position, own = mechanism.position, inputs.params["position"]
+    width = len(inputs.key)
+    if log_decay(position, width, width) is None:
+        return None
+    # Not those of `inputs`: there gates of a key that is not finite are 0, be it padding.
+    both = (gates_of(x, "position") for x in (tile.query_gates, tile.key_gates))
+    gates = (jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), x) for x in both)
+    tile = dataclasses.replace(tile, **dict(zip(("query_gates", "key_gates"), gates, strict=True)))
+    T, S = len(tile.query_index), len(tile.key_index)
+    keys = of_keys(tile)
+    if text is None:
+        return position.log_decay(own, at_pairs(keys, jnp.maximum(jnp.arange(S) - 1, 0)))
+    is_key = text.merge(jnp.ones((S, 1), bool), jnp.zeros((T, 1), bool))
+    latest = text.latest(is_key)[:, 0]  # places
+    before = jnp.concatenate([latest[:1], latest[:-1]])
+    before = jnp.where(text.starts, -1, before).at[0].set(-1)
+
+    def pairs(tile, columns):
+        log = position.log_decay(own, at_pairs(tile, text.order[jnp.maximum(columns, 0)]))
+        return jnp.where((columns >= 0)[:, None], log, 0)
+
+    return pairs(tile, latest[text.place[S:]]), pairs(keys, before[text.place[:S]])
+
+
+def of_keys(tile: Tile) -> Tile:
+    """The tile whose rows are its keys as well."""
+    names = ("index", "positions", "length", "segments", "gates", "coordinates")
+    own = {f"query_{name}": getattr(tile, f"key_{name}") for name in names}
+    return dataclasses.replace(tile, **own)
+
+
+def at_pairs(tile: Tile, columns: Array) -> Tile:
+    """The tile of as many columns as rows, those at `columns` [t] int: for `Position.log_decay`."""
+    names = ("index", "positions", "segments", "gates", "coordinates")
+    own = {f"key_{name}": getattr(tile, f"key_{name}") for name in names}
+    own = jax.tree.map(lambda x: x[columns], own)
+    return dataclasses.replace(tile, **own, consecutive=False)
+
+
+def by_feature(log, features):
+    """[T, c] -> [T, F], or [T, 1] as it is."""
+    return log if log.shape[1] == 1 else jnp.repeat(log, features // log.shape[1], axis=1)
 
 
 attend = lift(attend_head, dense.chunk_size)
-register(Kernel("linear", attend, unsupported, cost, reads_non_finite=True, takes_coordinates=True))
+register(
+    Kernel(
+        "linear",
+        attend,
+        unsupported,
+        cost,
+        reads_non_finite=True,
+        takes_gates=True,
+        takes_coordinates=True,
+    )
+)

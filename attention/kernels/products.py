@@ -42,6 +42,8 @@ def product_of(mechanism: Mechanism, head_dim: int, value_dim: int) -> Product |
     x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
     if position.whole_row or _has_terms(position, params["position"], x):
         return f"it knows no term of the scores or the output, as {position} has"
+    if _decay(position, params["position"], x) is not None:
+        return f"it knows no factor of the scores, as {position} has"
     inner = score.score if type(score) is scores.SoftCap else score
     cap = score.cap if type(score) is scores.SoftCap else None
     if not _is_product(inner, params["score"], x):
@@ -57,18 +59,24 @@ def is_bilinear(mechanism: Mechanism, head_dim: int, value_dim: int) -> bool:
     """Whether scores are query @ key of features, and a term that reads no query and no key."""
     params = _params_of_a_head(mechanism, head_dim, value_dim)
     x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
+    position = mechanism.position
+    if _decay(position, params["position"], x) is not None:
+        return False
     product = _is_product(mechanism.score, params["score"], x)
-    return product and not term_reads_vectors(mechanism.position, head_dim, value_dim)
+    return product and not term_reads_vectors(position, head_dim, value_dim)
 
 
 @functools.cache
 def not_of_features(mechanism: Mechanism, head_dim: int, value_dim: int) -> str | None:
-    """Why scores are not φ(q) · φ(k) of `Score.feature_map` and nothing else, or None."""
+    """Why scores are not φ(q) · φ(k) of `Score.feature_map` with or without decay, or None."""
     params = _params_of_a_head(mechanism, head_dim, value_dim)
     x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
     position = mechanism.position
     if position.whole_row or _has_terms(position, params["position"], x):
         return f"it knows no term of the scores or the output, as {position} has"
+    decay = _decay(position, params["position"], x)
+    if decay is not None and log_decay(position, head_dim, value_dim) is None:
+        return f"it knows decays by their log_decay, which {position} lacks"
     score = mechanism.score
     own = _owner(score, "feature_map")
     # A map is of the `tile` of its own class, or of one above it; a subclass may have another.
@@ -82,6 +90,32 @@ def not_of_features(mechanism: Mechanism, head_dim: int, value_dim: int) -> str 
 def _owner(score, name):
     """The class that a method of a score is written in."""
     return next(owner for owner in type(score).__mro__ if name in vars(owner))
+
+
+@functools.cache
+def log_decay(position: Position, head_dim: int, value_dim: int) -> jax.ShapeDtypeStruct | None:
+    """Of what shape and dtype `Position.log_decay` is of a few pairs [n, c]; None: it is none."""
+    params = jax.eval_shape(lambda: position.init(jax.random.key(0), head_dim, value_dim))
+    tile, _ = _tiles(position, params)
+    return jax.eval_shape(lambda params: position.log_decay(params, tile), params)
+
+
+def check_decay(mechanism: Mechanism, head_dim: int, value_dim: int) -> None:
+    """Raises ValueError for a position that decays the features of a score that is no product."""
+    if mechanism.position.by_feature and not _multiplies(mechanism, head_dim, value_dim):
+        raise ValueError(
+            f"{mechanism.position} decays the features of a score that is their product, got "
+            f"{mechanism.score}: take a score such as ScaledDot(), or a decay of whole scores "
+            "(channels=1)"
+        )
+
+
+@functools.cache
+def _multiplies(mechanism, head_dim, value_dim):
+    """Whether a score is the product of what `Score.prepare` makes."""
+    params = _params_of_a_head(mechanism, head_dim, value_dim)
+    x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
+    return _is_product(mechanism.score, params["score"], x)
 
 
 @functools.cache
@@ -203,6 +237,19 @@ def _has_terms(position: Position, params, x):
         return bool(jax.tree.leaves(jax.eval_shape(terms, params, x)))
     except Exception:
         return True
+
+
+def _decay(position, params, x):
+    """The shape of decayed scores; None: nothing is decayed. That of the scores where it raises."""
+    scores = jax.ShapeDtypeStruct((_SIZE, _SIZE), jnp.float32)
+
+    def decay(params, scores, x):
+        return [position.decay(params, scores, x, x.T, tile) for tile in _tiles(position, params)]
+
+    try:
+        return next(iter(jax.tree.leaves(jax.eval_shape(decay, params, scores, x))), None)
+    except Exception:
+        return scores
 
 
 def _is_product(score, params, x):

@@ -1,12 +1,14 @@
 """Positional schemes: how the places i of a query and j of a key enter the attention.
 
 Absolute schemes add to the embeddings (`embed`), rotary ones turn query and key (`rotate`),
-relative ones add a term to the scores (`tile`). Learned arrays are per head. `a + b` uses both.
+relative ones add a term to the scores (`tile`), decays multiply those (`decay`). Learned arrays are
+per head. `a + b` uses both.
 Those of a grid, as the patches of an image have it, take a row and a column instead (`grid`).
 """
 
 from attention.parts import Sum
 from attention.positions.absolute import Learned, NoPE, Sinusoidal
+from attention.positions.decays import GatedDecay, Retention
 from attention.positions.gated import (
     BlockIndexer,
     Forget,
@@ -25,6 +27,7 @@ __all__ = [
     "CoPE",
     "FIRE",
     "Forget",
+    "GatedDecay",
     "GatedT5",
     "Indexer",
     "KerpleLog",
@@ -36,6 +39,7 @@ __all__ = [
     "NoPE",
     "PositionTemperature",
     "Relative2D",
+    "Retention",
     "RoPE",
     "RoPE2D",
     "Shaw",

@@ -3,32 +3,22 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.parts import Array, Position, Tile, check_counts, check_numbers
+from attention.parts import Position, check_counts, check_numbers
 from attention.positions.relative import T5
+from attention.positions.running import RunningSums
 
 
 @dataclasses.dataclass(frozen=True)
-class Forget(Position):
+class Forget(RunningSums):
     """Σ_{l=j+1..i} log f_l, f_l = σ(gate of key l): what lies behind a small f is forgotten.
 
-    Lin et al. 2025 (forgetting attention, FoX). It is computed as F_i − F_j of running sums
-    F over all keys of the text, within a segment where there are segments. F grows without end, and
-    float32 loses the digits of a difference of two: each is the sum of two numbers. Padding counts
-    as f = 1. For causal masks: ahead of the query the term grows. Query heads of a group share the
-    gates of their key head.
-
-    T and S cannot be symbolic, as `jax.export` has them.
-
-    The token of query i is key i where T = S; else it is the last key that does not stand after
-    the query, by positions that ascend.
-
-    A cache keeps F_j of each key, made of that of the key before.
+    Lin et al. 2025 (forgetting attention, FoX). For causal masks: ahead of the query the term
+    grows. T and S cannot be symbolic, as `jax.export` has them. See `RunningSums`.
 
     Attributes:
       start: f at the start of training, where x W is 0; `nn.MultiHeadAttention` learns
@@ -37,9 +27,6 @@ class Forget(Position):
 
     start: float = 0.98
     key_gates = 1
-    cached_gates = 2
-    ordered = True
-    running = True
 
     def __post_init__(self):
         check_numbers(self, "start")
@@ -49,87 +36,11 @@ class Forget(Position):
     def gate_bias(self, side):
         return np.full(1 if side == "key" else 0, math.log(self.start / (1 - self.start)))
 
-    def prepare_gates(self, params, tile):
-        log_forget = jax.nn.log_sigmoid(tile.key_gates[:, 0])
-        if tile.key_length is not None:
-            log_forget = jnp.where(tile.key_index < tile.key_length, log_forget, 0)
-        total = _running_pairs(log_forget, tile.key_segments)
-        return _columns(total[_own_key(tile)]), _columns(total)
-
-    def cache_gates(self, before, gates):
-        log_forget = jax.nn.log_sigmoid(gates)
-        pairs = jnp.concatenate([before[None], _as_pairs(log_forget[:, 0])])
-        return jax.lax.associative_scan(_add_pairs, pairs)[1:]
-
-    def prepare_cached(self, params, tile, own):
-        return _columns(own), _columns(tile.key_gates)
+    def log_gates(self, gates):
+        return jax.nn.log_sigmoid(gates)
 
     def tile(self, params, query, key, tile):
-        # The second of a pair is what rounding leaves, which has no derivative.
-        (q, q_rest), (k, k_rest) = tile.query_gates, tile.key_gates
-        return q - k.T + jax.lax.stop_gradient(q_rest - k_rest.T)
-
-
-def _columns(pairs: Array) -> tuple[Array, Array]:
-    """[T, 2] -> two of [T, 1], which a tile reads one number after another."""
-    return pairs[:, :1], pairs[:, 1:]
-
-
-def _as_pairs(x: Array) -> Array:
-    """Numbers [S] as sums of two, [S, 2]."""
-    return jnp.stack([x, jnp.zeros_like(x)], axis=1)
-
-
-def _add_pairs(a: Array, b: Array) -> Array:
-    """Sums of numbers [..., 2] that are each the sum of two, the second below the first's digits.
-
-    Knuth's two-sum: what the first addition rounds off is computed, and kept.
-    """
-    total = a[..., 0] + b[..., 0]
-    share = total - a[..., 0]
-    rounded = (a[..., 0] - (total - share)) + (b[..., 0] - share)
-    rest = a[..., 1] + b[..., 1] + rounded
-    high = total + rest
-    return jnp.stack([high, rest - (high - total)], axis=-1)
-
-
-@jax.custom_jvp
-def _running_pairs(x: Array, segments: Array | None) -> Array:
-    """Σ_{l ≤ j} x_l of the l in the run of equal `segments` [S] that holds j: pairs, [S, 2]."""
-    return _running_sum(_add_pairs, _as_pairs(x), segments)
-
-
-@_running_pairs.defjvp
-def _running_pairs_jvp(primals, tangents):
-    # A derivative has no need of the digits: its sums are plain ones.
-    x, segments = primals
-    if segments is None:
-        change = jnp.cumsum(tangents[0])
-    else:
-        change = _running_sum(jnp.add, tangents[0], segments)
-    return _running_pairs(x, segments), _as_pairs(change)
-
-
-def _running_sum(add: Callable[[Array, Array], Array], x: Array, segments: Array | None) -> Array:
-    """The sum, by `add`, to each of x [S, ...] of its own run of equal `segments` [S]."""
-    if segments is None:
-        return jax.lax.associative_scan(add, x)
-    first = jnp.concatenate([jnp.ones(1, bool), segments[1:] != segments[:-1]])
-
-    def join(left, right):
-        (left_first, left_sum), (right_first, right_sum) = left, right
-        starts = right_first.reshape(right_first.shape + (1,) * (right_sum.ndim - 1))
-        return left_first | right_first, jnp.where(starts, right_sum, add(left_sum, right_sum))
-
-    return jax.lax.associative_scan(join, (first, x))[1]
-
-
-def _own_key(tile: Tile) -> Array:
-    """The index of the key of each query's own token, [T]."""
-    if len(tile.query_index) == len(tile.key_index):
-        return tile.query_index
-    after = jnp.searchsorted(tile.key_positions, tile.query_positions, side="right")
-    return jnp.maximum(after - 1, 0)
+        return self.between(tile)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,6 +105,15 @@ class T5(Position):
         return edges
 
 
+def of_head(constants: np.ndarray, tile: Tile, dtype: Any) -> Array:
+    """Of constants [H] that of the tile's head, []."""
+    # Selected, not indexed: a kernel may have no place for a table.
+    own = jnp.zeros((), dtype)
+    for head, constant in enumerate(constants):
+        own = jnp.where(tile.head == head, float(constant), own)
+    return own
+
+
 @dataclasses.dataclass(frozen=True)
 class ALiBi(Position):
     """−m_h |i − j| with fixed slopes m_h = 2^(−8(h+1)/H) for head h of H.  Press et al. 2022.
@@ -122,11 +131,7 @@ class ALiBi(Position):
 
     def slope(self, tile: Tile, dtype: Any) -> Array:
         """m_h of the tile's head, []."""
-        # Selected, not indexed: a kernel may have no place for a table.
-        slope = jnp.zeros((), dtype)
-        for head, own in enumerate(self.slopes(tile.num_heads)):
-            slope = jnp.where(tile.head == head, float(own), slope)
-        return slope
+        return of_head(self.slopes(tile.num_heads), tile, dtype)
 
     def tile(self, params, query, key, tile):
         return -self.slope(tile, query.dtype) * jnp.abs(tile.distance_in(query.dtype))

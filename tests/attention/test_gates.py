@@ -10,7 +10,7 @@ import pytest
 
 import attention
 from attention import Mechanism, attend, decoding, explain, masks, normalizers, positions, scores
-from attention.kernels.registry import KERNELS, describe, unsupported
+from attention.kernels.registry import KERNELS, Device, describe, unsupported
 from attention.nn import MultiHeadAttention
 from support.marks import slow_but
 from support.mechanisms import (
@@ -165,7 +165,8 @@ def test_the_choice_and_its_errors():
     of_tokens = gates(mechanism)
     lines = explain(mechanism, query, key, value, **of_tokens)
     assert lines == explain(mechanism, query, key, value) and "dense: runs" in lines
-    assert "key_gates" in unsupported(KERNELS["linear"], call)
+    call = call._replace(device=Device("cuda", "NVIDIA H100", 9.0))
+    assert "key_gates" in unsupported(KERNELS["cudnn"], call)
 
 
 # Schemes.

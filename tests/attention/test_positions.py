@@ -238,6 +238,7 @@ EMBEDDED = {positions.Sinusoidal, positions.Learned}  # tested below
 OF_GRIDS = set(public_classes(grid))  # tested in test_grid.py
 WITH_GATES = {  # in test_gates.py
     *(positions.Forget, positions.GatedT5, positions.Indexer, positions.BlockIndexer),
+    *(positions.Retention, positions.GatedDecay),  # in test_decays.py
 }
 ABSOLUTE = {"fire", "cope + alibi", "temperature"}  # i − j is not all they know
 

@@ -238,6 +238,7 @@ NOT_OF_THEIR_OWN = {
     # In test_gates.py.
     *(positions.Forget, positions.GatedT5, positions.Indexer, positions.BlockIndexer),
     *(scores.TokenTemperature, normalizers.TokenEntmax),
+    *(positions.Retention, positions.GatedDecay),  # in test_decays.py
 }
 
 

@@ -129,6 +129,8 @@ def _elementwise(setting):
     def scores(params, head, i, j, of_query, of_key, query, key):
         tile = tile_of(i, j, head)
         score = mechanism.score.tile(params["score"], of_query, of_key, tile)
+        decayed = position.decay(params["position"], score, of_query, of_key, tile)
+        score = score if decayed is None else decayed
         term = position.tile(params["position"], query, key, tile)
         return score if term is None else score + term
 
