@@ -309,7 +309,7 @@ class Score(abc.ABC):
                 return -abs(query[:, :, None] - key[None]).sum(1)
 
     A score may ask for numbers of each token, as a `Position` may: `tile.query_gates` [t, n] and
-    `tile.key_gates` [s, n] are those.
+    `tile.key_gates` [s, n] are those. `prepare` gets them as well, of all tokens.
 
     Attributes:
       query_gates, key_gates: how many numbers per head a query and a key has.
@@ -327,13 +327,22 @@ class Score(abc.ABC):
         del key, head_dim
         return {}
 
-    def prepare(self, params: Params, query: Array, key: Array) -> tuple[Array, Array]:
+    def prepare(
+        self,
+        params: Params,
+        query: Array,
+        key: Array,
+        query_gates: Array | None = None,
+        key_gates: Array | None = None,
+    ) -> tuple[Array, Array]:
         """Everything that costs O(T + S): [T, D], [S, D] -> features [T, F], [S, F].
 
         The more of the score is done here, the less is done T·S times: a score that becomes a
         plain dot product of features keeps the matrix units busy.
+
+        `query_gates` [T, n] and `key_gates` [S, n] are each passed where the score asks for some.
         """
-        del params
+        del params, query_gates, key_gates
         return query, key
 
     def feature_map(self, params: Params, query: Array, key: Array) -> tuple[Array, Array]:
@@ -668,11 +677,11 @@ def with_zero_gates(position: Position, params: Params, tile: Tile) -> Tile:
     query = zeros(tile.query_index, position.query_gates)
     key = zeros(tile.key_index, position.key_gates)
 
-    def prepared(params, query, key):
+    def prepare_gates(params, query, key):
         own = dataclasses.replace(tile, query_gates=query, key_gates=key)
         return position.prepare_gates(params, jax.tree.map(jnp.asarray, own))
 
-    shapes = jax.eval_shape(prepared, params, query, key)
+    shapes = jax.eval_shape(prepare_gates, params, query, key)
     query, key = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     return dataclasses.replace(tile, query_gates=query, key_gates=key)
 
@@ -734,6 +743,23 @@ class PositionWrapper(Position):
 
     def mix(self, params, weights, tile):
         return self.position.mix(params, weights, tile)
+
+
+def prepared(
+    score: Score,
+    params: Params,
+    query: Array,
+    key: Array,
+    query_gates: Array | None,
+    key_gates: Array | None,
+) -> tuple[Array, Array]:
+    """`Score.prepare`, with gates where the score asks for them."""
+    options = {}
+    if score.query_gates:
+        options["query_gates"] = query_gates
+    if score.key_gates:
+        options["key_gates"] = key_gates
+    return score.prepare(params, query, key, **options)
 
 
 def rotated(position: Position, params, x, positions, side, gates=None, coordinates=None) -> Array:

@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.parts import Array, Params, Score, Tile, check_counts, check_numbers, check_part
+from attention.parts import (
+    Array,
+    Params,
+    Score,
+    Tile,
+    check_counts,
+    check_numbers,
+    check_part,
+    prepared,
+)
 from attention.positions.angles import angles
 
 
@@ -360,8 +369,8 @@ class _Wrapper(Score):
     def init(self, key, head_dim):
         return self.score.init(key, head_dim)
 
-    def prepare(self, params, query, key):
-        return self.score.prepare(params, query, key)
+    def prepare(self, params, query, key, query_gates=None, key_gates=None):
+        return prepared(self.score, params, query, key, query_gates, key_gates)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,8 +394,8 @@ class Temperature(_Wrapper):
     def init(self, key, head_dim):
         return {"log_temperature": jnp.asarray(0.0), "score": self.score.init(key, head_dim)}
 
-    def prepare(self, params, query, key):
-        return self.score.prepare(params["score"], query, key)
+    def prepare(self, params, query, key, query_gates=None, key_gates=None):
+        return super().prepare(params["score"], query, key, query_gates, key_gates)
 
     def tile(self, params, query, key, tile):
         score = self.score.tile(params["score"], query, key, tile)
@@ -409,11 +418,42 @@ class TokenTemperature(_Wrapper):
         own = np.zeros(1 if side == "query" else 0)
         return np.concatenate([own, self.score.gate_bias(side)])
 
+    def prepare(self, params, query, key, query_gates=None, key_gates=None):
+        return super().prepare(params, query, key, query_gates[:, 1:], key_gates)
+
     def tile(self, params, query, key, tile):
         factor = jnp.exp(-tile.query_gates[:, :1])
         of_score = tile.query_gates[:, 1:] if self.score.query_gates else None
         inner = dataclasses.replace(tile, query_gates=of_score)
         return factor * self.score.tile(params, query, key, inner)
+
+
+@dataclasses.dataclass(frozen=True)
+class InputGate(_Wrapper):
+    """score(q_i, σ(g_j) k_j), g_j a number of the token of key j: which keys are read at all.
+
+    What is multiplied are the features of the key, so that a score that is their product times σ(g)
+    stays one and linear attention serves it: with `positions.GatedDecay` and no normaliser it has
+    the input and the forget gate of an LSTM. Beck et al. 2024 (xLSTM, mLSTM), where the input gate
+    is exp(g); Mamba-2 has softplus(g) (Dao & Gu 2024).
+    """
+
+    @property
+    def key_gates(self):
+        return self.score.key_gates + 1
+
+    def gate_bias(self, side):
+        own = np.zeros(1 if side == "key" else 0)
+        return np.concatenate([own, self.score.gate_bias(side)])
+
+    def prepare(self, params, query, key, query_gates=None, key_gates=None):
+        query, key = super().prepare(params, query, key, query_gates, key_gates[:, 1:])
+        return query, key * jax.nn.sigmoid(key_gates[:, :1])
+
+    def tile(self, params, query, key, tile):
+        if self.score.key_gates:
+            tile = dataclasses.replace(tile, key_gates=tile.key_gates[:, 1:])
+        return self.score.tile(params, query, key, tile)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention import masks
-from attention.kernels.linear import NORMALIZERS, by_feature, causal, divided, terms, with_ones
+from attention.kernels.linear import NORMALIZERS, causal, divided, log_by_feature, terms, with_ones
 from attention.kernels.products import (
     depends,
     feature_map,
@@ -119,8 +119,8 @@ def needs_keys(
         return f"a state is read under the mask Causal(), not {mechanism.mask}"
     if position.required_inputs:
         return f"a state takes tokens by their places in a text alone, unlike {position}"
-    if mechanism.score.query_gates or mechanism.score.key_gates:
-        return f"features of a state are of vectors alone, and not those of {mechanism.score}"
+    if mechanism.score.query_gates:
+        return f"a state takes no numbers of queries, as {mechanism.score} does"
     decays = log_decay(position, head_dim, value_dim) is not None
     if position.query_gates or (position.key_gates and not (decays and position.running)):
         return f"of numbers of tokens a state takes those of decays alone, unlike {position}"
@@ -186,8 +186,13 @@ def append(
     key, value, key_gates = tokens
 
     def of_head(params, head, key, gates, at):
-        features, bad = _features(mechanism, params, key, at, "key")
-        log, bad_gates = _log_decay(spec, params, head, gates, at, features.dtype)
+        bad_gates = jnp.zeros(T, bool)
+        if gates is not None:
+            bad_gates = ~jnp.isfinite(gates).all(-1)
+            gates = jnp.where(bad_gates[:, None], 0, gates.astype(accumulator(gates.dtype)))
+        own = mechanism.split_gates((None, gates))
+        features, bad = _features(mechanism, params, key, at, "key", own.score[1])
+        log = _log_decay(spec, params, head, own.position[1], at, features.dtype)
         return features, bad | bad_gates, log
 
     of_heads = jax.vmap(of_head, (0 if learns else None, 0, 1, 1, None), 1)
@@ -267,40 +272,41 @@ def _until(x, axis):
     return jax.lax.associative_scan(jnp.logical_or, x, axis=x.ndim + axis)
 
 
-def _features(mechanism, params, x, at, side):
-    """φ(x) [T, F] of one head, 0 where not finite, and where that is, [T]."""
+def _features(mechanism, params, x, at, side, key_gates=None):
+    """φ(x) [T, F] of one head, 0 where not finite, and where that is, [T].
+
+    `key_gates` [T, n] are those of the score; of a query no key is read, and so no number of one.
+    """
     wide = accumulator(x.dtype)
     params = jax.tree.map(lambda leaf: leaf.astype(wide), params)
     bad = ~jnp.isfinite(x).all(-1)
     x = jnp.where(bad[:, None], 0, x.astype(wide))
     x = rotated(mechanism.position, params["position"], x, at, side)
-    features = feature_map(mechanism.score, params["score"], x, x)[side == "key"]
+    score = mechanism.score
+    if key_gates is None and score.key_gates:
+        key_gates = jnp.zeros((len(x), score.key_gates), wide)
+    features = feature_map(score, params["score"], x, x, None, key_gates)[side == "key"]
     bad |= ~jnp.isfinite(features).all(-1)
     return jnp.where(bad[:, None], 0, features), bad
 
 
 def _log_decay(spec, params, head, gates, at, dtype):
-    """log of the decay at each token [T, c], by feature or 1, and which are not finite, [T]."""
-    position, T = spec.mechanism.position, len(at)
-    none, bad = None, jnp.zeros(T, bool)
-    like = log_decay(position, spec.head_dim, spec.value_dim)
-    if like is None:
-        return none, bad
-    before, index = at - 1, jnp.arange(T)
-    num_heads = spec.num_heads or spec.num_kv_heads
-    tile = Tile(index, index, at, before, head, num_heads)
+    """log of the decay at each token, [T, F] or [T, 1]; None: nothing decays."""
+    position = spec.mechanism.position
+    if log_decay(position, spec.head_dim, spec.value_dim) is None:
+        return None
+    index, num_heads = jnp.arange(len(at)), spec.num_heads or spec.num_kv_heads
+    tile = Tile(index, index, at, at - 1, head, num_heads)
     own = jax.tree.map(lambda leaf: leaf.astype(dtype), params["position"])
     if gates is not None:
-        bad = ~jnp.isfinite(gates).all(-1)
-        gates = jnp.where(bad[:, None], 0, gates.astype(dtype))
+        gates = gates.astype(dtype)
         sums = position.cache_gates(jnp.zeros(position.cached_gates, dtype), gates)
         earlier = jnp.concatenate([jnp.zeros_like(sums[:1]), sums[:-1]])
         tile = dataclasses.replace(tile, key_gates=earlier)
         of_query, of_key = position.prepare_cached(own, tile, sums)
         tile = dataclasses.replace(tile, query_gates=of_query, key_gates=of_key)
     log = position.log_decay(own, tile).astype(dtype)
-    features = num_features(spec.mechanism, spec.head_dim)
-    return by_feature(log, features), bad
+    return log_by_feature(log, num_features(spec.mechanism, spec.head_dim))
 
 
 _TOKENS = 8
@@ -319,7 +325,9 @@ def _feature_map(mechanism, params, key, query):
     at, own = np.arange(_TOKENS), params["position"]
     query = rotated(mechanism.position, own, query, at, "query")
     key = rotated(mechanism.position, own, key, at, "key")
-    return feature_map(mechanism.score, params["score"], query, key)
+    count = mechanism.score.key_gates
+    gates = jnp.zeros((_TOKENS, count)) if count else None
+    return feature_map(mechanism.score, params["score"], query, key, None, gates)
 
 
 @functools.cache
@@ -349,5 +357,5 @@ def _decay_of_head(mechanism, head_dim, value_dim, params, head):
     spec = StateSpec(mechanism, 1, 1, head_dim, value_dim, np.dtype(np.float32), _TOKENS)
     count = mechanism.position.key_gates
     gates = jnp.zeros((_TOKENS, count)) if count else None
-    log, _ = _log_decay(spec, params, head, gates, jnp.arange(_TOKENS), jnp.float32)
+    log = _log_decay(spec, params, head, gates, jnp.arange(_TOKENS), jnp.float32)
     return 0 if log is None else log

@@ -74,6 +74,7 @@ _NUMBERS: dict[str, tuple] = {
     "Scale": (scores.ScaledDot(), 0.5),
     "Temperature": (scores.ScaledDot(),),
     "TokenTemperature": (scores.ScaledDot(),),
+    "InputGate": (scores.ScaledDot(),),
     "SoftCap": (scores.ScaledDot(), 30.0),
 }
 _SECTIONS = (
@@ -87,6 +88,7 @@ _CONTEXTS = (
     attention.Mechanism(),
     attention.Mechanism(mask=masks.Causal()),
     attention.Mechanism(score=scores.EluFeatures(), normalizer=normalizers.SumToOne()),
+    attention.Mechanism(mask=masks.Causal(), normalizer=normalizers.Unnormalized()),
 )
 
 

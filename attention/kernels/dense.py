@@ -28,6 +28,7 @@ from attention.parts import (
     Tile,
     accumulator,
     gates_of,
+    prepared,
     rotated,
     with_zero_gates,
 )
@@ -229,7 +230,8 @@ def prepare(
     key_turned = rotated(
         position, own, key, tile.key_positions, "key", of_key, tile.key_coordinates
     )
-    features, key_features = mechanism.score.prepare(params["score"], turned, key_turned)
+    gates = [gates_of(x, "score") for x in (query_gates, key_gates)]
+    features, key_features = prepared(mechanism.score, params["score"], turned, key_turned, *gates)
     # The square of a huge number is not finite either.
     bad_query |= _non_finite(features)
     features = _without(bad_query, features)

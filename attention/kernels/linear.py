@@ -39,6 +39,7 @@ CHUNK = 64
 _MASKS = (masks.Full, masks.Causal, masks.Padding, masks.Segments)
 NORMALIZERS = (Unnormalized, SumToOne)
 _MAKING = 10  # numbers that take as long, on a CPU, as one feature that `Score.feature_map` adds
+_DECAYING = 2  # numbers without decay that take as long, on a CPU, as one that decays
 
 
 def unsupported(call: Call) -> str | None:
@@ -87,6 +88,8 @@ def cost(call: Call) -> tuple[float, str]:
     chunks = -(-T // CHUNK)
     made = _MAKING * max(0, F - num_prepared(call.mechanism, D))
     numbers = math.prod(batch) * H * (T * (CHUNK + F + made) + chunks * F * V)
+    if log_decay(call.mechanism.position, D, V) is not None:
+        numbers *= _DECAYING
     share = min(1.0, tuned().tiled_above / max(1, dense.cost(call)[0]))
     return numbers * share, f"states and the scores of chunks take as long as {numbers:,} scores"
 
@@ -193,7 +196,7 @@ def causal(
     state decays by at each key, by F/c features in turn.
     """
     if log_decay is not None:
-        log = by_feature(log_decay, features.shape[1])
+        log = log_by_feature(log_decay, features.shape[1])
         state = None if state is None else state.T
         return recurrence(features, key_features, value, log, starts=starts, state=state)[0]
     T = len(features)
@@ -243,7 +246,7 @@ def _of_segments(features, key_features, value, text, decays):
     of_queries = of_keys = None
     if decays is not None:
         of_queries, of_keys = decays
-        features = features * jnp.exp(by_feature(of_queries, features.shape[1]))
+        features = features * jnp.exp(log_by_feature(of_queries, features.shape[1]))
         of_keys = text.merge(of_keys, jnp.zeros_like(of_queries))
     out = causal(
         text.merge(jnp.zeros_like(key_features), features),
@@ -307,7 +310,7 @@ def at_pairs(tile: Tile, columns: Array) -> Tile:
     return dataclasses.replace(tile, **own, consecutive=False)
 
 
-def by_feature(log, features):
+def log_by_feature(log, features):
     """[T, c] -> [T, F], or [T, 1] as it is."""
     return log if log.shape[1] == 1 else jnp.repeat(log, features // log.shape[1], axis=1)
 

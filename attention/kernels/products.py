@@ -15,7 +15,7 @@ import numpy as np
 from attention import scores
 from attention.mechanism import Mechanism, params_shape
 from attention.normalizers import Softmax
-from attention.parts import Array, Params, Position, Score, Tile, rotated, with_zero_gates
+from attention.parts import Array, Params, Position, Score, Tile, prepared, rotated, with_zero_gates
 
 
 class Product(NamedTuple):
@@ -36,6 +36,9 @@ class Product(NamedTuple):
 def product_of(mechanism: Mechanism, head_dim: int, value_dim: int) -> Product | str:
     """What a mechanism is as a `Product`, or why it is none."""
     score, position = mechanism.score, mechanism.position
+    for part in (score, position):
+        if part.query_gates or part.key_gates:
+            return f"it reads no numbers of tokens, as {part} does"
     if type(mechanism.normalizer) is not Softmax:
         return f"it computes a softmax, not {mechanism.normalizer}"
     params = _params_of_a_head(mechanism, head_dim, value_dim)
@@ -127,19 +130,26 @@ def num_features(mechanism: Mechanism, head_dim: int) -> int:
 @functools.cache
 def num_prepared(mechanism: Mechanism, head_dim: int) -> int:
     """F, the features of a query that `Score.prepare` makes."""
-    return _features(mechanism, head_dim, lambda score, *args: score.prepare(*args))
+    return _features(mechanism, head_dim, lambda score, *args: prepared(score, *args))
 
 
 def _features(mechanism, head_dim, function):
     x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
     params = _params_of_a_head(mechanism, head_dim, head_dim)
     made = functools.partial(function, mechanism.score)
-    return jax.eval_shape(made, params["score"], x, x)[0].shape[-1]
+    return jax.eval_shape(made, params["score"], x, x, *_gates(mechanism.score))[0].shape[-1]
 
 
-def feature_map(score: Score, params: Params, query: Array, key: Array) -> tuple[Array, Array]:
+def feature_map(
+    score: Score,
+    params: Params,
+    query: Array,
+    key: Array,
+    query_gates: Array | None = None,
+    key_gates: Array | None = None,
+) -> tuple[Array, Array]:
     """φ(q) [T, F'], φ(k) [S, F'] of query and key, where φ(q) · φ(k) is the score."""
-    return score.feature_map(params, *score.prepare(params, query, key))
+    return score.feature_map(params, *prepared(score, params, query, key, query_gates, key_gates))
 
 
 @functools.cache
@@ -223,6 +233,12 @@ def _tiles(position: Position | None = None, params: Any = None):
     return bare, dataclasses.replace(bare, **numbers, **segments)
 
 
+def _gates(score):
+    """Shapes of the numbers of queries and of keys that a score asks for, or None."""
+    counts = score.query_gates, score.key_gates
+    return [jax.ShapeDtypeStruct((_SIZE, n), jnp.float32) if n else None for n in counts]
+
+
 def _has_terms(position: Position, params, x):
     """Whether a position adds to the scores or to the output, or may do so: it raises."""
 
@@ -254,9 +270,13 @@ def _decay(position, params, x):
 
 def _is_product(score, params, x):
     """Whether `score.tile` is query @ key and nothing else, and raises nowhere."""
-    query, key = jax.eval_shape(score.prepare, params, x, x)
+    made = functools.partial(prepared, score)
+    query, key = jax.eval_shape(made, params, x, x, *_gates(score))
     key = jax.ShapeDtypeStruct(key.shape[::-1], key.dtype)
-    return all(_is_product_on(tile, score, params, query, key) for tile in _tiles())
+    gates = [x if x is None else np.zeros(x.shape, x.dtype) for x in _gates(score)]
+    own: Any = dict(zip(("query_gates", "key_gates"), gates, strict=True))
+    tiles = (dataclasses.replace(tile, **own) for tile in _tiles())
+    return all(_is_product_on(tile, score, params, query, key) for tile in tiles)
 
 
 def _is_product_on(tile, score, params, query, key):

@@ -283,9 +283,11 @@ def parts() -> dict[str, tuple[attention.Mechanism, dict[str, Any]]]:
 _PARTS = {
     "score": "dot; scaled_dot; general; additive(16); location(4096); cosine; gaussian; pope; "
     "elu_features; taylor_features; random_features(64); hedgehog_features; "
-    "scale(dot, 0.1); temperature(dot); token_temperature(dot); soft_cap(scaled_dot)",
+    "scale(dot, 0.1); temperature(dot); token_temperature(dot); "
+    "input_gate(dot); soft_cap(scaled_dot)",
     "position": "rope; xpos; alibi; t5; shaw; shaw(value_side=True); kerple_log; kerple_power; "
-    "fire(8); forget; gated_t5; position_temperature; rope2d; alibi2d",
+    "fire(8); forget; retention; gated_decay; gated_decay(128); gated_t5; position_temperature; "
+    "rope2d; alibi2d",
     "mask": "causal; sliding_window(256); causal | prefix(100); prefix; padding; segments; "
     "block_local(256); dilated(2); causal & segments; window2d(8)",
     "normalizer": "softmax_off_by_one; learned_sink; squared_relu; unnormalized; sum_to_one",

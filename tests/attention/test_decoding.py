@@ -87,7 +87,7 @@ def test_every_part_is_decoded_here():
         with_gates = {  # decoded in test_gates.py
             *(positions.Forget, positions.GatedT5, positions.Indexer, positions.BlockIndexer),
             *(positions.Retention, positions.GatedDecay),  # in test_decays.py
-            *(scores.TokenTemperature, normalizers.TokenEntmax),
+            *(scores.TokenTemperature, scores.InputGate, normalizers.TokenEntmax),
         }
         of_grids = {cls for cls in there if cls.__name__.endswith("2D")}  # a text is none
         assert there - here <= {masks.Full} | with_gates | of_grids, kind

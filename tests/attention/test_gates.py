@@ -12,6 +12,7 @@ import attention
 from attention import Mechanism, attend, decoding, explain, masks, normalizers, positions, scores
 from attention.kernels.registry import KERNELS, Device, describe, unsupported
 from attention.nn import MultiHeadAttention
+from attention.states import State
 from support.marks import slow_but
 from support.mechanisms import (
     NO_PARAMS,
@@ -53,13 +54,16 @@ class Slope(attention.Position):
 
 @dataclasses.dataclass(frozen=True)
 class Weighed(attention.Score):
-    """(1 + tanh(g_i)) f_j q · k: a score that asks for numbers of both sides."""
+    """(1 + tanh(g_i)) f_j q_i · k_j (1 + tanh(f_j)): it asks for numbers of both sides."""
 
     query_gates = 1
     key_gates = 1
 
     def gate_bias(self, side):
         return np.full(1, 3.0 if side == "query" else 2.0)
+
+    def prepare(self, params, query, key, query_gates, key_gates):
+        return query, key * (1 + jnp.tanh(key_gates))
 
     def tile(self, params, query, key, tile):
         return (1 + jnp.tanh(tile.query_gates)) * tile.key_gates.T * (query @ key)
@@ -71,6 +75,7 @@ GATED = [
     Mechanism(position=BOTH, mask=masks.Causal(), normalizer=normalizers.Sigmoid()),
     Mechanism(scores.TokenTemperature(Weighed()), BOTH, mask=masks.Causal()),
     Mechanism(scores.SoftCap(scores.TokenTemperature(scores.Dot()), 3.0), mask=masks.Causal()),
+    Mechanism(scores.InputGate(scores.InputGate(scores.Cosine(2.0))), mask=masks.Causal()),
 ]
 
 
@@ -243,6 +248,55 @@ def test_token_temperature(x64):
         mechanism = Mechanism(score, normalizer=normalizers.Unnormalized())
         got = attend(mechanism, NO_PARAMS, query, key, value, query_gates=of_tokens)
         np.testing.assert_allclose(got, np.einsum("bhts,bsv->bthv", want, value[:, :, 0]))
+
+
+def test_input_gate(x64):
+    """Against scores written out, and by a state; around a score that is no product as well."""
+    query, key, value = qkv(T=T, S=T, dtype="float64")
+    of_tokens = {"key_gates": normal(6, 2, T, 1, 1, dtype="float64")}
+    gated = key / (1 + np.exp(-of_tokens["key_gates"]))
+    for inner in scores.EluFeatures(), scores.Dot(), scores.Additive(2):
+        mechanism = Mechanism(
+            scores.InputGate(inner), mask=masks.Causal(), normalizer=normalizers.Unnormalized()
+        )
+        params, plain = init(mechanism), dataclasses.replace(mechanism, score=inner)
+        got = attend(mechanism, params, query, key, value, **of_tokens)
+        if inner == scores.Dot():
+            want = attend(plain, params, query, gated, value)
+        else:  # the features are gated, not the vectors that they are made of
+            own = jax.tree.map(lambda x: x[0], params["score"])
+            q, k = (x[0, :, 0] for x in (query, key))
+            q, k = inner.prepare(own, q, k)
+            k = np.asarray(k) / (1 + np.exp(-of_tokens["key_gates"][0, :, 0]))
+            scored = (
+                q @ k.T if inner == scores.EluFeatures() else np.tanh(q[:, None] + k) @ own["out"]
+            )
+            got, want = got[0, :, 0], np.tri(T) * scored @ value[0, :, 0]
+        np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+def test_gated_features_of_a_state():
+    """The input and forget gates of an LSTM, by a state that grows with no text."""
+    position = positions.GatedDecay()
+    score = scores.InputGate(scores.EluFeatures())
+    mechanism = Mechanism(score, position, masks.Causal(), normalizers.SumToOne())
+    layer = MultiHeadAttention(num_heads=2, num_kv_heads=1, mechanism=mechanism)
+    x = normal(1, 2, T, 8)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x)
+    params = jax.tree.map(lambda x: normal(2, *x.shape), shapes)
+    parts = {field.name: getattr(mechanism, field.name) for field in dataclasses.fields(mechanism)}
+
+    @compiled
+    def both():
+        state, outputs = decoding.empty((2,), T, 1, 4, num_heads=2, **parts), []
+        for piece in x[:, :4], x[:, 4:5], x[:, 5:]:
+            out, state = layer.apply(params, piece, cache=state)
+            outputs.append(out)
+        return jnp.concatenate(outputs, 1), layer.apply(params, x), state
+
+    got, want, state = both()
+    assert isinstance(state, State)
+    assert_close(got, want)
 
 
 def test_entmax_of_tokens_is_that_of_their_alpha(x64):

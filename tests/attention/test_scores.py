@@ -161,7 +161,7 @@ QUIET = {"additive", "location", "cosine", "soft cap", "own"}  # small however l
 
 def test_every_score_is_here():
     tested = set().union(*(classes_in(score) for score, _ in SCORES.values()))
-    assert public_classes(scores) <= tested | {scores.TokenTemperature}  # in test_gates.py
+    assert public_classes(scores) <= tested | {scores.TokenTemperature, scores.InputGate}
 
 
 SPECIAL = ("dot", "scale", "temperature", "soft cap")
@@ -237,7 +237,7 @@ NOT_OF_THEIR_OWN = {
     *(normalizers.Sparsemax, normalizers.Hardmax, normalizers.TopK),
     # In test_gates.py.
     *(positions.Forget, positions.GatedT5, positions.Indexer, positions.BlockIndexer),
-    *(scores.TokenTemperature, normalizers.TokenEntmax),
+    *(scores.TokenTemperature, scores.InputGate, normalizers.TokenEntmax),
     *(positions.Retention, positions.GatedDecay),  # in test_decays.py
 }
 

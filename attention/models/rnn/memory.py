@@ -69,7 +69,8 @@ class Prepared(Score):
 @functools.cache
 def separable(mechanism: Mechanism, head_dim: int) -> bool:
     """Whether the features of queries and of keys do not depend on each other, or on place."""
-    if type(mechanism.position) is not positions.NoPE:
+    score = mechanism.score
+    if type(mechanism.position) is not positions.NoPE or score.query_gates or score.key_gates:
         return False
 
     def features(key, examples):
