@@ -8,7 +8,8 @@
 which is half validation and half test, at the trained length of 64: learned 1.90 (published: 1.88),
 rope 1.79, alibi 1.85, none 2.05. At lengths never trained on: configs/reference/extrapolation.py.
 `--sweep=layers` compares patterns of layers that look back 16 characters and layers that see all,
-`--sweep=mixer` attention and layers of linear attention, with decay and the delta rule.
+`--sweep=mixer` attention and layers of linear attention, with decay and the delta rule,
+`--sweep=decay` linear attention whose scores decay, and softmax attention with the same decay.
 """
 
 from experiments.config import settings
@@ -25,6 +26,14 @@ def get_config():
 def sweep_position():
     for position in ("rope", "none", "alibi", "sinusoidal(scale=0.02)"):
         yield {"model.position": position}
+
+
+def sweep_decay():
+    linear = {"model.score": "elu_features", "model.normalizer": "sum_to_one"}
+    for position in ("none", "retention", "gated_decay", "gated_decay(channels=32)"):
+        yield {"name": f"linear, {position}", "model.position": position, **linear}
+    for position in ("none", "retention", "gated_decay"):
+        yield {"name": f"softmax, {position}", "model.position": position}
 
 
 def sweep_layers():

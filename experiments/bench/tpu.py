@@ -286,7 +286,7 @@ _PARTS = {
     "scale(dot, 0.1); temperature(dot); token_temperature(dot); "
     "input_gate(dot); soft_cap(scaled_dot)",
     "position": "rope; xpos; alibi; t5; shaw; shaw(value_side=True); kerple_log; kerple_power; "
-    "fire(8); forget; retention; gated_decay; gated_decay(128); gated_t5; position_temperature; "
+    "fire(8); forget; retention; gated_decay; gated_t5; position_temperature; "
     "rope2d; alibi2d",
     "mask": "causal; sliding_window(256); causal | prefix(100); prefix; padding; segments; "
     "block_local(256); dilated(2); causal & segments; window2d(8)",

@@ -45,6 +45,7 @@ class Signed(scores.Dot):
         Mechanism(scores.Gaussian(), positions.KerpleLog() + positions.RoPE()),
         Mechanism(scores.Cosine(), positions.KerplePower()),
         Mechanism(scores.General(), positions.ALiBi()),
+        Mechanism(position=positions.Retention() + positions.ALiBi()),
         Mechanism(position=positions.T5(num_buckets=6, max_distance=4)),
         Mechanism(Signed()),
     ],
