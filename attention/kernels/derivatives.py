@@ -59,6 +59,16 @@ def with_fast_pair(
     return function
 
 
+def filled(outputs: Any, cotangents: Any) -> Any:
+    """Cotangents that a `backward` got, with zeros like the outputs in place of None."""
+    return jax.tree.map(
+        lambda y, x: jnp.zeros_like(x) if y is None else y,
+        cotangents,
+        outputs,
+        is_leaf=lambda y: y is None,
+    )
+
+
 class _FastPair(NamedTuple):
     reference: Callable[..., Any]
     forward: Callable[..., Any]

@@ -31,6 +31,7 @@ from jax.export import is_symbolic_dim
 
 from attention.kernels import blocks, dense
 from attention.kernels.blocks import Visits
+from attention.kernels.derivatives import filled, with_fast_pair
 from attention.kernels.heads import lift
 from attention.kernels.products import is_bilinear, term_reads_vectors
 from attention.kernels.registry import Call, Kernel, register
@@ -531,12 +532,8 @@ def worst_seen(plan: Plan, data: Data) -> Array:
     return jax.lax.cond(_in_any_example(anything), visit, lambda bad: bad, nothing)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def attend_tiles(plan, arrays, data):
-    """-> out [row blocks, t, V], statistic [row blocks, t], bad [row blocks, t].
-
-    `bad` is what a row sees that is not finite: 0 nothing, 1 a value, 2 a query or key.
-    """
+def _all_rows(plan, arrays, data):
+    """`attend_tiles`, of which JAX has no derivative."""
     normalizer, params = plan.mechanism.normalizer, arrays.params["normalizer"]
     t, value_dim = plan.block[0], len(arrays.value)
     dtype = arrays.value.dtype
@@ -582,10 +579,8 @@ def _bad(plan, bad, row, start, visible):
     return dense.sees(bad, visible)
 
 
-@attend_tiles.defjvp
-def _attend_tiles_jvp(plan, primals, tangents):
-    arrays, data = primals
-    out, statistic, bad = attend_tiles(plan, arrays, data)
+def _tangent(plan, arrays, data, out, statistic, tangent):
+    """Tangents of out and statistic, linear in that of the arrays: the rule of this file."""
 
     def change(row, start, masked, piece, tangent, statistic):
         """How a tile changes the output and the sum of the weights, the statistic held fixed."""
@@ -598,7 +593,7 @@ def _attend_tiles_jvp(plan, primals, tangents):
         return changed, weights.sum(1)
 
     # Scatter-add, since its transpose passes the cotangent on as it is.
-    sums = jnp.zeros_like(out), jnp.zeros(bad.shape, out.dtype)
+    sums = jnp.zeros_like(out), jnp.zeros(out.shape[:2], out.dtype)
     for schedule, masked in data.visits.schedules():
 
         def step(sums, pair, masked=masked):
@@ -617,21 +612,56 @@ def _attend_tiles_jvp(plan, primals, tangents):
                 function = functools.partial(change, row, start, masked)
                 return _when_visible(state, jax.checkpoint(function), *pieces, of_row)
 
-            terms = tile_change(arrays, tangents[0], statistic)
+            terms = tile_change(arrays, tangent, statistic)
             return tuple(x.at[row].add(y) for x, y in zip(sums, terms, strict=True)), None
 
         sums, _ = jax.lax.scan(step, sums, schedule[:3])
     changed, total = sums
     flat = jax.tree.map(lambda x: x.reshape(-1), statistic)
-    params = (x.params["normalizer"] for x in (arrays, tangents[0]))
+    params = (x.params["normalizer"] for x in (arrays, tangent))
     statistic_tangent, factor = plan.mechanism.normalizer.statistic_jvp(
         *params, flat, total.reshape(-1)
     )
     if factor is not None:
         changed += factor.reshape(total.shape)[..., None] * out
-    statistic_tangent = jax.tree.map(lambda x: x.reshape(total.shape), statistic_tangent)
-    no_tangent = np.zeros(bad.shape, jax.dtypes.float0)
-    return (out, statistic, bad), (changed, statistic_tangent, no_tangent)
+    return changed, jax.tree.map(lambda x: x.reshape(total.shape), statistic_tangent)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _reference(plan, arrays, data):
+    return _all_rows(plan, arrays, data)
+
+
+@_reference.defjvp
+def _reference_jvp(plan, primals, tangents):
+    out, statistic, bad = attend_tiles(plan, *primals)
+    changes = _tangent(plan, *primals, out, statistic, tangents[0])
+    return (out, statistic, bad), (*changes, np.zeros(bad.shape, jax.dtypes.float0))
+
+
+def _forward(plan, arrays, data):
+    return _all_rows(plan, arrays, data), None
+
+
+def _backward(plan, args, outputs, residuals, cotangents):
+    del residuals
+    (arrays, data), (out, statistic, _) = args, outputs
+    tangent = functools.partial(_tangent, plan, arrays, data, out, statistic)
+    pull = jax.linear_transpose(tangent, arrays)
+    return pull(filled((out, statistic), cotangents[:2]))[0], None
+
+
+# A pair, not a `custom_jvp` alone, which JAX drops where it differentiates a scan: of examples, of
+# layers. The rule that is left, `_reference_jvp`, is then applied before JAX sees a scan.
+_pair = with_fast_pair(_reference, _forward, _backward)
+
+
+def attend_tiles(plan: Plan, arrays: Arrays, data: Data) -> tuple[Array, Any, Array]:
+    """-> out [row blocks, t, V], statistic [row blocks, t], bad [row blocks, t].
+
+    `bad` is what a row sees that is not finite: 0 nothing, 1 a value, 2 a query or key.
+    """
+    return _pair(plan, arrays, data)
 
 
 def _weigh(plan, data, piece, row, start, masked, statistic):

@@ -151,7 +151,7 @@ CASES = [
     (
         Mechanism(scores.HedgehogFeatures(), BY_FEATURE, CAUSAL & masks.Segments(), PLAIN),
         {"query_segments": SEGMENTS},
-        1,
+        2,
     ),
     (
         Mechanism(scores.Dot(), RETENTION + BY_HEAD, CAUSAL & masks.Segments(), PLAIN),

@@ -2,11 +2,10 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from attention.kernels import blocks, tiled
-from attention.kernels.derivatives import with_fast_pair
+from attention.kernels.derivatives import filled, with_fast_pair
 from attention.kernels.lanes import LANES
 from attention.kernels.pallas_tpu.passes import (
     TpuSetting,
@@ -93,11 +92,7 @@ def _forward(setting, arrays, data):
 def _backward(setting, args, outputs, residuals, cotangents):
     del residuals
     (arrays, data), (out, statistic, _) = args, outputs
-    leaves, structure = jax.tree.flatten((out, statistic))
-    to_leaves = structure.flatten_up_to(cotangents[:2])
-    pairs = zip(leaves, to_leaves, strict=True)
-    to_leaves = [jnp.zeros_like(x) if y is None else y for x, y in pairs]
-    to_out, to_statistic = jax.tree.unflatten(structure, to_leaves)
+    to_out, to_statistic = filled((out, statistic), cotangents[:2])
     return backward(setting, arrays, data, statistic, out, to_out, to_statistic), None
 
 

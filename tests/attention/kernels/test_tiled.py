@@ -35,6 +35,7 @@ from support.mechanisms import (
     init,
     normal,
     put,
+    qkv,
     random_params,
     wide,
 )
@@ -420,6 +421,34 @@ def scalar(implementation, mechanism, *, size):
 
 
 ORDERS = [*LEARNED, Mechanism(normalizer=normalizers.Sigmoid()), MECHANISMS[8]]
+
+
+@pytest.mark.parametrize("third", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_order_within_scans(third, x64):
+    """A scan over layers, in it a loop over examples, whose masks depend on data."""
+    mechanism = Mechanism(position=positions.KerpleLog(), mask=masks.Causal() & masks.Segments())
+    params, query, key, value = init(mechanism), *qkv(T=5, S=5, K=2, V=4, dtype="float64")
+    options = {"query_segments": np.array([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]])}
+
+    def derivatives(implementation):
+        size = {"block_sizes": (2, 3)} if implementation == "tiled" else {}
+
+        def layer(x, factor):
+            run = functools.partial(
+                attention.attend, mechanism, implementation=implementation, **size
+            )
+            return jnp.sin(x + run(params, factor * x, key, value, **options)), None
+
+        def loss(x):
+            return jnp.sum(jax.lax.scan(layer, x, jnp.array([1.0, 2.0]))[0] ** 2)
+
+        def square(function):
+            return lambda x: jnp.sum(jax.grad(function)(x) ** 2)
+
+        return jax.jit(jax.grad(square(square(loss)) if third else square(loss)))
+
+    got, want = jax.device_get([derivatives(name)(query) for name in ("tiled", "dense")])
+    assert_close(got, want, 1e-9)
 
 
 @pytest.mark.parametrize(
