@@ -147,6 +147,7 @@ def linear():
     delta, kda = {"library": "gated_delta"}, {"library": "kda"}
     for title, own, most in (
         ("linear attention", parts, 4),
+        ("linear attention with retention", {**parts, "position": "retention"}, 4),
         ("the gated delta rule", delta, 4),
         ("KDA", kda, 3),
         ("softmax", TILED, 3),  # four times the tokens are sixteen times the work
