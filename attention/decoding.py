@@ -42,7 +42,7 @@ import numpy as np
 from attention import states
 from attention.api import attend as attend_all
 from attention.integers import count_array, whole_number
-from attention.kernels.products import rotates_by_place
+from attention.kernels.products import check_decay, rotates_by_place
 from attention.mechanism import PART_KINDS, Mechanism
 from attention.parts import (
     EMPTY,
@@ -230,15 +230,21 @@ def empty(
     learned, or decay by query head, each of those has its own and `num_heads`, H, is needed. The
     score also says how many numbers of a key are kept.
 
-    Raises ValueError where a size is no whole number or not positive, or a part is none.
+    Raises ValueError where a size is no whole number or not positive, num_heads is no multiple of
+    num_kv_heads, a part is none, or the position decays features that the score does not have.
     """
     value_dim = head_dim if value_dim is None else value_dim
     sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "value_dim": value_dim}
     for name, size in {"max_length": max_length, **sizes}.items():
         whole_number(name, size, 1)
+    if num_heads is not None and whole_number("num_heads", num_heads, 1) % num_kv_heads:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads={num_kv_heads}, got {num_heads}"
+        )
     reads_state = implementation in (None, "linear")
     if reads_state and score and position and mask and normalizer:
         mechanism = Mechanism(score, position, mask, normalizer)
+        check_decay(mechanism, head_dim, value_dim)
         if not states.needs_keys(mechanism, head_dim, value_dim, num_heads):
             sizes_of_state = (num_heads, num_kv_heads, head_dim, value_dim)
             spec = states.StateSpec(mechanism, *sizes_of_state, np.dtype(dtype), max_length)
@@ -348,9 +354,10 @@ def append(
     like = _like(cache)
     if (like.key_gates is None) != (key_gates is None):
         raise ValueError(
-            "key_gates go with a cache that decoding.empty(..., position=...) made for a position "
-            f"that asks for them: got {jnp.shape(key_gates) if key_gates is not None else 'none'}, "
-            f"and the cache takes {'none' if like.key_gates is None else like.key_gates.shape}"
+            "key_gates go with a cache that decoding.empty(..., position=..., score=...) made for "
+            "parts that ask for them: got "
+            f"{'none' if key_gates is None else jnp.shape(key_gates)}, and the cache takes "
+            f"{'none' if like.key_gates is None else f'[..., T, K, n] = {like.key_gates.shape}'}"
         )
     _check_new("key", key, like.key, batch, T)
     _check_new("value", value, like.value, batch, T)
@@ -699,6 +706,11 @@ def _attend_state(mechanism, params, state, query, lengths, options):
         raise ValueError(
             f"query must be [..., T, H, {spec.head_dim}] with batch axes {batch} and H a multiple "
             f"of {own}; got {query.shape}"
+        )
+    if spec.num_heads not in (None, H):
+        raise ValueError(
+            f"query has {H} heads, but the state is of num_heads={spec.num_heads}: make it with "
+            f"decoding.empty(..., num_heads={H})"
         )
     count = 1 if state.added is None else state.added.real.shape[-1]
     if T != count:

@@ -104,10 +104,22 @@ class Tile:
 
     def at_rows(self, rows: Array) -> "Tile":
         """The tile of some of its rows."""
-        names = ("index", "positions", "segments", "gates", "coordinates")
-        own = {f"query_{name}": getattr(self, f"query_{name}") for name in names}
-        own = jax.tree.map(lambda x: jnp.asarray(x)[rows], own)
+        return self._at("query", rows)
+
+    def at_columns(self, columns: Array) -> "Tile":
+        """The tile of some of its columns."""
+        return self._at("key", columns)
+
+    def _at(self, side, index):
+        own = {f"{side}_{name}": getattr(self, f"{side}_{name}") for name in _BY_TOKEN}
+        own = jax.tree.map(lambda x: jnp.asarray(x)[index], own)
         return dataclasses.replace(self, **own, consecutive=False)
+
+    def keys_as_rows(self) -> "Tile":
+        """The tile whose rows are the tokens of its columns."""
+        names = (*_BY_TOKEN, "length")
+        own = {f"query_{name}": getattr(self, f"key_{name}") for name in names}
+        return dataclasses.replace(self, **own)
 
     def pick(self, values: Array, column: Callable[[Array], Array]) -> Array:
         """values_{i, column(i − j)}, [t, s], of values [t, n], or [n] for all rows alike.
@@ -159,6 +171,10 @@ class Tile:
         another, where all at once are too many numbers.
         """
         return jnp.einsum("h,hts->ts", weights, jax.vmap(unit)(*units))
+
+
+_BY_TOKEN = ("index", "positions", "segments", "gates", "coordinates")
+"""What a `Tile` knows of each row and of each column."""
 
 
 class PartGates(NamedTuple):
@@ -380,7 +396,8 @@ class Position:
     token with a negative one has no place in the grid, as a class token: nothing is added to it or
     to its scores, and it does not turn.
 
-    A scheme may multiply the scores (`decay`), before the terms of `tile` are added.
+    A scheme may multiply the scores (`decay`), before the terms of `tile` are added; linear
+    attention needs its `log_decay`, too.
 
     Attributes:
       whole_row: `tile` needs all keys of a row at once (and gets `tile.visible`).
@@ -408,6 +425,11 @@ class Position:
     @property
     def cached_gates(self) -> int:
         return self.key_gates
+
+    @property
+    def decays(self) -> bool:
+        """Whether the scheme has a `decay`."""
+        return type(self).decay is not Position.decay
 
     def gate_bias(self, side: Literal["query", "key"]) -> np.ndarray:
         """Where the numbers start, [n]: the first bias of the layer that makes them; default 0."""
@@ -545,6 +567,10 @@ class Sum(Position):
     def by_feature(self):  # type: ignore[override]
         return any(part.by_feature for part in self.parts)
 
+    @property
+    def decays(self):
+        return any(part.decays for part in self.parts)
+
     def init(self, key, head_dim, value_dim):
         keys = jax.random.split(key, len(self.parts))
         return tuple(p.init(k, head_dim, value_dim) for p, k in zip(self.parts, keys, strict=True))
@@ -638,19 +664,18 @@ class Sum(Position):
         return _sum(part.tile(own, query, key, tile) for part, own, tile in terms)
 
     def decay(self, params, scores, query, key, tile):
-        terms = list(self._terms(params, tile))
+        if not self.decays:
+            return None
         # What decays features makes the scores of them anew.
-        terms.sort(key=lambda term: not term[0].by_feature)
-        decays = False
+        terms = sorted(self._terms(params, tile), key=lambda term: not term[0].by_feature)
         for part, own, own_tile in terms:
             decayed = part.decay(own, scores, query, key, own_tile)
-            scores, decays = (scores, decays) if decayed is None else (decayed, True)
-        return scores if decays else None
+            scores = scores if decayed is None else decayed
+        return scores
 
     def log_decay(self, params, tile):
-        terms = self._terms(params, tile)
-        decays = (term for term in terms if type(term[0]).decay is not Position.decay)
-        logs = [part.log_decay(own, own_tile) for part, own, own_tile in decays]
+        terms = (term for term in self._terms(params, tile) if term[0].decays)
+        logs = [part.log_decay(own, own_tile) for part, own, own_tile in terms]
         return None if any(log is None for log in logs) else _sum(logs)
 
     def mix(self, params, weights, tile):
@@ -699,6 +724,10 @@ class PositionWrapper(Position):
     @property
     def by_feature(self):  # type: ignore[override]
         return self.position.by_feature
+
+    @property
+    def decays(self):
+        return self.position.decays
 
     @property
     def query_gates(self):  # type: ignore[override]

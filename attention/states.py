@@ -24,9 +24,9 @@ import numpy as np
 from attention import masks
 from attention.kernels.linear import NORMALIZERS, causal, divided, log_by_feature, terms, with_ones
 from attention.kernels.products import (
+    decay_width,
     depends,
     feature_map,
-    log_decay,
     not_of_features,
     num_features,
 )
@@ -121,7 +121,7 @@ def needs_keys(
         return f"a state takes tokens by their places in a text alone, unlike {position}"
     if mechanism.score.query_gates:
         return f"a state takes no numbers of queries, as {mechanism.score} does"
-    decays = log_decay(position, head_dim, value_dim) is not None
+    decays = decay_width(position, head_dim, value_dim) is not None
     if position.query_gates or (position.key_gates and not (decays and position.running)):
         return f"of numbers of tokens a state takes those of decays alone, unlike {position}"
     if reason := not_of_features(mechanism, head_dim, value_dim):
@@ -134,10 +134,10 @@ def needs_keys(
 
     if depends(key_features, (params, x), x):
         return f"features of keys are summed before the queries come, which {mechanism.score} reads"
-    if num_heads is None and _learns_keys(mechanism, head_dim, value_dim):
-        return "it learns features of keys by query head, of which num_heads was not given"
+    if num_heads is None and _learns_of_keys(mechanism, head_dim, value_dim):
+        return "features or decays of keys are learned by query head: num_heads was not given"
     if num_heads is None and _decays_by_head(mechanism, head_dim, value_dim):
-        return "each query head decays in its own way, of which num_heads was not given"
+        return "each query head decays in its own way: num_heads was not given"
     return None
 
 
@@ -145,7 +145,7 @@ def empty(batch: tuple[int, ...], spec: StateSpec) -> State:
     """The state before any token."""
     mechanism, sizes = spec.mechanism, (spec.head_dim, spec.value_dim)
     F = num_features(mechanism, spec.head_dim)
-    by_head = _learns_keys(mechanism, *sizes) or _decays_by_head(mechanism, *sizes)
+    by_head = _learns_of_keys(mechanism, *sizes) or _decays_by_head(mechanism, *sizes)
     N = spec.num_heads if by_head and spec.num_heads is not None else spec.num_kv_heads
     V = spec.value_dim + isinstance(mechanism.normalizer, SumToOne)
     return State(
@@ -167,12 +167,12 @@ def append(
 ) -> State:
     """The state after more tokens, of which the first `added` [...] are real, at places [..., T].
 
-    Raises ValueError where features of keys are learned and params are None.
+    Raises ValueError where features or decays of keys are learned and params are None.
     """
     spec = state.spec
     mechanism, N = spec.mechanism, state.memory.shape[-3]
     T = key.shape[-3]
-    learns = _learns_keys(mechanism, spec.head_dim, spec.value_dim)
+    learns = _learns_of_keys(mechanism, spec.head_dim, spec.value_dim)
     if learns and params is None:
         raise ValueError(
             f"params must be given with this state: of {mechanism} features or decays of keys are "
@@ -293,10 +293,10 @@ def _features(mechanism, params, x, at, side, key_gates=None):
 def _log_decay(spec, params, head, gates, at, dtype):
     """log of the decay at each token, [T, F] or [T, 1]; None: nothing decays."""
     position = spec.mechanism.position
-    if log_decay(position, spec.head_dim, spec.value_dim) is None:
+    if decay_width(position, spec.head_dim, spec.value_dim) is None:
         return None
     index, num_heads = jnp.arange(len(at)), spec.num_heads or spec.num_kv_heads
-    tile = Tile(index, index, at, at - 1, head, num_heads)
+    tile = Tile(index, index, at, jnp.maximum(at - 1, 0), head, num_heads)
     own = jax.tree.map(lambda leaf: leaf.astype(dtype), params["position"])
     if gates is not None:
         gates = gates.astype(dtype)
@@ -331,7 +331,7 @@ def _feature_map(mechanism, params, key, query):
 
 
 @functools.cache
-def _learns_keys(mechanism, head_dim, value_dim):
+def _learns_of_keys(mechanism, head_dim, value_dim):
     """Whether features of keys, or their decay, depend on what the mechanism learns."""
     params, x = _of_a_head(mechanism, head_dim, value_dim)
     return depends(

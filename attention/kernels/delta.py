@@ -16,7 +16,7 @@ In a chunk that begins with the state S_0, and with b_t = a_1 ⊙ … ⊙ a_t,
 
 so that the u of a chunk solve a triangular system (the WY form of Bischof & Van Loan 1987), and all
 else are products of matrices. No b_s is ever divided by: a ratio of two is the exponential of a
-sum of logarithms that are 0 or less, from an anchor between them (Yang et al. 2024, sec. 4.3).
+sum of the logarithms between them, by channel through an anchor (Yang et al. 2024, sec. 4.3).
 """
 
 import functools
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention.integers import whole_number
+from attention.pairs import difference_of_pairs, running_pairs
 from attention.parts import Array, accumulator
 
 CHUNK = 64
@@ -62,7 +63,7 @@ def recurrence(
     Outputs have the value's dtype, the state is float32 (float64 for float64 values).
 
     Raises ValueError for shapes that do not fit, and for a log_decay above 0, which would overflow.
-    Where that is traced, its token and all after it are NaN, and tokens before it may be.
+    Where that is traced, its token, all after it and its channel of the last state are NaN.
     """
     query, key, value = map(jnp.asarray, (query, key, value))
     _check(query, key, value, log_decay, rate, starts, state, chunk)
@@ -78,9 +79,12 @@ def recurrence(
         x = jnp.pad(jnp.asarray(x, dtype), ((0, padding), (0, 0)))
         return x.reshape(-1, size, x.shape[1])
 
+    if log_decay is not None:
+        log_decay = jnp.asarray(log_decay)
+        grows, floored = log_decay > 0, jnp.maximum(log_decay, _LEAST_LOG_DECAY)
     inputs = (
         *(chunks(x) for x in (query, key, value)),
-        None if log_decay is None else chunks(_floored(log_decay)),
+        None if log_decay is None else chunks(jnp.where(grows, 0, floored)),
         None if rate is None else chunks(jnp.asarray(rate)[:, None])[..., 0],
         None if starts is None else jnp.pad(starts, (0, padding)).reshape(-1, size),
     )
@@ -88,7 +92,13 @@ def recurrence(
         last, out = _chunk(last, jax.tree.map(lambda x: x[0], inputs))
     else:
         last, out = jax.lax.scan(jax.checkpoint(_chunk), last, inputs)
-    return out.reshape(-1, value.shape[1])[:T].astype(value.dtype), last
+    out = out.reshape(-1, value.shape[1])[:T].astype(value.dtype)
+    if log_decay is not None:
+        token = jnp.arange(T)
+        first = jnp.where(grows.any(1), token, T).min()
+        out = jnp.where((token >= first)[:, None], jnp.nan, out)
+        last = jnp.where(grows.any(0), jnp.nan, last)
+    return out, last
 
 
 def _check(query, key, value, log_decay, rate, starts, state, chunk):
@@ -119,12 +129,6 @@ def _check(query, key, value, log_decay, rate, starts, state, chunk):
             )
 
 
-def _floored(log_decay):
-    """Logarithms of decays, no lower than what matters; NaN for those above 0."""
-    x = jnp.asarray(log_decay)
-    return jnp.where(x > 0, jnp.nan, jnp.maximum(x, _LEAST_LOG_DECAY))
-
-
 def _chunk(state, inputs):
     """The state [V, D] after a chunk, and its outputs [C, V]."""
     query, key, value, log_decay, rate, starts = inputs
@@ -132,60 +136,72 @@ def _chunk(state, inputs):
     document = jnp.zeros(C, int) if starts is None else jnp.cumsum(starts)
     continues = (document == 0)[:, None]
     same = document[:, None] == document
+    up_to, before = jnp.tri(C, dtype=bool), jnp.tri(C, k=-1, dtype=bool)
     if log_decay is None:
         log_decay = jnp.zeros((C, 1), key.dtype)
-    if starts is None:
-        total = jnp.cumsum(log_decay, axis=0)  # log b
-    else:  # from the start of each document, so that no digit depends on another
-        within = (same & jnp.tri(C, dtype=bool)).astype(key.dtype)
-        total = jnp.matmul(within, log_decay, precision="highest")
-    since_state = jnp.where(continues, jnp.exp(total), 0)
-    scores = functools.partial(_decayed_scores, key=key, log_decay=log_decay, total=total)
+    since_state = jnp.where(continues, jnp.exp(_sums(up_to, log_decay)), 0)  # b
+    scores = functools.partial(_decayed_scores, key=key, ratios=_ratios(log_decay))
     u = value
     if rate is not None:
         u = rate[:, None] * (value - (key * since_state) @ state.T)
-        before = same & jnp.tri(C, k=-1, dtype=bool)
-        system = jnp.where(before, rate[:, None] * scores(key), 0) + jnp.eye(C, dtype=key.dtype)
+        system = jnp.where(same & before, rate[:, None] * scores(key), 0)
         u = jax.lax.linalg.triangular_solve(
-            system, u, left_side=True, lower=True, unit_diagonal=True
+            system + jnp.eye(C, dtype=key.dtype), u, left_side=True, lower=True, unit_diagonal=True
         )
-    visible = same & jnp.tri(C, dtype=bool)
-    out = (query * since_state) @ state.T + jnp.where(visible, scores(query), 0) @ u
-    after = jnp.exp(total[-1:] - total)
+    out = (query * since_state) @ state.T + jnp.where(same & up_to, scores(query), 0) @ u
+    after = jnp.exp(_sums(before.T, log_decay))
     added = jnp.where(same[-1][:, None], key * after, 0)
     return state * since_state[-1] + u.T @ added, out
 
 
-def _decayed_scores(x, key, log_decay, total):
+def _sums(terms, log_decay):
+    """Of logarithms [..., C, D] the sums of `terms` [..., t, C] bool, [..., t, D].
+
+    Not as a difference of two sums, which would have the digits of the larger one.
+    """
+    return jnp.matmul(terms.astype(log_decay.dtype), log_decay, precision="highest")
+
+
+def _ratios(log_decay):
+    """b_t / b_s of a chunk for s ≤ t, where that is one number [C, C]; else in three factors.
+
+    Those are: of each token from the start of its block of `_BLOCK` tokens, [n, i, D]; to the
+    start of each block from tokens of earlier ones, [n, n, i, D]; and within blocks, [n, i, i, D].
+    All exponents are 0 or less.
+    """
+    C, D = log_decay.shape
+    if D == 1:
+        return jnp.exp(_sums(jnp.tri(C, dtype=bool), log_decay * jnp.tri(C, k=-1)))
+    size = min(_BLOCK, C)
+    log_decay = jnp.pad(log_decay, ((0, -C % size), (0, 0)))
+    blocks = log_decay.reshape(-1, size, D)
+    n = len(blocks)
+    up_to, before = jnp.tri(size, dtype=bool), jnp.tri(size, k=-1, dtype=bool)
+    sums = jax.vmap(lambda x: running_pairs(x, None))(blocks)
+    rows, columns = (jnp.moveaxis(jnp.expand_dims(sums, k), -1, 0) for k in (2, 1))
+    near = difference_of_pairs(*rows, *columns)
+    near = jnp.where(near > 0, 0, near)
+    place = jnp.arange(n)
+    between = (place > place[:, None]) & (place < place[:, None, None])  # [block, of s, of l]
+    whole = _sums(between.reshape(-1, n), blocks.sum(1)).reshape(n, n, 1, D)
+    to_start = whole + _sums(before.T, blocks)
+    return tuple(map(jnp.exp, (_sums(up_to, blocks), to_start, near)))
+
+
+def _decayed_scores(x, key, ratios):
     """Σ_d x_td k_sd b_td / b_sd for s ≤ t: [C, D], [C, D] -> [C, C]; arbitrary numbers elsewhere.
 
-    `total` [C, 1 or D] are the sums of `log_decay` to each token.
+    `ratios` are those of `_ratios`.
     """
+    if not isinstance(ratios, tuple):
+        return (x @ key.T) * ratios
+    from_start, to_start, near = ratios
     C, D = key.shape
-    if log_decay.shape[1] == 1:
-        return (x @ key.T) * jnp.exp(_at_most_zero(total - total.T))
-    size = min(_BLOCK, C)
-    padding = -C % size
-    x, key = (jnp.pad(y, ((0, padding), (0, 0))) for y in (x, key))
-    total = jnp.pad(total, ((0, padding), (0, 0)), mode="edge")
-    length = C + padding
-
-    def blocks(y):
-        return y.reshape(-1, size, D)
-
-    x, own_key, own_total = blocks(x), blocks(key), blocks(total)
-    anchor = jnp.concatenate([jnp.zeros((1, D), total.dtype), own_total[:-1, -1]])[:, None]
-    # Keys of earlier blocks, through the anchor before this block: two exponents of 0 or less.
-    far_key = key * jnp.exp(_at_most_zero(anchor - total))
-    far = jnp.einsum("nid,njd->nij", x * jnp.exp(_at_most_zero(own_total - anchor)), far_key)
-    exponent = _at_most_zero(own_total[:, :, None] - own_total[:, None])
-    near = jnp.einsum("nid,njd,nijd->nij", x, own_key, jnp.exp(exponent))
-    n = jnp.arange(len(near))
-    far = far.reshape(len(near), size, -1, size)
+    blocks, size, _ = from_start.shape
+    x, key = (jnp.pad(y, ((0, blocks * size - C), (0, 0))) for y in (x, key))
+    x, own_key = x.reshape(-1, size, D), key.reshape(-1, size, D)
+    far = jnp.einsum("nid,nmjd->nimj", x * from_start, own_key * to_start)
+    near = jnp.einsum("nid,njd,nijd->nij", x, own_key, near)
+    n = jnp.arange(blocks)
     scores = far.at[n, :, n].set(near)
-    return scores.reshape(length, length)[:C, :C]
-
-
-def _at_most_zero(x):
-    """min(x, 0), of which the derivative at 0 is 1."""
-    return jnp.where(x > 0, 0, x)
+    return scores.reshape(blocks * size, -1)[:C, :C]

@@ -16,6 +16,7 @@ with each segment. So any labels are served, of keys other than those of queries
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from attention import masks
 from attention.kernels import dense
 from attention.kernels.delta import recurrence
 from attention.kernels.heads import lift
-from attention.kernels.products import log_decay, not_of_features, num_features, num_prepared
+from attention.kernels.products import decay_width, not_of_features, num_features, num_prepared
 from attention.kernels.registry import Call, Kernel, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
@@ -61,7 +62,7 @@ def unsupported(call: Call) -> str | None:
         return f"it has no weights, of which {', '.join(call.aux)} are made"
     if is_symbolic_dim(call.query.shape[-3]) or is_symbolic_dim(call.key.shape[-3]):
         return "it cuts texts into chunks, of which a symbolic length has no number"
-    if log_decay(mechanism.position, call.query.shape[-1], call.value.shape[-1]) is not None:
+    if decay_width(mechanism.position, call.query.shape[-1], call.value.shape[-1]):
         if not is_causal:
             return f"decays go with a causal mask here, not with {mechanism.mask}"
         if call.query.shape[-3] != call.key.shape[-3]:
@@ -88,7 +89,7 @@ def cost(call: Call) -> tuple[float, str]:
     chunks = -(-T // CHUNK)
     made = _MAKING * max(0, F - num_prepared(call.mechanism, D))
     numbers = math.prod(batch) * H * (T * (CHUNK + F + made) + chunks * F * V)
-    if log_decay(call.mechanism.position, D, V) is not None:
+    if decay_width(call.mechanism.position, D, V):
         numbers *= _DECAYING
     share = min(1.0, tuned().tiled_above / max(1, dense.cost(call)[0]))
     return numbers * share, f"states and the scores of chunks take as long as {numbers:,} scores"
@@ -137,7 +138,9 @@ def attend_head(
     flags = jnp.stack([columns, columns & (bad.key | bad.value)], axis=1)
     is_causal = masks.Causal() in kinds
     if masks.Segments() in kinds:
-        text = _merged(tile, is_causal)
+        segments: Any = tile.query_segments, tile.key_segments
+        at = (tile.query_index, tile.key_index) if is_causal else (None, None)
+        text = merged(*segments, *at)
         out = _of_segments(
             features, key_features, value, text, _decays(mechanism, inputs, tile, text)
         )
@@ -234,26 +237,20 @@ def causal(
     return out.reshape(length, out.shape[-1])[:T]
 
 
-def _merged(tile, is_causal):
-    """Keys and queries by segment, those of a causal mask in the order of the text."""
-    at = (tile.query_index, tile.key_index) if is_causal else (None, None)
-    return merged(tile.query_segments, tile.key_segments, *at)
-
-
 def _of_segments(features, key_features, value, text, decays):
     """Outputs [T, V] of queries and keys in the order of `text`."""
     T, S = len(features), len(key_features)
-    of_queries = of_keys = None
+    log = None
     if decays is not None:
-        of_queries, of_keys = decays
-        features = features * jnp.exp(log_by_feature(of_queries, features.shape[1]))
-        of_keys = text.merge(of_keys, jnp.zeros_like(of_queries))
+        log_of_queries, log_of_keys = decays
+        features = features * jnp.exp(log_by_feature(log_of_queries, features.shape[1]))
+        log = text.merge(log_of_keys, jnp.zeros_like(log_of_queries))
     out = causal(
         text.merge(jnp.zeros_like(key_features), features),
         text.merge(key_features, jnp.zeros_like(features)),
         text.merge(value, jnp.zeros((T, value.shape[1]), value.dtype)),
         starts=text.starts,
-        log_decay=of_keys,
+        log_decay=log,
     )
     return out[text.place[S:]]
 
@@ -272,42 +269,26 @@ def _decays(mechanism, inputs, tile, text):
     of each key from the last one in its segment.
     """
     position, own = mechanism.position, inputs.params["position"]
-    width = len(inputs.key)
-    if log_decay(position, width, width) is None:
+    if decay_width(position, len(inputs.key), inputs.value.shape[1]) is None:
         return None
     # Not those of `inputs`: there gates of a key that is not finite are 0, be it padding.
     both = (gates_of(x, "position") for x in (tile.query_gates, tile.key_gates))
     gates = (jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), x) for x in both)
     tile = dataclasses.replace(tile, **dict(zip(("query_gates", "key_gates"), gates, strict=True)))
     T, S = len(tile.query_index), len(tile.key_index)
-    keys = of_keys(tile)
+    keys = tile.keys_as_rows()
     if text is None:
-        return position.log_decay(own, at_pairs(keys, jnp.maximum(jnp.arange(S) - 1, 0)))
+        return position.log_decay(own, keys.at_columns(jnp.maximum(jnp.arange(S) - 1, 0)))
     is_key = text.merge(jnp.ones((S, 1), bool), jnp.zeros((T, 1), bool))
     latest = text.latest(is_key)[:, 0]  # places
     before = jnp.concatenate([latest[:1], latest[:-1]])
     before = jnp.where(text.starts, -1, before).at[0].set(-1)
 
     def pairs(tile, columns):
-        log = position.log_decay(own, at_pairs(tile, text.order[jnp.maximum(columns, 0)]))
+        log = position.log_decay(own, tile.at_columns(text.order[jnp.maximum(columns, 0)]))
         return jnp.where((columns >= 0)[:, None], log, 0)
 
     return pairs(tile, latest[text.place[S:]]), pairs(keys, before[text.place[:S]])
-
-
-def of_keys(tile: Tile) -> Tile:
-    """The tile whose rows are its keys as well."""
-    names = ("index", "positions", "length", "segments", "gates", "coordinates")
-    own = {f"query_{name}": getattr(tile, f"key_{name}") for name in names}
-    return dataclasses.replace(tile, **own)
-
-
-def at_pairs(tile: Tile, columns: Array) -> Tile:
-    """The tile of as many columns as rows, those at `columns` [t] int: for `Position.log_decay`."""
-    names = ("index", "positions", "segments", "gates", "coordinates")
-    own = {f"key_{name}": getattr(tile, f"key_{name}") for name in names}
-    own = jax.tree.map(lambda x: x[columns], own)
-    return dataclasses.replace(tile, **own, consecutive=False)
 
 
 def log_by_feature(log, features):

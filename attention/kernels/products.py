@@ -45,7 +45,7 @@ def product_of(mechanism: Mechanism, head_dim: int, value_dim: int) -> Product |
     x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
     if position.whole_row or _has_terms(position, params["position"], x):
         return f"it knows no term of the scores or the output, as {position} has"
-    if _decay(position, params["position"], x) is not None:
+    if position.decays:
         return f"it knows no factor of the scores, as {position} has"
     inner = score.score if type(score) is scores.SoftCap else score
     cap = score.cap if type(score) is scores.SoftCap else None
@@ -63,7 +63,7 @@ def is_bilinear(mechanism: Mechanism, head_dim: int, value_dim: int) -> bool:
     params = _params_of_a_head(mechanism, head_dim, value_dim)
     x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
     position = mechanism.position
-    if _decay(position, params["position"], x) is not None:
+    if position.decays:
         return False
     product = _is_product(mechanism.score, params["score"], x)
     return product and not term_reads_vectors(position, head_dim, value_dim)
@@ -77,8 +77,7 @@ def not_of_features(mechanism: Mechanism, head_dim: int, value_dim: int) -> str 
     position = mechanism.position
     if position.whole_row or _has_terms(position, params["position"], x):
         return f"it knows no term of the scores or the output, as {position} has"
-    decay = _decay(position, params["position"], x)
-    if decay is not None and log_decay(position, head_dim, value_dim) is None:
+    if position.decays and decay_width(position, head_dim, value_dim) is None:
         return f"it knows decays by their log_decay, which {position} lacks"
     score = mechanism.score
     own = _owner(score, "feature_map")
@@ -96,29 +95,59 @@ def _owner(score, name):
 
 
 @functools.cache
-def log_decay(position: Position, head_dim: int, value_dim: int) -> jax.ShapeDtypeStruct | None:
-    """Of what shape and dtype `Position.log_decay` is of a few pairs [n, c]; None: it is none."""
+def decay_width(position: Position, head_dim: int, value_dim: int) -> int | None:
+    """c of `Position.log_decay` [n, c]; None where a scheme has none, or no decay.
+
+    Raises ValueError for another shape.
+    """
+    if not position.decays:
+        return None
     params = jax.eval_shape(lambda: position.init(jax.random.key(0), head_dim, value_dim))
-    tile, _ = _tiles(position, params)
-    return jax.eval_shape(lambda params: position.log_decay(params, tile), params)
+
+    def logs(params):
+        return [position.log_decay(params, tile) for tile in _tiles(position, params)]
+
+    try:
+        log = jax.eval_shape(logs, params)[0]
+    except Exception:  # one of its own may need what linear attention does not tell it
+        return None
+    if log is None:
+        return None
+    if log.ndim != 2 or len(log) != _SIZE:
+        raise ValueError(
+            f"log_decay of {position} must be [n, 1] or [n, c] of n pairs, got {log.shape} of "
+            f"{_SIZE}"
+        )
+    return log.shape[1]
 
 
 def check_decay(mechanism: Mechanism, head_dim: int, value_dim: int) -> None:
-    """Raises ValueError for a position that decays the features of a score that is no product."""
-    if mechanism.position.by_feature and not _multiplies(mechanism, head_dim, value_dim):
-        raise ValueError(
-            f"{mechanism.position} decays the features of a score that is their product, got "
-            f"{mechanism.score}: take a score such as ScaledDot(), or a decay of whole scores "
-            "(channels=1)"
-        )
+    """Raises ValueError for a position that decays features which the score does not have."""
+    if mechanism.position.by_feature and (reason := _no_features(mechanism, head_dim, value_dim)):
+        raise ValueError(reason)
 
 
 @functools.cache
-def _multiplies(mechanism, head_dim, value_dim):
-    """Whether a score is the product of what `Score.prepare` makes."""
+def _no_features(mechanism, head_dim, value_dim):
+    """Why a position cannot decay the features of a score, or None."""
+    position, score = mechanism.position, mechanism.score
     params = _params_of_a_head(mechanism, head_dim, value_dim)
     x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
-    return _is_product(mechanism.score, params["score"], x)
+    if not _is_product(score, params["score"], x):
+        return (
+            f"{position} decays the features of a score that is their product, got {score}: take a "
+            "score such as ScaledDot(), or a decay of whole scores (channels=1)"
+        )
+    features = jax.ShapeDtypeStruct((_SIZE, num_prepared(mechanism, head_dim)), jnp.float32)
+
+    def decay(params, x):
+        return [position.decay(params, x @ x.T, x, x.T, tile) for tile in _tiles(position, params)]
+
+    try:
+        jax.eval_shape(decay, params["position"], features)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @functools.cache
@@ -253,19 +282,6 @@ def _has_terms(position: Position, params, x):
         return bool(jax.tree.leaves(jax.eval_shape(terms, params, x)))
     except Exception:
         return True
-
-
-def _decay(position, params, x):
-    """The shape of decayed scores; None: nothing is decayed. That of the scores where it raises."""
-    scores = jax.ShapeDtypeStruct((_SIZE, _SIZE), jnp.float32)
-
-    def decay(params, scores, x):
-        return [position.decay(params, scores, x, x.T, tile) for tile in _tiles(position, params)]
-
-    try:
-        return next(iter(jax.tree.leaves(jax.eval_shape(decay, params, scores, x))), None)
-    except Exception:
-        return scores
 
 
 def _is_product(score, params, x):

@@ -241,11 +241,11 @@ def query_scale(mechanism: Mechanism, width: int, setting: str) -> float:
         )
     position = mechanism.position
     has_gates = position.query_gates or position.key_gates
-    if has_gates or products.term_reads_vectors(position, width, width):
+    if has_gates or position.by_feature or products.term_reads_vectors(position, width, width):
         raise ValueError(
-            f"{setting} needs a position that turns query and key or adds what depends on places "
-            f"alone, such as rope or alibi, got position={unparse(position)}: take another one, or "
-            f"leave {setting} out"
+            f"{setting} needs a position that turns query and key, or adds or multiplies by what "
+            "depends on places alone, such as rope, alibi or retention, got position="
+            f"{unparse(position)}: take another one, or leave {setting} out"
         )
     return product.scale
 

@@ -1,7 +1,7 @@
 """Positional schemes that multiply scores by a factor which shrinks with the distance.
 
-Under a causal mask and a normaliser that is linear in the scores, none or their sum, they are
-linear attention with decay, which `kernels.linear` computes in O(T) and a state decodes.
+Under a causal mask and the normaliser `unnormalized` or `sum_to_one` they are linear attention with
+decay, which `kernels.linear` computes in O(T) and a state decodes.
 """
 
 import dataclasses
@@ -11,16 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention.integers import difference
+from attention.pairs import difference_of_pairs
 from attention.parts import Position, check_counts, check_numbers
 from attention.positions.relative import of_head
-from attention.positions.running import RunningSums, difference_of_pairs
+from attention.positions.running import RunningSums
 
 
 @dataclasses.dataclass(frozen=True)
 class Retention(Position):
     """s_ij γ^{|i − j|}, γ = 1 − 2^{−5−h} for head h = 0, 1 …  Sun et al. 2023 (RetNet), eq. 8.
 
-    There with rotary positions, `xpos() + retention()`, causal and unnormalized.
+    There with rotary positions, `rope + retention`, a causal mask and `unnormalized`.
     """
 
     def rates(self, num_heads: int) -> np.ndarray:
@@ -47,7 +48,8 @@ class GatedDecay(RunningSums):
         s_ij = Σ_d q_id k_jd Π_l a_ld
 
     n = D is GLA itself, n = 1 one gate for a head and any score, as Mamba-2 has it (Dao & Gu 2024).
-    Where the key stands ahead of the query, the product is over l = i+1..j. See `RunningSums`.
+    Where the key stands ahead of the query, the product is over l = i+1..j. See
+    `positions.running.RunningSums`.
 
     Attributes:
       channels: n, which divides the number of features.

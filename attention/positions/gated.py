@@ -18,7 +18,7 @@ class Forget(RunningSums):
     """Σ_{l=j+1..i} log f_l, f_l = σ(gate of key l): what lies behind a small f is forgotten.
 
     Lin et al. 2025 (forgetting attention, FoX). For causal masks: ahead of the query the term
-    grows. T and S cannot be symbolic, as `jax.export` has them. See `RunningSums`.
+    grows. See `positions.running.RunningSums`.
 
     Attributes:
       start: f at the start of training, where x W is 0; `nn.MultiHeadAttention` learns

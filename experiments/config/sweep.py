@@ -202,7 +202,10 @@ def load(
                     f"{{'model.num_heads': 8}}; got {value!r}"
                 )
         if not values and names != "all":
-            raise ValueError(f"{path}: sweep_{name}() has no values for this config")
+            raise ValueError(
+                f"{path}: sweep_{name}() has no values for these settings: leave {name} out of "
+                "--sweep, or change the settings that the function looks at"
+            )
         axes[name] = values
     expected = _list(path, functions["claims"], config) if "claims" in functions else []
     for claim in expected:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import attention
 from attention import Mechanism, attend, decoding, explain, masks, normalizers, positions, scores
 from attention.kernels import delta, linear
 from attention.kernels.products import product_of
@@ -56,6 +57,50 @@ class Half(positions.Forget):
 
     def decay(self, params, scores, query, key, tile):
         return scores * jnp.exp(-jnp.abs(self.between(tile)) / 2)
+
+
+class Doubled(positions.Retention):
+    """A decay that linear attention does not know."""
+
+    def log_decay(self, params, tile):
+        return None
+
+
+class Asking(positions.Retention):
+    """A decay whose logarithm needs what linear attention does not tell it."""
+
+    def log_decay(self, params, tile):
+        return jnp.where(tile.key_length > 0, super().log_decay(params, tile), 0)
+
+
+class OnlyLog(attention.Position):
+    """No decay, though it has the logarithm of one."""
+
+    def log_decay(self, params, tile):
+        return -jnp.ones((len(tile.query_index), 1))
+
+
+class Flat(positions.Retention):
+    def log_decay(self, params, tile):
+        return super().log_decay(params, tile)[:, 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Roots(attention.Position):
+    """exp(−r |√i − √j|), r learned: not of i − j alone, and unknown before the first token."""
+
+    def init(self, key, head_dim, value_dim):
+        return {"r": jnp.ones(())}
+
+    def decay(self, params, scores, query, key, tile):
+        i, j = (
+            jnp.sqrt(x.astype(scores.dtype)) for x in (tile.query_positions, tile.key_positions)
+        )
+        return scores * jnp.exp(-(params["r"] ** 2) * jnp.abs(i[:, None] - j))
+
+    def log_decay(self, params, tile):
+        i, j = (jnp.sqrt(x.astype(float)) for x in (tile.query_positions, tile.key_positions))
+        return -(params["r"] ** 2 * jnp.abs(i - j))[:, None]
 
 
 def gates(mechanism, batch=(2,), dtype="float32", T=T):
@@ -189,7 +234,8 @@ def test_kernels_agree_on_every_derivative(number, x64):
     direction = jax.tree.map(lambda x: normal(5, *x.shape, dtype="float64"), (inputs, of_tokens))
     call = describe(mechanism, *inputs[1:], **data)
     able = [name for name, kernel in KERNELS.items() if not unsupported(kernel, call)]
-    assert ("linear" in able) == (number < 12)
+    linear_in_scores = mechanism.normalizer in (PLAIN, normalizers.SumToOne())
+    assert ("linear" in able) == linear_in_scores
     want, *others = (
         derivatives(kernel, mechanism, orders, **data)(inputs, of_tokens, direction)
         for kernel in able
@@ -237,6 +283,43 @@ def test_the_future_of_another_document_is_absent():
         assert np.isnan(got[:, hit]).all()
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("gate", [-30.0, -1e4])
+def test_what_comes_after_strong_forgetting_keeps_its_digits(channels, gate, monkeypatch):
+    monkeypatch.setattr(delta, "CHUNK", 64)
+    position = positions.GatedDecay(channels, temperature=1.0)
+    mechanism = Mechanism(scores.Dot(), position, CAUSAL, PLAIN)
+    query, key, value = qkv((), 64, 64, H=1, K=1, D=2, V=2)
+    gates = np.where(np.arange(64) < 40, gate, 1.0)[:, None, None] * np.ones((1, 1, channels))
+    run = functools.partial(attend, mechanism, NO_PARAMS, implementation="linear")
+    got = run(query, key, value, key_gates=gates.astype("float32"))
+    with jax.enable_x64(True):
+        exact = functools.partial(attend, mechanism, NO_PARAMS, implementation="dense")
+        want = exact(*map(wide, (query, key, value)), key_gates=gates)
+    np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max())
+
+
+def test_queries_of_other_places_than_keys(x64):
+    """Of T ≠ S, one of them before all keys: the same with a segment for all as without."""
+    query, key, value = qkv((), 3, 4, H=1, K=1, dtype="float64")
+    gates = normal(6, 4, 1, 1, dtype="float64")
+    i, j = np.array([3, 6, 9]), np.array([5, 6, 7, 11])
+    data = {"query_positions": i, "key_positions": j, "key_gates": gates}
+    log = -np.log1p(np.exp(-gates[:, 0, 0]))
+    factor = np.ones((3, 4))
+    for a, b in np.ndindex(3, 4):
+        between = (min(i[a], j[b]) < j) & (j <= max(i[a], j[b]))
+        factor[a, b] = np.exp(log[between].sum())
+    want = (query[:, 0] @ key[:, 0].T * factor) @ value[:, 0]
+    for mask, segments in (
+        (masks.Full(), {}),
+        (masks.Segments(), {"query_segments": np.zeros(3, int), "key_segments": np.zeros(4, int)}),
+    ):
+        mechanism = Mechanism(scores.Dot(), BY_HEAD, mask, PLAIN)
+        got = attend(mechanism, NO_PARAMS, query, key, value, **data, **segments)
+        np.testing.assert_allclose(got[:, 0], want, atol=1e-12)
+
+
 def test_decays_of_long_texts_keep_their_digits(monkeypatch):
     """Sums of hundreds whose differences count; no factor overflows, whatever the gates."""
     monkeypatch.setattr(delta, "CHUNK", 64)
@@ -265,6 +348,7 @@ STATES = [
     Mechanism(scores.ScaledDot(), BY_FEATURE, CAUSAL, PLAIN),
     Mechanism(scores.TaylorFeatures(), positions.RoPE() + BY_HEAD, CAUSAL, PLAIN),
     Mechanism(scores.HedgehogFeatures(), DECAYS[-1], CAUSAL, normalizers.SumToOne()),
+    Mechanism(scores.Dot(), Roots(), CAUSAL, PLAIN),
 ]
 
 
@@ -300,7 +384,7 @@ def test_a_state_equals_the_full_pass(mechanism, x64):
 
     got, want, cache = both()
     assert isinstance(cache, State)
-    by_head = mechanism in (STATES[0], STATES[3])
+    by_head = mechanism not in STATES[1:3]
     assert cache.memory.shape[1] == (H if by_head else K)
     assert_close(got, want, 1e-12)
 
@@ -387,18 +471,22 @@ def test_who_serves_it():
     assert "log_decay, which" in reason(replace(mechanism, position=Doubled()))
     assert "log_decay, which" in reason(replace(mechanism, position=Doubled() + RETENTION))
     assert "no factor of the scores" in product_of(Mechanism(position=RETENTION), 4, 4)
+    for position in Asking(), OnlyLog():
+        own = replace(mechanism, position=position)
+        inputs = arrays(own)
+        want = attend(own, *inputs, implementation="dense")
+        assert_close(attend(own, *inputs), want)
+        if not reason(own):
+            assert_close(attend(own, *inputs, implementation="linear"), want)
+    assert "log_decay, which" in reason(replace(mechanism, position=Asking()))
+    with pytest.raises(ValueError, match=r"log_decay of Flat\(\) must be \[n, 1\] .* got \(8,\)"):
+        reason(replace(mechanism, position=Flat()))
     assert "num_heads was not given" in needs_keys(mechanism, D, V, None)
+    assert "num_heads was not given" in needs_keys(replace(mechanism, position=Roots()), D, V, None)
     long = jax.ShapeDtypeStruct((1, 4096, 2, 16), jnp.float32)
     assert " linear: runs" in explain(mechanism, long, long, long)
     by_feature = replace(mechanism, position=positions.GatedDecay(16))
     assert " linear: runs" in explain(by_feature, long, long, long)
-
-
-class Doubled(positions.Retention):
-    """A decay that linear attention does not know."""
-
-    def log_decay(self, params, tile):
-        return None
 
 
 def test_errors():
@@ -409,12 +497,21 @@ def test_errors():
         attend(additive, *arrays(additive), **of_tokens)
     with pytest.raises(ValueError, match=r"product, got SoftCap.*channels=1"):
         explain(dataclasses.replace(mechanism, score=scores.SoftCap(scores.Dot())), *inputs[1:])
-    with pytest.raises(ValueError, match="channels=3 of GatedDecay must divide the features .* 4"):
-        attend(
-            Mechanism(position=positions.GatedDecay(3)),
-            *inputs,
-            key_gates=of_tokens["key_gates"][..., :3],
-        )
+    of_three = Mechanism(scores.Dot(), positions.GatedDecay(3), CAUSAL, PLAIN)
+    three = {"key_gates": of_tokens["key_gates"][..., :3]}
+    for kernel in None, "linear":
+        with pytest.raises(ValueError, match="channels=3 of GatedDecay must divide the .* 4"):
+            attend(of_three, *inputs, **three, implementation=kernel)
+    with pytest.raises(ValueError, match="channels=3 of GatedDecay must divide"):
+        empty(of_three)
+    with pytest.raises(ValueError, match="product, got TaylorFeatures"):
+        empty(dataclasses.replace(of_three, score=scores.TaylorFeatures()))
+    with pytest.raises(ValueError, match="num_heads must be a multiple of num_kv_heads=2, got 3"):
+        empty(of_three, num_heads=3)
+    state = empty(dataclasses.replace(of_three, position=RETENTION), num_heads=2)
+    _, query, key, value = inputs
+    with pytest.raises(ValueError, match="query has 4 heads, but the state is of num_heads=2"):
+        decoding.attend(state.spec.mechanism, NO_PARAMS, decoding.append(state, key, value), query)
     with pytest.raises(ValueError, match="one scheme of a sum may decay the features"):
         BY_FEATURE + BY_FEATURE
     with pytest.raises(ValueError, match="needs key_gates"):

@@ -251,7 +251,7 @@ def test_token_temperature(x64):
 
 
 def test_input_gate(x64):
-    """Against scores written out, and by a state; around a score that is no product as well."""
+    """Against scores written out, also around a score that is no product."""
     query, key, value = qkv(T=T, S=T, dtype="float64")
     of_tokens = {"key_gates": normal(6, 2, T, 1, 1, dtype="float64")}
     gated = key / (1 + np.exp(-of_tokens["key_gates"]))

@@ -156,12 +156,13 @@ SCORES = {
     "pope": (scores.PoPE(), pope),
     "own": (Manhattan(), manhattan),
 }
+WITH_GATES = {scores.TokenTemperature, scores.InputGate}  # in test_gates.py
 QUIET = {"additive", "location", "cosine", "soft cap", "own"}  # small however large q and k are
 
 
 def test_every_score_is_here():
     tested = set().union(*(classes_in(score) for score, _ in SCORES.values()))
-    assert public_classes(scores) <= tested | {scores.TokenTemperature, scores.InputGate}
+    assert public_classes(scores) <= tested | WITH_GATES
 
 
 SPECIAL = ("dot", "scale", "temperature", "soft cap")
@@ -237,7 +238,7 @@ NOT_OF_THEIR_OWN = {
     *(normalizers.Sparsemax, normalizers.Hardmax, normalizers.TopK),
     # In test_gates.py.
     *(positions.Forget, positions.GatedT5, positions.Indexer, positions.BlockIndexer),
-    *(scores.TokenTemperature, scores.InputGate, normalizers.TokenEntmax),
+    *(*WITH_GATES, normalizers.TokenEntmax),
     *(positions.Retention, positions.GatedDecay),  # in test_decays.py
 }
 

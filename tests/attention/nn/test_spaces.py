@@ -190,11 +190,18 @@ def test_what_a_latent_does_not_take(changes, words):
         dataclasses.replace(SMALL, **changes)
 
 
+class ByFeature(positions.Retention):
+    """A decay that may read the features of a latent."""
+
+    by_feature = True
+
+
 @pytest.mark.parametrize("mechanism, words", [
     (Mechanism(scores.Additive(4)), ["kv_rank needs a score of query and key alone", "additive"]),
     (Mechanism(scores.Temperature(scores.ScaledDot())), ["kv_rank needs a score"]),
     (Mechanism(position=positions.Shaw(2)), ["kv_rank needs a position"]),
     (Mechanism(position=positions.Forget()), ["kv_rank needs a position"]),
+    (Mechanism(position=ByFeature()), ["kv_rank needs a position"]),
 ])  # fmt: skip
 def test_what_reads_keys_themselves_has_no_latent(mechanism, words):
     with one_line(ValueError, *words):

@@ -296,7 +296,7 @@ def test_a_variant_that_nothing_reads_is_no_cell_but_an_error():
     ("def sweep_x(): yield None", "sweep_x() must yield dicts of overrides"),
     ("def sweep_x(): return {'model.num_heads': 8}", "sweep_x() must yield its values"),
     ("def sweep_x(): yield {'base': 'txt', 'model.num_heads': 8}", "'txt'; the bases are base"),
-    ("def sweep_x(): yield from ()", "sweep_x() has no values for this config"),
+    ("def sweep_x(): yield from ()", "sweep_x() has no values for these settings"),
     ("def sweep_x(): yield {'train.steps': 0}", "train.steps=0 must be a whole number of at least"),
     ("def bases(): return None", "bases() must return a dict of overrides by name"),
     ("def bases(): return {}", "bases() names no base"),
