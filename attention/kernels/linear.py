@@ -201,8 +201,8 @@ def causal(
     if log_decay is not None:
         log = log_by_feature(log_decay, features.shape[1])
         state = None if state is None else state.T
-        options = {"starts": starts, "state": state, "chunk": CHUNK}
-        return recurrence(features, key_features, value, log, **options)[0]
+        inputs = features, key_features, value, log
+        return recurrence(*inputs, starts=starts, state=state, chunk=CHUNK)[0]
     T = len(features)
     chunk = min(CHUNK, max(T, 1))
     length = -(-T // chunk) * chunk
