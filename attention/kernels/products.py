@@ -81,6 +81,8 @@ def not_of_features(mechanism: Mechanism, head_dim: int, value_dim: int) -> str 
         return f"it knows decays by their log_decay, which {position} lacks"
     score = mechanism.score
     own = _owner(score, "feature_map")
+    if position.by_feature and own is not Score:
+        return f"{position} decays what `prepare` makes, and not the feature_map of {score}"
     # A map is of the `tile` of its own class, or of one above it; a subclass may have another.
     if own is Score:
         is_product = _is_product(score, params["score"], x)
@@ -263,9 +265,9 @@ def _tiles(position: Position | None = None, params: Any = None):
 
 
 def _gates(score):
-    """Shapes of the numbers of queries and of keys that a score asks for, or None."""
+    """The numbers of queries and of keys that a score asks for, all 0, or None."""
     counts = score.query_gates, score.key_gates
-    return [jax.ShapeDtypeStruct((_SIZE, n), jnp.float32) if n else None for n in counts]
+    return [np.zeros((_SIZE, n), np.float32) if n else None for n in counts]
 
 
 def _has_terms(position: Position, params, x):
@@ -286,10 +288,9 @@ def _has_terms(position: Position, params, x):
 
 def _is_product(score, params, x):
     """Whether `score.tile` is query @ key and nothing else, and raises nowhere."""
-    made = functools.partial(prepared, score)
-    query, key = jax.eval_shape(made, params, x, x, *_gates(score))
+    gates = _gates(score)
+    query, key = jax.eval_shape(functools.partial(prepared, score), params, x, x, *gates)
     key = jax.ShapeDtypeStruct(key.shape[::-1], key.dtype)
-    gates = [x if x is None else np.zeros(x.shape, x.dtype) for x in _gates(score)]
     own: Any = dict(zip(("query_gates", "key_gates"), gates, strict=True))
     tiles = (dataclasses.replace(tile, **own) for tile in _tiles())
     return all(_is_product_on(tile, score, params, query, key) for tile in tiles)

@@ -532,8 +532,12 @@ def worst_seen(plan: Plan, data: Data) -> Array:
     return jax.lax.cond(_in_any_example(anything), visit, lambda bad: bad, nothing)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _all_rows(plan, arrays, data):
-    """`attend_tiles`, of which JAX has no derivative."""
+    """-> out [row blocks, t, V], statistic [row blocks, t], bad [row blocks, t].
+
+    `bad` is what a row sees that is not finite: 0 nothing, 1 a value, 2 a query or key.
+    """
     normalizer, params = plan.mechanism.normalizer, arrays.params["normalizer"]
     t, value_dim = plan.block[0], len(arrays.value)
     dtype = arrays.value.dtype
@@ -627,13 +631,8 @@ def _tangent(plan, arrays, data, out, statistic, tangent):
     return changed, jax.tree.map(lambda x: x.reshape(total.shape), statistic_tangent)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _reference(plan, arrays, data):
-    return _all_rows(plan, arrays, data)
-
-
-@_reference.defjvp
-def _reference_jvp(plan, primals, tangents):
+@_all_rows.defjvp
+def _all_rows_jvp(plan, primals, tangents):
     out, statistic, bad = attend_tiles(plan, *primals)
     changes = _tangent(plan, *primals, out, statistic, tangents[0])
     return (out, statistic, bad), (*changes, np.zeros(bad.shape, jax.dtypes.float0))
@@ -652,16 +651,8 @@ def _backward(plan, args, outputs, residuals, cotangents):
 
 
 # A pair, not a `custom_jvp` alone, which JAX drops where it differentiates a scan: of examples, of
-# layers. The rule that is left, `_reference_jvp`, is then applied before JAX sees a scan.
-_pair = with_fast_pair(_reference, _forward, _backward)
-
-
-def attend_tiles(plan: Plan, arrays: Arrays, data: Data) -> tuple[Array, Any, Array]:
-    """-> out [row blocks, t, V], statistic [row blocks, t], bad [row blocks, t].
-
-    `bad` is what a row sees that is not finite: 0 nothing, 1 a value, 2 a query or key.
-    """
-    return _pair(plan, arrays, data)
+# layers. The rule that is left, `_all_rows_jvp`, is then applied before JAX sees a scan.
+attend_tiles = with_fast_pair(_all_rows, _forward, _backward)
 
 
 def _weigh(plan, data, piece, row, start, masked, statistic):

@@ -1,5 +1,6 @@
 """Positional schemes that sum logarithms of gates along the text."""
 
+import abc
 import dataclasses
 
 import jax
@@ -11,7 +12,7 @@ from attention.segments import merged
 
 
 @dataclasses.dataclass(frozen=True)
-class RunningSums(Position):
+class RunningSums(Position, abc.ABC):
     """A scheme that reads F_i − F_j = Σ_{l=j+1..i} log a_l, where log a_l is made of key l's gates.
 
     Of n gates of a key there are n sums, within a segment where there are segments. F grows without
@@ -29,9 +30,9 @@ class RunningSums(Position):
     ordered = True
     running = True
 
+    @abc.abstractmethod
     def log_gates(self, gates: Array) -> Array:
         """log a, 0 or less, of gates [S, n]."""
-        raise NotImplementedError
 
     @property
     def cached_gates(self):

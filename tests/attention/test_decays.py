@@ -58,6 +58,13 @@ class Half(positions.Forget):
         return scores * jnp.exp(-jnp.abs(self.between(tile)) / 2)
 
 
+class Mapped(scores.Dot):
+    """A score whose features are others than what it prepares, of the same products."""
+
+    def feature_map(self, params, query, key):
+        return query[:, ::-1], key[:, ::-1]
+
+
 class Doubled(positions.Retention):
     """A decay that linear attention does not know."""
 
@@ -180,7 +187,10 @@ def derivatives(kernel, mechanism, orders, **data):
             results.append(along(gradient, (inputs, of_tokens))[1])
             results.append(jax.vjp(gradient, inputs, of_tokens)[1](direction))
         if orders > 2:
-            second = lambda *args: along(gradient, args)[1]  # noqa: E731
+
+            def second(*args):
+                return along(gradient, args)[1]
+
             results.append(along(second, (inputs, of_tokens))[1])
         return results
 
@@ -485,6 +495,9 @@ def test_who_serves_it():
     assert "num_heads was not given" in needs_keys(replace(mechanism, position=Roots()), D, V, None)
     long = jax.ShapeDtypeStruct((1, 4096, 2, 16), jnp.float32)
     assert " linear: runs" in explain(mechanism, long, long, long)
+    mapped = replace(mechanism, score=Mapped())
+    assert reason(mapped) is None
+    assert "decays what `prepare` makes" in reason(replace(mapped, position=BY_FEATURE))
     by_feature = replace(mechanism, position=positions.GatedDecay(16))
     assert " linear: runs" in explain(by_feature, long, long, long)
 
