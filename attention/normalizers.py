@@ -33,9 +33,14 @@ class Softmax(OnlineNormalizer):
 
     def weight(self, params, logits, statistic):
         top, log_total = statistic
-        return jnp.exp(
-            logits - top[:, None] - jnp.where(log_total == -jnp.inf, 0, log_total)[:, None]
-        )
+        logits = logits - top[:, None]
+        if log_total is not None:
+            logits -= _finite(log_total)[:, None]
+        return jnp.exp(logits)
+
+    def merged(self, statistic):
+        top, log_total = statistic
+        return top + _finite(log_total), None
 
     def start(self, params, like):
         return jnp.full_like(like, -jnp.inf), jnp.zeros_like(like)
@@ -43,7 +48,7 @@ class Softmax(OnlineNormalizer):
     def update(self, params, state, logits):
         top, total = state
         new = jnp.maximum(top, jax.lax.stop_gradient(jnp.max(logits, axis=-1)))
-        finite = jnp.where(new == -jnp.inf, 0, new)
+        finite = _finite(new)
         weights, factor = jnp.exp(logits - finite[:, None]), jnp.exp(top - finite)
         return (new, total * factor + jnp.sum(weights, axis=-1)), weights, factor
 
@@ -51,7 +56,7 @@ class Softmax(OnlineNormalizer):
         largest, total = state
         sink = self.sink(params)
         top = jnp.maximum(largest, jax.lax.stop_gradient(sink))
-        top = jnp.where(top == -jnp.inf, 0, top)
+        top = _finite(top)
         factor = jnp.exp(largest - top)
         total = total * factor + jnp.exp(sink - top)
         some = total > 0
@@ -61,10 +66,15 @@ class Softmax(OnlineNormalizer):
     def statistic_jvp(self, params, tangent, statistic, change):
         top, log_total = statistic
         sink, sink_tangent = jax.jvp(self.sink, (params,), (tangent,))
-        lost = jnp.exp(sink - top - jnp.where(log_total == -jnp.inf, 0, log_total))
+        lost = jnp.exp(sink - top - _finite(log_total))
         # Σ_j w_ij + lost_i = 1 always holds: the change of the total ensures it.
         change = change + lost * sink_tangent
         return (jnp.zeros_like(top), change), -change
+
+
+def _finite(x):
+    """0 in place of −inf."""
+    return jnp.where(x == -jnp.inf, 0, x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +124,7 @@ class SquaredReLU(OnlineNormalizer):
     """
 
     def weight(self, params, logits, statistic):
-        return jnp.square(jax.nn.relu(logits)) / statistic[:, None]
+        return jnp.square(jax.nn.relu(logits)) * (1 / statistic)[:, None]
 
     def start(self, params, like):
         return jnp.zeros_like(like)
@@ -157,7 +167,7 @@ class SumToOne(OnlineNormalizer):
     """
 
     def weight(self, params, logits, statistic):
-        return jnp.where(logits > -jnp.inf, logits, 0) / statistic[:, None]
+        return jnp.where(logits > -jnp.inf, logits, 0) * (1 / statistic)[:, None]
 
     def start(self, params, like):
         return jnp.zeros_like(like)

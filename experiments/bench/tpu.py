@@ -11,6 +11,8 @@ compiles the TPU kernels of every part for every chip, or those named behind it,
 backward, and prints a table; exits with status 1 where one does not compile.
 """
 
+import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -72,16 +74,17 @@ def attended(
     device: Any,
     dtype: Any,
     *,
+    heads: int = 1,
     backward: bool = True,
     inputs: tuple[str, ...] = (),
     **options: Any,
 ) -> Any:
-    """Attention of one head of one example, T = S = 4096, D = 128, compiled for `device`.
+    """Attention of some heads of one example, T = S = 4096, D = 128, compiled for `device`.
 
     Or with `backward` its gradient by all that is floating. `inputs`: which other arguments of
     `attend` are passed, beside those that the mask needs.
     """
-    length, heads, width = LENGTH, 1, WIDTH
+    length, width = LENGTH, WIDTH
     x = jax.ShapeDtypeStruct((length, heads, width), dtype)
     params = jax.eval_shape(
         lambda key: mechanism.init(key, num_heads=heads, head_dim=width), jax.random.key(0)
@@ -118,7 +121,7 @@ def attended(
 
 
 class CycleEstimate(NamedTuple):
-    """Of a kernel: the compiler's cycles, and those in which matrix units do its products alone."""
+    """Of a pass of one head: the compiler's cycles, and those that its products alone take."""
 
     name: str
     cycles: int
@@ -130,15 +133,23 @@ OURS = {
     "ours, soft cap": attention.Mechanism(scores.SoftCap(scores.ScaledDot())),
     "ours, ALiBi": attention.Mechanism(position=positions.ALiBi()),
 }
-PEERS = ("jax's flash_attention", "jax's splash", "the products of dq alone")
-_MATRICES = {"forward": 2, "dq": 3, "dkv": 4}  # products of matrices of a kernel
+PEERS = ("jax's flash_attention", "jax's splash", "the products alone")
+_MATRICES = {"forward": 2, "backward": 5}  # products of matrices that a pass cannot do without
+# By what the name of a kernel holds. Where a pass is several kernels, their cycles are added.
+_PASSES = {
+    "flash_mha_bwd": "backward",
+    "flash_attention": "forward",
+    "splash": "forward",
+    "forward": "forward",
+    "backward": "backward",
+}
 
 
 def cycles(chip: str, name: str, block: tuple[int, int]) -> list[CycleEstimate] | str:
-    """Estimates of the kernels of `OURS` or `PEERS`, or the last line of what went wrong.
+    """Estimates of the passes of `OURS` or `PEERS`, or the last line of what went wrong.
 
-    One head, T = S = 4096, D = 128, bfloat16, nothing masked. In a process of its own: libtpu reads
-    its options once, and some kernels make its estimator abort.
+    Half of those of two heads, T = S = 4096, D = 128, bfloat16, nothing masked. In a process of its
+    own: libtpu reads its options once, and some kernels make its estimator abort.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = f"--xla_jf_dump_static_llo_profile_to={folder}"
@@ -160,21 +171,16 @@ def cycles(chip: str, name: str, block: tuple[int, int]) -> list[CycleEstimate] 
         if child.returncode:
             lines = [x for x in child.stderr.splitlines() if "Error" in x or "failed" in x]
             return (lines or ["it failed"])[-1].strip()[:200]
-        cycles_by_kernel = {}
+        by_pass = dict.fromkeys(_MATRICES, 0)
         for file in Path(folder).iterdir():
             text = file.read_text("utf-8", "replace")
             kernel = re.search(r'hlo_op_name: "(.*?)"', text)
             count = re.search(r"estimated_cycles: (\d+)", text)
-            if kernel and count:
-                cycles_by_kernel[kernel[1].split(".")[0]] = int(count[1])
+            names = [x for x in _PASSES if kernel and x in kernel[1]]
+            if names and count:
+                by_pass[_PASSES[names[0]]] += int(count[1])
     products = LENGTH**2 * WIDTH // PRODUCTS[chip]
-    kinds = {x: x for x in _MATRICES} | {"flash_attention": "forward", "splash": "forward"}
-    return [
-        CycleEstimate(kind, count, _MATRICES[kind] * products)
-        for kernel, count in cycles_by_kernel.items()
-        for prefix, kind in kinds.items()
-        if kernel.startswith(prefix)
-    ]
+    return [CycleEstimate(x, n // _HEADS, _MATRICES[x] * products) for x, n in by_pass.items() if n]
 
 
 def report(say: Callable[[str], None], only: str = "") -> None:
@@ -183,9 +189,9 @@ def report(say: Callable[[str], None], only: str = "") -> None:
     `only`: rows whose chip, kernel and block hold this text.
     """
     say("Cycles by libtpu's static estimate, not measured; in brackets: of those in which the")
-    say("matrix units do the products alone. One head, T = S = 4096, D = 128, bfloat16, no mask.")
-    say("Work under conditions of data counts less, as all of splash does.\n")
-    say("| chip | kernel | block | forward | dq | dk, dv |\n|---|---|---|---|---|---|")
+    say("matrix units of a core do the products alone. A head of two, T = S = 4096, D = 128,")
+    say("bfloat16, no mask. Work under conditions of data counts less, as all of splash does.\n")
+    say("| chip | kernel | block | forward | backward |\n|---|---|---|---|---|")
     for chip in CHIPS:
         for name in (*OURS, *PEERS):
             for block in _BLOCKS if name in ("ours", PEERS[0]) else _BLOCKS[:1]:
@@ -194,27 +200,27 @@ def report(say: Callable[[str], None], only: str = "") -> None:
                     continue
                 estimates = cycles(chip, name, block)
                 if isinstance(estimates, str):
-                    say(f"{row} {estimates} | | |")
+                    say(f"{row} {estimates} | |")
                     continue
                 by_name = {x.name: f"{x.cycles:,} ({x.cycles / x.floor:.2f})" for x in estimates}
                 say(" ".join([row, *(f"{by_name.get(kind, '')} |" for kind in _MATRICES)]))
 
 
 _BLOCKS = [(1024, 2048), (2048, 2048), (1024, 1024), (512, 1024)]
+_HEADS = 2  # some chips have two cores, which share heads
 
 
 def _compile(chip, name, block):
     """In the child: all kernels of a name."""
     target = device(chip)
     if name in OURS:
-        return attended(
-            OURS[name], target, jnp.bfloat16, implementation="pallas_tpu", block_sizes=block
-        )
-    x = jax.ShapeDtypeStruct((1, 1, LENGTH, WIDTH), jnp.bfloat16)
+        options = {"implementation": "pallas_tpu", "block_sizes": block}
+        return attended(OURS[name], target, jnp.bfloat16, heads=_HEADS, **options)
+    x = jax.ShapeDtypeStruct((1, _HEADS, LENGTH, WIDTH), jnp.bfloat16)
     peers = {
         "jax's flash_attention": _flash,
         "jax's splash": _splash,
-        "the products of dq alone": _products,
+        "the products alone": _products,
     }
     return compiled(peers[name](*block), target, x, x, x)
 
@@ -222,14 +228,22 @@ def _compile(chip, name, block):
 def _flash(t, s):
     from jax.experimental.pallas.ops.tpu import flash_attention as flash
 
-    sizes = flash.BlockSizes(block_q=t, block_k_major=s, block_k=s, block_b=1)
-    return lambda *x: flash.flash_attention(*x, block_sizes=sizes)
+    sizes = dict.fromkeys((x.name for x in dataclasses.fields(flash.BlockSizes)), min(t, 1024))
+    # Of a backward pass no larger blocks fit what it takes of fast memory.
+    sizes |= {"block_q": t, "block_k_major": s, "block_k": s, "block_b": 1}
+
+    def gradient(*x):
+        attended = functools.partial(flash.flash_attention, block_sizes=flash.BlockSizes(**sizes))
+        out, pull = jax.vjp(attended, *x)
+        return pull(out)
+
+    return gradient
 
 
 def _splash(t, s):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    mask = splash.MultiHeadMask([splash.FullMask((LENGTH, LENGTH))])
+    mask = splash.MultiHeadMask([splash.FullMask((LENGTH, LENGTH))] * _HEADS)
     kernel = splash.make_splash_mha_single_device(
         mask=mask, block_sizes=splash.BlockSizes(block_q=t, block_kv=s, block_kv_compute=s)
     )
@@ -237,32 +251,48 @@ def _splash(t, s):
 
 
 def _products(t, s):
-    """(q kᵀ + q vᵀ) k of a pair of blocks at a time: what no kernel of dq can do without."""
+    """A pair of blocks at a time, the products that no backward pass can do without."""
     from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
 
     def product(a, b, contracted):
-        numbers = ((1,), (contracted,)), ((), ())
+        numbers = (contracted, ((), ()))
         return jax.lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
 
-    def kernel(query, key, value, out):
-        @pl.when(pl.program_id(1) == 0)
+    def kernel(query, key, value, to_query, to_key, to_value):
+        column, row = pl.program_id(0), pl.program_id(1)
+
+        @pl.when(row == 0)
         def _():
-            out[...] = jnp.zeros(out.shape, out.dtype)
+            for ref in to_key, to_value:
+                ref[...] = jnp.zeros(ref.shape, ref.dtype)
 
-        scores = product(query[...], key[...], 1) + product(query[...], value[...], 1)
-        out[...] += product(scores.astype(jnp.bfloat16), key[...], 0)
+        @pl.when((column == 0) & (row == 0))
+        def _():
+            to_query[...] = jnp.zeros(to_query.shape, to_query.dtype)
 
-    rows = pl.BlockSpec((t, WIDTH), lambda i, j: (i, 0))
-    columns = pl.BlockSpec((s, WIDTH), lambda i, j: (j, 0))
+        q, k, v = query[...], key[...], value[...]
+        weights = product(q, k, ((1,), (1,))).astype(jnp.bfloat16)
+        to_scores = product(q, v, ((1,), (1,))).astype(jnp.bfloat16)
+        to_value[...] += product(q, weights, ((0,), (0,)))
+        to_key[...] += product(q, to_scores, ((0,), (0,)))
+        to_query[row] += product(to_scores, k, ((1,), (0,)))
+
+    rows = pl.BlockSpec((t, WIDTH), lambda j, i: (i, 0))
+    columns = pl.BlockSpec((s, WIDTH), lambda j, i: (j, 0))
+    turned = pl.BlockSpec((WIDTH, s), lambda j, i: (0, j))
+    everything = pl.BlockSpec((LENGTH // t, t, WIDTH), lambda j, i: (0, 0, 0))
+    shapes = (LENGTH // t, t, WIDTH), (WIDTH, LENGTH), (WIDTH, LENGTH)
     run = pl.pallas_call(
         kernel,
-        grid=(LENGTH // t, LENGTH // s),
+        grid=(LENGTH // s, LENGTH // t),
         in_specs=[rows, columns, columns],
-        out_specs=rows,
-        out_shape=jax.ShapeDtypeStruct((LENGTH, WIDTH), jnp.float32),
-        name="dq_products",
+        out_specs=[everything, turned, turned],
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=64 * 2**20),
+        name="backward_products",
     )
-    return lambda q, k, v: run(q[0, 0], k[0, 0], v[0, 0])
+    return lambda q, k, v: jax.vmap(run)(q[0], k[0], v[0])
 
 
 def parts() -> dict[str, tuple[attention.Mechanism, dict[str, Any]]]:

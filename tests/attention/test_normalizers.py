@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention import Mechanism, attend, masks, normalizers, scores
+from attention import Mechanism, OnlineNormalizer, attend, masks, normalizers, scores
 from support.formulas import (
     KEY_POSITIONS,
     PLACES,
@@ -158,6 +158,19 @@ def of_scores(normalizer, s, params=None):
     query, key = np.zeros((1, 1, D)), np.zeros((len(s), 1, D))
     aux = attend(mechanism, params, query, key, key, bias=s, aux=("weights",))[1]
     return np.asarray(aux["weights"])[0, 0]
+
+
+ONLINE = [name for name, (x, _) in NORMALIZERS.items() if isinstance(x, OnlineNormalizer)]
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_a_merged_statistic_gives_the_same_weights(name):
+    normalizer, _ = NORMALIZERS[name]
+    params = normalizer.init(jax.random.key(0))
+    logits = jnp.array([[0.5, 2.0, 1.0], [30.0, -jnp.inf, 40.0], [-jnp.inf] * 3])
+    merged = normalizer.merged(normalizer.statistic(params, logits))
+    expected = normalizer.weights(params, logits)
+    np.testing.assert_allclose(normalizer.weight(params, logits, merged), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", SUM_TO_ONE)

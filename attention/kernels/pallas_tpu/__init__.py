@@ -1,4 +1,4 @@
-"""Flash attention for a TPU around any parts, in Pallas: forward, and backward by two kernels.
+"""Flash attention for a TPU around any parts, in Pallas, forward and backward.
 
 Its seam is `tiled.attend_tiles`: what comes before the tiles (what is not finite, padding, which
 blocks to visit) and after them (aux) is the tiled kernel's, as is every derivative but the

@@ -12,7 +12,7 @@ from attention.kernels.pallas_tpu.passes import (
     backward,
     fast_memory,
     forward,
-    strip_size,
+    strip_sizes,
 )
 from attention.kernels.registry import device_of
 from attention.mechanism import Mechanism
@@ -58,8 +58,8 @@ def attend_head(
         plan,
         query.dtype == jnp.bfloat16,
         interpret,
-        vmem=fast_memory(device.kind),
-        strip=strip_size(device.kind),
+        fast_memory(device.kind),
+        *strip_sizes(device.kind, s),
     )
 
     def attend(plan, arrays, data):

@@ -1,4 +1,8 @@
-"""The kernels: a forward pass, and a backward pass of two, by row and by column of blocks.
+"""The kernels: a forward pass by row of blocks, and a backward pass by column.
+
+The backward pass holds the gradients of all rows in fast memory. Where they do not fit, it is two
+kernels, one for what belongs to rows and one for what belongs to columns, which compute the scores
+and their cotangents twice: seven products of matrices for five.
 
 A function of a tile is traced once, outside; a kernel reads what it depends on and computes it for
 each pair of blocks that `schedule` leaves.
@@ -33,15 +37,17 @@ class TpuSetting:
       narrow: whether operands of products are bfloat16.
       interpret: whether Pallas's interpreter runs the kernel.
       vmem: bytes of fast memory that a kernel may take.
-      strip: how many rows of a block `forward` computes at once, where it divides them: the
-        compiler puts the products of a strip beside the exponentials of the one before.
+      forward_strip, backward_strip: how many rows of a block a kernel computes at once, where
+        that divides them: the compiler puts the products of a strip beside the exponentials of the
+        one before. None: all of them.
     """
 
     plan: Plan
     narrow: bool
     interpret: bool
     vmem: int
-    strip: int
+    forward_strip: int | None
+    backward_strip: int | None
 
 
 def fast_memory(kind: str) -> int:
@@ -49,9 +55,15 @@ def fast_memory(kind: str) -> int:
     return (48 if kind.startswith("TPU7x") else 88) * 2**20
 
 
-def strip_size(kind: str) -> int:
-    """`TpuSetting.strip` for a kind of TPU: twice the side of its matrix units, by estimate."""
-    return 256 if kind.startswith(("TPU v4", "TPU v5")) else 512
+def strip_sizes(kind: str, columns: int) -> tuple[int | None, int | None]:
+    """`TpuSetting.forward_strip` and `backward_strip` for a kind of TPU, by estimate.
+
+    `columns`: of a block. Matrix units of 128 × 128 leave vector units enough time in a backward
+    pass without strips; where they are larger, strips of fewer than 2^19 pairs are slower.
+    """
+    if kind.startswith(("TPU v4", "TPU v5")):
+        return 256, None
+    return 512, max(8, 2**19 // columns)
 
 
 class VisitData(NamedTuple):
@@ -123,6 +135,8 @@ def _of_columns(x, s):
 
 def _of_pairs(x, block):
     """[T' or 1, S' or 1]."""
+    if x.shape[1] == 1 < x.shape[0]:
+        return _of_rows(x.reshape(-1, block[0], 1))
     shape = tuple(b if n > 1 else 1 for b, n in zip(block, x.shape, strict=True))
     axes = tuple(a if n > 1 else None for a, n in zip(("row", "column"), x.shape, strict=True))
     return _Operand(x, shape, axes, shape)
@@ -422,7 +436,7 @@ def forward(setting: TpuSetting, arrays: Arrays, data: Data) -> tuple[Array, Any
     """out [row blocks, t, V] and the rows' statistic, as `tiled.attend_tiles`."""
     pairs, dtype = schedule(setting.plan, data), arrays.value.dtype
     normalizer: Any = setting.plan.mechanism.normalizer
-    launch = _Launch(setting, "row", pairs, arrays, data, strip=setting.strip)
+    launch = _Launch(setting, "row", pairs, arrays, data, strip=setting.forward_strip)
     plan, t = launch.plan, launch.strip
 
     def of_normalizer(method):
@@ -506,6 +520,10 @@ class _Cotangents(NamedTuple):
     total: Array
 
 
+# Of fast memory, what gradients of rows may take: the largest blocks compile beside that.
+_HELD = 3 / 8
+
+
 def backward(
     setting: TpuSetting,
     arrays: Arrays,
@@ -527,19 +545,26 @@ def backward(
     (_, factor), pull = jax.vjp(respond, jax.tree.map(jnp.zeros_like, params), change)
     of_factor = None if factor is None else jnp.sum(out_cotangent * out, axis=-1).ravel()
     own, total = pull((jax.tree.map(jnp.ravel, statistic_cotangent), of_factor))
-    rows = _Cotangents(statistic, out_cotangent, total.reshape(out.shape[:2]))
-    pieces = _pieces(setting.plan, arrays)
-    leaves, structure = jax.tree.flatten(pieces, is_leaf=_is_operand)
-    by_columns = [x.axes.count("column") == 1 and "row" not in x.axes for x in leaves]
-    pairs = schedule(setting.plan, data)
-    gradients: dict[int, Array] = {}
-    for name, axis in ("dq", "row"), ("dkv", "column"):
-        places = [i for i, own_side in enumerate(by_columns) if own_side == (axis == "column")]
-        launch = _Launch(setting, axis, pairs, arrays, data, jax.tree.map(_of_rows, rows))
-        gradients |= _gradients(launch, places, name)
+    total = total.reshape(out.shape[:2])
+    rows = jax.tree.map(_of_rows, _Cotangents(statistic, out_cotangent, total))
+    launched = functools.partial(
+        _Launch, setting, pairs=schedule(setting.plan, data), arrays=arrays, data=data, extra=rows
+    )
+    leaves, structure = jax.tree.flatten(_pieces(setting.plan, arrays), is_leaf=_is_operand)
+    places = _differentiable(launched("column"), range(len(leaves)))
+    strip = setting.backward_strip
+    if sum(_held_bytes(leaves[i]) for i in places) <= _HELD * setting.vmem:
+        gradients = _gradients(launched("column", strip=strip), places, "backward")
+    else:
+        of_columns = [i for i in places if _axes(leaves[i]) == {"column"}]
+        others = [i for i in places if i not in of_columns]
+        gradients = _gradients(launched("row", strip=strip), others, "dq")
+        gradients |= _gradients(launched("column", strip=strip), of_columns, "dkv")
     leaves = [gradients.get(i, jnp.zeros(x.x.shape, x.x.dtype)) for i, x in enumerate(leaves)]
     inputs, bias = jax.tree.unflatten(structure, leaves)
-    params = jax.tree.map(lambda x, like: x.reshape(like.shape), inputs.params, arrays.params)
+    params, bias = jax.tree.map(
+        lambda x, like: x.reshape(like.shape), (inputs.params, bias), (arrays.params, arrays.bias)
+    )
     params["normalizer"] = jax.tree.map(jnp.add, params["normalizer"], own)
     return Arrays(
         params,
@@ -554,44 +579,55 @@ def backward(
     )
 
 
+def _weighted(launch, masked, piece, local, cotangents, indices):
+    """What a pair of blocks adds to out [t, V] and to the rows' sums of weights [t]."""
+    plan, normalizer = launch.plan, launch.plan.mechanism.normalizer
+    statistic = cotangents.statistic
+    if launch.setting.narrow:
+        statistic = normalizer.merged(statistic)
+    piece, tile = _gates_by_key(piece), _tile(plan, local, indices)
+    visible = _visible(plan, tile, local) if masked else None
+    logits = tiled.tile_logits(plan, piece, tile, visible)
+    weights = normalizer.weight(piece.inputs.params["normalizer"], logits, statistic)
+    if visible is not None:
+        weights = jnp.where(visible, weights, 0)
+    out = tiled.tile_output(plan, piece.inputs, weights, tile, local.dropout_key)
+    return out, weights.sum(1)
+
+
+def _masked(launch):
+    """Whether the mask is looked at, for each state of the pairs that are not EMPTY."""
+    states = launch.pairs.states
+    return [kind == PARTIAL for kind in (PARTIAL, FULL) if kind in states] or [False]
+
+
+def _differentiable(launch, places):
+    """Those of the leaves of `Piece` at `places` that the weights or the output depend on."""
+    weighted = functools.partial(_weighted, launch, _masked(launch)[0])
+    read = launch.trace(weighted, record=False).read
+    return [i for i in places if i in read]
+
+
 def _gradients(launch, places, name):
-    """Of the leaves of `Piece` at `places`: place -> cotangent, as the kernel holds it.
-
-    Those that the weights do not depend on are left out.
-    """
-    plan, states = launch.plan, launch.pairs.states
-    (rows,) = launch.strips()
-
-    def weighted(masked, piece, local, extra, indices):
-        piece, tile = _gates_by_key(piece), _tile(plan, local, indices)
-        visible = _visible(plan, tile, local) if masked else None
-        logits = tiled.tile_logits(plan, piece, tile, visible)
-        own = piece.inputs.params["normalizer"]
-        weights = plan.mechanism.normalizer.weight(own, logits, extra.statistic)
-        if visible is not None:
-            weights = jnp.where(visible, weights, 0)
-        out = tiled.tile_output(plan, piece.inputs, weights, tile, local.dropout_key)
-        return out, weights.sum(1)
+    """Of the leaves of `Piece` at `places`: place -> cotangent, as the kernel holds it."""
+    if not places:
+        return {}
 
     def pull(masked, piece, *others):
         leaves, structure = jax.tree.flatten(piece)
 
         def of_own(own):
             placed = [own.get(i, x) for i, x in enumerate(leaves)]
-            return weighted(masked, jax.tree.unflatten(structure, placed), *others)
+            return _weighted(launch, masked, jax.tree.unflatten(structure, placed), *others)
 
         _, pull = jax.vjp(of_own, {i: leaves[i] for i in places})
         return pull((others[1].out, others[1].total))[0]
 
-    kinds = [kind for kind in (PARTIAL, FULL) if kind in states] or [FULL]
-    read = launch.trace(functools.partial(weighted, kinds[0] == PARTIAL), record=False).read
-    places = [i for i in places if i in read]
-    if not places:
-        return {}
-    pulls = {
-        kind == PARTIAL: launch.trace(functools.partial(pull, kind == PARTIAL)) for kind in kinds
-    }
+    pulls = {masked: launch.trace(functools.partial(pull, masked)) for masked in _masked(launch)}
     operands = {i: launch.leaves[i] for i in places}
+    axes = {i: _axes(x) for i, x in operands.items()}
+    held = [i for i in places if axes[i] == {"row"} and launch.axis == "column"]
+    outputs = [_all_of(x) if i in held else x for i, x in operands.items()]
 
     def body(outputs, scratch):
         del scratch
@@ -601,32 +637,52 @@ def _gradients(launch, places, name):
             for i in which:
                 refs[i][...] = jnp.zeros(refs[i].shape, refs[i].dtype)
 
-        axes = {i: {axis for axis in x.axes if axis} for i, x in operands.items()}
-        pl.when(launch.start)(lambda: clear(i for i in places if not axes[i]))
-        pl.when(launch.first)(lambda: clear(i for i in places if len(axes[i]) == 1))
+        pl.when(launch.start)(lambda: clear(i for i in places if i in held or not axes[i]))
+        pl.when(launch.first)(lambda: clear(i for i in places if axes[i] == {launch.axis}))
 
         def add(masked):
-            for i, x in launch.compute(pulls[masked], rows).items():
-                x = _held(x, operands[i], refs[i].shape)
-                refs[i][...] = x if len(axes[i]) == 2 else refs[i][...] + x
+            for rows in launch.strips():
+                for i, x in launch.compute(pulls[masked], rows).items():
+                    x, where = _stored(x, operands[i], launch.strip), ...
+                    if "row" in axes[i]:
+                        where = (launch.place["row"], rows) if i in held else rows
+                    refs[i][where] = x if len(axes[i]) == 2 else refs[i][where] + x
 
         launch.on_state(add)
 
-    results = launch.run(body, list(operands.values()), [], name)
-    gradients = dict(zip(places, results, strict=True))
+    gradients = dict(zip(places, launch.run(body, outputs, [], name), strict=True))
     for i, operand in operands.items():
-        if "row" in operand.axes and "column" in operand.axes:
-            visited = _visited(plan, launch.pairs.by_row, operand.x.shape)
+        if len(axes[i]) == 2:
+            visited = _visited(launch.setting.plan, launch.pairs.by_row, operand.x.shape)
             gradients[i] = jnp.where(visited, gradients[i], 0)
     return gradients
 
 
-def _held(x, operand, shape):
-    """The array, as a reference to a part of `operand` holds it."""
-    if len(operand.shape) == 1 and operand.axes[0] == "row":
-        return lanes.as_rows(x, operand.shape[0])[:, :1]
-    if len(operand.shape) < 2:
-        return lanes.as_columns(x, shape[1])
+def _axes(operand):
+    """What moves the parts of an operand: 'row', 'column', both or nothing."""
+    return {*operand.axes} - {None}
+
+
+def _all_of(operand):
+    """The operand in one part, all of it in fast memory."""
+    return operand._replace(block=operand.x.shape, axes=(None,) * operand.x.ndim)
+
+
+def _held_bytes(operand):
+    """What `_all_of` an output that belongs to rows takes; one is written while one is computed."""
+    if _axes(operand) != {"row"}:
+        return 0
+    blocks, t, n = operand.x.shape
+    return 2 * blocks * t * -(-n // LANES) * LANES * operand.x.dtype.itemsize
+
+
+def _stored(x, operand, rows):
+    """The array of a `Value`, as a reference to `rows` rows of a part of `operand` holds it."""
+    shape = operand.aval(rows).shape
+    if len(shape) == 1 and operand.axes[0] == "row":
+        return lanes.as_rows(x, rows)[:, :1]
+    if len(shape) < 2:
+        return lanes.as_columns(x, operand.block[-1])
     return lanes.array(x, shape)
 
 

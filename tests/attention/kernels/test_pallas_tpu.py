@@ -201,7 +201,7 @@ STRIPS = [
 )
 def test_blocks_in_strips(mechanism, dropout_rate, x64, monkeypatch):
     """Of two rows each, in a grid of all pairs of blocks and in one of those that a mask leaves."""
-    monkeypatch.setattr(head, "strip_size", lambda kind: 2)
+    monkeypatch.setattr(head, "strip_sizes", lambda kind, columns: (2, 2))
     given = arrays(mechanism, T=8, S=24, H=2, K=1, dtype="float64")
     data = {"query_gates": normal(5, 8, 2, 1, dtype="float64")}
     if dropout_rate:
@@ -211,6 +211,29 @@ def test_blocks_in_strips(mechanism, dropout_rate, x64, monkeypatch):
         for kernel in ("pallas_tpu", "dense")
     )
     assert_close(got, want, 1e-10)
+
+
+@pytest.mark.parametrize("bias", slow_but([(8, 1)], [(8, 1), (1, 24), (8, 24)]), ids=str)
+@pytest.mark.parametrize("mechanism", slow_but([STRIPS[2]], STRIPS), ids=str)
+def test_a_backward_pass_whose_rows_do_not_fit_is_two(mechanism, bias, x64, monkeypatch):
+    params, *vectors, _, cotangent = arrays(mechanism, T=8, S=24, H=2, K=1, dtype="float64")
+    data = {"query_gates": normal(5, 8, 2, 1, dtype="float64")}
+    args = params, *vectors, normal(6, 2, *bias, dtype="float64"), cotangent, data
+
+    def gradients(kernel, **options):
+        return pulled.__wrapped__(kernel, mechanism, **options, aux=("lse",))
+
+    expected = gradients("dense")(*args)
+
+    def check(names, size):
+        pull = gradients("pallas_tpu", size=size)
+        traced = str(jax.make_jaxpr(pull)(*args))
+        assert {*re.findall(r"\bname=(forward|backward|dq|dkv)\b", traced)} == names
+        assert_close(pull(*args), expected, 1e-10)
+
+    check({"forward", "backward"}, (4, 8))
+    monkeypatch.setattr(head, "fast_memory", lambda kind: 0)
+    check({"forward", "dq", "dkv"}, (2, 8))  # not (4, 8): JAX traces the same call once
 
 
 def test_a_grid_of_all_pairs_where_all_are_alike():
@@ -231,9 +254,10 @@ def test_a_grid_of_all_pairs_where_all_are_alike():
     ],
     ids=str,
 )
-def test_two_cores_share_blocks_that_are_written_once(mechanism, orders):
-    given = arrays(mechanism, T=8, S=8, dtype="float32")
-    pull = functools.partial(pulled("pallas_tpu", mechanism, size=(4, 4)), data={})
+def test_two_cores_share_blocks_that_are_written_once(mechanism, orders, monkeypatch):
+    monkeypatch.setattr(head, "fast_memory", lambda kind: 0)
+    given = arrays(mechanism, T=8, S=12, dtype="float32")
+    pull = functools.partial(pulled.__wrapped__("pallas_tpu", mechanism, size=(4, 4)), data={})
     traced = str(jax.make_jaxpr(pull)(*given))
     pattern = r"dimension_semantics=\('(\w+)'.*?\bname=(\w+)"
     first_axes = {name: order for order, name in re.findall(pattern, traced, re.DOTALL)}
