@@ -11,16 +11,8 @@ from attention.drop_in import dot_product_attention
 from attention.layers import Layer, parse_layers
 from attention.mechanism import Mechanism
 from attention.parsing import parse
-from attention.parts import (
-    BlockBounds,
-    Mask,
-    Normalizer,
-    OnlineNormalizer,
-    Position,
-    Range,
-    Score,
-    Tile,
-)
+from attention.parts import Mask, Normalizer, OnlineNormalizer, Position, Score
+from attention.tile import BlockBounds, Range, Tile
 
 __all__ = [
     "BlockBounds",

@@ -13,7 +13,7 @@ from attention.kernels.dense import row_weights
 from attention.kernels.products import check_decay
 from attention.kernels.registry import KERNELS, Call, Kernel, describe, readable, unsupported
 from attention.mechanism import Mechanism
-from attention.parts import Array, Params, accumulator
+from attention.tile import Array, Params, accumulator
 from attention.validation import (
     check,
     check_arrays,

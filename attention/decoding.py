@@ -44,22 +44,9 @@ from attention.api import attend as attend_all
 from attention.integers import count_array, whole_number
 from attention.kernels.products import check_decay, rotates_by_place
 from attention.mechanism import PART_KINDS, Mechanism
-from attention.parts import (
-    EMPTY,
-    FAR,
-    Array,
-    BlockBounds,
-    Mask,
-    Normalizer,
-    Params,
-    Position,
-    PositionWrapper,
-    Range,
-    Score,
-    accumulator,
-    check_part,
-)
+from attention.parts import Mask, Normalizer, Position, PositionWrapper, Score, check_part
 from attention.states import State
+from attention.tile import EMPTY, FAR, Array, BlockBounds, Params, Range, accumulator
 
 
 @jax.tree_util.register_static

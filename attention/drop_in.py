@@ -12,7 +12,7 @@ from attention import masks, scores
 from attention.api import attend
 from attention.integers import index_array
 from attention.mechanism import Mechanism
-from attention.parts import Array
+from attention.tile import Array
 from attention.validation import check_arrays
 
 

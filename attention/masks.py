@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention.integers import INT32_MAX, clip_to, difference
-from attention.parts import COORDINATES, FULL, PARTIAL, And, Mask, Not, Or, check_counts, fewer
+from attention.parts import And, Mask, Not, Or, check_counts, fewer
+from attention.tile import COORDINATES, FULL, PARTIAL
 
 __all__ = [
     "And",

@@ -9,17 +9,8 @@ import numpy as np
 
 from attention import masks, normalizers, positions, scores
 from attention.integers import whole_number
-from attention.parts import (
-    Array,
-    Mask,
-    Normalizer,
-    Params,
-    PartGates,
-    Position,
-    Score,
-    check_part,
-    split_gates,
-)
+from attention.parts import Mask, Normalizer, Position, Score, check_part, split_gates
+from attention.tile import Array, Params, PartGates
 
 PART_KINDS = {"score": Score, "position": Position, "mask": Mask, "normalizer": Normalizer}
 

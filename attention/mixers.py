@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from attention import scores
 from attention.kernels import products
 from attention.mechanism import Mechanism
-from attention.parts import Array, Score, check_counts, check_numbers, check_part
+from attention.parts import Score, check_counts, check_numbers, check_part
+from attention.tile import Array
 
 __all__ = ["GLA", "KDA", "SSD", "Delta", "GatedDelta", "LinearAttention", "Mixer", "RetNet"]
 

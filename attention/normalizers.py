@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.parts import Array, Normalizer, OnlineNormalizer, check_counts
+from attention.parts import Normalizer, OnlineNormalizer, check_counts
+from attention.tile import Array
 
 
 def logsumexp(logits: Array) -> Array:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from attention.parts import Array
+from attention.tile import Array
 
 
 def difference_of_pairs(x: Array, x_rest: Array, y: Array, y_rest: Array) -> Array:

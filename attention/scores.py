@@ -11,17 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.parts import (
-    Array,
-    Params,
-    Score,
-    Tile,
-    check_counts,
-    check_numbers,
-    check_part,
-    prepared,
-)
+from attention.parts import Score, check_counts, check_numbers, check_part, prepared
 from attention.positions.angles import angles
+from attention.tile import Array, Params, Tile
 
 
 def _normal(key, shape, fan_in):

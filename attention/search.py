@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from attention.integers import index_array, whole_number
-from attention.parts import Array, accumulator
+from attention.tile import Array, accumulator
 
 State = Any
 Step = Callable[[State, Array], tuple[Array, State]]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attention.parts import Array
+from attention.tile import Array
 
 
 class Merged(NamedTuple):

@@ -32,7 +32,8 @@ from attention.kernels.products import (
 )
 from attention.mechanism import Mechanism, params_shape
 from attention.normalizers import SumToOne
-from attention.parts import Array, Params, Tile, accumulator, rotated
+from attention.parts import rotated
+from attention.tile import Array, Params, Tile, accumulator
 
 
 @jax.tree_util.register_static

@@ -14,7 +14,8 @@ import numpy as np
 from attention.kernels.dense import numbers_per_pair
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
-from attention.parts import EMPTY, FAR, FULL, PARTIAL, Array, BlockBounds, Mask, Range, Tile
+from attention.parts import Mask
+from attention.tile import EMPTY, FAR, FULL, PARTIAL, Array, BlockBounds, Range, Tile
 
 _GRAIN = 64  # blocks of columns start at multiples of it, or of a divisor that theirs shares
 

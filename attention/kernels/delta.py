@@ -27,7 +27,7 @@ import numpy as np
 
 from attention.integers import whole_number
 from attention.pairs import difference_of_pairs, running_pairs
-from attention.parts import Array, accumulator
+from attention.tile import Array, accumulator
 
 CHUNK = 64
 """Tokens of a chunk."""

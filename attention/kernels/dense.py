@@ -21,17 +21,8 @@ from attention.kernels.registry import Call, Kernel, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism, params_shape
 from attention.normalizers import logsumexp
-from attention.parts import (
-    Array,
-    Params,
-    PartGates,
-    Tile,
-    accumulator,
-    gates_of,
-    prepared,
-    rotated,
-    with_zero_gates,
-)
+from attention.parts import prepared, rotated, with_zero_gates
+from attention.tile import Array, Params, PartGates, Tile, accumulator, gates_of
 
 
 def cost(call: Call) -> tuple[float, str]:

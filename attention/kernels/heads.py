@@ -12,7 +12,7 @@ from jax.export import is_symbolic_dim
 from jax.sharding import AxisType, PartitionSpec
 
 from attention.mechanism import Mechanism
-from attention.parts import Array, Params, PartGates, Tile, accumulator
+from attention.tile import Array, Params, PartGates, Tile, accumulator
 
 
 def lift(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from attention.parts import Array
+from attention.tile import Array
 
 LANES = 128  # columns of a register
 

@@ -31,8 +31,9 @@ from attention.kernels.registry import Call, Kernel, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
 from attention.normalizers import SumToOne, Unnormalized
-from attention.parts import And, Array, Mask, Params, Tile, gates_of
+from attention.parts import And, Mask
 from attention.segments import merged
+from attention.tile import Array, Params, Tile, gates_of
 
 CHUNK = 64
 """Queries and keys of a chunk."""

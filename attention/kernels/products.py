@@ -15,7 +15,8 @@ import numpy as np
 from attention import scores
 from attention.mechanism import Mechanism, params_shape
 from attention.normalizers import Softmax
-from attention.parts import Array, Params, Position, Score, Tile, prepared, rotated, with_zero_gates
+from attention.parts import Position, Score, prepared, rotated, with_zero_gates
+from attention.tile import Array, Params, Tile
 
 
 class Product(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from attention.mechanism import Mechanism
-from attention.parts import COORDINATES, Array
+from attention.tile import COORDINATES, Array
 
 KERNELS: dict[str, "Kernel"] = {}
 # Arguments of `attend` that say what the tokens are.

@@ -38,7 +38,8 @@ from attention.kernels.registry import Call, Kernel, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
 from attention.normalizers import Softmax
-from attention.parts import COORDINATES, EMPTY, Array, OnlineNormalizer, Params, Tile
+from attention.parts import OnlineNormalizer
+from attention.tile import COORDINATES, EMPTY, Array, Params, Tile
 
 
 def unsupported(call: Call) -> str | None:

@@ -33,7 +33,8 @@ from attention.kernels.products import Product, product_of
 from attention.kernels.registry import Call, Kernel, device_of, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
-from attention.parts import Array, Mask
+from attention.parts import Mask
+from attention.tile import Array
 
 
 class _Limits(NamedTuple):

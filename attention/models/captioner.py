@@ -28,7 +28,7 @@ from attention.models.vision import VisionTransformer
 from attention.nn.blocks import DecoderState, Stack, TransformerConfig
 from attention.nn.dense import Dense
 from attention.nn.partition import named
-from attention.parts import Array, accumulator
+from attention.tile import Array, accumulator
 
 
 class Captioner(nn.Module):

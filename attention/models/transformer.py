@@ -11,7 +11,7 @@ from attention import decoding
 from attention.integers import count_array
 from attention.mechanism import Mechanism
 from attention.nn.blocks import DecoderState, Embedding, Stack, TransformerConfig
-from attention.parts import Array
+from attention.tile import Array
 
 
 def token_embedding(config: TransformerConfig, mechanism: Mechanism, name: str) -> Embedding:

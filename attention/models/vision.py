@@ -13,7 +13,8 @@ from attention.nn.blocks import Stack, TransformerConfig, required_inputs
 from attention.nn.dense import Dense
 from attention.nn.multi_head import param_if_any
 from attention.nn.partition import by_batch, named
-from attention.parts import Array, check_choices, check_counts, embedded
+from attention.parts import check_choices, check_counts, embedded
+from attention.tile import Array
 
 
 def patches(images: Array, patch_size: Sequence[int]) -> Array:

@@ -23,7 +23,8 @@ from attention.nn.readouts import READOUTS
 from attention.nn.relay import Relay
 from attention.nn.spaces import HEAD_MIXES, check_latent
 from attention.nn.values import VALUE_RESIDUALS
-from attention.parts import Array, Position, check_choices, check_counts, embedded
+from attention.parts import Position, check_choices, check_counts, embedded
+from attention.tile import Array
 
 
 @dataclasses.dataclass(frozen=True)

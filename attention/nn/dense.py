@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 
 from attention.nn.partition import named
-from attention.parts import Array
+from attention.tile import Array
 
 
 def _product(x, kernel, *args, **options):

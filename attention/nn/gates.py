@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from attention.nn.dense import dense
-from attention.parts import Array
+from attention.tile import Array
 
 
 class OutputGate(nn.Module):

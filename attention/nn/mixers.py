@@ -15,8 +15,8 @@ from attention.mixers import MixerState
 from attention.nn.dense import Dense, dense
 from attention.nn.multi_head import param_if_any
 from attention.nn.partition import named
-from attention.parts import Array, accumulator
 from attention.positions import RoPE
+from attention.tile import Array, accumulator
 
 
 class ShortConv(nn.Module):

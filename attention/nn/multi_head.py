@@ -32,7 +32,8 @@ from attention.nn.spaces import (
     query_scale,
 )
 from attention.nn.values import VALUE_RESIDUALS
-from attention.parts import Array, check_choices
+from attention.parts import check_choices
+from attention.tile import Array
 
 
 class _Parts(NamedTuple):

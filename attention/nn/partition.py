@@ -28,7 +28,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from attention.parts import Array
+from attention.tile import Array
 
 _collecting_names = contextvars.ContextVar("collecting names", default=False)
 

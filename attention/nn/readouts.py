@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from attention.nn.dense import dense
 from attention.nn.partition import named
-from attention.parts import Array, accumulator
+from attention.tile import Array, accumulator
 
 
 class Readout(NamedTuple):

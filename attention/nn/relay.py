@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from attention.decoding import Cache
-from attention.parts import Array
+from attention.tile import Array
 
 
 class KeyValues(NamedTuple):

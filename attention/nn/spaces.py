@@ -13,7 +13,8 @@ from attention.kernels import products
 from attention.mechanism import Mechanism
 from attention.nn.partition import named
 from attention.parsing import unparse
-from attention.parts import Array, PositionWrapper, rotated
+from attention.parts import PositionWrapper, rotated
+from attention.tile import Array
 
 
 @dataclasses.dataclass(frozen=True)

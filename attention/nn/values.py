@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from attention.integers import index_array
 from attention.nn.partition import named
 from attention.nn.relay import Relay
-from attention.parts import Array
+from attention.tile import Array
 
 
 class FirstValues(nn.Module):

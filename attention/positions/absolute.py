@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention.integers import index_array
-from attention.parts import Array, Position, check_counts, check_numbers
+from attention.parts import Position, check_counts, check_numbers
 from attention.positions.angles import angles
+from attention.tile import Array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention.integers import index_array
-from attention.parts import Array
+from attention.tile import Array
 
 
 def angles(positions: Array | np.ndarray, frequencies: np.ndarray, dtype: Any) -> Array:

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from attention.integers import index_array
-from attention.parts import COORDINATES, Array, Position, check_counts, check_numbers
+from attention.parts import Position, check_counts, check_numbers
 from attention.positions.absolute import waves
 from attention.positions.angles import angles
 from attention.positions.relative import ALiBi
 from attention.positions.rotary import turn
+from attention.tile import COORDINATES, Array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.parts import Array, Position, Tile, check_counts, check_numbers
+from attention.parts import Position, check_counts, check_numbers
+from attention.tile import Array, Tile
 
 
 @dataclasses.dataclass(frozen=True)

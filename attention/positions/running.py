@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from attention.pairs import add_pairs, as_pairs, difference_of_pairs, running_pairs
-from attention.parts import Array, Position, Tile
+from attention.parts import Position
 from attention.segments import merged
+from attention.tile import Array, Tile
 
 
 @dataclasses.dataclass(frozen=True)

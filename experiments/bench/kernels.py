@@ -17,8 +17,9 @@ from attention.api import choose
 from attention.kernels import blocks
 from attention.kernels.delta import recurrence
 from attention.kernels.registry import describe
-from attention.parts import Tile, check_choices
+from attention.parts import check_choices
 from attention.states import State, needs_keys
+from attention.tile import Tile
 from experiments.bench.work import (
     Foreign,
     JaxWork,

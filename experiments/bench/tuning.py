@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from attention.kernels import blocks, tuned
-from attention.parts import Tile
+from attention.tile import Tile
 from experiments.bench import machine, timing
 from experiments.bench.compare import prepare
 from experiments.bench.kernels import KernelWork

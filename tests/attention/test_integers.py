@@ -9,7 +9,7 @@ from attention import Mechanism, attend, decoding, masks, positions, scores, sea
 from attention.integers import difference
 from attention.models import EncoderDecoder, LanguageModel, RNNEncoderDecoder, rnn
 from attention.nn import Embedding, MultiHeadAttention, TransformerConfig
-from attention.parts import EMPTY, FULL, BlockBounds, Range, Tile
+from attention.tile import EMPTY, FULL, BlockBounds, Range, Tile
 from support.marks import slow_but
 from support.mechanisms import NO_PARAMS, random_params
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from attention import Mechanism, attend, masks, parts
-from attention.parts import FAR, BlockBounds, Range, Tile
+from attention import Mechanism, attend, masks
+from attention.tile import EMPTY, FAR, FULL, BlockBounds, Range, Tile
 from support.formulas import (
     KEY_POSITIONS,
     QUERY_POSITIONS,
@@ -24,7 +24,7 @@ from support.formulas import (
 )
 from support.marks import slow_but
 
-EMPTY = {"score": {}, "position": {}, "normalizer": {}}
+NOTHING_LEARNED = {"score": {}, "position": {}, "normalizer": {}}
 
 # A larger grid than that of `check`: it holds both sides of every edge.
 ROWS, COLUMNS = 7, 9
@@ -151,7 +151,7 @@ def test_truth_table(name):
     query, key = np.zeros((B, ROWS, 2, D)), np.zeros((B, COLUMNS, 1, D))
     mechanism = Mechanism(mask=MASKS[name][0])
     aux = attend(
-        mechanism, EMPTY, query, key, key, aux=("weights", "lse"), **mask_data(name, GRID)
+        mechanism, NOTHING_LEARNED, query, key, key, aux=("weights", "lse"), **mask_data(name, GRID)
     )[1]
     count = expected.sum(-1, keepdims=True)
     with np.errstate(divide="ignore"):
@@ -197,8 +197,10 @@ def test_keys_share_the_segments_of_the_queries_unless_given():
     x = np.random.default_rng(0).normal(size=(B, T, H, D))
     segments = SMALL["query_segments"]
     mechanism = Mechanism(mask=masks.Segments())
-    out = attend(mechanism, EMPTY, x, x, x, query_segments=segments)
-    expected = attend(mechanism, EMPTY, x, x, x, query_segments=segments, key_segments=segments)
+    out = attend(mechanism, NOTHING_LEARNED, x, x, x, query_segments=segments)
+    expected = attend(
+        mechanism, NOTHING_LEARNED, x, x, x, query_segments=segments, key_segments=segments
+    )
     np.testing.assert_array_equal(out, expected)
 
 
@@ -207,7 +209,7 @@ def test_a_mask_asks_for_what_it_needs(name):
     mask, data, _ = MASKS[name]
     x = np.zeros((B, S, K, D), np.float32)
     with pytest.raises(ValueError, match=f"needs .*({'|'.join(data)})"):
-        attend(Mechanism(mask=mask), EMPTY, x, x, x)
+        attend(Mechanism(mask=mask), NOTHING_LEARNED, x, x, x)
 
 
 @pytest.mark.parametrize(
@@ -297,8 +299,8 @@ def test_blocks(name):
             block = mask.block(known_to(xp, bounds))
             assert np.broadcast_to(block, (1, 1)).item() == state
             assert xp is not np or not isinstance(block, jax.Array)  # it is known while tracing
-        assert state != parts.EMPTY or not allowed.any()
-        assert state != parts.FULL or allowed.all()
+        assert state != EMPTY or not allowed.any()
+        assert state != FULL or allowed.all()
         if name in PRECISE and n % 2:
             exact = 0 if not allowed.any() else 2 if allowed.all() else 1
             assert state == exact

@@ -8,7 +8,7 @@ import pytest
 import attention
 from attention import Mechanism, decoding, masks, positions, scores
 from attention.mechanism import params_shape
-from attention.parts import Tile
+from attention.tile import Tile
 from support.helpers import one_line
 from support.marks import slow_but
 from support.mechanisms import compiled, normal, random_params

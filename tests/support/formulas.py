@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention import attend, parts
+from attention import attend
+from attention.tile import Tile
 
 B, T, S, H, K, D, V = 2, 3, 4, 2, 1, 8, 3
 QUERY_POSITIONS = np.array([[3, 5, 9], [0, 1, 7]])
@@ -176,7 +177,7 @@ def public_classes(module):
     return {
         cls
         for name, cls in inspect.getmembers(module, dataclasses.is_dataclass)
-        if not (name.startswith("_") or inspect.isabstract(cls) or cls is parts.Tile)
+        if not (name.startswith("_") or inspect.isabstract(cls) or cls is Tile)
     }
 
 

@@ -25,7 +25,7 @@ from attention.kernels.derivatives import with_fast_pair
 from attention.kernels.heads import cannot_split, on_data_parts
 from attention.kernels.mosaic_gpu.elementwise import LENGTHS, ElementwiseSetting, elementwise
 from attention.kernels.registry import Call, Kernel, device_of, register
-from attention.parts import EMPTY, Array, Params, Tile
+from attention.tile import EMPTY, Array, Params, Tile
 
 MEASURED: frozenset[str] = frozenset()  # kinds of devices of which results/ records a run
 BLOCK = 64  # rows of a product of a warpgroup, and of a block of queries or keys

@@ -21,7 +21,7 @@ from jax.extend import core
 from attention import masks
 from attention.mechanism import Mechanism, params_shape
 from attention.normalizers import Softmax
-from attention.parts import Array, Params, Tile
+from attention.tile import Array, Params, Tile
 
 MOST_NUMBERS = 64  # of a head: each costs a register, and in the backward pass a sum over each row
 

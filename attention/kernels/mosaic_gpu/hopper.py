@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention.kernels.mosaic_gpu import BLOCK
 from attention.kernels.mosaic_gpu.elementwise import ElementwiseSetting, elementwise
-from attention.parts import Array
+from attention.tile import Array
 
 
 class Operands(NamedTuple):

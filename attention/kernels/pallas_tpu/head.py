@@ -16,7 +16,7 @@ from attention.kernels.pallas_tpu.passes import (
 )
 from attention.kernels.registry import device_of
 from attention.mechanism import Mechanism
-from attention.parts import Array, Params, Tile
+from attention.tile import Array, Params, Tile
 
 
 def attend_head(

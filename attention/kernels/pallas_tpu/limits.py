@@ -16,7 +16,7 @@ from attention.kernels.pallas_tpu.passes import fast_memory
 from attention.kernels.registry import Device
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism, params_shape
-from attention.parts import COORDINATES, Tile
+from attention.tile import COORDINATES, Tile
 
 
 class KernelShapes(NamedTuple):

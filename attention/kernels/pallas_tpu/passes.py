@@ -25,7 +25,7 @@ from attention.kernels.lanes import LANES, Value, is_literal
 from attention.kernels.pallas_tpu.schedule import Schedule, schedule
 from attention.kernels.pallas_tpu.tile import TpuTile
 from attention.kernels.tiled import Arrays, Data, Labels, Piece, Plan
-from attention.parts import EMPTY, FULL, PARTIAL, Array
+from attention.tile import EMPTY, FULL, PARTIAL, Array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jax import lax
 
 from attention.kernels import blocks
 from attention.kernels.tiled import Data, Plan
-from attention.parts import EMPTY, FULL, PARTIAL, Array, Tile
+from attention.tile import EMPTY, FULL, PARTIAL, Array, Tile
 
 
 class Steps(NamedTuple):

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from attention.kernels.lanes import LANES
-from attention.parts import Tile
+from attention.tile import Tile
 
 
 class TpuTile(Tile):

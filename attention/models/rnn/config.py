@@ -10,7 +10,8 @@ from attention import positions
 from attention.models.rnn.reading import Bahdanau, LastState, Luong, MeanState
 from attention.nn.blocks import Embedding
 from attention.nn.partition import named
-from attention.parts import Array, check_counts
+from attention.parts import check_counts
+from attention.tile import Array
 
 
 @dataclasses.dataclass(frozen=True)

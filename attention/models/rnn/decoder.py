@@ -12,7 +12,7 @@ from attention.models.rnn.reading import Bahdanau, LastState, LocalP, Luong, Mea
 from attention.nn.dense import Dense
 from attention.nn.multi_head import MultiHeadAttention
 from attention.nn.partition import named
-from attention.parts import Array
+from attention.tile import Array
 
 State = dict[str, Any]
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from attention.models.rnn.config import RNNConfig, make_cell, make_embedding
 from attention.nn.partition import by_batch
-from attention.parts import Array, accumulator
+from attention.tile import Array, accumulator
 
 
 class RNNEncoder(nn.Module):

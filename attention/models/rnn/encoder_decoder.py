@@ -8,7 +8,7 @@ from attention import decoding
 from attention.models.rnn.config import RNNConfig, make_embedding
 from attention.models.rnn.decoder import RNNDecoder, State
 from attention.models.rnn.encoder import RNNEncoder
-from attention.parts import Array
+from attention.tile import Array
 
 
 class RNNEncoderDecoder(nn.Module):

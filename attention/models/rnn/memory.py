@@ -14,7 +14,8 @@ from attention.mechanism import Mechanism
 from attention.nn.dense import Dense
 from attention.nn.multi_head import param_if_any
 from attention.nn.partition import named
-from attention.parts import Array, Score, accumulator
+from attention.parts import Score
+from attention.tile import Array, accumulator
 
 
 class ReadLast(nn.Module):

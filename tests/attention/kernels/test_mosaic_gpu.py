@@ -12,7 +12,7 @@ from attention import Mechanism, attend, explain, masks, normalizers, positions,
 from attention.kernels import dense, registry
 from attention.kernels.mosaic_gpu.elementwise import ElementwiseSetting, elementwise
 from attention.kernels.registry import KERNELS, Device, describe
-from attention.parts import Tile
+from attention.tile import Tile
 from support.mechanisms import Manhattan, assert_close, init, normal, put, wide
 
 HOPPER = Device("cuda", "NVIDIA H100 80GB HBM3", 9.0)

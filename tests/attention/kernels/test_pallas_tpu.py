@@ -15,7 +15,7 @@ from attention.kernels import lanes
 from attention.kernels.pallas_tpu import head, limits, schedule
 from attention.kernels.pallas_tpu.tile import TpuTile
 from attention.kernels.registry import KERNELS, Device, describe, unsupported
-from attention.parts import EMPTY, FULL, PARTIAL, Tile
+from attention.tile import EMPTY, FULL, PARTIAL, Tile
 from support.kernels import arrays, pulled
 from support.marks import slow_but
 from support.mechanisms import EPS, MECHANISMS, assert_close, assert_same, init, normal, wide

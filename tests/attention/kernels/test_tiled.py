@@ -16,7 +16,8 @@ import attention
 from attention import Mechanism, masks, normalizers, positions, scores
 from attention.kernels import blocks
 from attention.nn import MultiHeadAttention
-from attention.parts import PARTIAL, Position, Tile
+from attention.parts import Position
+from attention.tile import PARTIAL, Tile
 from support.kernels import D, H, S, T, arrays, by_kernel, pulled
 from support.marks import slow_but
 from support.mechanisms import (

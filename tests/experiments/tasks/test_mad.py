@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import attention
-from attention import parts
+from attention.tile import Tile
 from experiments import tasks
 from experiments.tasks import mad
 from support.helpers import Silent
@@ -203,7 +203,7 @@ def test_in_compression_the_state_of_one_token_is_all_there_is():
     token = inputs.index(15)
     place = np.arange(config.task.length)
     mask = attention.parse("mask", config.model.mask)
-    visible = np.asarray(mask.tile(parts.Tile(place, place, place, place, 0, num_heads=1)))
+    visible = np.asarray(mask.tile(Tile(place, place, place, place, 0, num_heads=1)))
     for i in place:
         first = token if i > token else 0
         assert np.flatnonzero(visible[i]).tolist() == list(range(first, i + 1))
