@@ -292,7 +292,9 @@ def test_the_future_of_another_document_is_absent(kernel, small_chunks):
     assert np.isnan(got[:, hit]).all()
 
 
-@pytest.mark.parametrize("channels, gate", [(1, -30.0), (2, -1e4)])
+@pytest.mark.parametrize(
+    "channels, gate", [pytest.param(1, -30.0, marks=pytest.mark.slow), (2, -1e4)]
+)
 def test_what_comes_after_strong_forgetting_keeps_its_digits(channels, gate):
     position = positions.GatedDecay(channels, temperature=1.0)
     mechanism = Mechanism(scores.Dot(), position, CAUSAL, PLAIN)
@@ -327,6 +329,7 @@ def test_queries_of_other_places_than_keys(x64):
         np.testing.assert_allclose(got[:, 0], want, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_decays_of_long_texts_keep_their_digits():
     """Sums of hundreds whose differences count; no factor overflows, whatever the gates."""
     n = 2048

@@ -416,7 +416,7 @@ def test_layer_and_its_cache():
     assert params["query_gates"]["kernel"].shape == (8, 2 * 5)
     np.testing.assert_allclose(params["query_gates"]["bias"], [0, 0, 0, 3, 0] * 2, rtol=1e-6)
     np.testing.assert_allclose(params["key_gates"]["bias"], [0, 0, np.log(9), 2], rtol=1e-6)
-    want = layer.apply({"params": params}, x)
+    want = jax.jit(layer.apply)({"params": params}, x)
     cache = decoding.empty((2,), T, 1, 4, position=position, mask=mask, score=mechanism.score)
     assert cache.window.slots == 5 and cache.key_gates.shape[-1] == 5
 

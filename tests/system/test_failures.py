@@ -14,7 +14,7 @@ from support.launching import CONFIG, ablate, children, ended, read, start, wait
 @pytest.mark.parametrize(
     "kind, status, workers, cells",
     [
-        (signal.SIGTERM, 143, 1, 1),
+        pytest.param(signal.SIGTERM, 143, 1, 1, marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, 143, 2, 2, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 130, 1, 2, marks=pytest.mark.slow),
     ],

@@ -12,6 +12,7 @@ import attention
 from attention import Mechanism, masks, normalizers, positions, scores
 from attention.kernels.registry import KERNELS, describe, unsupported
 from support.kernels import BLOCKS, HERE, S, T, arrays, by_kernel, pulled
+from support.marks import slow_but
 from support.mechanisms import (
     EPS,
     NO_PARAMS,
@@ -275,9 +276,8 @@ def test_large_scores(kernel, normalizer):
 # The same bits.
 
 
-@pytest.mark.parametrize(
-    "kernel, dtype", [*of_every_kernel("float32", quick=True), *of_every_kernel("bfloat16")]
-)
+@pytest.mark.parametrize("dtype", slow_but(["float32"], ["float32", "bfloat16"]))
+@pytest.mark.parametrize("kernel", slow_but(["tiled"], HERE))
 def test_same_bits(kernel, dtype, nothing_kept):
     """Run again and compiled again, forward and backward, with dropout."""
     mechanism = Mechanism(scores.Additive(hidden=3), mask=masks.Causal() & masks.Padding())

@@ -121,12 +121,13 @@ def test_a_growing_state_is_nan_where_its_decay_is_traced():
     (query, key, value, log_decay, _), _, _ = arrays(6, 3, False)
     growing = np.array(log_decay)
     growing[4, 1] = 1e-3
-    out, last = jax.jit(recurrence)(query, key, value, growing)
+    compiled = jax.jit(recurrence)
+    out, last = compiled(query, key, value, growing)
     np.testing.assert_array_equal(np.isnan(last).any(0), [False, True, False])
-    np.testing.assert_allclose(out[:4], recurrence(query, key, value, log_decay)[0][:4], atol=1e-6)
+    np.testing.assert_allclose(out[:4], compiled(query, key, value, log_decay)[0][:4], atol=1e-6)
     assert np.isnan(out[4:]).all()
-    whole = recurrence(query, key, value, np.zeros((6, 1), int))
-    jax.tree.map(np.testing.assert_array_equal, whole, recurrence(query, key, value))
+    whole = compiled(query, key, value, np.zeros((6, 1), int))
+    jax.tree.map(np.testing.assert_array_equal, whole, compiled(query, key, value))
 
 
 @DOUBLE

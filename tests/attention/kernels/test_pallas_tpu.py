@@ -202,8 +202,8 @@ STRIPS = [
 def test_blocks_in_strips(mechanism, dropout_rate, x64, monkeypatch):
     """Of two rows each, in a grid of all pairs of blocks and in one of those that a mask leaves."""
     monkeypatch.setattr(head, "strip_sizes", lambda kind, columns: (2, 2))
-    given = arrays(mechanism, T=8, S=24, H=2, K=1, dtype="float64")
-    data = {"query_gates": normal(5, 8, 2, 1, dtype="float64")}
+    given = arrays(mechanism, T=4, S=24, H=2, K=1, dtype="float64")
+    data = {"query_gates": normal(5, 4, 2, 1, dtype="float64")}
     if dropout_rate:
         data["dropout_key"] = jax.random.key(5)
     got, want = (

@@ -769,6 +769,7 @@ def test_multi_head_attention():
 # Any shapes.
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=3)
 @hypothesis.given(
     batch=st.sampled_from([(), (2,), (2, 1)]),

@@ -349,6 +349,7 @@ def test_numbers_that_are_not_finite(handed, with_mask):
 NONE = {"score": {}, "position": {}, "normalizer": {}}
 
 
+@pytest.mark.slow
 def test_every_order(handed):
     """A Hessian-vector product, by the tiled kernel; the gradient alone never traces it."""
     inputs = [x.astype("float32") for x in SMALL]

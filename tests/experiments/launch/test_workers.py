@@ -123,6 +123,7 @@ print(max(faults[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
 def test_freed_memory_serves_the_next_step_unless_the_user_says_how_it_is_had(monkeypatch):
     def faults():
