@@ -162,16 +162,25 @@ def _ends(x, size):
 
 def sizes(mechanism: Mechanism, tile: Tile, head_dim: int, whole_rows: bool) -> tuple[int, int]:
     """Queries and keys of a block: the fastest sizes for the blocks that the mask leaves."""
-    measured = tuned()
-    rows, columns = len(tile.query_index), len(tile.key_index)
+    measured, columns = tuned(), len(tile.key_index)
     per_pair = numbers_per_pair(mechanism, tile.num_heads, head_dim)
     if whole_rows:
         return max(16, min(512, measured.wide_tile // (columns * per_pair))), 512
     if per_pair > 4:
         return max(16, min(512, measured.wide_tile // (128 * per_pair))), 128
 
+    return fastest(mechanism.mask, tile, measured.tiles)
+
+
+def fastest(mask: Mask, tile: Tile, costs: dict[tuple[int, int], float]) -> tuple[int, int]:
+    """Of block sizes the ones that cost least, for the blocks that the mask leaves.
+
+    `costs`: queries and keys of a block -> what one pair of them costs.
+    """
+    rows, columns = len(tile.query_index), len(tile.key_index)
+
     def cost(block):
         t, s = (min(b, n) for b, n in zip(block, (rows, columns), strict=True))
-        return len(visible_blocks(mechanism.mask, tile, (t, s))[0]) * t * s * measured.tiles[block]
+        return len(visible_blocks(mask, tile, (t, s))[0]) * t * s * costs[block]
 
-    return min(measured.tiles, key=cost)
+    return min(costs, key=cost)

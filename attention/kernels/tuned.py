@@ -23,14 +23,14 @@ class Tuned(NamedTuple):
       tiles: queries and keys of a tile -> time of a pair of them, relative to the best tile.
       wide_tile: numbers in a tile of a score that holds several per pair, as additive ones do.
       tiled_above: T·S numbers, times examples and heads, from which on tiled is faster than dense.
-      pallas_tiles: queries and keys of a block of the TPU kernels, the best first: estimates of the
-        compiler, not measured.
+      pallas_tiles: as `tiles`, for a block of the TPU kernels, forward and backward: estimates of
+        the compiler, not measured.
     """
 
     tiles: dict[tuple[int, int], float]
     wide_tile: int
     tiled_above: int
-    pallas_tiles: tuple[tuple[int, int], ...] = ((512, 512),)
+    pallas_tiles: dict[tuple[int, int], float]
 
 
 def tuned(kind: str | None = None) -> Tuned:
@@ -59,9 +59,11 @@ def _read(packaged, path, kind, backend):
             )
             devices = devices | json.loads(Path(path).read_text("utf-8"))
         device = devices["cpu" if backend == "cpu" else "accelerator"] | devices.get(kind, {})
-        tiles = {(int(t), int(s)): float(cost) for t, s, cost in device["tiles"]}
-        sizes = tiles, int(device["wide_tile"]), int(device["tiled_above"])
-        pallas = device.get("pallas_tiles", Tuned._field_defaults["pallas_tiles"])
-        return Tuned(*sizes, tuple((int(t), int(s)) for t, s in pallas))
+        pallas = device.get("pallas_tiles", [[512, 512, 1]])
+        tiles, pallas_tiles = (
+            {(int(t), int(s)): float(cost) for t, s, cost in table}
+            for table in (device["tiles"], pallas)
+        )
+        return Tuned(tiles, int(device["wide_tile"]), int(device["tiled_above"]), pallas_tiles)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{table} is no table of block sizes ({error!r}): {remedy}") from None

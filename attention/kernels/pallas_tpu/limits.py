@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.kernels import lanes
+from attention.kernels import blocks, lanes
 from attention.kernels.heads import with_gates
 from attention.kernels.lanes import LANES, is_literal
 from attention.kernels.pallas_tpu.head import attend_head
@@ -166,16 +166,22 @@ def memory(jaxpr: Any) -> int:
 
 
 def sizes(shapes: KernelShapes, lengths: tuple[int, int], device: Device) -> tuple[int, int]:
-    """Queries and keys of a block: the first of the tuned ones whose kernels are not too large.
+    """Queries and keys of a block: of those whose kernels are not too large, the fastest.
 
     lengths: T and S.
     """
     jaxprs, area = kernel_jaxprs(shapes, _TRACED).values(), math.prod(_TRACED)
     bytes_per_pair = max(map(memory, jaxprs)) / area
     operations_per_pair = max(map(operations, jaxprs)) / area
-    largest = min(fast_memory(device.kind) / bytes_per_pair, _OPERATIONS / operations_per_pair)
+    memory_limit = fast_memory(device.kind) / (_SHARE * bytes_per_pair)
+    largest = min(memory_limit, _OPERATIONS / operations_per_pair)
     tiles = tuned(device.kind if device.platform == "tpu" else None).pallas_tiles
-    t, s = next((x for x in tiles if math.prod(x) <= largest), (LANES, LANES))
+    small = {size: cost for size, cost in tiles.items() if math.prod(size) <= largest}
+    rows, columns = (np.arange(n) for n in lengths)
+    positions = (rows, columns) if shapes.consecutive else (None, None)
+    known: Any = (rows, columns, *positions, None, shapes.num_heads)
+    tile = Tile(*known)
+    t, s = blocks.fastest(shapes.mechanism.mask, tile, small) if small else (LANES, LANES)
     return min(t, -(-lengths[0] // 16) * 16), min(s, -(-lengths[1] // LANES) * LANES)
 
 
@@ -186,6 +192,7 @@ def operations(jaxpr: Any) -> int:
     return own + sum(map(operations, inner))
 
 
+_SHARE = 1 / 2  # of `memory` that the compiler needs, at most: it was a fifth of what was tried
 _OPERATIONS = 2**27  # in a step: the compiler writes all of them out, in seconds
 
 # The block at which a mechanism's kernels are looked at: their memory grows with its area.

@@ -448,12 +448,21 @@ def test_blocks_that_no_tpu_has():
     head._check_block((64, 100), 256, 100)
 
 
-def test_wide_mechanisms_get_small_blocks():
-    def block(score, drops=False):
-        shapes = limits.KernelShapes(
-            Mechanism(score), 1, 128, 128, np.dtype("float32"), None, None, True, drops
-        )
-        return np.prod(limits.sizes(shapes, (4096, 4096), V5E))
+def area(mechanism, drops=False, consecutive=True):
+    """Pairs in the blocks that a mechanism gets."""
+    shapes = limits.KernelShapes(
+        mechanism, 1, 128, 128, np.dtype("float32"), None, None, consecutive, drops
+    )
+    return np.prod(limits.sizes(shapes, (4096, 4096), V5E))
 
-    assert block(scores.Additive(hidden=16)) < block(scores.Dot())
-    assert block(scores.Dot(), drops=True) < block(scores.Dot())
+
+def test_wide_mechanisms_get_small_blocks():
+    assert area(Mechanism(scores.Additive(hidden=16))) < area(Mechanism())
+    assert area(Mechanism(), drops=True) < area(Mechanism())
+
+
+def test_masks_that_leave_little_get_small_blocks():
+    """As far as they do so while tracing."""
+    causal, window = (Mechanism(mask=x) for x in (masks.Causal(), masks.SlidingWindow(256)))
+    assert area(window) < area(causal) < area(Mechanism())
+    assert area(causal) < area(causal, consecutive=False) <= area(Mechanism())
