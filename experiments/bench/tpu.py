@@ -135,7 +135,7 @@ OURS = {
 }
 PEERS = ("jax's flash_attention", "jax's splash", "the products alone")
 _MATRICES = {"forward": 2, "backward": 5}  # products of matrices that a pass cannot do without
-# By what the name of a kernel holds. Where a pass is several kernels, their cycles are added.
+# By what the name of a kernel holds, the first that it does. Of several kernels cycles are added.
 _PASSES = {
     "flash_mha_bwd": "backward",
     "flash_attention": "forward",
@@ -189,7 +189,7 @@ def report(say: Callable[[str], None], only: str = "") -> None:
     `only`: rows whose chip, kernel and block hold this text.
     """
     say("Cycles by libtpu's static estimate, not measured; in brackets: of those in which the")
-    say("matrix units of a core do the products alone. A head of two, T = S = 4096, D = 128,")
+    say("matrix units of a core do the products alone. A head, of two, T = S = 4096, D = 128,")
     say("bfloat16, no mask. Work under conditions of data counts less, as all of splash does.\n")
     say("| chip | kernel | block | forward | backward |\n|---|---|---|---|---|")
     for chip in CHIPS:

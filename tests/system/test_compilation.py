@@ -80,7 +80,6 @@ def test_where_programs_are_kept(variables, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_program_that_was_kept_gives_the_bits_of_one_just_compiled(empty_cache, events, tmp_path):
     config = tiny()
     metrics, states, hits = [], [], []

@@ -72,6 +72,24 @@ def test_the_module_compiles(device):
     assert compiled(gradient, device, params, x).memory_analysis() is not None
 
 
+@pytest.mark.parametrize("chip, length", [("v5e", 32768), ("v6e", 32768), ("tpu7x", 16384)])
+@pytest.mark.parametrize("mask", ["full", "causal", "causal & segments"])
+def test_gradients_of_all_rows_fit_beside_the_blocks_that_attend_chooses(
+    mask, chip, length, monkeypatch
+):
+    """And of more rows the backward pass is two kernels."""
+    target = tpu.device(chip)
+
+    def kernels(length):
+        monkeypatch.setattr(tpu, "LENGTH", length)
+        mechanism = Mechanism(mask=parse("mask", mask))
+        text = tpu.attended(mechanism, target, jnp.bfloat16, implementation="pallas_tpu").as_text()
+        return {name for name in ("backward", "dq", "dkv") if f"/{name}/pallas_call" in text}
+
+    assert kernels(length) == {"backward"}
+    assert kernels(4 * length) == {"dq", "dkv"}
+
+
 SPLASH = {
     "plain": {"mask": "causal"},
     "window": {"mask": "causal & sliding_window(200)"},

@@ -12,7 +12,7 @@ from attention.kernels import blocks, lanes
 from attention.kernels.heads import with_gates
 from attention.kernels.lanes import LANES, is_literal
 from attention.kernels.pallas_tpu.head import attend_head
-from attention.kernels.pallas_tpu.passes import fast_memory
+from attention.kernels.pallas_tpu.passes import HELD, fast_memory
 from attention.kernels.registry import Device
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism, params_shape
@@ -171,10 +171,10 @@ def sizes(shapes: KernelShapes, lengths: tuple[int, int], device: Device) -> tup
     lengths: T and S.
     """
     jaxprs, area = kernel_jaxprs(shapes, _TRACED).values(), math.prod(_TRACED)
-    bytes_per_pair = max(map(memory, jaxprs)) / area
+    bytes_per_pair = max(memory(x) - _of_all_rows(x) for x in jaxprs) / area
     operations_per_pair = max(map(operations, jaxprs)) / area
-    memory_limit = fast_memory(device.kind) / (_SHARE * bytes_per_pair)
-    largest = min(memory_limit, _OPERATIONS / operations_per_pair)
+    room = (1 - HELD) * fast_memory(device.kind)
+    largest = min(room / (_SHARE * bytes_per_pair), _OPERATIONS / operations_per_pair)
     tiles = tuned(device.kind if device.platform == "tpu" else None).pallas_tiles
     small = {size: cost for size, cost in tiles.items() if math.prod(size) <= largest}
     rows, columns = (np.arange(n) for n in lengths)
@@ -185,6 +185,13 @@ def sizes(shapes: KernelShapes, lengths: tuple[int, int], device: Device) -> tup
     return min(t, -(-lengths[0] // 16) * 16), min(s, -(-lengths[1] // LANES) * LANES)
 
 
+def _of_all_rows(jaxpr):
+    """Bytes that a kernel of `kernel_jaxprs` takes for both blocks of rows: not by the pair."""
+    shapes = [getattr(x.aval, "inner_aval", x.aval).shape for x in jaxpr.invars]
+    held = [x for x in shapes if len(x) == 3 and x[:2] == (2, _TRACED[0])]
+    return sum(2 * 4 * math.prod(x[:2]) * -(-x[2] // LANES) * LANES for x in held)
+
+
 def operations(jaxpr: Any) -> int:
     """Numbers that a kernel computes in one step."""
     own = sum(math.prod(x.aval.shape) for equation in jaxpr.eqns for x in equation.outvars)
@@ -192,7 +199,7 @@ def operations(jaxpr: Any) -> int:
     return own + sum(map(operations, inner))
 
 
-_SHARE = 1 / 2  # of `memory` that the compiler needs, at most: it was a fifth of what was tried
+_SHARE = 1 / 3  # of `memory` that the compiler needs, at most: it was a fifth of what was tried
 _OPERATIONS = 2**27  # in a step: the compiler writes all of them out, in seconds
 
 # The block at which a mechanism's kernels are looked at: their memory grows with its area.

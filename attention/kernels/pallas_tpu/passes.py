@@ -59,11 +59,13 @@ def strip_sizes(kind: str, columns: int) -> tuple[int | None, int | None]:
     """`TpuSetting.forward_strip` and `backward_strip` for a kind of TPU, by estimate.
 
     `columns`: of a block. Matrix units of 128 × 128 leave vector units enough time in a backward
-    pass without strips; where they are larger, strips of fewer than 2^19 pairs are slower.
+    pass without strips. Where they are larger it has strips of 2^19 pairs; smaller ones are slower.
+    The rows are a power of two, which divides most blocks.
     """
     if kind.startswith(("TPU v4", "TPU v5")):
         return 256, None
-    return 512, max(8, 2**19 // columns)
+    most = 2**19 // min(columns, 2**16)
+    return 512, 1 << (most.bit_length() - 1)
 
 
 class VisitData(NamedTuple):
@@ -134,7 +136,7 @@ def _of_columns(x, s):
 
 
 def _of_pairs(x, block):
-    """[T' or 1, S' or 1]."""
+    """[T' or 1, S' or 1]; [T', 1] belongs to rows."""
     if x.shape[1] == 1 < x.shape[0]:
         return _of_rows(x.reshape(-1, block[0], 1))
     shape = tuple(b if n > 1 else 1 for b, n in zip(block, x.shape, strict=True))
@@ -520,8 +522,8 @@ class _Cotangents(NamedTuple):
     total: Array
 
 
-# Of fast memory, what gradients of rows may take: the largest blocks compile beside that.
-_HELD = 3 / 8
+# Of fast memory, what gradients of rows may take. The rest is for blocks: tests/system/test_tpu.py.
+HELD = 3 / 8
 
 
 def backward(
@@ -553,7 +555,7 @@ def backward(
     leaves, structure = jax.tree.flatten(_pieces(setting.plan, arrays), is_leaf=_is_operand)
     places = _differentiable(launched("column"), range(len(leaves)))
     strip = setting.backward_strip
-    if sum(_held_bytes(leaves[i]) for i in places) <= _HELD * setting.vmem:
+    if sum(_held_bytes(leaves[i]) for i in places) <= HELD * setting.vmem:
         gradients = _gradients(launched("column", strip=strip), places, "backward")
     else:
         of_columns = [i for i in places if _axes(leaves[i]) == {"column"}]
@@ -595,15 +597,15 @@ def _weighted(launch, masked, piece, local, cotangents, indices):
     return out, weights.sum(1)
 
 
-def _masked(launch):
-    """Whether the mask is looked at, for each state of the pairs that are not EMPTY."""
+def _mask_cases(launch):
+    """Whether the mask is looked at: for each state of the pairs that are not EMPTY."""
     states = launch.pairs.states
     return [kind == PARTIAL for kind in (PARTIAL, FULL) if kind in states] or [False]
 
 
 def _differentiable(launch, places):
     """Those of the leaves of `Piece` at `places` that the weights or the output depend on."""
-    weighted = functools.partial(_weighted, launch, _masked(launch)[0])
+    weighted = functools.partial(_weighted, launch, _mask_cases(launch)[0])
     read = launch.trace(weighted, record=False).read
     return [i for i in places if i in read]
 
@@ -623,15 +625,17 @@ def _gradients(launch, places, name):
         _, pull = jax.vjp(of_own, {i: leaves[i] for i in places})
         return pull((others[1].out, others[1].total))[0]
 
-    pulls = {masked: launch.trace(functools.partial(pull, masked)) for masked in _masked(launch)}
+    pulls = {
+        masked: launch.trace(functools.partial(pull, masked)) for masked in _mask_cases(launch)
+    }
     operands = {i: launch.leaves[i] for i in places}
     axes = {i: _axes(x) for i, x in operands.items()}
     held = [i for i in places if axes[i] == {"row"} and launch.axis == "column"]
     outputs = [_all_of(x) if i in held else x for i, x in operands.items()]
 
-    def body(outputs, scratch):
+    def body(output_refs, scratch):
         del scratch
-        refs = dict(zip(operands, outputs, strict=True))
+        refs = dict(zip(operands, output_refs, strict=True))
 
         def clear(which):
             for i in which:
@@ -669,7 +673,7 @@ def _all_of(operand):
 
 
 def _held_bytes(operand):
-    """What `_all_of` an output that belongs to rows takes; one is written while one is computed."""
+    """What `_all_of` an output that belongs to rows takes: there are two buffers of each output."""
     if _axes(operand) != {"row"}:
         return 0
     blocks, t, n = operand.x.shape

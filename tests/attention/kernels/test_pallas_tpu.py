@@ -12,7 +12,7 @@ import pytest
 import attention
 from attention import Mechanism, masks, normalizers, positions, scores
 from attention.kernels import lanes
-from attention.kernels.pallas_tpu import head, limits, schedule
+from attention.kernels.pallas_tpu import head, limits, passes, schedule
 from attention.kernels.pallas_tpu.tile import TpuTile
 from attention.kernels.registry import KERNELS, Device, describe, unsupported
 from attention.tile import EMPTY, FULL, PARTIAL, Tile
@@ -234,6 +234,27 @@ def test_a_backward_pass_whose_rows_do_not_fit_is_two(mechanism, bias, x64, monk
     check({"forward", "backward"}, (4, 8))
     monkeypatch.setattr(head, "fast_memory", lambda kind: 0)
     check({"forward", "dq", "dkv"}, (2, 8))  # not (4, 8): JAX traces the same call once
+
+
+def test_rows_are_held_where_they_fit(monkeypatch):
+    """8 of float32, each padded to 128 numbers, in two buffers."""
+    given = arrays(Mechanism(), T=8, S=20, H=2, K=1)
+
+    def names(size):
+        pull = functools.partial(pulled.__wrapped__("pallas_tpu", Mechanism(), size=size), data={})
+        return {*re.findall(r"\bname=(backward|dq|dkv)\b", str(jax.make_jaxpr(pull)(*given)))}
+
+    held = 2 * 8 * 128 * 4
+    monkeypatch.setattr(head, "fast_memory", lambda kind: held / passes.HELD)
+    assert names((4, 4)) == {"backward"}
+    monkeypatch.setattr(head, "fast_memory", lambda kind: (held - 1) / passes.HELD)
+    assert names((2, 4)) == {"dq", "dkv"}
+
+
+def test_strips_divide_blocks():
+    assert passes.strip_sizes("TPU v5 lite", 2048) == (256, None)
+    for columns, rows in (2048, 256), (1024, 512), (640, 512), (2**22, 8):
+        assert passes.strip_sizes("TPU v6 lite", columns) == (512, rows)
 
 
 def test_a_grid_of_all_pairs_where_all_are_alike():

@@ -108,7 +108,6 @@ def test_a_run_in_parts_is_the_whole_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_patience_ends_a_run_that_gets_no_better(tmp_path):
     changes = {"train.steps": 40, "train.eval_every": 2, "optimizer.learning_rate": 0.0}
     changes |= {"optimizer.final_learning_rate": 0.0, "train.patience": 3}
