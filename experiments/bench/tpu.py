@@ -194,7 +194,7 @@ def report(say: Callable[[str], None], only: str = "") -> None:
     say("| chip | kernel | block | forward | backward |\n|---|---|---|---|---|")
     for chip in CHIPS:
         for name in (*OURS, *PEERS):
-            for block in _BLOCKS if name in ("ours", PEERS[0]) else _BLOCKS[:1]:
+            for block in _BLOCKS[: {"ours": len(_BLOCKS), PEERS[0]: 3}.get(name, 1)]:
                 row = f"| {chip} | {name} | {block[0]} × {block[1]} |"
                 if only not in row:
                     continue
@@ -206,7 +206,11 @@ def report(say: Callable[[str], None], only: str = "") -> None:
                 say(" ".join([row, *(f"{by_name.get(kind, '')} |" for kind in _MATRICES)]))
 
 
-_BLOCKS = [(1024, 2048), (2048, 2048), (1024, 1024), (512, 1024)]
+# Those of `block_sizes.json`, the larger ones first.
+_BLOCKS = [
+    *((1024, 2048), (2048, 2048), (1024, 1024), (2048, 1024), (512, 1024)),
+    *((1024, 512), (512, 512), (256, 512), (256, 256)),
+]
 _HEADS = 2  # some chips have two cores, which share heads
 
 
