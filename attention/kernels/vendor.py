@@ -9,6 +9,8 @@ contracts of `attend`:
   before, and the rows set to 0, −inf or NaN after. Which rows see what is known from the limits of
   a window and the lengths; for segments and mask arrays from all pairs, without holding them.
 - The vendors give the lse no gradient: where something depends on it, the tiled kernel's is added.
+- Vectors are turned, and made into features of the score, before: in float32, and rounded to the
+  dtype of the inputs, as in models that turn their queries and keys themselves.
 - cuDNN's backward pass adds in no fixed order, so the last bits of gradients may differ from run to
   run, unless XLA_FLAGS has --xla_gpu_deterministic_ops=true; `explain` says so.
 - What only another function could compute is refused (`unsupported`), and so are arrays that the
@@ -28,12 +30,12 @@ from jax.export import is_symbolic_dim
 from attention import masks
 from attention.kernels import dense, tiled
 from attention.kernels.derivatives import with_fast_pair
-from attention.kernels.heads import cannot_split, on_data_parts, unknown_split
-from attention.kernels.products import Product, product_of
+from attention.kernels.heads import cannot_split, on_data_parts, unknown_split, vmap_axes
+from attention.kernels.products import Product, num_prepared, product_of
 from attention.kernels.registry import Call, Kernel, device_of, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
-from attention.parts import Mask
+from attention.parts import Mask, rotated
 from attention.tile import Array
 
 
@@ -110,8 +112,13 @@ def cudnn_unsupported(call: Call) -> str | None:
     query, T, S, D = call.query, call.query.shape[-3], call.key.shape[-3], call.query.shape[-1]
     if query.dtype not in (jnp.float16, jnp.bfloat16):
         return f"it takes float16 and bfloat16, got {query.dtype}: cast query, key and value"
-    if product.cap is not None or product.scale is None:
-        return f"it computes scale · q · k of a known scale, not {call.mechanism}"
+    if product.cap is not None:
+        return f"it computes dot products, not {call.mechanism.score}"
+    if (features := num_prepared(call.mechanism, D)) != D:
+        return (
+            f"it takes features as wide as the query, {D}: of the {features} that "
+            f"{call.mechanism.score} makes it would round some too much"
+        )
     capability = call.device.capability  # 0: not known
     if 0 < capability < 8:
         return f"it takes GPUs of compute capability 8.0 and later, this one has {capability}"
@@ -144,12 +151,17 @@ def _native(limits):
 
 def cudnn_cost(call: Call) -> tuple[float, str]:
     """0, or with an array of all pairs less than the dense kernel's; and the reason."""
-    limits = _limits(call.mechanism.mask)
+    mechanism = call.mechanism
+    limits = _limits(mechanism.mask)
+    name = "the vendor's own kernel"
+    product = product_of(mechanism, call.query.shape[-1], call.value.shape[-1])
+    if isinstance(product, Product) and product.scale is None:
+        name += f"; it rounds turned vectors and other features to {call.query.dtype}"
     if limits is not None and not _holds_pairs(call, limits):
-        return 0, f"the vendor's own kernel; {_BITS}"
+        return 0, f"{name}; {_BITS}"
     numbers = dense.cost(call)[0]
     return numbers / 2, (
-        f"the vendor's own kernel; it holds bias and mask, {numbers:,} numbers; above "
+        f"{name}; it holds bias and mask, {numbers:,} numbers; above "
         f"{2 * tuned().tiled_above:,} tiled runs, which holds none; {_BITS}"
     )
 
@@ -292,16 +304,21 @@ class _VendorPlan:
     lse: bool
     interpret: bool = False
 
+    @property
+    def has_features(self):
+        """Whether queries and keys are made into features before; cuDNN scales them itself."""
+        return self.vendor == "splash" or self.product.scale is None
+
 
 def _fused(plan, params, query, key, value, bias, mask, data):
     """out [B, T, H, V], and lse [B, T, H], a constant for derivatives, or None."""
     (T, H), S = query.shape[1:3], key.shape[1]
     bad_query, bad_key, bad_value = (~jnp.isfinite(x).all(-1) for x in (query, key, value))
-    if plan.vendor == "splash":
+    if plan.has_features:
         query, key = (
             jnp.where(bad[..., None], 0, x) for bad, x in ((bad_query, query), (bad_key, key))
         )
-        query, key = _features(plan.mechanism, params, query, key)
+        query, key = _features(plan.mechanism, params, query, key, data)
         # The square of a huge number is not finite either.
         bad_key = jnp.repeat(bad_key, key.shape[2] // bad_key.shape[2], axis=2)
         bad_query |= ~jnp.isfinite(query).all(-1)
@@ -321,6 +338,7 @@ def _fused(plan, params, query, key, value, bias, mask, data):
     query = jnp.where((rows & ~bad_query)[..., None], query, 0)
     key = jnp.where((hidden & ~bad_key)[..., None], key, 0)
     value = jnp.where((hidden & ~bad_value)[..., None], value, 0)
+    value = jnp.repeat(value, key.shape[2] // value.shape[2], axis=2)
     if plan.vendor == "splash":
         out, lse = _splash(plan, query, key, value, data)
     else:
@@ -362,7 +380,7 @@ def _cudnn(plan, query, key, value, bias, mask, data):
         value,
         bias,
         mask,
-        scale=plan.product.scale,
+        scale=1.0 if plan.has_features else plan.product.scale,
         is_causal=right == 0,
         query_seq_lengths=lengths.get("query_lengths"),
         key_value_seq_lengths=lengths.get("key_lengths"),
@@ -373,7 +391,6 @@ def _cudnn(plan, query, key, value, bias, mask, data):
 
 
 def _splash(plan, query, key, value, data):
-    value = jnp.repeat(value, key.shape[2] // value.shape[2], axis=2)
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     (B, H, T, _), S = query.shape, key.shape[2]
     kernel = _splash_kernel(plan.limits, plan.product.cap, H, T, S, plan.interpret)
@@ -433,25 +450,41 @@ def _modules():
     return [importlib.import_module(f"{package}_{name}") for name in ("kernel", "mask")]
 
 
-def _features(mechanism, params, query, key):
+def _features(mechanism, params, query, key, data):
     """Features [B, T, H, F], [B, S, K or H, F] of query and key, as `dense.prepare` makes them.
 
-    Of their dtype: a TPU's default product rounds float32 to bfloat16 as well.
+    Of their dtype: the products of both vendors would round float32 to bfloat16 as well.
     """
-    dtype, (T, H), (S, K) = query.dtype, query.shape[1:3], key.shape[1:3]
+    dtype, (B, T, H, _), (S, K) = query.dtype, query.shape, key.shape[1:3]
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    rotate, score = mechanism.position.rotate, mechanism.score
+    position, score = mechanism.position, mechanism.score
+    places = {"query_positions": jnp.arange(T)[None], "key_positions": jnp.arange(S)[None]}
+    places |= {name: x for name, x in data.items() if name.endswith(("positions", "coordinates"))}
 
-    def of_head(params, query, key):
-        query, key = (x.astype(jnp.float32) for x in (query, key))
-        query = rotate(params["position"], query, jnp.arange(T), "query")
-        key = rotate(params["position"], key, jnp.arange(S), "key")
-        return [x.astype(dtype) for x in score.prepare(params["score"], query, key)]
+    def of_head(arrays):
+        own, at = arrays["params"], arrays["places"]
 
-    of_heads = jax.vmap(jax.vmap(of_head, (0, 1, 1), 1), (None, 0, 0))
-    query_features, key_features = of_heads(params, query, jnp.repeat(key, H // K, axis=2))
+        def turned(side):
+            x, places = arrays[side].astype(jnp.float32), at[f"{side}_positions"]
+            grid = at.get(f"{side}_coordinates")
+            return rotated(position, own["position"], x, places, side, coordinates=grid)
+
+        features = score.prepare(own["score"], turned("query"), turned("key"))
+        return [x.astype(dtype) for x in features]
+
+    def of_heads(query, key):
+        heads = query.shape[2]
+        arrays = {
+            "query": jnp.swapaxes(query, 1, 2),
+            "key": jnp.swapaxes(jnp.repeat(key, heads // K, axis=2), 1, 2),
+            "params": jax.tree.map(lambda x: x[None], params),
+            "places": {name: x[:, None] for name, x in places.items()},
+        }
+        return [jnp.swapaxes(x, 1, 2) for x in vmap_axes(of_head, arrays, (B, heads))]
+
+    query_features, key_features = of_heads(query, key)
     if not jax.tree.leaves(params):  # then query heads share the features of their key
-        key_features = of_heads(params, query[:, :, :: H // K], key)[1]
+        key_features = of_heads(query[:, :, :: H // K], key)[1]
     return query_features, key_features
 
 
@@ -617,7 +650,17 @@ def _by_vendor(vendor):
     return attend
 
 
-register(Kernel("cudnn", _by_vendor("cudnn"), cudnn_unsupported, cudnn_cost, platforms=("cuda",)))
-register(
-    Kernel("splash", _by_vendor("splash"), splash_unsupported, splash_cost, platforms=("tpu",))
-)
+for _name, _unsupported, _cost, _platform in (
+    ("cudnn", cudnn_unsupported, cudnn_cost, "cuda"),
+    ("splash", splash_unsupported, splash_cost, "tpu"),
+):
+    register(
+        Kernel(
+            _name,
+            _by_vendor(_name),
+            _unsupported,
+            _cost,
+            platforms=(_platform,),
+            takes_coordinates=True,
+        )
+    )

@@ -3,6 +3,7 @@
 cuDNN's part is played by the plain program of `jax.nn`, splash runs in Pallas's interpreter.
 """
 
+import functools
 import re
 
 import jax
@@ -134,9 +135,12 @@ PAIRS = ((1, 1, 128, 128), "bfloat16")
         ("not by dropout_key", HOPPER, {"dropout_rate": 0.1}),
         ("'lse' alone, not 'weights'", HOPPER, {"aux": ("weights", "lse")}),
         ("symbolic", HOPPER, {"shape": (*export.symbolic_shape("b"), 6, 4, 64)}),
-        ("known scale, not .*Cosine", HOPPER, {"score": "cosine"}),
-        ("known scale, not .*SoftCap", HOPPER, {"score": "soft_cap(dot)"}),
-        ("known scale, not .*RoPE", HOPPER, {"position": "rope"}),
+        (None, HOPPER, {"position": "rope", "score": "cosine", "keys": (2, 128, 2, 64)}),
+        (None, HOPPER, {"position": "rope", "key_positions": ((128,), "int32")}),
+        (None, HOPPER, {"position": "rope2d", "query_coordinates": ((128, 2), "int32"),
+                        "key_coordinates": ((128, 2), "int32")}),
+        ("dot products, not SoftCap", HOPPER, {"score": "soft_cap(dot)"}),
+        ("as wide as the query, 64: of the 70 that Gaussian", HOPPER, {"score": "gaussian"}),
         ("combined by &, not BlockLocal", HOPPER, {"masks": masks.BlockLocal(3)}),
         ("combined by &, not Not", HOPPER, {"masks": ~masks.Causal()}),
         ("places from 0 .* not key_positions", HOPPER,
@@ -183,6 +187,7 @@ def test_what_differs_from_run_to_run_is_said():
     "device, options, chosen",
     [
         (HOPPER, {"masks": masks.Causal()}, "cudnn"),
+        (HOPPER, {"masks": masks.Causal(), "position": "rope"}, "cudnn"),
         (HOPPER, {"masks": masks.Causal(), "dtype": "float32"}, "dense"),
         (HOPPER, {"score": "additive"}, "tiled"),
         (HOPPER, {"mask": ((128, 128), "bool")}, "cudnn"),
@@ -347,6 +352,52 @@ def test_numbers_that_are_not_finite(handed, with_mask):
 
 
 NONE = {"score": {}, "position": {}, "normalizer": {}}
+GRID = np.stack(np.divmod(np.arange(128), 16), -1)
+LATER = np.stack([3 * np.arange(128), np.arange(128)[::-1]])
+
+
+@pytest.mark.parametrize(
+    "mechanism, data",
+    [
+        (Mechanism(position=positions.RoPE(), mask=masks.Causal()), {}),
+        (Mechanism(position=positions.RoPE()), {"query_positions": LATER}),
+        (
+            Mechanism(position=positions.RoPE2D()),
+            {"query_coordinates": GRID, "key_coordinates": GRID},
+        ),
+        (Mechanism(scores.General(), positions.XPos(), masks.Causal()), {}),
+        (Mechanism(scores.Cosine(), mask=masks.Causal() & masks.Padding()),
+         {"key_lengths": np.array([90, 128])}),
+    ],
+    ids=["rope", "positions", "rope2d", "general", "cosine"],
+)  # fmt: skip
+def test_features(handed, mechanism, data):
+    """Turned vectors are handed over, and what learns gets its gradient, to the digits they have.
+
+    That is as much again as the dense kernel loses by the dtype, and 3 units in the last place.
+    """
+    params = mechanism.init(jax.random.key(0), num_heads=4, head_dim=16)
+    inputs = (normal(n, 2, 128, h, 16, dtype="bfloat16") for n, h in enumerate((4, 2, 2, 4)))
+    query, key, value, cotangent = inputs
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, *arrays):
+        def attended(*arrays):
+            out, aux = attend(
+                mechanism, *arrays, implementation=implementation, aux=("lse",), **data
+            )
+            return (cotangent * out.astype("float32")).sum() + aux["lse"].sum(), (out, aux["lse"])
+
+        (_, aux), gradients = jax.value_and_grad(attended, (0, 1, 2, 3), has_aux=True)(*arrays)
+        return aux, gradients
+
+    got, rounded = (run(name, params, query, key, value) for name in ("cudnn", "dense"))
+    assert {x["scale"] for x in handed} == {1.0}
+    exact = run("dense", params, *(x.astype("float32") for x in (query, key, value)))
+    for x, y, z in zip(*map(jax.tree.leaves, (got, rounded, exact)), strict=True):
+        error, allowed = (abs(wide(a) - wide(z)).max() for a in (x, y))
+        assert error <= 2 * allowed + 3 * 2.0**-8 * abs(wide(z)).max()
+        assert (x != 0).any()
 
 
 @pytest.mark.slow
@@ -381,11 +432,12 @@ def test_cudnn_refuses_before_it_runs(handed):
 
 
 LOWERED = {
-    "causal": (masks.Causal(), {}),
-    "window": (masks.Causal() & masks.SlidingWindow(20), {}),
-    "lengths": (masks.Padding(), {"key_lengths": ((2,), "int32")}),
-    "mask": (masks.Causal(), {"mask": ((2, 1, 1, 256), "bool")}),
-    "bias": (masks.Full(), {"bias": ((1, 4, 256, 256), "bfloat16")}),
+    "causal": (Mechanism(mask=masks.Causal()), {}),
+    "rope": (Mechanism(position=positions.RoPE(), mask=masks.Causal()), {}),
+    "window": (Mechanism(mask=masks.Causal() & masks.SlidingWindow(20)), {}),
+    "lengths": (Mechanism(mask=masks.Padding()), {"key_lengths": ((2,), "int32")}),
+    "mask": (Mechanism(mask=masks.Causal()), {"mask": ((2, 1, 1, 256), "bool")}),
+    "bias": (Mechanism(), {"bias": ((1, 4, 256, 256), "bfloat16")}),
 }
 
 
@@ -397,12 +449,12 @@ def test_a_gradient_is_two_calls_of_cudnn(monkeypatch, kind, mapped):
     monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91200)
     monkeypatch.setattr(stablehlo, "check_compute_capability", lambda _: True)
     monkeypatch.setattr(registry, "device_of", lambda _: HOPPER)
-    mask, options = LOWERED[kind]
+    mechanism, options = LOWERED[kind]
     options = {name: jax.ShapeDtypeStruct(*x) for name, x in options.items()}
 
     def gradient(query, key, value, options):
         def loss(*arrays):
-            run = attend(Mechanism(mask=mask), NONE, *arrays, aux=("lse",), **options)
+            run = attend(mechanism, NONE, *arrays, aux=("lse",), **options)
             return run[0].astype(jnp.float32).sum()
 
         return jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
@@ -438,14 +490,17 @@ PACKED = {
         pytest.param(Mechanism(scores.General(), mask=masks.Causal() & masks.Padding()),
                      {"key_lengths": np.array([0, 70])}, ("lse",), marks=pytest.mark.slow),
         pytest.param(Mechanism(scores.Gaussian()), {}, ("lse",), marks=pytest.mark.slow),
+        (Mechanism(position=positions.RoPE()), {"query_positions": LATER}, ()),
+        (Mechanism(position=positions.RoPE2D()),
+         {"query_coordinates": GRID, "key_coordinates": GRID[None]}, ()),
     ],
-    ids=str,
+    ids=["every", "every, lse", "general", "gaussian", "positions", "coordinates"],
 )  # fmt: skip
 def test_splash(monkeypatch, mechanism, data, aux):
     """The dense kernel's output, lse and gradients of every leaf; NaN and inf where masked."""
     monkeypatch.setattr(registry, "device_of", lambda _: TPU)
     params, query, key, value, _, cotangent = arrays(mechanism, batch=(2,), T=128, S=128, H=2, K=1)
-    if data:
+    if "key_lengths" in data:
         n = data["key_lengths"][0]
         key, value = put(key, np.s_[0, n:], np.nan), put(value, np.s_[0, n:], np.inf)
     if mechanism.score == scores.Gaussian():  # whose square is not finite
