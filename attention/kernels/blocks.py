@@ -154,8 +154,10 @@ _SIDES = ("query", "key")
 
 
 def _ends(x, size):
-    """Least and greatest of each run of `size`: [n] -> two of [runs]."""
-    xp: Any = np if isinstance(x, np.ndarray) else jnp
+    """Least and greatest of each run of `size`: [n] -> two of [runs]; of NumPy in int64."""
+    xp: Any = jnp
+    if isinstance(x, np.ndarray):
+        xp, x = np, x.astype(np.int64)  # which holds FAR, and differences of int32
     runs = xp.pad(x, (0, -len(x) % size), mode="edge").reshape(-1, size)
     return runs.min(1), runs.max(1)
 

@@ -219,6 +219,22 @@ def test_a_window_visits_its_blocks_alone(monkeypatch):
     assert traced.full is None and len(traced.masked.row) == 64 and traced.unknown
 
 
+def test_coordinates_of_one_side_may_be_known():
+    """While tracing, that is; be they as large as int32 holds."""
+    mechanism, arrays = Mechanism(mask=masks.Window2D(1)), qkv(T=13, S=13)
+    far = GRID.copy()
+    far[::3] += 2**31 - 1 - GRID.max()
+
+    def run(query_places, key_places, kernel="tiled", **sizes):
+        places = {"query_coordinates": query_places, "key_coordinates": key_places}
+        return attend(mechanism, init(mechanism), *arrays, implementation=kernel, **places, **sizes)
+
+    want = run(far, GRID, "dense")
+    for places in (far, GRID), (jnp.asarray(far), GRID), (far, jnp.asarray(GRID)):
+        assert_close(run(*places), want)
+        assert_close(run(*places, block_sizes=(4, 3)), want)
+
+
 def test_who_reads_no_coordinates_is_as_without():
     mechanism = Mechanism(position=positions.ALiBi(), mask=masks.Causal())
     arrays = qkv(T=len(GRID), S=len(GRID))
