@@ -473,4 +473,4 @@ def _soft_cap_jvp(cap, scores, tangents):
     # Written out, the tangent is not multiplied by cap and divided by it again.
     (score,), (tangent,) = scores, tangents
     ratio = jnp.tanh(score / cap)
-    return cap * ratio, tangent - tangent * ratio * ratio
+    return cap * ratio, tangent * (1 - ratio * ratio)
