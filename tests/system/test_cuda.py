@@ -29,8 +29,8 @@ KINDS = {
     "power": {"position": "kerple_power", "mask": "causal"},
     "table": {"position": "t5", "mask": "causal"},
 }
-# A gradient of a table of 32 steps has no register to spare.
-SPILLED = {("table", 128): 8}
+# A gradient of a table of 32 steps has no register to spare; how many differs by version of JAX.
+SPILLED = {("table", 128): 12}
 
 
 @pytest.fixture(scope="module")
