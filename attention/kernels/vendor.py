@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.export import is_symbolic_dim
 
 from attention import masks
@@ -208,6 +209,8 @@ _LANES = 128  # of a TPU's registers
 class _Visible(NamedTuple):
     """Which pairs attend: rows × [first, end), and what an array or segments leave of them.
 
+    Of NumPy where it is known while tracing.
+
     Attributes:
       first, end: [B or 1, T] int, the columns of each row; first ≥ end: none.
       columns: [B or 1, S] bool, within some row's.
@@ -236,6 +239,10 @@ class _Visible(NamedTuple):
     def sees(self, bad, heads):
         """Which rows of which of `heads` query heads see a column that is bad, [B, S, K] bool."""
         repeats = heads // bad.shape[2]
+        if self.pairs is None and isinstance(self.first, np.ndarray) and not self.first.any():
+            columns = jnp.arange(self.length)[:, None]
+            earliest = jnp.where(bad, columns, self.length).min(axis=1, keepdims=True)
+            return jnp.repeat(earliest < self.end[:, :, None], repeats, axis=2)
         if self.pairs is None:
             counts = jnp.pad(jnp.cumsum(bad, axis=1, dtype=jnp.int32), ((0, 0), (1, 0), (0, 0)))
             before, after = (
@@ -256,21 +263,19 @@ class _Visible(NamedTuple):
 
 def _visible(plan, T, S, mask, data):
     left, right = plan.limits
-    i, j = jnp.arange(T), jnp.arange(S)
-    first = jnp.zeros((1, T), int) if left is None else jnp.clip(i - min(left, S), 0)[None]
-    end = jnp.full((1, T), S) if right is None else jnp.minimum(i + min(right, S) + 1, S)[None]
-    rows = jnp.ones((1, T), bool)
+    i, j = np.arange(T), np.arange(S)
+    first = np.zeros((1, T), int) if left is None else np.maximum(i - min(left, T), 0)[None]
+    end: Any = np.full((1, T), S) if right is None else np.minimum(i + min(right, S) + 1, S)[None]
     if "key_lengths" in data:
         end = jnp.minimum(end, data["key_lengths"][:, None])
     if "query_lengths" in data:
-        rows = i < data["query_lengths"][:, None]
-    end = jnp.where(rows, end, 0)
+        end = jnp.where(i < data["query_lengths"][:, None], end, 0)
     # Column j is within the columns of the rows from j − right to j + left.
-    low = jnp.zeros((1, S), int) if right is None else jnp.clip(j - min(right, S), 0)[None]
-    high = jnp.full((1, S), T) if left is None else jnp.minimum(j + min(left, T) + 1, T)[None]
+    low = np.zeros((1, S), int) if right is None else np.maximum(j - min(right, S), 0)[None]
+    high: Any = np.full((1, S), T) if left is None else np.minimum(j + min(left, T) + 1, T)[None]
     if "query_lengths" in data:
         high = jnp.minimum(high, data["query_lengths"][:, None])
-    columns = low < high
+    columns: Any = low < high
     if "key_lengths" in data:
         columns &= j < data["key_lengths"][:, None]
     segments = "query_segments" in data
@@ -310,14 +315,35 @@ class _VendorPlan:
         return self.vendor == "splash" or self.product.scale is None
 
 
+@jax.custom_jvp
+def _finite(x, used):
+    """x with 0 for numbers that are not finite or not used, `used` bool.
+
+    Who sees one that is not finite is NaN and sends back 0, so the tangent of it needs no zeros.
+    """
+    return jnp.where(jnp.isfinite(x) & used, x, 0)
+
+
+@_finite.defjvp
+def _finite_jvp(args, tangents):
+    used = args[1]
+    tangent = tangents[0]
+    if not _all_known(used):
+        tangent = jnp.where(used, tangent, 0)
+    return _finite(*args), tangent
+
+
+def _all_known(flags):
+    """Whether all of them are known to be True."""
+    return isinstance(flags, np.ndarray) and flags.all()
+
+
 def _fused(plan, params, query, key, value, bias, mask, data):
     """out [B, T, H, V], and lse [B, T, H], a constant for derivatives, or None."""
     (T, H), S = query.shape[1:3], key.shape[1]
     bad_query, bad_key, bad_value = (~jnp.isfinite(x).all(-1) for x in (query, key, value))
     if plan.has_features:
-        query, key = (
-            jnp.where(bad[..., None], 0, x) for bad, x in ((bad_query, query), (bad_key, key))
-        )
+        query, key = (_finite(x, np.True_) for x in (query, key))
         query, key = _features(plan.mechanism, params, query, key, data)
         # The square of a huge number is not finite either.
         bad_key = jnp.repeat(bad_key, key.shape[2] // bad_key.shape[2], axis=2)
@@ -334,16 +360,15 @@ def _fused(plan, params, query, key, value, bias, mask, data):
     rows, columns = visible.rows(), visible.columns_read()
     by_key, by_value = (visible.sees(x, H) for x in (bad_key, bad_value))
     by_key |= bad_rows | (bad_query & rows)
-    hidden = columns[:, :, None]
-    query = jnp.where((rows & ~bad_query)[..., None], query, 0)
-    key = jnp.where((hidden & ~bad_key)[..., None], key, 0)
-    value = jnp.where((hidden & ~bad_value)[..., None], value, 0)
+    query = _finite(query, rows[..., None])
+    key, value = (_finite(x, columns[:, :, None, None]) for x in (key, value))
     value = jnp.repeat(value, key.shape[2] // value.shape[2], axis=2)
     if plan.vendor == "splash":
         out, lse = _splash(plan, query, key, value, data)
     else:
         out, lse = _cudnn(plan, query, key, value, bias, mask, data)
-    out = jnp.where(rows[..., None], out, 0)
+    if not _all_known(rows):
+        out = jnp.where(rows[..., None], out, 0)
     out = jnp.where((by_key | by_value)[..., None], jnp.nan, out)
     if lse is not None:
         lse = jnp.where(rows, jax.lax.stop_gradient(lse).astype(jnp.float32), -jnp.inf)
@@ -384,7 +409,7 @@ def _cudnn(plan, query, key, value, bias, mask, data):
         is_causal=right == 0,
         query_seq_lengths=lengths.get("query_lengths"),
         key_value_seq_lengths=lengths.get("key_lengths"),
-        local_window_size=None if left is None else (min(left, S), 0),
+        local_window_size=None if left is None else (min(left, T), 0),
         return_residual=True,
         implementation="cudnn",
     )

@@ -307,6 +307,19 @@ def test_cudnn(handed, options, expected):
         assert first[name] == (pytest.approx(value) if name == "scale" else value)
 
 
+def test_a_window_wider_than_the_keys(handed):
+    """Of more queries than keys: the last ones look back further than there are keys."""
+    query, key, value = SMALL[0], SMALL[1][:, :3], SMALL[2][:, :3]
+    got, want = (
+        dot_product_attention(
+            query, key, value, local_window_size=(4, 0), return_residual=True, implementation=name
+        )
+        for name in ("cudnn", "dense")
+    )
+    assert handed[0]["local_window_size"] == (4, 0)
+    assert_close(got, want, 0.03)
+
+
 @pytest.mark.parametrize("examples", [1, 2])
 def test_every_bias_has_its_gradient(handed, examples):
     """cuDNN's where all examples share it, which it gets right, else that of the tiled kernel."""
@@ -441,6 +454,19 @@ LOWERED = {
 }
 
 
+def count(pattern, program):
+    """How often a line of a StableHLO program runs that holds a pattern."""
+    functions = dict(
+        re.findall(r"func\.func \w+ @(\w+)(.*?)^  }$", program, re.MULTILINE | re.DOTALL)
+    )
+
+    def within(name):
+        lines = len(re.findall(pattern, functions[name], re.MULTILINE))
+        return lines + sum(map(within, re.findall(r" call @(\w+)", functions[name])))
+
+    return within("main")
+
+
 @pytest.mark.parametrize("mapped", [False, True], ids=["", "vmap"])
 @pytest.mark.parametrize("kind", LOWERED)
 def test_a_gradient_is_two_calls_of_cudnn(monkeypatch, kind, mapped):
@@ -465,6 +491,10 @@ def test_a_gradient_is_two_calls_of_cudnn(monkeypatch, kind, mapped):
     program = jax.jit(run).trace(*arrays, options).lower(lowering_platforms=("cuda",)).as_text()
     assert program.count("__cudnn") == 2 and "Backward" in program
     assert ("stablehlo.while" in program) == (mapped and kind == "bias")  # a call for each example
+    if kind in ("causal", "rope"):  # where all see and are seen, gradients need no zeros
+        wide = count(r"stablehlo\.select .*x64xbf16>$", program)
+        turned = 2 * (kind == "rope")
+        assert wide == turned + 3 + 2, "before turning, after it; of the output and its cotangent"
 
 
 # Splash in the interpreter.
