@@ -3,7 +3,7 @@
 cuDNN is called by `jax.nn.dot_product_attention`, splash by Pallas's
 `jax.experimental.pallas.ops.tpu.splash_attention`. `derivatives` joins their forward and backward
 passes to the derivatives of the tiled kernel, and steps of O(T) before and after hold them to the
-contracts of `attend`:
+contracts of `attend` (`guards`):
 
 - Rows that see nothing, columns that nobody sees and numbers that are not finite are set to 0
   before, and the rows set to 0, −inf or NaN after. Which rows see what is known from the limits of
@@ -21,76 +21,42 @@ import dataclasses
 import functools
 import importlib
 import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.export import is_symbolic_dim
 
-from attention import masks
 from attention.kernels import dense, tiled
 from attention.kernels.derivatives import with_fast_pair
-from attention.kernels.heads import cannot_split, on_data_parts, unknown_split, vmap_axes
+from attention.kernels.guards import Band, all_known, band_of, cleared, features, visible_pairs
+from attention.kernels.heads import cannot_split, on_data_parts, unknown_split
 from attention.kernels.products import Product, num_prepared, product_of
 from attention.kernels.registry import Call, Kernel, device_of, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
-from attention.parts import Mask, rotated
-from attention.tile import Array
 
 
-class _Limits(NamedTuple):
-    """Keys i − left ≤ j ≤ i + right, of those that lengths and segments leave; None: no limit."""
-
-    left: int | None = None
-    right: int | None = None
-
-    @property
-    def limited(self):
-        return self != _Limits()
-
-
-def _limits(mask: Mask) -> _Limits | None:
-    """A mask of causal masks, windows, padding and segments, combined by `&`; None: another."""
-    if type(mask) is masks.And:
-        one, other = _limits(mask.left), _limits(mask.right)
-        if one is None or other is None:
-            return None
-        sides = zip(one, other, strict=True)
-        return _Limits(*(min((x for x in side if x is not None), default=None) for side in sides))
-    if isinstance(mask, masks.SlidingWindow) and type(mask).tile is masks.SlidingWindow.tile:
-        return _Limits(mask.left, mask.left if mask.right is None else mask.right)
-    bands = {
-        masks.Full: _Limits(),
-        masks.Causal: _Limits(right=0),
-        masks.Padding: _Limits(),
-        masks.Segments: _Limits(),
-    }
-    return bands.get(type(mask))
-
-
-def _served(call: Call) -> tuple[Product, _Limits] | str:
+def _served(call: Call) -> tuple[Product, Band] | str:
     """What a vendor is to compute, or why neither can."""
     if any(is_symbolic_dim(n) for x in (call.query, call.key) for n in x.shape):
         return f"its sizes cannot be symbolic; got query {call.query.shape}, key {call.key.shape}"
     product = product_of(call.mechanism, call.query.shape[-1], call.value.shape[-1])
     if isinstance(product, str):
         return product
-    limits = _limits(call.mechanism.mask)
-    if limits is None:
+    band = band_of(call.mechanism.mask)
+    if band is None:
         return (
             "it computes masks of causal, sliding_window, padding and segments combined by &, not "
             f"{call.mechanism.mask}"
         )
     positions = {"query_positions", "key_positions"} & call.data.keys()
-    if limits.limited and positions:
+    if band.limited and positions:
         return f"it takes places from 0 for causal masks and windows, not {min(positions)}"
     if call.dropout_rate > 0:
         return "it would drop weights by a generator of its own, not by dropout_key"
     if beyond := set(call.aux) - {"lse", "row_weights"}:
         return f"it returns the aux 'lse' alone, not {min(beyond)!r}"
-    return product, limits
+    return product, band
 
 
 # cuDNN's limits and where each is from: `cudnn_unsupported` is a line for each, and so is its test.
@@ -109,7 +75,7 @@ def cudnn_unsupported(call: Call) -> str | None:
     served = _served(call)
     if isinstance(served, str):
         return served
-    product, limits = served
+    product, band = served
     query, T, S, D = call.query, call.query.shape[-3], call.key.shape[-3], call.query.shape[-1]
     if query.dtype not in (jnp.float16, jnp.bfloat16):
         return f"it takes float16 and bfloat16, got {query.dtype}: cast query, key and value"
@@ -132,7 +98,7 @@ def cudnn_unsupported(call: Call) -> str | None:
         return f"it would round the bias, {call.bias.dtype}, to {query.dtype}: cast it"
     if "query_segments" in call.data or "key_segments" in call.data:
         return "jax.nn passes no segments to it"
-    if _holds_pairs(call, limits) and (T % 2 or S % 2):
+    if _holds_pairs(call, band) and (T % 2 or S % 2):
         return (
             "with a bias, a mask or a window to the right it differentiates even T and S only, "
             f"got {T} and {S}: pad them"
@@ -140,25 +106,25 @@ def cudnn_unsupported(call: Call) -> str | None:
     return None
 
 
-def _holds_pairs(call, limits):
+def _holds_pairs(call, band):
     """Whether cuDNN needs an array [B, H, T, S]: all but its own masks are added to the scores."""
-    return not (call.bias is None and call.mask is None and _native(limits))
+    return not (call.bias is None and call.mask is None and _native(band))
 
 
-def _native(limits):
+def _native(band):
     """Whether cuDNN has such a window: its right side can only be that of a causal mask."""
-    return not limits.limited or (limits.right == 0 and (limits.left is None or limits.left >= 0))
+    return not band.limited or (band.right == 0 and (band.left is None or band.left >= 0))
 
 
 def cudnn_cost(call: Call) -> tuple[float, str]:
     """0, or with an array of all pairs less than the dense kernel's; and the reason."""
     mechanism = call.mechanism
-    limits = _limits(mechanism.mask)
+    band = band_of(mechanism.mask)
     name = "the vendor's own kernel"
     product = product_of(mechanism, call.query.shape[-1], call.value.shape[-1])
     if isinstance(product, Product) and product.scale is None:
         name += f"; it rounds turned vectors and other features to {call.query.dtype}"
-    if limits is not None and not _holds_pairs(call, limits):
+    if band is not None and not _holds_pairs(call, band):
         return 0, f"{name}; {_BITS}"
     numbers = dense.cost(call)[0]
     return numbers / 2, (
@@ -206,92 +172,6 @@ def splash_cost(call: Call) -> tuple[float, str]:
 _LANES = 128  # of a TPU's registers
 
 
-class _Visible(NamedTuple):
-    """Which pairs attend: rows × [first, end), and what an array or segments leave of them.
-
-    Of NumPy where it is known while tracing.
-
-    Attributes:
-      first, end: [B or 1, T] int, the columns of each row; first ≥ end: none.
-      columns: [B or 1, S] bool, within some row's.
-      pairs: () -> [B or 1, H or 1, T, S] bool, computed where it is read; None: all of them.
-      length: S.
-      held: whether an array of all pairs is in memory anyway.
-    """
-
-    first: Array
-    end: Array
-    columns: Array
-    pairs: Any
-    length: int
-    held: bool
-
-    def rows(self):
-        """Which see something: [B or 1, T, H or 1] bool."""
-        if self.pairs is None:
-            return (self.first < self.end)[:, :, None]
-        return jnp.swapaxes(self.pairs().any(-1), 1, 2)
-
-    def columns_read(self):
-        """Which columns somebody sees: [B or 1, S] bool."""
-        return self.columns if self.pairs is None else self.pairs().any((1, 2))
-
-    def sees(self, bad, heads):
-        """Which rows of which of `heads` query heads see a column that is bad, [B, S, K] bool."""
-        repeats = heads // bad.shape[2]
-        if self.pairs is None and isinstance(self.first, np.ndarray) and not self.first.any():
-            columns = jnp.arange(self.length)[:, None]
-            earliest = jnp.where(bad, columns, self.length).min(axis=1, keepdims=True)
-            return jnp.repeat(earliest < self.end[:, :, None], repeats, axis=2)
-        if self.pairs is None:
-            counts = jnp.pad(jnp.cumsum(bad, axis=1, dtype=jnp.int32), ((0, 0), (1, 0), (0, 0)))
-            before, after = (
-                jnp.take_along_axis(counts, jnp.clip(x, 0, self.length)[:, :, None], axis=1)
-                for x in (self.first, self.end)
-            )
-            return jnp.repeat(after > before, repeats, axis=2)
-
-        def look(bad):
-            by_head = jnp.swapaxes(jnp.repeat(bad, repeats, axis=2), 1, 2)
-            return jnp.swapaxes((self.pairs() & by_head[:, :, None]).any(-1), 1, 2)
-
-        if self.held:
-            return look(bad)
-        shape = jax.eval_shape(look, bad).shape
-        return jax.lax.cond(bad.any(), look, lambda bad: jnp.zeros(shape, bool), bad)
-
-
-def _visible(plan, T, S, mask, data):
-    left, right = plan.limits
-    i, j = np.arange(T), np.arange(S)
-    first = np.zeros((1, T), int) if left is None else np.maximum(i - min(left, T), 0)[None]
-    end: Any = np.full((1, T), S) if right is None else np.minimum(i + min(right, S) + 1, S)[None]
-    if "key_lengths" in data:
-        end = jnp.minimum(end, data["key_lengths"][:, None])
-    if "query_lengths" in data:
-        end = jnp.where(i < data["query_lengths"][:, None], end, 0)
-    # Column j is within the columns of the rows from j − right to j + left.
-    low = np.zeros((1, S), int) if right is None else np.maximum(j - min(right, S), 0)[None]
-    high: Any = np.full((1, S), T) if left is None else np.minimum(j + min(left, T) + 1, T)[None]
-    if "query_lengths" in data:
-        high = jnp.minimum(high, data["query_lengths"][:, None])
-    columns: Any = low < high
-    if "key_lengths" in data:
-        columns &= j < data["key_lengths"][:, None]
-    segments = "query_segments" in data
-    if mask is None and not segments:
-        return _Visible(first, end, columns, None, S, held=False)
-
-    def pairs():
-        visible = ((first[:, :, None] <= j) & (j < end[:, :, None]))[:, None]
-        if segments:
-            query, key = data["query_segments"], data["key_segments"]
-            visible &= (query[:, :, None] == key[:, None, :])[:, None]
-        return visible if mask is None else visible & mask
-
-    return _Visible(first, end, columns, pairs, S, held=mask is not None)
-
-
 @dataclasses.dataclass(frozen=True)
 class _VendorPlan:
     """What is known of a call while tracing.
@@ -305,7 +185,7 @@ class _VendorPlan:
     vendor: str
     mechanism: Mechanism
     product: Product
-    limits: _Limits
+    band: Band
     lse: bool
     interpret: bool = False
 
@@ -315,36 +195,15 @@ class _VendorPlan:
         return self.vendor == "splash" or self.product.scale is None
 
 
-@jax.custom_jvp
-def _finite(x, used):
-    """x with 0 for numbers that are not finite or not used, `used` bool.
-
-    Who sees one that is not finite is NaN and sends back 0, so the tangent of it needs no zeros.
-    """
-    return jnp.where(jnp.isfinite(x) & used, x, 0)
-
-
-@_finite.defjvp
-def _finite_jvp(args, tangents):
-    used = args[1]
-    tangent = tangents[0]
-    if not _all_known(used):
-        tangent = jnp.where(used, tangent, 0)
-    return _finite(*args), tangent
-
-
-def _all_known(flags):
-    """Whether all of them are known to be True."""
-    return isinstance(flags, np.ndarray) and flags.all()
-
-
 def _fused(plan, params, query, key, value, bias, mask, data):
     """out [B, T, H, V], and lse [B, T, H], a constant for derivatives, or None."""
     (T, H), S = query.shape[1:3], key.shape[1]
     bad_query, bad_key, bad_value = (~jnp.isfinite(x).all(-1) for x in (query, key, value))
     if plan.has_features:
-        query, key = (_finite(x, np.True_) for x in (query, key))
-        query, key = _features(plan.mechanism, params, query, key, data)
+        query, key = (cleared(x, jnp.isfinite(x)) for x in (query, key))
+        dtype, learned = query.dtype, bool(jax.tree.leaves(params))
+        own = features(plan.mechanism, params, query, key, data, per_query_head=learned)
+        query, key = (x.astype(dtype) for x in own)
         # The square of a huge number is not finite either.
         bad_key = jnp.repeat(bad_key, key.shape[2] // bad_key.shape[2], axis=2)
         bad_query |= ~jnp.isfinite(query).all(-1)
@@ -353,21 +212,22 @@ def _fused(plan, params, query, key, value, bias, mask, data):
     if bias is not None:
         # −inf is masked, and a row that sees another such number is NaN.
         mask = jnp.ones((1, 1, 1, 1), bool) if mask is None else mask
-        pairs = _visible(plan, T, S, mask, data).pairs()
+        pairs = visible_pairs(plan.band, T, S, mask, data).pairs()
         bad_rows = jnp.swapaxes((pairs & ~(bias < jnp.inf)).any(-1), 1, 2)
         mask &= jnp.isfinite(bias)
-    visible = _visible(plan, T, S, mask, data)
+    visible = visible_pairs(plan.band, T, S, mask, data)
     rows, columns = visible.rows(), visible.columns_read()
     by_key, by_value = (visible.sees(x, H) for x in (bad_key, bad_value))
     by_key |= bad_rows | (bad_query & rows)
-    query = _finite(query, rows[..., None])
-    key, value = (_finite(x, columns[:, :, None, None]) for x in (key, value))
+    # Of a key that is not finite the other numbers may be huge, but it meets zeros alone.
+    query = cleared(query, ~by_key[..., None], rows[..., None])
+    key, value = (cleared(x, jnp.isfinite(x), columns[:, :, None, None]) for x in (key, value))
     value = jnp.repeat(value, key.shape[2] // value.shape[2], axis=2)
     if plan.vendor == "splash":
         out, lse = _splash(plan, query, key, value, data)
     else:
         out, lse = _cudnn(plan, query, key, value, bias, mask, data)
-    if not _all_known(rows):
+    if not all_known(rows):
         out = jnp.where(rows[..., None], out, 0)
     out = jnp.where((by_key | by_value)[..., None], jnp.nan, out)
     if lse is not None:
@@ -379,8 +239,8 @@ def _fused(plan, params, query, key, value, bias, mask, data):
 def _cudnn(plan, query, key, value, bias, mask, data):
     B, T, H, _ = query.shape
     S = key.shape[1]
-    left, right = plan.limits
-    if not _native(plan.limits):
+    left, right = plan.band
+    if not _native(plan.band):
         i, j = jnp.arange(T)[:, None], jnp.arange(S)
         band = jnp.ones((T, S), bool)
         band &= True if left is None else i - j <= left
@@ -418,7 +278,7 @@ def _cudnn(plan, query, key, value, bias, mask, data):
 def _splash(plan, query, key, value, data):
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     (B, H, T, _), S = query.shape, key.shape[2]
-    kernel = _splash_kernel(plan.limits, plan.product.cap, H, T, S, plan.interpret)
+    kernel = _splash_kernel(plan.band, plan.product.cap, H, T, S, plan.interpret)
     ids = _segments(data, B, T, S)
     arrays = query, key, value, ids
     out = jax.vmap(kernel)(*arrays)
@@ -435,7 +295,7 @@ _BLOCKS = (512, 256, 128)  # not measured: splash's own default is the last
 
 
 @functools.cache
-def _splash_kernel(limits, cap, H, T, S, interpret):
+def _splash_kernel(band, cap, H, T, S, interpret):
     """Cached, since splash looks at all T·S pairs of its mask: ten seconds for 32k."""
     splash, shape = _modules()[0], (T, S)
     rows, columns = (next(n for n in _BLOCKS if length % n == 0) for length in shape)
@@ -449,7 +309,7 @@ def _splash_kernel(limits, cap, H, T, S, interpret):
     )
     with jax.ensure_compile_time_eval():
         return splash.make_splash_mha(
-            _splash_mask(limits, shape, H),
+            _splash_mask(band, shape, H),
             block_sizes=sizes,
             attn_logits_soft_cap=cap,
             head_shards=1,
@@ -458,14 +318,14 @@ def _splash_kernel(limits, cap, H, T, S, interpret):
         )
 
 
-def _splash_mask(limits, shape, heads):
+def _splash_mask(band, shape, heads):
     splash_masks = _modules()[1]
-    if not limits.limited:
+    if not band.limited:
         mask = splash_masks.FullMask(shape)
-    elif limits == _Limits(right=0):
+    elif band == Band(right=0):
         mask = splash_masks.CausalMask(shape)
     else:
-        mask = splash_masks.LocalMask(shape, tuple(limits), 0)
+        mask = splash_masks.LocalMask(shape, tuple(band), 0)
     return splash_masks.MultiHeadMask([mask] * heads)
 
 
@@ -473,44 +333,6 @@ def _modules():
     """Imported where needed: Pallas for TPUs takes half a second."""
     package = "jax.experimental.pallas.ops.tpu.splash_attention.splash_attention"
     return [importlib.import_module(f"{package}_{name}") for name in ("kernel", "mask")]
-
-
-def _features(mechanism, params, query, key, data):
-    """Features [B, T, H, F], [B, S, K or H, F] of query and key, as `dense.prepare` makes them.
-
-    Of their dtype: the products of both vendors would round float32 to bfloat16 as well.
-    """
-    dtype, (B, T, H, _), (S, K) = query.dtype, query.shape, key.shape[1:3]
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    position, score = mechanism.position, mechanism.score
-    places = {"query_positions": jnp.arange(T)[None], "key_positions": jnp.arange(S)[None]}
-    places |= {name: x for name, x in data.items() if name.endswith(("positions", "coordinates"))}
-
-    def of_head(arrays):
-        own, at = arrays["params"], arrays["places"]
-
-        def turned(side):
-            x, places = arrays[side].astype(jnp.float32), at[f"{side}_positions"]
-            grid = at.get(f"{side}_coordinates")
-            return rotated(position, own["position"], x, places, side, coordinates=grid)
-
-        features = score.prepare(own["score"], turned("query"), turned("key"))
-        return [x.astype(dtype) for x in features]
-
-    def of_heads(query, key):
-        heads = query.shape[2]
-        arrays = {
-            "query": jnp.swapaxes(query, 1, 2),
-            "key": jnp.swapaxes(jnp.repeat(key, heads // K, axis=2), 1, 2),
-            "params": jax.tree.map(lambda x: x[None], params),
-            "places": {name: x[:, None] for name, x in places.items()},
-        }
-        return [jnp.swapaxes(x, 1, 2) for x in vmap_axes(of_head, arrays, (B, heads))]
-
-    query_features, key_features = of_heads(query, key)
-    if not jax.tree.leaves(params):  # then query heads share the features of their key
-        key_features = of_heads(query[:, :, :: H // K], key)[1]
-    return query_features, key_features
 
 
 def _segments(data, B, T, S):
@@ -658,7 +480,7 @@ def _by_vendor(vendor):
         product = product_of(mechanism, query.shape[-1], value.shape[-1])
         interpret = vendor == "splash" and device_of(query).platform != "tpu"
         plan = _VendorPlan(
-            vendor, mechanism, product, _limits(mechanism.mask), "lse" in aux, interpret
+            vendor, mechanism, product, band_of(mechanism.mask), "lse" in aux, interpret
         )
         if {"query_lengths", "key_lengths"} & data.keys():  # cuDNN takes both or none
             most = {"query_lengths": query.shape[1], "key_lengths": key.shape[1]}

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.export import is_symbolic_dim
 
-from attention.kernels import blocks, dense, tiled
+from attention.kernels import blocks, dense, guards, tiled
 from attention.kernels.derivatives import with_fast_pair
 from attention.kernels.heads import cannot_split, on_data_parts
 from attention.kernels.mosaic_gpu.elementwise import LENGTHS, ElementwiseSetting, elementwise
@@ -120,37 +120,30 @@ class _Features(NamedTuple):
 
 
 def _prepare(setting, params, query, key, value):
-    """-> `_Features` with zeros for what is not finite, and `dense.NonFinite` of the same axes."""
-    parts, H, K, (T, S) = elementwise(setting), setting.heads, key.shape[2], setting.lengths
+    """-> `_Features` with 0 for what is not finite, and whose vectors are not: [B, ., heads]."""
+    parts, H = elementwise(setting), setting.heads
     dtype = query.dtype
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-
-    def of_head(params, query, key, value):
-        tile = Tile(*(np.arange(n) for n in (T, S) * 2), np.int32(0), H, consecutive=True)
-        inputs, bad = dense.prepare(setting.mechanism, params, query, key, value, tile)
-        return (inputs.features, inputs.key_features.T, inputs.value), bad
-
-    def of_heads(n):
-        """Of every H/n-th query head: what is not used of it is not computed."""
-        own = jax.tree.map(lambda x: x[:: H // n], params)
-        arrays = query[:, :: H // n], *(jnp.repeat(x, n // K, axis=1) for x in (key, value))
-        return jax.vmap(jax.vmap(of_head), (None, 0, 0, 0))(own, *arrays)
-
-    sides = H, (H if parts.per_query_head else K), K
-    results = [of_heads(n) for n in sides]
-    arrays = [vectors[side] for side, (vectors, _) in enumerate(results)]  # one of each
+    bad = [~jnp.isfinite(x).all(-1) for x in (query, key, value)]
+    query, key, value = (guards.cleared(x, jnp.isfinite(x)) for x in (query, key, value))
+    own = guards.features(
+        setting.mechanism, params, query, key, {}, per_query_head=parts.per_query_head
+    )
     # What is finite in float32 need not be so in float16.
-    bad = [flags[side] for side, (_, flags) in enumerate(results)]
-    bad = [y | ~jnp.isfinite(x.astype(dtype)).all(-1) for x, y in zip(arrays, bad, strict=True)]
-    arrays = [jnp.where(y[..., None], 0, x) for x, y in zip(arrays, bad, strict=True)]
+    overflown = [~jnp.isfinite(x.astype(dtype)).all(-1) for x in own]
+    bad[1] = jnp.repeat(bad[1], own[1].shape[2] // key.shape[2], axis=2)
+    bad = dense.NonFinite(bad[0] | overflown[0], bad[1] | overflown[1], bad[2])
+    own = [guards.cleared(x, jnp.isfinite(x.astype(dtype))) for x in own]
+    arrays = (jnp.swapaxes(x, 1, 2) for x in (*own, value.astype(jnp.float32)))
     numbers = jax.vmap(parts.numbers)(params, jnp.arange(H, dtype=jnp.int32))
     sink = jnp.broadcast_to(jax.vmap(lambda head, own: parts.sink(own))(jnp.arange(H), params), H)
-    return _Features(*arrays, numbers, sink), dense.NonFinite(*bad)
+    return _Features(*arrays, numbers, sink), bad
 
 
-def _operands(plan, features, counts, dtype):
-    """What the kernels read.
+def _operands(plan, features, worst, counts, dtype):
+    """What the kernels read. Rows that see a key which is not finite (`worst`) are 0.
+
+    Of such a key the other numbers may be huge.
 
     Features that a score adds to the D of its vectors may be sums of squares, which a bfloat16
     rounds too much. Each is held as x = x̂ + x̌, and of a product q̂ k̂ + q̌ k̂ + q̂ ǩ is computed.
@@ -159,7 +152,8 @@ def _operands(plan, features, counts, dtype):
 
     D = plan.setting.widths[0]
     wide = features.query.dtype
-    (query, q), (key, k) = ((x[..., :D], x[..., D:]) for x in (features.query, features.key))
+    rows = jnp.where((worst == 2)[..., None], 0, features.query)
+    (query, q), (key, k) = ((x[..., :D], x[..., D:]) for x in (rows, features.key))
     q_high, k_high = (x.astype(dtype).astype(wide) for x in (q, k))
     query = jnp.concatenate([query, q_high, q - q_high, q_high], -1)
     key = jnp.concatenate([key, k_high, k_high, k - k_high], -1)
@@ -213,36 +207,44 @@ def _ranges(setting, counts):
     return jax.vmap(lambda counts: of_example([*counts]), axis_size=len(counts))(counts)
 
 
-def _worst_seen(setting, bad, counts):
+def _worst_seen(setting, bad, counts, data):
     """What each row sees that is not finite, as `dense.sees`: [B, H, T].
 
-    Pairs are looked at only where something is not finite at all.
+    `bad` as `_prepare` returns it. Where the mask is no band, pairs are looked at, if something is
+    not finite at all.
     """
-    (T, S), H, visible = setting.lengths, setting.heads, elementwise(setting).visible
-    B = len(counts)
-
-    def look():
-        columns = [jnp.repeat(x, H // x.shape[1], axis=1) for x in (bad.key, bad.value)]
-        rows = jnp.pad(bad.query, ((0, 0), (0, 0), (0, -T % BLOCK)))
-
-        def of_block(block):
-            i = (block * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32))[:, None]
-            i, j = jnp.broadcast_arrays(i, jnp.arange(S, dtype=jnp.int32)[None])
-
-            def of_example(counts, query, key, value):
-                pairs = jnp.ones(i.shape, bool) if visible is None else visible(i, j, [*counts])
-                of_head = jax.vmap(lambda *own: dense.sees(dense.NonFinite(*own), pairs))
-                return of_head(query, key, value)
-
-            query = lax.dynamic_slice_in_dim(rows, block * BLOCK, BLOCK, axis=2)
-            return jax.vmap(of_example)(counts, query, *columns)
-
-        count = rows.shape[2] // BLOCK
-        of_blocks = lax.map(of_block, jnp.arange(count, dtype=jnp.int32))
-        return jnp.moveaxis(of_blocks, 0, 2).reshape(B, H, -1)[:, :, :T].astype(jnp.int32)
-
+    (T, S), H = setting.lengths, setting.heads
+    band = guards.band_of(setting.mechanism.mask)
+    if band is not None:
+        visible = guards.visible_pairs(band, T, S, None, data)
+        by_key = visible.sees(bad.key, H) | (bad.query & visible.rows())
+        return jnp.swapaxes(jnp.where(by_key, 2, visible.sees(bad.value, H)), 1, 2)
+    bad = dense.NonFinite(*(jnp.swapaxes(x, 1, 2) for x in bad))
     anything = jnp.stack([x.any() for x in bad]).any()
-    return lax.cond(anything, look, lambda: jnp.zeros((B, H, T), jnp.int32))
+    none = jnp.zeros((len(counts), H, T), jnp.int32)
+    return lax.cond(anything, lambda: _worst_of_pairs(setting, bad, counts), lambda: none)
+
+
+def _worst_of_pairs(setting, bad, counts):
+    (T, S), H, visible = setting.lengths, setting.heads, elementwise(setting).visible
+    columns = [jnp.repeat(x, H // x.shape[1], axis=1) for x in (bad.key, bad.value)]
+    rows = jnp.pad(bad.query, ((0, 0), (0, 0), (0, -T % BLOCK)))
+
+    def of_block(block):
+        i = (block * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32))[:, None]
+        i, j = jnp.broadcast_arrays(i, jnp.arange(S, dtype=jnp.int32)[None])
+
+        def of_example(counts, query, key, value):
+            pairs = visible(i, j, [*counts])
+            of_head = jax.vmap(lambda *own: dense.sees(dense.NonFinite(*own), pairs))
+            return of_head(query, key, value)
+
+        query = lax.dynamic_slice_in_dim(rows, block * BLOCK, BLOCK, axis=2)
+        return jax.vmap(of_example)(counts, query, *columns)
+
+    of_blocks = lax.map(of_block, jnp.arange(rows.shape[2] // BLOCK, dtype=jnp.int32))
+    by_row = jnp.moveaxis(of_blocks, 0, 2).reshape(len(counts), H, -1)
+    return by_row[:, :, :T].astype(jnp.int32)
 
 
 def _reference(plan, params, query, key, value, data):
@@ -256,9 +258,9 @@ def _forward(plan, params, query, key, value, data):
     setting, (T, _), V = plan.setting, plan.setting.lengths, plan.setting.widths[1]
     counts = _counts(setting, data, len(query))
     features, bad = _prepare(setting, params, query, key, value)
-    operands = _operands(plan, features, counts, query.dtype)
+    worst = _worst_seen(setting, bad, counts, data)
+    operands = _operands(plan, features, worst, counts, query.dtype)
     out, lse = hopper.forward(setting, plan.interpret, operands, _ranges(setting, counts)[0])
-    worst = _worst_seen(setting, bad, counts)
     out = jnp.where((worst > 0)[..., None], jnp.nan, out[:, :, :T, :V])
     outputs = {"out": jnp.swapaxes(out, 1, 2)}
     if plan.lse:
@@ -274,7 +276,7 @@ def _backward(plan, args, outputs, residuals, cotangents):
     lse, worst = residuals
     counts = _counts(setting, data, len(arrays[1]))
     features, pull = jax.vjp(lambda *arrays: _prepare(setting, *arrays)[0], *arrays)
-    operands = _operands(plan, features, counts, arrays[1].dtype)
+    operands = _operands(plan, features, worst, counts, arrays[1].dtype)
 
     def by_head(x, nan):
         """Of rows, [B, H, T, ...], 0 where they are NaN."""

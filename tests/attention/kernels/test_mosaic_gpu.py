@@ -223,6 +223,7 @@ LEARNED = Mechanism(
 
 
 @needs_jax
+@pytest.mark.filterwarnings("ignore:.* encountered in matmul")  # of what is masked
 @pytest.mark.parametrize(
     "mechanism, lengths, options",
     [
