@@ -1,8 +1,8 @@
 """What keeps a fast kernel of dot products to the contracts of `attend`.
 
-Such a kernel may not know what is not finite: 0 · NaN is NaN, so a masked NaN would spread. Steps
-of O(T + S) before and after it find what each row sees, without looking at pairs where the mask is
-a band.
+Such a kernel may not know what is not finite: 0 · NaN is NaN, so a masked NaN would spread. Whole
+vectors that hold one become 0 before: what is left of them may be huge, and overflow. Which rows
+see one is known without looking at pairs where the mask is a band.
 """
 
 from collections.abc import Callable, Mapping
@@ -82,6 +82,7 @@ class Visible(NamedTuple):
     def sees(self, bad: Array, heads: int) -> Array:
         """Which rows of which query heads see a column that is bad: [B, S, K] -> [B, T, H] bool."""
         repeats = heads // bad.shape[2]
+        # Every row begins at column 0: it sees a bad one if the earliest is before its end.
         if self.pairs is None and isinstance(self.first, np.ndarray) and not self.first.any():
             columns = jnp.arange(self.length)[:, None]
             earliest = jnp.where(bad, columns, self.length).min(axis=1, keepdims=True)
@@ -109,16 +110,18 @@ def visible_pairs(
 ) -> Visible:
     """`Visible` of a band, lengths and segments of `data`, and a mask [B or 1, H or 1, T, S]."""
     left, right = band
+    left = None if left is None else max(min(left, T), -S)
+    right = None if right is None else max(min(right, S), -T)
     i, j = np.arange(T), np.arange(S)
-    first = np.zeros((1, T), int) if left is None else np.maximum(i - min(left, T), 0)[None]
-    end: Any = np.full((1, T), S) if right is None else np.minimum(i + min(right, S) + 1, S)[None]
+    first = np.zeros((1, T), int) if left is None else np.maximum(i - left, 0)[None]
+    end: Any = np.full((1, T), S) if right is None else np.minimum(i + right + 1, S)[None]
     if "key_lengths" in data:
         end = jnp.minimum(end, data["key_lengths"][:, None])
     if "query_lengths" in data:
         end = jnp.where(i < data["query_lengths"][:, None], end, 0)
     # Column j is within the columns of the rows from j − right to j + left.
-    low = np.zeros((1, S), int) if right is None else np.maximum(j - min(right, S), 0)[None]
-    high: Any = np.full((1, S), T) if left is None else np.minimum(j + min(left, T) + 1, T)[None]
+    low = np.zeros((1, S), int) if right is None else np.maximum(j - right, 0)[None]
+    high: Any = np.full((1, S), T) if left is None else np.minimum(j + left + 1, T)[None]
     if "query_lengths" in data:
         high = jnp.minimum(high, data["query_lengths"][:, None])
     columns: Any = low < high
@@ -139,19 +142,19 @@ def visible_pairs(
 
 
 @jax.custom_jvp
-def cleared(x: Array, good: Any, used: Any = np.True_) -> Array:
-    """x with 0 where it is not `good`, as it is not finite, or not `used`; both bool.
+def cleared(x: Array, bad: Array, used: Any = np.True_) -> Array:
+    """Vectors x [..., n], with 0 for those that are `bad` or not `used`, both [...] bool.
 
-    For a backward pass alone: what rows that see something bad send back is 0, so the gradient of
-    what is not good needs not be set to 0.
+    The tangent passes where x is bad: callers set every row that sees such a vector to NaN, so its
+    cotangent is 0 already.
     """
-    return jnp.where(good & used, x, 0)
+    return jnp.where((~bad & used)[..., None], x, 0)
 
 
 @cleared.defjvp
 def _cleared_jvp(args, tangents):
     used, tangent = args[2], tangents[0]
-    return cleared(*args), tangent if all_known(used) else jnp.where(used, tangent, 0)
+    return cleared(*args), tangent if all_known(used) else jnp.where(used[..., None], tangent, 0)
 
 
 def all_known(flags: Any) -> bool:
@@ -170,8 +173,7 @@ def features(
 ) -> tuple[Array, Array]:
     """Features [B, T, H, F], [B, S, K, F] of query and key in float32, as `dense.prepare` has them.
 
-    `per_query_head`: query heads have features of their own of the key that they share, [B, S, H,
-    F].
+    `per_query_head`: each query head has its own features of its key: [B, S, H, F].
     """
     (B, T, H, _), (S, K) = query.shape, key.shape[1:3]
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)

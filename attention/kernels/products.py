@@ -154,6 +154,21 @@ def _no_features(mechanism, head_dim, value_dim):
 
 
 @functools.cache
+def learns_key_features(mechanism: Mechanism, head_dim: int, value_dim: int) -> bool:
+    """Whether the features of a key depend on what is learned, and so differ by query head."""
+    params = _params_of_a_head(mechanism, head_dim, value_dim)
+    x = jax.ShapeDtypeStruct((_SIZE, head_dim), jnp.float32)
+    index = np.arange(_SIZE)
+
+    def of_key(x, params):
+        place = functools.partial(rotated, mechanism.position, params["position"])
+        query, key = (place(x, index, side, coordinates=_COORDINATES) for side in ("query", "key"))
+        return mechanism.score.prepare(params["score"], query, key)[1]
+
+    return depends(of_key, x, params)
+
+
+@functools.cache
 def num_features(mechanism: Mechanism, head_dim: int) -> int:
     """F', the features of a query in `Score.feature_map`."""
     return _features(mechanism, head_dim, feature_map)

@@ -2,7 +2,8 @@
 
 cuDNN is called by `jax.nn.dot_product_attention`, splash by Pallas's
 `jax.experimental.pallas.ops.tpu.splash_attention`. `derivatives` joins their forward and backward
-passes to the derivatives of the tiled kernel, and steps of O(T) before and after hold them to the
+passes to the derivatives of the tiled kernel, and steps before and after, of O(T + S) but for
+segments and arrays of pairs, hold them to the
 contracts of `attend` (`guards`):
 
 - Rows that see nothing, columns that nobody sees and numbers that are not finite are set to 0
@@ -13,8 +14,10 @@ contracts of `attend` (`guards`):
   dtype of the inputs, as in models that turn their queries and keys themselves.
 - cuDNN's backward pass adds in no fixed order, so the last bits of gradients may differ from run to
   run, unless XLA_FLAGS has --xla_gpu_deterministic_ops=true; `explain` says so.
-- What only another function could compute is refused (`unsupported`), and so are arrays that the
-  vendor would round.
+- What only another function could compute is refused (`unsupported`), and so are other arrays that
+  the vendor would round.
+- Finite numbers near the largest of their dtype may overflow in the vendors' kernels, also for rows
+  that do not see them.
 """
 
 import dataclasses
@@ -30,7 +33,7 @@ from attention.kernels import dense, tiled
 from attention.kernels.derivatives import with_fast_pair
 from attention.kernels.guards import Band, all_known, band_of, cleared, features, visible_pairs
 from attention.kernels.heads import cannot_split, on_data_parts, unknown_split
-from attention.kernels.products import Product, num_prepared, product_of
+from attention.kernels.products import Product, learns_key_features, num_prepared, product_of
 from attention.kernels.registry import Call, Kernel, device_of, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
@@ -66,6 +69,8 @@ def _served(call: Call) -> tuple[Product, Band] | str:
 #   value as wide as the key, even T and S with a bias, int32 lengths, a window that ends at the
 #   diagonal, no segments: what jax.nn.dot_product_attention passes on,
 #     https://docs.jax.dev/en/latest/_autosummary/jax.nn.dot_product_attention.html
+#   a window of no more queries than keys:
+#     https://github.com/NVIDIA/cudnn-frontend (scaled_dot_product_flash_attention.h)
 #   mask and bias repeated over heads and rows: https://github.com/jax-ml/jax/issues/28974
 #   no gradient of a bias of several examples: https://github.com/jax-ml/jax/issues/30593
 
@@ -81,11 +86,10 @@ def cudnn_unsupported(call: Call) -> str | None:
         return f"it takes float16 and bfloat16, got {query.dtype}: cast query, key and value"
     if product.cap is not None:
         return f"it computes dot products, not {call.mechanism.score}"
-    if (features := num_prepared(call.mechanism, D)) != D:
-        return (
-            f"it takes features as wide as the query, {D}: of the {features} that "
-            f"{call.mechanism.score} makes it would round some too much"
-        )
+    if product.scale is None and query.dtype == jnp.float16:
+        return "features may be larger than float16 holds: cast query, key and value to bfloat16"
+    if (width := num_prepared(call.mechanism, D)) != D:
+        return f"it takes features as wide as the query, {D}; {call.mechanism.score} makes {width}"
     capability = call.device.capability  # 0: not known
     if 0 < capability < 8:
         return f"it takes GPUs of compute capability 8.0 and later, this one has {capability}"
@@ -96,6 +100,8 @@ def cudnn_unsupported(call: Call) -> str | None:
         return f"the value must be as wide as the key, {D}; got {call.value.shape[-1]}"
     if call.bias is not None and call.bias.dtype != query.dtype:
         return f"it would round the bias, {call.bias.dtype}, to {query.dtype}: cast it"
+    if _native(band) and band.left is not None and band.left < T - 1 and T > S:
+        return f"its window takes no more queries than keys, got {T} and {S}"
     if "query_segments" in call.data or "key_segments" in call.data:
         return "jax.nn passes no segments to it"
     if _holds_pairs(call, band) and (T % 2 or S % 2):
@@ -166,7 +172,7 @@ def splash_cost(call: Call) -> tuple[float, str]:
     del call
     if unknown_split():
         return math.inf, "of several devices, without jax.set_mesh, it cannot be split"
-    return 0, "the vendor's own kernel"
+    return 0, "the vendor's own kernel; it rounds as products of the default precision do"
 
 
 _LANES = 128  # of a TPU's registers
@@ -191,19 +197,19 @@ class _VendorPlan:
 
     @property
     def has_features(self):
-        """Whether queries and keys are made into features before; cuDNN scales them itself."""
+        """False only for cuDNN of scale · q · k, which takes the scale as an argument."""
         return self.vendor == "splash" or self.product.scale is None
 
 
 def _fused(plan, params, query, key, value, bias, mask, data):
     """out [B, T, H, V], and lse [B, T, H], a constant for derivatives, or None."""
-    (T, H), S = query.shape[1:3], key.shape[1]
+    (T, H, D), S = query.shape[1:], key.shape[1]
     bad_query, bad_key, bad_value = (~jnp.isfinite(x).all(-1) for x in (query, key, value))
     if plan.has_features:
-        query, key = (cleared(x, jnp.isfinite(x)) for x in (query, key))
-        dtype, learned = query.dtype, bool(jax.tree.leaves(params))
-        own = features(plan.mechanism, params, query, key, data, per_query_head=learned)
-        query, key = (x.astype(dtype) for x in own)
+        query, key = cleared(query, bad_query), cleared(key, bad_key)
+        dtype, by_head = query.dtype, learns_key_features(plan.mechanism, D, value.shape[-1])
+        vectors = features(plan.mechanism, params, query, key, data, per_query_head=by_head)
+        query, key = (x.astype(dtype) for x in vectors)
         # The square of a huge number is not finite either.
         bad_key = jnp.repeat(bad_key, key.shape[2] // bad_key.shape[2], axis=2)
         bad_query |= ~jnp.isfinite(query).all(-1)
@@ -219,9 +225,8 @@ def _fused(plan, params, query, key, value, bias, mask, data):
     rows, columns = visible.rows(), visible.columns_read()
     by_key, by_value = (visible.sees(x, H) for x in (bad_key, bad_value))
     by_key |= bad_rows | (bad_query & rows)
-    # Of a key that is not finite the other numbers may be huge, but it meets zeros alone.
-    query = cleared(query, ~by_key[..., None], rows[..., None])
-    key, value = (cleared(x, jnp.isfinite(x), columns[:, :, None, None]) for x in (key, value))
+    query, columns = cleared(query, bad_query, rows), columns[:, :, None]
+    key, value = cleared(key, bad_key, columns), cleared(value, bad_value, columns)
     value = jnp.repeat(value, key.shape[2] // value.shape[2], axis=2)
     if plan.vendor == "splash":
         out, lse = _splash(plan, query, key, value, data)
@@ -269,7 +274,7 @@ def _cudnn(plan, query, key, value, bias, mask, data):
         is_causal=right == 0,
         query_seq_lengths=lengths.get("query_lengths"),
         key_value_seq_lengths=lengths.get("key_lengths"),
-        local_window_size=None if left is None else (min(left, T), 0),
+        local_window_size=None if left is None or left >= T - 1 else (left, 0),
         return_residual=True,
         implementation="cudnn",
     )

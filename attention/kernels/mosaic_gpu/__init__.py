@@ -120,30 +120,31 @@ class _Features(NamedTuple):
 
 
 def _prepare(setting, params, query, key, value):
-    """-> `_Features` with 0 for what is not finite, and whose vectors are not: [B, ., heads]."""
+    """-> `_Features` with 0 for vectors that are not finite, and which are not.
+
+    The latter as `dense.NonFinite` of [B, length, heads].
+    """
     parts, H = elementwise(setting), setting.heads
     dtype = query.dtype
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     bad = [~jnp.isfinite(x).all(-1) for x in (query, key, value)]
-    query, key, value = (guards.cleared(x, jnp.isfinite(x)) for x in (query, key, value))
-    own = guards.features(
+    query, key, value = map(guards.cleared, (query, key, value), bad)
+    vectors = guards.features(
         setting.mechanism, params, query, key, {}, per_query_head=parts.per_query_head
     )
+    bad[1] = jnp.repeat(bad[1], vectors[1].shape[2] // key.shape[2], axis=2)
     # What is finite in float32 need not be so in float16.
-    overflown = [~jnp.isfinite(x.astype(dtype)).all(-1) for x in own]
-    bad[1] = jnp.repeat(bad[1], own[1].shape[2] // key.shape[2], axis=2)
-    bad = dense.NonFinite(bad[0] | overflown[0], bad[1] | overflown[1], bad[2])
-    own = [guards.cleared(x, jnp.isfinite(x.astype(dtype))) for x in own]
-    arrays = (jnp.swapaxes(x, 1, 2) for x in (*own, value.astype(jnp.float32)))
+    for side, x in enumerate(vectors):
+        bad[side] |= ~jnp.isfinite(x.astype(dtype)).all(-1)
+    vectors = map(guards.cleared, (*vectors, value.astype(jnp.float32)), bad)
+    arrays = (jnp.swapaxes(x, 1, 2) for x in vectors)
     numbers = jax.vmap(parts.numbers)(params, jnp.arange(H, dtype=jnp.int32))
     sink = jnp.broadcast_to(jax.vmap(lambda head, own: parts.sink(own))(jnp.arange(H), params), H)
-    return _Features(*arrays, numbers, sink), bad
+    return _Features(*arrays, numbers, sink), dense.NonFinite(*bad)
 
 
-def _operands(plan, features, worst, counts, dtype):
-    """What the kernels read. Rows that see a key which is not finite (`worst`) are 0.
-
-    Of such a key the other numbers may be huge.
+def _operands(plan, features, counts, dtype):
+    """What the kernels read.
 
     Features that a score adds to the D of its vectors may be sums of squares, which a bfloat16
     rounds too much. Each is held as x = x̂ + x̌, and of a product q̂ k̂ + q̌ k̂ + q̂ ǩ is computed.
@@ -152,8 +153,7 @@ def _operands(plan, features, worst, counts, dtype):
 
     D = plan.setting.widths[0]
     wide = features.query.dtype
-    rows = jnp.where((worst == 2)[..., None], 0, features.query)
-    (query, q), (key, k) = ((x[..., :D], x[..., D:]) for x in (rows, features.key))
+    (query, q), (key, k) = ((x[..., :D], x[..., D:]) for x in (features.query, features.key))
     q_high, k_high = (x.astype(dtype).astype(wide) for x in (q, k))
     query = jnp.concatenate([query, q_high, q - q_high, q_high], -1)
     key = jnp.concatenate([key, k_high, k_high, k - k_high], -1)
@@ -259,7 +259,7 @@ def _forward(plan, params, query, key, value, data):
     counts = _counts(setting, data, len(query))
     features, bad = _prepare(setting, params, query, key, value)
     worst = _worst_seen(setting, bad, counts, data)
-    operands = _operands(plan, features, worst, counts, query.dtype)
+    operands = _operands(plan, features, counts, query.dtype)
     out, lse = hopper.forward(setting, plan.interpret, operands, _ranges(setting, counts)[0])
     out = jnp.where((worst > 0)[..., None], jnp.nan, out[:, :, :T, :V])
     outputs = {"out": jnp.swapaxes(out, 1, 2)}
@@ -276,7 +276,7 @@ def _backward(plan, args, outputs, residuals, cotangents):
     lse, worst = residuals
     counts = _counts(setting, data, len(arrays[1]))
     features, pull = jax.vjp(lambda *arrays: _prepare(setting, *arrays)[0], *arrays)
-    operands = _operands(plan, features, worst, counts, arrays[1].dtype)
+    operands = _operands(plan, features, counts, arrays[1].dtype)
 
     def by_head(x, nan):
         """Of rows, [B, H, T, ...], 0 where they are NaN."""

@@ -55,12 +55,13 @@ def test_bands():
 
 def test_a_gradient_passes_what_is_cleared():
     """But for what is hidden: rows that see something bad send back 0 by themselves."""
-    x = jnp.array([1.0, jnp.nan, 3.0, jnp.inf])
+    x = jnp.array([[1.0], [jnp.nan], [3.0], [jnp.inf]])
     used = np.array([True, True, False, False])
 
     def pull(*flags):
-        cleared, pull = jax.vjp(lambda x: guards.cleared(x, jnp.isfinite(x), *flags), x)
-        return cleared, pull(jnp.full(4, 2.0))[0]
+        bad = ~jnp.isfinite(x).all(-1)
+        cleared, pull = jax.vjp(lambda x: guards.cleared(x, bad, *flags), x)
+        return cleared[:, 0], pull(jnp.full((4, 1), 2.0))[0][:, 0]
 
     cleared, gradient = pull()
     np.testing.assert_array_equal(cleared, [1, 0, 3, 0])

@@ -223,7 +223,6 @@ LEARNED = Mechanism(
 
 
 @needs_jax
-@pytest.mark.filterwarnings("ignore:.* encountered in matmul")  # of what is masked
 @pytest.mark.parametrize(
     "mechanism, lengths, options",
     [

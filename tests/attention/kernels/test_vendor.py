@@ -140,7 +140,11 @@ PAIRS = ((1, 1, 128, 128), "bfloat16")
         (None, HOPPER, {"position": "rope2d", "query_coordinates": ((128, 2), "int32"),
                         "key_coordinates": ((128, 2), "int32")}),
         ("dot products, not SoftCap", HOPPER, {"score": "soft_cap(dot)"}),
-        ("as wide as the query, 64: of the 70 that Gaussian", HOPPER, {"score": "gaussian"}),
+        ("as wide as the query, 64; Gaussian.* makes 70", HOPPER, {"score": "gaussian"}),
+        ("larger than float16 holds: cast", HOPPER, {"position": "xpos", "dtype": "float16"}),
+        (None, HOPPER, {"masks": masks.SlidingWindow(127, 0), "keys": (2, 64, 4, 64)}),
+        ("no more queries than keys, got 128 and 64", HOPPER,
+         {"masks": masks.SlidingWindow(99, 0), "keys": (2, 64, 4, 64)}),
         ("combined by &, not BlockLocal", HOPPER, {"masks": masks.BlockLocal(3)}),
         ("combined by &, not Not", HOPPER, {"masks": ~masks.Causal()}),
         ("places from 0 .* not key_positions", HOPPER,
@@ -308,15 +312,15 @@ def test_cudnn(handed, options, expected):
 
 
 def test_a_window_wider_than_the_keys(handed):
-    """Of more queries than keys: the last ones look back further than there are keys."""
+    """Of more queries than keys: it hides nothing, but the last queries look back past them all."""
     query, key, value = SMALL[0], SMALL[1][:, :3], SMALL[2][:, :3]
     got, want = (
         dot_product_attention(
-            query, key, value, local_window_size=(4, 0), return_residual=True, implementation=name
+            query, key, value, local_window_size=(5, 0), return_residual=True, implementation=name
         )
         for name in ("cudnn", "dense")
     )
-    assert handed[0]["local_window_size"] == (4, 0)
+    assert handed[0]["local_window_size"] is None and handed[0]["is_causal"]
     assert_close(got, want, 0.03)
 
 
@@ -362,6 +366,67 @@ def test_numbers_that_are_not_finite(handed, with_mask):
         np.testing.assert_array_equal(np.isnan(ours), np.isnan(theirs))
     assert_close(*(jax.tree.map(np.nan_to_num, x[1]) for x in (got, want)), 0.03)
     assert all(np.isfinite(wide(x)).all() for x in got[1])
+
+
+HUGE = 3e38  # which overflows with the numbers beside it
+
+
+def spoilt_gradients(implementation, mechanism, arrays, spoilt, **options):
+    """Gradients of what is not NaN, where a vector of `spoilt` has NaN and huge numbers."""
+    places = {"query": np.s_[0, 1], "key": np.s_[0, 4, 0], "value": np.s_[0, 4, 1]}
+    params, *inputs = arrays
+    own = dict(zip(places, map(np.array, inputs), strict=True))
+    own[spoilt][places[spoilt]] = HUGE
+    own[spoilt][places[spoilt]][..., 0] = np.nan
+
+    @jax.jit
+    def run(params, query, key, value):
+        out = attend(mechanism, params, query, key, value, implementation=implementation, **options)
+        return jnp.nansum(out.astype("float32") ** 2)
+
+    return jax.grad(run, (0, 1, 2, 3))(params, *own.values())
+
+
+@pytest.mark.parametrize("with_mask", [False, True], ids=["causal", "mask"])
+@pytest.mark.parametrize("spoilt", ["query", "key", "value"])
+@pytest.mark.parametrize(
+    "mechanism",
+    [Mechanism(mask=masks.Causal()), Mechanism(scores.Cosine(), positions.RoPE(), masks.Causal())],
+    ids=["plain", "features"],
+)
+def test_a_huge_number_beside_nan(handed, monkeypatch, mechanism, spoilt, with_mask):
+    """Spoils no gradient, of rows that see it or not; cuDNN adds a mask array to the scores."""
+    fused = jax.nn.dot_product_attention
+
+    def adding(query, key, value, bias, mask, **options):
+        if mask is not None:
+            bias = jnp.where(mask, 0.0 if bias is None else bias, -2e38).astype(query.dtype)
+        return fused(query, key, value, bias, None, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", adding)
+    params = mechanism.init(jax.random.key(0), num_heads=4, head_dim=8)
+    options = {"mask": np.tri(6, 8, dtype=bool)[None, None]} if with_mask else {}
+    got, want = (
+        spoilt_gradients(name, mechanism, (params, *SMALL), spoilt, **options)
+        for name in ("cudnn", "dense")
+    )
+    assert_close(got, want, 0.03)
+    assert all(np.isfinite(wide(x)).all() for x in jax.tree.leaves(got))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoilt", ["query", "key", "value"])
+@pytest.mark.parametrize("mask", [masks.Full(), masks.Causal()], ids=str)
+def test_a_huge_number_beside_nan_of_splash(monkeypatch, mask, spoilt):
+    monkeypatch.setattr(registry, "device_of", lambda _: TPU)
+    mechanism = Mechanism(scores.Cosine(), positions.RoPE(), mask)
+    params, *inputs = arrays(mechanism, batch=(2,), T=128, S=128, H=2, K=2)
+    got, want = (
+        spoilt_gradients(name, mechanism, (params, *inputs[:3]), spoilt)
+        for name in ("splash", "dense")
+    )
+    assert_close(got, want, 2e-5)
+    assert all(np.isfinite(wide(x)).all() for x in jax.tree.leaves(got))
 
 
 NONE = {"score": {}, "position": {}, "normalizer": {}}
