@@ -3,8 +3,7 @@
 cuDNN is called by `jax.nn.dot_product_attention`, splash by Pallas's
 `jax.experimental.pallas.ops.tpu.splash_attention`. `derivatives` joins their forward and backward
 passes to the derivatives of the tiled kernel, and steps before and after, of O(T + S) but for
-segments and arrays of pairs, hold them to the
-contracts of `attend` (`guards`):
+segments and arrays of pairs, hold them to the contracts of `attend` (`guards`):
 
 - Rows that see nothing, columns that nobody sees and numbers that are not finite are set to 0
   before, and the rows set to 0, −inf or NaN after. Which rows see what is known from the limits of

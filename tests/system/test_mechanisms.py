@@ -23,7 +23,7 @@ def test_the_page_has_every_part_that_a_config_can_name(kind):
 @pytest.mark.parametrize(
     ("kind", "name", "ends"),
     [
-        ("score", "elu_features", "|  | linear, pallas_tpu, splash |  |"),
+        ("score", "elu_features", "|  | linear, pallas_tpu, cudnn, splash |  |"),
         ("score", "gaussian", "| 1 | linear, pallas_tpu, splash |  |"),
         ("position", "cope", "|  | whole rows |"),
         ("position", "learned", "| 4,096 · M once | linear, pallas_tpu, cudnn, splash |  |"),
