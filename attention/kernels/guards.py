@@ -14,6 +14,7 @@ import numpy as np
 
 from attention import masks
 from attention.kernels.heads import vmap_axes
+from attention.kernels.products import learns_key_features
 from attention.mechanism import Mechanism
 from attention.parts import Mask, rotated
 from attention.tile import Array, Params
@@ -167,15 +168,17 @@ def features(
     params: Params,
     query: Array,
     key: Array,
+    bad: tuple[Array, Array],
     data: Mapping[str, Array],
-    *,
-    per_query_head: bool,
-) -> tuple[Array, Array]:
-    """Features [B, T, H, F], [B, S, K, F] of query and key in float32, as `dense.prepare` has them.
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Features of query and key in float32, as `dense.prepare` has them, and which are not finite.
 
-    `per_query_head`: each query head has its own features of its key: [B, S, H, F].
+    `bad`: which queries [B, T, H] and keys [B, S, K] are not finite. Features are [B, T, H, F] and
+    [B, S, K, F], or [B, S, H, F] where each query head has its own of its key. Flags are theirs;
+    what is finite in float32 need not be so in the dtype of the query.
     """
-    (B, T, H, _), (S, K) = query.shape, key.shape[1:3]
+    dtype, (B, T, H, D), (S, K) = query.dtype, query.shape, key.shape[1:3]
+    query, key = map(cleared, (query, key), bad)
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     position, score = mechanism.position, mechanism.score
     places = {"query_positions": jnp.arange(T)[None], "key_positions": jnp.arange(S)[None]}
@@ -201,8 +204,14 @@ def features(
         }
         return [jnp.swapaxes(x, 1, 2) for x in vmap_axes(of_head, arrays, (B, heads))]
 
-    query_features, key_features = of_heads(query, key, params)
-    if not per_query_head:
+    of_query, of_key = of_heads(query, key, params)
+    if not learns_key_features(mechanism, D, D):
         of_group = jax.tree.map(lambda x: x[:: H // K], params)
-        key_features = of_heads(query[:, :, :: H // K], key, of_group)[1]
-    return query_features, key_features
+        of_key = of_heads(query[:, :, :: H // K], key, of_group)[1]
+    bad_query, bad_key = bad
+    bad_key = jnp.repeat(bad_key, of_key.shape[2] // K, axis=2)
+    bad_query, bad_key = (
+        y | ~jnp.isfinite(x.astype(dtype)).all(-1)
+        for x, y in ((of_query, bad_query), (of_key, bad_key))
+    )
+    return (of_query, of_key), (bad_query, bad_key)

@@ -32,7 +32,7 @@ from attention.kernels import dense, tiled
 from attention.kernels.derivatives import with_fast_pair
 from attention.kernels.guards import Band, all_known, band_of, cleared, features, visible_pairs
 from attention.kernels.heads import cannot_split, on_data_parts, unknown_split
-from attention.kernels.products import Product, learns_key_features, num_prepared, product_of
+from attention.kernels.products import Product, num_prepared, product_of
 from attention.kernels.registry import Call, Kernel, device_of, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
@@ -202,17 +202,12 @@ class _VendorPlan:
 
 def _fused(plan, params, query, key, value, bias, mask, data):
     """out [B, T, H, V], and lse [B, T, H], a constant for derivatives, or None."""
-    (T, H, D), S = query.shape[1:], key.shape[1]
+    (T, H), S = query.shape[1:3], key.shape[1]
     bad_query, bad_key, bad_value = (~jnp.isfinite(x).all(-1) for x in (query, key, value))
     if plan.has_features:
-        query, key = cleared(query, bad_query), cleared(key, bad_key)
-        dtype, by_head = query.dtype, learns_key_features(plan.mechanism, D, value.shape[-1])
-        vectors = features(plan.mechanism, params, query, key, data, per_query_head=by_head)
-        query, key = (x.astype(dtype) for x in vectors)
-        # The square of a huge number is not finite either.
-        bad_key = jnp.repeat(bad_key, key.shape[2] // bad_key.shape[2], axis=2)
-        bad_query |= ~jnp.isfinite(query).all(-1)
-        bad_key |= ~jnp.isfinite(key).all(-1)
+        dtype, bad = query.dtype, (bad_query, bad_key)
+        vectors, bad = features(plan.mechanism, params, query, key, bad, data)
+        (query, key), (bad_query, bad_key) = (x.astype(dtype) for x in vectors), bad
     bad_rows = jnp.zeros((), bool)
     if bias is not None:
         # −inf is masked, and a row that sees another such number is NaN.

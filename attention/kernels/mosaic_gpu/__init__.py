@@ -125,22 +125,15 @@ def _prepare(setting, params, query, key, value):
     The latter as `dense.NonFinite` of [B, length, heads].
     """
     parts, H = elementwise(setting), setting.heads
-    dtype = query.dtype
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-    bad = [~jnp.isfinite(x).all(-1) for x in (query, key, value)]
-    query, key, value = map(guards.cleared, (query, key, value), bad)
-    vectors = guards.features(
-        setting.mechanism, params, query, key, {}, per_query_head=parts.per_query_head
-    )
-    bad[1] = jnp.repeat(bad[1], vectors[1].shape[2] // key.shape[2], axis=2)
-    # What is finite in float32 need not be so in float16.
-    for side, x in enumerate(vectors):
-        bad[side] |= ~jnp.isfinite(x.astype(dtype)).all(-1)
+    bad_query, bad_key, bad_value = (~jnp.isfinite(x).all(-1) for x in (query, key, value))
+    vectors, bad = guards.features(setting.mechanism, params, query, key, (bad_query, bad_key), {})
+    bad = dense.NonFinite(*bad, bad_value)
     vectors = map(guards.cleared, (*vectors, value.astype(jnp.float32)), bad)
     arrays = (jnp.swapaxes(x, 1, 2) for x in vectors)
     numbers = jax.vmap(parts.numbers)(params, jnp.arange(H, dtype=jnp.int32))
     sink = jnp.broadcast_to(jax.vmap(lambda head, own: parts.sink(own))(jnp.arange(H), params), H)
-    return _Features(*arrays, numbers, sink), dense.NonFinite(*bad)
+    return _Features(*arrays, numbers, sink), bad
 
 
 def _operands(plan, features, counts, dtype):

@@ -38,7 +38,6 @@ class Elementwise(NamedTuple):
       features: the width of q' and k'.
       sink: params of a head -> the score of a key without a value, −inf for none.
       has_sink: whether there is a sink.
-      per_query_head: whether query heads of a group see other features of their key.
     """
 
     numbers: Callable[[Params, Array], Array]
@@ -48,7 +47,6 @@ class Elementwise(NamedTuple):
     features: int
     sink: Callable[[Params], Array]
     has_sink: bool
-    per_query_head: bool
 
 
 class _Refused(Exception):
@@ -170,10 +168,6 @@ def _elementwise(setting):
         def visible(i, j, counts):
             return cut.in_kernel([i, j, *counts], None, [])[0]
 
-    def of_key_alone(params):
-        places = map(np.arange, _SIZE)
-        return features(params, jnp.ones(query.shape), jnp.ones(key.shape), *places)[1]
-
     return Elementwise(
         numbers=lambda params, head: body.numbers([*jax.tree.leaves(params), head]),
         score=lambda d, i, j, numbers: body.in_kernel([i, j], d, numbers)[0],
@@ -182,7 +176,6 @@ def _elementwise(setting):
         features=of_query.shape[1],
         sink=lambda params: jnp.asarray(normalizer.sink(params["normalizer"]), jnp.float32),
         has_sink=type(normalizer).sink is not Softmax.sink,
-        per_query_head=_depends(_trace(of_key_alone, params).jaxpr),
     )
 
 
@@ -278,15 +271,6 @@ def _bind(equation, operands):
     functions, params = params if isinstance(params, tuple) else ((), params)
     results = equation.primitive.bind(*functions, *operands, **params)
     return results if equation.primitive.multiple_results else [results]
-
-
-def _depends(jaxpr):
-    """Whether the outputs depend on the inputs."""
-    dependent = set(jaxpr.invars)
-    for equation in jaxpr.eqns:
-        if any(not isinstance(x, core.Literal) and x in dependent for x in equation.invars):
-            dependent |= set(equation.outvars)
-    return any(not isinstance(x, core.Literal) and x in dependent for x in jaxpr.outvars)
 
 
 class _Cut:

@@ -236,7 +236,7 @@ def handed(monkeypatch, traced_anew):
 
     def fused(query, key, value, bias, mask, *, implementation, **options):
         assert implementation == "cudnn"
-        calls.append({"bias": bias, "mask": mask, **options})
+        calls.append({"bias": bias, "mask": mask, "heads": key.shape[2], **options})
         return plain(query, key, value, bias, mask, **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
@@ -430,6 +430,15 @@ def test_a_huge_number_beside_nan_of_splash(monkeypatch, mask, spoilt):
 
 
 NONE = {"score": {}, "position": {}, "normalizer": {}}
+
+
+class OfKeys(scores.General):
+    """q · (W k): features of keys are learned."""
+
+    def prepare(self, params, query, key):
+        return query, key @ params["kernel"]
+
+
 GRID = np.stack(np.divmod(np.arange(128), 16), -1)
 LATER = np.stack([3 * np.arange(128), np.arange(128)[::-1]])
 
@@ -444,10 +453,11 @@ LATER = np.stack([3 * np.arange(128), np.arange(128)[::-1]])
             {"query_coordinates": GRID, "key_coordinates": GRID},
         ),
         (Mechanism(scores.General(), positions.XPos(), masks.Causal()), {}),
+        (Mechanism(OfKeys(), mask=masks.Causal()), {}),
         (Mechanism(scores.Cosine(), mask=masks.Causal() & masks.Padding()),
          {"key_lengths": np.array([90, 128])}),
     ],
-    ids=["rope", "positions", "rope2d", "general", "cosine"],
+    ids=["rope", "positions", "rope2d", "general", "of keys", "cosine"],
 )  # fmt: skip
 def test_features(handed, mechanism, data):
     """Turned vectors are handed over, and what learns gets its gradient, to the digits they have.
@@ -471,6 +481,8 @@ def test_features(handed, mechanism, data):
 
     got, rounded = (run(name, params, query, key, value) for name in ("cudnn", "dense"))
     assert {x["scale"] for x in handed} == {1.0}
+    # Where nothing that is learned reaches the features of keys, query heads share them.
+    assert {x["heads"] for x in handed} == {4 if mechanism.score == OfKeys() else 2}
     exact = run("dense", params, *(x.astype("float32") for x in (query, key, value)))
     for x, y, z in zip(*map(jax.tree.leaves, (got, rounded, exact)), strict=True):
         error, allowed = (abs(wide(a) - wide(z)).max() for a in (x, y))
