@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from attention import Mechanism, attend, explain, parse
+from attention.kernels.mosaic_gpu.elementwise import TOKENS
 from support import ROOT
 
 pytest.importorskip(
@@ -23,11 +24,13 @@ KINDS = {
     "plain": {"mask": "causal"},
     "window": {"mask": "causal & sliding_window(200)", "position": "rope"},
     "cap and sink": {"score": "soft_cap(temperature(dot))", "normalizer": "learned_sink"},
-    "features": {"score": "gaussian", "mask": "causal & padding"},
+    "features": {"score": "gaussian", "mask": "causal"},
+    "padding": {"mask": "causal & padding"},
     "slopes": {"position": "alibi", "mask": "causal"},
     "logarithm": {"position": "kerple_log", "mask": "causal"},
     "power": {"position": "kerple_power", "mask": "causal"},
     "table": {"position": "t5", "mask": "causal"},
+    "packed": {"position": "alibi", "mask": "causal & segments"},
 }
 # A gradient of a table of 32 steps has no register to spare; how many differs by version of JAX.
 SPILLED = {("table", 128): 12}
@@ -54,9 +57,10 @@ def test_kernels_compile_without_spills(kind, width, device, monkeypatch, capfd)
         lambda key: mechanism.init(key, num_heads=4, head_dim=width), jax.random.key(0)
     )
     vectors = [jax.ShapeDtypeStruct((2, 1000, n, width), jnp.bfloat16) for n in (4, 2, 2)]
-    data = {}
-    if "padding" in KINDS[kind].get("mask", ""):
-        data = {"key_lengths": jax.ShapeDtypeStruct((2,), jnp.int32)}
+    data = {"padding": {"key_lengths": (2,)}, "packed": dict.fromkeys(TOKENS, (2, 1000))}
+    data = {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in data.get(kind, {}).items()
+    }
 
     def loss(params, query, key, value, data):
         out = attend(mechanism, params, query, key, value, implementation="mosaic_gpu", **data)

@@ -23,7 +23,13 @@ from jax.export import is_symbolic_dim
 from attention.kernels import blocks, dense, guards, tiled
 from attention.kernels.derivatives import with_fast_pair
 from attention.kernels.heads import cannot_split, on_data_parts
-from attention.kernels.mosaic_gpu.elementwise import LENGTHS, ElementwiseSetting, elementwise
+from attention.kernels.mosaic_gpu.elementwise import (
+    LENGTHS,
+    OF_TOKENS,
+    TOKENS,
+    ElementwiseSetting,
+    elementwise,
+)
 from attention.kernels.registry import Call, Kernel, device_of, register
 from attention.tile import EMPTY, Array, Params, Tile
 
@@ -35,7 +41,7 @@ _MOST_FEATURES = 192  # with those that a score adds, three for each
 
 def unsupported(call: Call) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    query, key, value = call.query, call.key, call.value
+    query, key, value, data = call.query, call.key, call.value, call.data
     if any(is_symbolic_dim(n) for x in (query, key) for n in x.shape):
         return f"its sizes cannot be symbolic; got query {query.shape}, key {key.shape}"
     if jax.__version_info__ < (0, 11):
@@ -56,14 +62,14 @@ def unsupported(call: Call) -> str | None:
         return reason
     if call.bias is not None or call.mask is not None:
         return "it takes no bias and no mask array"
-    if others := set(call.data) - set(LENGTHS):
-        return f"it takes lengths, and places from 0, not {min(others)}"
+    if wide := [name for name in TOKENS if name in data and data[name].dtype != jnp.int32]:
+        return f"it takes int32, got {wide[0]} of {data[wide[0]].dtype}"
     if call.dropout_rate > 0:
         return "it drops no weights"
     if beyond := set(call.aux) - {"lse", "row_weights"}:
         return f"it returns the aux 'lse' alone, not {min(beyond)!r}"
     try:
-        parts = elementwise(_setting(call.mechanism, query, key, value, call.data))
+        parts = elementwise(_setting(call.mechanism, query, key, value, data))
     except ValueError as reason:
         return str(reason)
     D = query.shape[-1]
@@ -85,8 +91,8 @@ def cost(call: Call) -> tuple[float, str]:
 
 def _setting(mechanism, query, key, value, data):
     lengths, widths = (query.shape[-3], key.shape[-3]), (query.shape[-1], value.shape[-1])
-    counts = tuple(name for name in LENGTHS if name in data)
-    return ElementwiseSetting(mechanism, query.shape[-2], lengths, widths, counts)
+    counts, tokens = (tuple(name for name in names if name in data) for names in (LENGTHS, TOKENS))
+    return ElementwiseSetting(mechanism, query.shape[-2], lengths, widths, counts, tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +125,7 @@ class _Features(NamedTuple):
     sink: Array
 
 
-def _prepare(setting, params, query, key, value):
+def _prepare(setting, params, query, key, value, data):
     """-> `_Features` with 0 for vectors that are not finite, and which are not.
 
     The latter as `dense.NonFinite` of [B, length, heads].
@@ -127,7 +133,8 @@ def _prepare(setting, params, query, key, value):
     parts, H = elementwise(setting), setting.heads
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     bad_query, bad_key, bad_value = (~jnp.isfinite(x).all(-1) for x in (query, key, value))
-    vectors, bad = guards.features(setting.mechanism, params, query, key, (bad_query, bad_key), {})
+    bad = bad_query, bad_key
+    vectors, bad = guards.features(setting.mechanism, params, query, key, bad, data)
     bad = dense.NonFinite(*bad, bad_value)
     vectors = map(guards.cleared, (*vectors, value.astype(jnp.float32)), bad)
     arrays = (jnp.swapaxes(x, 1, 2) for x in vectors)
@@ -136,15 +143,15 @@ def _prepare(setting, params, query, key, value):
     return _Features(*arrays, numbers, sink), bad
 
 
-def _operands(plan, features, counts, dtype):
-    """What the kernels read.
+def _operands(setting, features, data, dtype):
+    """What the kernels read, `data` as `_by_example` returns it.
 
     Features that a score adds to the D of its vectors may be sums of squares, which a bfloat16
     rounds too much. Each is held as x = x̂ + x̌, and of a product q̂ k̂ + q̌ k̂ + q̂ ǩ is computed.
     """
     from attention.kernels.mosaic_gpu.hopper import Operands
 
-    D = plan.setting.widths[0]
+    D, B = setting.widths[0], len(features.query)
     wide = features.query.dtype
     (query, q), (key, k) = ((x[..., :D], x[..., D:]) for x in (features.query, features.key))
     q_high, k_high = (x.astype(dtype).astype(wide) for x in (q, k))
@@ -152,7 +159,18 @@ def _operands(plan, features, counts, dtype):
     key = jnp.concatenate([key, k_high, k_high, k - k_high], -1)
     vectors = (_padded(x.astype(dtype)) for x in (query, key, features.value))
     numbers = jnp.concatenate([features.numbers, features.sink[:, None]], 1)
-    return Operands(*vectors, numbers, counts)
+    counts = _stacked([data[name] for name in setting.counts], (B,))
+    unread = (jnp.zeros((B, length), jnp.int32) for length in setting.lengths)
+    rows, columns = (
+        _stacked(
+            [data.get(f"{side}_{kind}", zeros) for kind in OF_TOKENS if setting.tokens], zeros.shape
+        )
+        for side, zeros in zip(("query", "key"), unread, strict=True)
+    )
+    rows, columns = (
+        jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % BLOCK))) for x in (rows, columns)
+    )
+    return Operands(*vectors, numbers, counts, rows, columns)
 
 
 def _of_features(gradient, width, D, by):
@@ -170,13 +188,19 @@ def _padded(x):
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -n % BLOCK) for n in x.shape[-2:]])
 
 
-def _counts(setting, data, B):
-    """[B, m] int32."""
-    counts = [jnp.broadcast_to(data[name], B).astype(jnp.int32) for name in setting.counts]
-    return jnp.stack(counts, 1) if counts else jnp.zeros((B, 0), jnp.int32)
+def _by_example(data, B):
+    """Each array of `data` with all B examples, int32."""
+    return {
+        name: jnp.broadcast_to(x, (B, *x.shape[1:])).astype(jnp.int32) for name, x in data.items()
+    }
 
 
-def _ranges(setting, counts):
+def _stacked(arrays, shape):
+    """[B, ...] of `shape` -> [B, m, ...] int32, m of them."""
+    return jnp.stack(arrays, 1) if arrays else jnp.zeros((shape[0], 0, *shape[1:]), jnp.int32)
+
+
+def _ranges(setting, data, B):
     """Blocks of keys that each block of queries visits, first and end: [B, T' / 64, 2] int32.
 
     And the blocks of queries that each block of keys does, [B, S' / 64, 2].
@@ -184,9 +208,10 @@ def _ranges(setting, counts):
     rows, columns = (np.arange(n) for n in setting.lengths)
     row, start = np.arange(-(-len(rows) // BLOCK))[:, None], np.arange(0, len(columns), BLOCK)
 
-    def of_example(counts):
-        own = {LENGTHS[name]: n for name, n in zip(setting.counts, counts, strict=True)}
-        tile = Tile(rows, columns, rows, columns, np.int32(0), 1, consecutive=True, **own)
+    def of_example(own):
+        places = {"query_positions": rows, "key_positions": columns}
+        places |= {LENGTHS.get(name, name): x for name, x in own.items()}
+        tile = Tile(rows, columns, head=np.int32(0), num_heads=1, **places)
         bounds = blocks.block_bounds(tile, (BLOCK, BLOCK), row, start[None], look=True)
         state = setting.mechanism.mask.block(bounds)
         visited = jnp.broadcast_to(state, (len(row), len(start))) != EMPTY
@@ -197,47 +222,52 @@ def _ranges(setting, counts):
         end = visited.shape[1] - jnp.argmax(visited[:, ::-1], axis=1)
         return jnp.stack([first, jnp.where(visited.any(1), end, first)], 1).astype(jnp.int32)
 
-    return jax.vmap(lambda counts: of_example([*counts]), axis_size=len(counts))(counts)
+    return jax.vmap(of_example, axis_size=B)(data)
 
 
-def _worst_seen(setting, bad, counts, data):
+def _worst_seen(setting, bad, data):
     """What each row sees that is not finite, as `dense.sees`: [B, H, T].
 
-    `bad` as `_prepare` returns it. Where the mask is no band, pairs are looked at, if something is
-    not finite at all.
+    `bad` as `_prepare` returns it. Where the mask is no band of rows and columns, pairs are looked
+    at, if something is not finite at all.
     """
     (T, S), H = setting.lengths, setting.heads
     band = guards.band_of(setting.mechanism.mask)
-    if band is not None:
+    segments = "query_segments" in data
+    positions = {"query_positions", "key_positions"} & data.keys()
+    if band is not None and not segments and not (band.limited and positions):
         visible = guards.visible_pairs(band, T, S, None, data)
         by_key = visible.sees(bad.key, H) | (bad.query & visible.rows())
         return jnp.swapaxes(jnp.where(by_key, 2, visible.sees(bad.value, H)), 1, 2)
     bad = dense.NonFinite(*(jnp.swapaxes(x, 1, 2) for x in bad))
     anything = jnp.stack([x.any() for x in bad]).any()
-    none = jnp.zeros((len(counts), H, T), jnp.int32)
-    return lax.cond(anything, lambda: _worst_of_pairs(setting, bad, counts), lambda: none)
+    none = jnp.zeros(bad.query.shape, jnp.int32)
+    return lax.cond(anything, lambda: _worst_of_pairs(setting, bad, data), lambda: none)
 
 
-def _worst_of_pairs(setting, bad, counts):
-    (T, S), H, visible = setting.lengths, setting.heads, elementwise(setting).visible
-    columns = [jnp.repeat(x, H // x.shape[1], axis=1) for x in (bad.key, bad.value)]
-    rows = jnp.pad(bad.query, ((0, 0), (0, 0), (0, -T % BLOCK)))
+def _worst_of_pairs(setting, bad, data):
+    (_, S), visible = setting.lengths, elementwise(setting).visible
+    columns = jnp.arange(S, dtype=jnp.int32)
 
-    def of_block(block):
-        i = (block * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32))[:, None]
-        i, j = jnp.broadcast_arrays(i, jnp.arange(S, dtype=jnp.int32)[None])
+    def of_example(bad, data):
+        def of_row(i, bad_query):
+            own = [
+                data[name][i] if name.startswith("query") else data[name] for name in setting.tokens
+            ]
+            places = jnp.broadcast_arrays(i, columns, *own)
+            pairs = visible(places, [data[name] for name in setting.counts])[None]
 
-        def of_example(counts, query, key, value):
-            pairs = visible(i, j, [*counts])
-            of_head = jax.vmap(lambda *own: dense.sees(dense.NonFinite(*own), pairs))
-            return of_head(query, key, value)
+            def of_head(query, key, value):
+                return dense.sees(dense.NonFinite(query[None], key, value), pairs)[0]
 
-        query = lax.dynamic_slice_in_dim(rows, block * BLOCK, BLOCK, axis=2)
-        return jax.vmap(of_example)(counts, query, *columns)
+            return jax.vmap(of_head)(bad_query, *by_head)
 
-    of_blocks = lax.map(of_block, jnp.arange(rows.shape[2] // BLOCK, dtype=jnp.int32))
-    by_row = jnp.moveaxis(of_blocks, 0, 2).reshape(len(counts), H, -1)
-    return by_row[:, :, :T].astype(jnp.int32)
+        H = len(bad.query)
+        by_head = [jnp.repeat(x, H // len(x), axis=0) for x in (bad.key, bad.value)]
+        rows = jnp.arange(bad.query.shape[1], dtype=jnp.int32)
+        return lax.map(lambda x: of_row(*x), (rows, bad.query.T), batch_size=BLOCK).T
+
+    return jax.vmap(of_example)(bad, data).astype(jnp.int32)
 
 
 def _reference(plan, params, query, key, value, data):
@@ -249,11 +279,12 @@ def _forward(plan, params, query, key, value, data):
     from attention.kernels.mosaic_gpu import hopper
 
     setting, (T, _), V = plan.setting, plan.setting.lengths, plan.setting.widths[1]
-    counts = _counts(setting, data, len(query))
-    features, bad = _prepare(setting, params, query, key, value)
-    worst = _worst_seen(setting, bad, counts, data)
-    operands = _operands(plan, features, counts, query.dtype)
-    out, lse = hopper.forward(setting, plan.interpret, operands, _ranges(setting, counts)[0])
+    data = _by_example(data, len(query))
+    features, bad = _prepare(setting, params, query, key, value, data)
+    worst = _worst_seen(setting, bad, data)
+    operands = _operands(setting, features, data, query.dtype)
+    ranges, _ = _ranges(setting, data, len(query))
+    out, lse = hopper.forward(setting, plan.interpret, operands, ranges)
     out = jnp.where((worst > 0)[..., None], jnp.nan, out[:, :, :T, :V])
     outputs = {"out": jnp.swapaxes(out, 1, 2)}
     if plan.lse:
@@ -267,9 +298,10 @@ def _backward(plan, args, outputs, residuals, cotangents):
     setting, (T, S), (D, V) = plan.setting, plan.setting.lengths, plan.setting.widths
     *arrays, data = args
     lse, worst = residuals
-    counts = _counts(setting, data, len(arrays[1]))
-    features, pull = jax.vjp(lambda *arrays: _prepare(setting, *arrays)[0], *arrays)
-    operands = _operands(plan, features, counts, arrays[1].dtype)
+    B = len(arrays[1])
+    data = _by_example(data, B)
+    features, pull = jax.vjp(lambda *arrays: _prepare(setting, *arrays, data)[0], *arrays)
+    operands = _operands(setting, features, data, arrays[1].dtype)
 
     def by_head(x, nan):
         """Of rows, [B, H, T, ...], 0 where they are NaN."""
@@ -286,7 +318,7 @@ def _backward(plan, args, outputs, residuals, cotangents):
         lse,
         jnp.pad(delta, ((0, 0), (0, 0), (0, -T % BLOCK))),
     )
-    by_row, by_column = _ranges(setting, counts)
+    by_row, by_column = _ranges(setting, data, B)
     dq, *dc = hopper.query_gradient(setting, plan.interpret, operands, by_row, *rows)
     dk, dv = hopper.key_gradient(setting, plan.interpret, operands, by_column, *rows)
 
@@ -336,4 +368,13 @@ def attend(
     return on_data_parts(run, params, (query, key, value, data))
 
 
-register(Kernel("mosaic_gpu", attend, unsupported, cost, platforms=("cuda", "cpu")))
+register(
+    Kernel(
+        "mosaic_gpu",
+        attend,
+        unsupported,
+        cost,
+        platforms=("cuda", "cpu"),
+        takes_coordinates=True,
+    )
+)

@@ -21,6 +21,7 @@ from jax.extend import core
 from attention import masks
 from attention.mechanism import Mechanism, params_shape
 from attention.normalizers import Softmax
+from attention.parts import rotated
 from attention.tile import Array, Params, Tile
 
 MOST_NUMBERS = 64  # of a head: each costs a register, and in the backward pass a sum over each row
@@ -31,10 +32,11 @@ class Elementwise(NamedTuple):
 
     Attributes:
       numbers: (params of a head, head) -> [n] float32, c.
-      score: (d, i, j, [n scalars]) -> s; d = q' · k' float32, i and j int32.
-      pullback: (d, i, j, [n scalars], ds, add) -> dd; add(n, x) takes the gradient of number n at
+      score: (d, places, [n scalars]) -> s; d = q' · k' float32, places int32: i, j, and what
+        `ElementwiseSetting.tokens` names.
+      pullback: (d, places, [n scalars], ds, add) -> dd; add(n, x) takes the gradient of number n at
         each pair as soon as it is computed, and without it there is none.
-      visible: (i, j, counts) -> bool, counts int32 scalars; None: all pairs are.
+      visible: (places, counts) -> bool, counts int32 scalars; None: all pairs are.
       features: the width of q' and k'.
       sink: params of a head -> the score of a key without a value, −inf for none.
       has_sink: whether there is a sink.
@@ -61,6 +63,7 @@ class ElementwiseSetting:
       heads: H query heads.
       lengths, widths: T and S, D and V.
       counts: the names of the lengths that are passed to `attend`.
+      tokens: the names of those of `TOKENS` that are.
     """
 
     mechanism: Mechanism
@@ -68,6 +71,7 @@ class ElementwiseSetting:
     lengths: tuple[int, int]
     widths: tuple[int, int]
     counts: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
 
 
 def elementwise(setting: ElementwiseSetting) -> Elementwise:
@@ -94,7 +98,7 @@ _ONLINE = ("weight", "start", "update", "finish", "statistic_jvp")
 
 
 def _elementwise(setting):
-    mechanism, counts = setting.mechanism, setting.counts
+    mechanism, counts, tokens = setting.mechanism, setting.counts, setting.tokens
     normalizer, position, mask = mechanism.normalizer, mechanism.position, mechanism.mask
     if not isinstance(normalizer, Softmax) or any(
         getattr(type(normalizer), name) is not getattr(Softmax, name) for name in _ONLINE
@@ -103,29 +107,39 @@ def _elementwise(setting):
     if position.whole_row:
         raise _Refused(f"{position} needs all keys of a row at once")
     for names in mask.required_inputs:
-        if not set(names) & set(counts):
-            raise _Refused(f"it computes masks of positions and lengths alone, not {mask}")
+        if not set(names) & {*counts, *tokens}:
+            raise _Refused(f"it computes masks of positions, lengths and segments, not {mask}")
 
     shapes = params_shape(mechanism, setting.heads, *setting.widths)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], jnp.float32), shapes)
     query, key = (jax.ShapeDtypeStruct((n, setting.widths[0]), jnp.float32) for n in _SIZE)
-    index = [jax.ShapeDtypeStruct((n,), jnp.int32) for n in _SIZE]
+    of_side = {"query": _SIZE[0], "key": _SIZE[1]}
+    sides = ("query", "key", *(name.split("_")[0] for name in tokens))
+    places = [jax.ShapeDtypeStruct((of_side[side],), jnp.int32) for side in sides]
+    grids = [jax.ShapeDtypeStruct((n, 2), jnp.int32) for n in _SIZE]
     scalar = jax.ShapeDtypeStruct((), jnp.int32)
     weights = jax.ShapeDtypeStruct(_SIZE, jnp.float32)
 
-    def tile_of(i, j, head=_FIRST, **lengths_of_example):
+    def tile_of(places, grids, head=_FIRST, **lengths_of_example):
+        i, j, *of_tokens = places
+        own = {"query_positions": i, "key_positions": j}
+        own |= zip(tokens, of_tokens, strict=True)
         return _StepsTile(
-            i, j, i, j, head, setting.heads, consecutive=True, sizes=setting.lengths,
-            **lengths_of_example,
+            i, j, head=head, num_heads=setting.heads, sizes=setting.lengths,
+            consecutive=not {"query_positions", "key_positions"} & {*tokens},
+            query_coordinates=grids[0], key_coordinates=grids[1], **own, **lengths_of_example,
         )  # fmt: skip
 
-    def features(params, query, key, i, j):
-        rotate, own = position.rotate, params["position"]
-        query, key = rotate(own, query, i, "query"), rotate(own, key, j, "key")
-        return mechanism.score.prepare(params["score"], query, key)
+    def features(params, query, key, places, grids):
+        def turned(x, side, n):
+            own = params["position"]
+            return rotated(position, own, x, places[n], side, coordinates=grids[n])
 
-    def scores(params, head, i, j, of_query, of_key, query, key):
-        tile = tile_of(i, j, head)
+        of_score = params["score"]
+        return mechanism.score.prepare(of_score, turned(query, "query", 0), turned(key, "key", 1))
+
+    def scores(params, head, places, of_query, of_key, query, key, *grids):
+        tile = tile_of(places, grids, head)
         score = mechanism.score.tile(params["score"], of_query, of_key, tile)
         decayed = position.decay(params["position"], score, of_query, of_key, tile)
         score = score if decayed is None else decayed
@@ -136,41 +150,41 @@ def _elementwise(setting):
         tile = Tile(i, j, i, j, _FIRST, setting.heads, consecutive=True)
         return position.mix(params["position"], weights, tile)
 
-    if jax.tree.leaves(jax.eval_shape(mix, params, weights, *index)):
+    if jax.tree.leaves(jax.eval_shape(mix, params, weights, *places[:2])):
         raise _Refused(f"{position} adds to the output")
-    of_query, of_key = jax.eval_shape(features, params, query, key, *index)
+    of_query, of_key = jax.eval_shape(features, params, query, key, places, grids)
     transposed = [jax.ShapeDtypeStruct(x.shape[::-1], x.dtype) for x in (of_key, key)]
-    args = (params, scalar, *index, of_query, transposed[0], query, transposed[1])
-    of_head = len(jax.tree.leaves(params)) + 1
-    body = _Cut(_trace(scores, *args), f"{mechanism.score} × {position}", of_head, of_tile=2)
+    args = (params, scalar, places, of_query, transposed[0], query, transposed[1], *grids)
+    of_head, n = len(jax.tree.leaves(params)) + 1, len(places)
+    body = _Cut(_trace(scores, *args), f"{mechanism.score} × {position}", of_head, of_tile=n)
     if len(body.of_head) > MOST_NUMBERS:
         raise _Refused(
             f"it takes at most {MOST_NUMBERS} numbers of a head, and {body.name} has "
             f"{len(body.of_head)}"
         )
 
-    def pull_tile(i, j, d, numbers, ds):
-        return jax.vjp(functools.partial(body.on_tile, [i, j]), d, numbers)[1](ds)
+    def pull_tile(places, d, numbers, ds):
+        return jax.vjp(functools.partial(body.on_tile, places), d, numbers)[1](ds)
 
-    i_and_j = [jax.ShapeDtypeStruct(_SIZE, jnp.int32)] * 2
-    args = (*i_and_j, weights, [weights] * len(body.of_head), weights)
-    pullback = _Cut(_trace(pull_tile, *args), body.name, of_tile=len(body.of_head) + 4)
+    tiles = [jax.ShapeDtypeStruct(_SIZE, jnp.int32)] * n
+    args = (tiles, weights, [weights] * len(body.of_head), weights)
+    pullback = _Cut(_trace(pull_tile, *args), body.name, of_tile=len(body.of_head) + n + 2)
     visible = None
     if type(mask) is not masks.Full:
 
-        def limits(i, j, *numbers):
+        def limits(places, numbers, grids):
             own = {LENGTHS[name]: n for name, n in zip(counts, numbers, strict=True)}
-            return mask.tile(tile_of(i, j, **own))
+            return mask.tile(tile_of(places, grids, **own))
 
-        args = (*index, *[scalar] * len(counts))
-        cut = _Cut(_trace(limits, *args), str(mask), of_tile=len(args))
+        args = (places, [scalar] * len(counts), grids)
+        cut = _Cut(_trace(limits, *args), str(mask), of_tile=n + len(counts))
 
-        def visible(i, j, counts):
-            return cut.in_kernel([i, j, *counts], None, [])[0]
+        def visible(places, counts):
+            return cut.in_kernel([*places, *counts], None, [])[0]
 
     return Elementwise(
         numbers=lambda params, head: body.numbers([*jax.tree.leaves(params), head]),
-        score=lambda d, i, j, numbers: body.in_kernel([i, j], d, numbers)[0],
+        score=lambda d, places, numbers: body.in_kernel(places, d, numbers)[0],
         pullback=functools.partial(_pull, pullback),
         visible=visible,
         features=of_query.shape[1],
@@ -184,14 +198,16 @@ LENGTHS = {
     "key_lengths": "key_length",
     "prefix_lengths": "prefix_length",
 }
+OF_TOKENS = ("positions", "segments")
+TOKENS = tuple(f"{side}_{kind}" for kind in OF_TOKENS for side in ("query", "key"))
 
 
-def _pull(pullback, d, i, j, numbers, ds, add=None):
+def _pull(pullback, d, places, numbers, ds, add=None):
     def on_output(n, x):
         if add is not None and n > 0:
             add(n - 1, jnp.broadcast_to(x, ds.shape))
 
-    return pullback.in_kernel([i, j, d, *numbers, ds], None, [], on_output)[0]
+    return pullback.in_kernel([*places, d, *numbers, ds], None, [], on_output)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,6 +227,8 @@ class _StepsTile(Tile):
         T, S = self.sizes
         if values.ndim != 1:
             raise _Refused("it knows no table of distances that each query has its own of")
+        if not self.consecutive:
+            raise _Refused("it takes places from 0 for tables of distances")
         with jax.ensure_compile_time_eval():
             columns = np.asarray(column(jnp.arange(1 - S, T)))
         distance = self.distance

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from attention.kernels.mosaic_gpu import BLOCK
-from attention.kernels.mosaic_gpu.elementwise import ElementwiseSetting, elementwise
+from attention.kernels.mosaic_gpu.elementwise import OF_TOKENS, ElementwiseSetting, elementwise
 from attention.tile import Array
 
 
@@ -31,6 +31,8 @@ class Operands(NamedTuple):
       query, key, value: features [B, H, T', F], [B, K or H, S', F] and [B, K, S', V'].
       numbers: [H, n + 1] float32, c of each head and its sink.
       counts: [B, m] int32.
+      rows, columns: [B, 2, T'] and [B, 2, S'] int32, each of `OF_TOKENS`; [B, 0, ...] where none
+        is passed.
     """
 
     query: Array
@@ -38,6 +40,8 @@ class Operands(NamedTuple):
     value: Array
     numbers: Array
     counts: Array
+    rows: Array
+    columns: Array
 
 
 # Inside the kernels. Tiles are of one layout, that of a warpgroup's products.
@@ -72,17 +76,45 @@ def _vector(ref, axis):
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1 - axis))
 
 
-def _visible(setting, counts, i, j):
+def _places(setting, i, j, rows=None, columns=None, axis=0):
+    """Places of a tile's pairs, [64, n] each: i, j, and what `ElementwiseSetting.tokens` names.
+
+    `rows`, `columns` [2, ...]: references of those of its tokens; `axis` is that of the rows.
+    """
+    places = [i, j]
+    for name in setting.tokens:
+        side, kind = name.split("_")
+        of_side, along = (rows, axis) if side == "query" else (columns, 1 - axis)
+        vector = _vector(of_side.at[OF_TOKENS.index(kind)], along)
+        places.append(lax.broadcast_in_dim(vector, i.shape, (along,)))
+    return places
+
+
+def _scratch_of_tokens(operands, n):
+    """For those of a block of 64, and for those of two steps of n on the other side."""
+    m = max(operands.rows.shape[1], 1)
+    return [plgpu.SMEM((m, BLOCK), jnp.int32), plgpu.SMEM((2, m, n), jnp.int32)]
+
+
+def _visible(setting, counts, places):
     """Which pairs of a tile attend, bool; None: all."""
-    (T, S), visible = setting.lengths, elementwise(setting).visible
+    (T, S), visible, (i, j, *_) = setting.lengths, elementwise(setting).visible, places
     limits = [index < n for index, n in ((i, T), (j, S)) if n % BLOCK]
     if visible is not None:
-        limits.append(jnp.broadcast_to(visible(i, j, counts), i.shape))
+        limits.append(jnp.broadcast_to(visible(places, counts), i.shape))
     return functools.reduce(jnp.logical_and, limits) if limits else None
 
 
 def _where(visible, x, otherwise):
     return x if visible is None else jnp.where(visible, x, otherwise)
+
+
+def _fetch(loads, barriers):
+    """Reads each (source, reference) and waits for all."""
+    for x, (source, buffer) in enumerate(loads):
+        plgpu.copy_gmem_to_smem(source, buffer, barriers.at[x])
+    for x in range(len(loads)):
+        plgpu.barrier_wait(barriers.at[x])
 
 
 def _over_blocks(first, end, loads, step, init):
@@ -150,14 +182,19 @@ def forward(
     B, H, T, F = operands.query.shape
     V, dtype = operands.value.shape[-1], operands.query.dtype
 
-    def body(q, k, v, numbers, counts, ranges, out, lse, q_s, k_s, v_s, p_s, o_s, lse_s, *barriers):
+    def body(
+        q, k, v, numbers, counts, rows, columns, ranges, out, lse,
+        q_s, k_s, v_s, p_s, o_s, lse_s, rows_s, columns_s, *barriers,
+    ):  # fmt: skip
         b, h, kh, vh, row, numbers, counts, first, end = _place(
             setting, operands, numbers, counts, ranges
         )
         *numbers, sink = numbers
-        q_b, k_b, v_b = barriers
-        plgpu.copy_gmem_to_smem(q.at[b, h, _block(row)], q_s, q_b)
-        plgpu.barrier_wait(q_b)
+        row_b, k_b, v_b, columns_b = barriers
+        of_row = [(q.at[b, h, _block(row)], q_s)]
+        if setting.tokens:
+            of_row.append((rows.at[b, :, _block(row)], rows_s))
+        _fetch(of_row, row_b)
         i = _index(row * BLOCK, BLOCK, 0)
         rows_of = plgpu.Layout.WGMMA.reduce(1)
         top = plgpu.layout_cast(jnp.full((BLOCK,), sink, jnp.float32), rows_of)
@@ -165,11 +202,11 @@ def forward(
         acc = plgpu.layout_cast(jnp.zeros((BLOCK, V), jnp.float32), plgpu.Layout.WGMMA)
 
         def step(x, references, carry):
-            k_s, v_s = references
+            k_s, v_s, *columns_s = references
             acc, top, total = carry
-            j = _index(x * BLOCK, BLOCK, 1)
-            s = elementwise(setting).score(_product(q_s, k_s), i, j, numbers)
-            s = _where(_visible(setting, counts, i, j), s, -jnp.inf)
+            places = _places(setting, i, _index(x * BLOCK, BLOCK, 1), rows_s, *columns_s, axis=0)
+            s = elementwise(setting).score(_product(q_s, k_s), places, numbers)
+            s = _where(_visible(setting, counts, places), s, -jnp.inf)
             new = jnp.maximum(top, s.max(axis=1))
             finite = jnp.where(new == -jnp.inf, 0.0, new)
             factor = jnp.exp(top - finite)
@@ -189,6 +226,8 @@ def forward(
             (lambda x: k.at[b, kh, _block(x)], k_s, k_b),
             (lambda x: v.at[b, vh, _block(x)], v_s, v_b),
         ]
+        if setting.tokens:
+            loads.append((lambda x: columns.at[b, :, _block(x)], columns_s, columns_b))
         acc, top, total = _over_blocks(first, end, loads, step, (acc, top, total))
         some = total > 0
         total = jnp.where(some, total, 1.0)
@@ -210,9 +249,8 @@ def forward(
         plgpu.SMEM((BLOCK, BLOCK), dtype),
         plgpu.SMEM((BLOCK, V), dtype),
         plgpu.SMEM((BLOCK,), jnp.float32),
-        plgpu.Barrier(),
-        plgpu.Barrier(num_barriers=2),
-        plgpu.Barrier(num_barriers=2),
+        *_scratch_of_tokens(operands, BLOCK),
+        *[plgpu.Barrier(num_barriers=2)] * 4,
     ]
     return _launch(body, interpret, T // BLOCK, outputs, scratch, *operands, by_row)
 
@@ -230,19 +268,19 @@ def query_gradient(
     # Keys at a time: tiles of gradients of numbers need registers as well.
     n = BLOCK if N == 0 else 32 if N <= 8 else 16
 
-    def body(q, k, v, numbers, counts, ranges, do, lse, delta, *rest):
-        outputs, (q_s, do_s, lse_s, delta_s, k_s, v_s, dd_s, dq_s, dc_s, q_b, k_b, v_b) = (
-            rest[: 1 + (N > 0)], rest[1 + (N > 0) :]
-        )  # fmt: skip
+    def body(q, k, v, numbers, counts, rows, columns, ranges, do, lse, delta, *rest):
+        outputs, scratch = rest[: 1 + (N > 0)], rest[1 + (N > 0) :]
+        q_s, do_s, lse_s, delta_s, k_s, v_s, dd_s, dq_s, dc_s, rows_s, columns_s = scratch[:-4]
+        row_b, k_b, v_b, columns_b = scratch[-4:]
         b, h, kh, vh, row, numbers, counts, first, end = _place(
             setting, operands, numbers, counts, ranges
         )
         numbers = numbers[:-1]
         of_row = [(q, q_s), (do, do_s), (lse, lse_s), (delta, delta_s)]
-        for x, (source, buffer) in enumerate(of_row):
-            plgpu.copy_gmem_to_smem(source.at[b, h, _block(row)], buffer, q_b.at[x])
-        for x in range(len(of_row)):
-            plgpu.barrier_wait(q_b.at[x])
+        of_row = [(source.at[b, h, _block(row)], buffer) for source, buffer in of_row]
+        if setting.tokens:
+            of_row.append((rows.at[b, :, _block(row)], rows_s))
+        _fetch(of_row, row_b)
         i = _index(row * BLOCK, n, 0)
         zeros = plgpu.layout_cast(jnp.zeros((BLOCK,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
         for x in range(N):
@@ -250,17 +288,17 @@ def query_gradient(
 
         def accumulate(dq):
             def step(x, references, carry):
-                k_s, v_s = references
-                j = _index(x * n, n, 1)
+                k_s, v_s, *columns_s = references
+                places = _places(setting, i, _index(x * n, n, 1), rows_s, *columns_s, axis=0)
                 d, _, ds = _tile_weights(
-                    setting, _product(q_s, k_s), _product(do_s, v_s), i, j, numbers, counts,
+                    setting, _product(q_s, k_s), _product(do_s, v_s), places, numbers, counts,
                     *(lax.broadcast_in_dim(_vector(y, 0), i.shape, (0,)) for y in (lse_s, delta_s)),
                 )  # fmt: skip
 
                 def add(which, gradient):
                     dc_s[which] = _vector(dc_s.at[which], 0) + gradient.sum(axis=1)
 
-                dd = elementwise(setting).pullback(d, i, j, numbers, ds, add)
+                dd = elementwise(setting).pullback(d, places, numbers, ds, add)
                 _add_product(dq, dd, dd_s, k_s)
                 return carry
 
@@ -268,6 +306,8 @@ def query_gradient(
                 (lambda x: k.at[b, kh, pl.ds(x * n, n)], k_s, k_b),
                 (lambda x: v.at[b, vh, pl.ds(x * n, n)], v_s, v_b),
             ]
+            if setting.tokens:
+                loads.append((lambda x: columns.at[b, :, pl.ds(x * n, n)], columns_s, columns_b))
             scale = BLOCK // n
             _over_blocks(first * scale, end * scale, loads, step, jnp.int32(0))
             dq_s[...] = dq[...]
@@ -292,21 +332,21 @@ def query_gradient(
         plgpu.SMEM((BLOCK, n), dtype),
         plgpu.SMEM((BLOCK, F), jnp.float32),
         plgpu.SMEM((max(N, 1), BLOCK), jnp.float32),
-        plgpu.Barrier(num_barriers=4),
-        plgpu.Barrier(num_barriers=2),
-        plgpu.Barrier(num_barriers=2),
+        *_scratch_of_tokens(operands, n),
+        plgpu.Barrier(num_barriers=5),
+        *[plgpu.Barrier(num_barriers=2)] * 3,
     ]
     return _launch(body, interpret, T // BLOCK, outputs, scratch, *operands, by_row, *rows)
 
 
-def _tile_weights(setting, d, dp, i, j, numbers, counts, lse, delta):
+def _tile_weights(setting, d, dp, places, numbers, counts, lse, delta):
     """-> d, p and ds of a tile, rows and columns in either order.
 
     What is masked may be huge, and 0 · inf is NaN, so d is 1 there.
     """
-    visible = _visible(setting, counts, i, j)
+    visible = _visible(setting, counts, places)
     d = _where(visible, d, 1.0)
-    p = _where(visible, jnp.exp(elementwise(setting).score(d, i, j, numbers) - lse), 0.0)
+    p = _where(visible, jnp.exp(elementwise(setting).score(d, places, numbers) - lse), 0.0)
     return d, p, _where(visible, p * (dp - delta), 0.0)
 
 
@@ -323,38 +363,42 @@ def key_gradient(
     n = BLOCK if F + V <= 128 else BLOCK // 2
 
     def body(
-        q, k, v, numbers, counts, ranges, do, lse, delta, dk_out, dv_out,
-        k_s, v_s, q_s, do_s, lse_s, delta_s, p_s, dd_s, dk_s, dv_s, key_b, *barriers,
+        q, k, v, numbers, counts, rows, columns, ranges, do, lse, delta, dk_out, dv_out,
+        k_s, v_s, q_s, do_s, lse_s, delta_s, p_s, dd_s, dk_s, dv_s, columns_s, rows_s,
+        column_b, *row_b,
     ):  # fmt: skip
         b, h, kh, vh, column, numbers, counts, first, end = _place(
             setting, operands, numbers, counts, ranges
         )
         numbers = numbers[:-1]
         of_column = [(k.at[b, kh, _block(column)], k_s), (v.at[b, vh, _block(column)], v_s)]
-        for x, (source, buffer) in enumerate(of_column):
-            plgpu.copy_gmem_to_smem(source, buffer, key_b.at[x])
-        for x in range(len(of_column)):
-            plgpu.barrier_wait(key_b.at[x])
+        if setting.tokens:
+            of_column.append((columns.at[b, :, _block(column)], columns_s))
+        _fetch(of_column, column_b)
         j = _index(column * BLOCK, n, 0)
 
         def accumulate(dk, dv):
             def step(x, references, carry):
-                q_s, do_s, lse_s, delta_s = references
+                q_s, do_s, lse_s, delta_s, *rows_s = references
                 i = _index(x * n, n, 1)
+                places = _places(setting, i, j, *(rows_s or [None]), columns_s, axis=1)
                 d, p, ds = _tile_weights(
-                    setting, _product(k_s, q_s), _product(v_s, do_s), i, j, numbers, counts,
+                    setting, _product(k_s, q_s), _product(v_s, do_s), places, numbers, counts,
                     *(lax.broadcast_in_dim(_vector(y, 1), j.shape, (1,)) for y in (lse_s, delta_s)),
                 )  # fmt: skip
                 _add_product(dv, p, p_s, do_s)
-                dd = elementwise(setting).pullback(d, i, j, numbers, ds)
+                dd = elementwise(setting).pullback(d, places, numbers, ds)
                 _add_product(dk, dd, dd_s, q_s)
                 return carry
 
             sources = (q, q_s), (do, do_s), (lse, lse_s), (delta, delta_s)
+            *of_row, tokens_b = row_b
             loads = [
                 (lambda x, source=source: source.at[b, h, pl.ds(x * n, n)], buffer, barrier)
-                for (source, buffer), barrier in zip(sources, barriers, strict=True)
+                for (source, buffer), barrier in zip(sources, of_row, strict=True)
             ]
+            if setting.tokens:
+                loads.append((lambda x: rows.at[b, :, pl.ds(x * n, n)], rows_s, tokens_b))
             scale = BLOCK // n
             _over_blocks(first * scale, end * scale, loads, step, jnp.int32(0))
             dk_s[...] = dk[...]
@@ -379,7 +423,8 @@ def key_gradient(
         plgpu.SMEM((BLOCK, n), dtype),
         plgpu.SMEM((BLOCK, F), jnp.float32),
         plgpu.SMEM((BLOCK, V), jnp.float32),
-        plgpu.Barrier(num_barriers=2),
-        *[plgpu.Barrier(num_barriers=2)] * 4,
+        *_scratch_of_tokens(operands, n),
+        plgpu.Barrier(num_barriers=3),
+        *[plgpu.Barrier(num_barriers=2)] * 5,
     ]
     return _launch(body, interpret, S // BLOCK, outputs, scratch, *operands, by_column, *rows)

@@ -22,8 +22,9 @@ needs_jax = pytest.mark.skipif(
 SOFT = scores.SoftCap(scores.Temperature(scores.Scale(scores.Dot(), 0.5)), cap=2.0)
 
 
-def setting(mechanism, counts=()):
-    return ElementwiseSetting(mechanism, heads=4, lengths=(5, 7), widths=(4, 3), counts=counts)
+def setting(mechanism, counts=(), tokens=()):
+    lengths, widths = (5, 7), (4, 3)
+    return ElementwiseSetting(mechanism, 4, lengths, widths, counts=counts, tokens=tokens)
 
 
 # Which mechanisms are elementwise in the product.
@@ -68,10 +69,10 @@ def test_recognised(mechanism):
         product, numbers = inputs.features @ inputs.key_features, parts.numbers(params, head)
         sums = {}
         add = lambda n, x: sums.update({n: x.sum()})  # noqa: E731
-        dd = parts.pullback(product, i, j, [*numbers], ds, add)
+        dd = parts.pullback(product, [i, j], [*numbers], ds, add)
 
         def score(product, numbers):
-            return parts.score(product, i, j, [*numbers])
+            return parts.score(product, [i, j], [*numbers])
 
         scores, pull = jax.vjp(score, product, numbers)
         by_number = jnp.array([sums[n] for n in range(len(numbers))])
@@ -80,25 +81,39 @@ def test_recognised(mechanism):
     assert_close(*compute(params))
 
 
+PLACES = {
+    "query_positions": np.array([9, 3, -5, 2**31 - 1, 4]),
+    "key_positions": np.array([4, -(2**31), 8, 3, 9, 2, 5]),
+    "query_segments": np.array([0, 2, 2, 7, 0]),
+    "key_segments": np.array([2, 0, 0, 2, 5, 7, 7]),
+}
+
+
 @pytest.mark.parametrize(
-    "mask, lengths",
+    "mask, lengths, names",
     [
-        (masks.Causal() & masks.SlidingWindow(2), {}),
-        (masks.BlockLocal(3) | ~masks.Dilated(2) | masks.Prefix(1), {}),
-        (masks.Padding() & masks.Causal(), {"key_lengths": 3, "query_lengths": 4}),
+        (masks.Causal() & masks.SlidingWindow(2), {}, ""),
+        (masks.BlockLocal(3) | ~masks.Dilated(2) | masks.Prefix(1), {}, ""),
+        (masks.Padding() & masks.Causal(), {"query_lengths": 4, "key_lengths": 3}, ""),
+        (masks.Segments() & masks.Causal(), {}, "segments"),
+        (masks.SlidingWindow(3) & masks.Padding(), {"query_lengths": 4}, "positions"),
+        (masks.Causal() & ~masks.Segments(), {}, "query_positions segments"),
+        (masks.Causal(), {}, "key_positions"),
     ],
     ids=str,
 )
-def test_masks(mask, lengths):
-    i, j = np.arange(5, dtype=np.int32)[:, None], np.arange(7, dtype=np.int32)[None]
-    own = {"query_length": lengths.get("query_lengths"), "key_length": lengths.get("key_lengths")}
-    want = mask.tile(Tile(i[:, 0], j[0], i[:, 0], j[0], np.int32(0), 1, consecutive=True, **own))
-    parts = elementwise(
-        setting(Mechanism(mask=mask), ("query_lengths", "key_lengths")[: len(lengths)])
-    )
-    i, j = np.broadcast_arrays(i, j)
-    counts = [np.int32(lengths[name]) for name in ("query_lengths", "key_lengths") if lengths]
-    np.testing.assert_array_equal(parts.visible(i, j, counts), np.broadcast_to(want, (5, 7)))
+def test_masks(mask, lengths, names):
+    i, j = np.arange(5, dtype=np.int32), np.arange(7, dtype=np.int32)
+    own = {
+        name: jnp.int32(x) for name, x in PLACES.items() if any(map(name.endswith, names.split()))
+    }
+    limits = {name.removesuffix("s"): n for name, n in lengths.items()}
+    places = {"query_positions": i, "key_positions": j, **own, **limits}
+    want = mask.tile(Tile(i, j, head=np.int32(0), num_heads=1, **places))
+    parts = elementwise(setting(Mechanism(mask=mask), tuple(lengths), tuple(own)))
+    tiles = (x[:, None] if len(x) == 5 else x for x in (i, j, *own.values()))
+    visible = parts.visible(jnp.broadcast_arrays(*tiles), [*map(np.int32, lengths.values())])
+    np.testing.assert_array_equal(visible, np.broadcast_to(want, (5, 7)))
 
 
 class Halved(scores.Dot):
@@ -133,7 +148,11 @@ class Summed(scores.Dot):
         (Mechanism(position=positions.CoPE()), "all keys of a row"),
         (Mechanism(normalizer=normalizers.Sigmoid()), "a softmax, .* not Sigmoid"),
         (Mechanism(normalizer=normalizers.Entmax15()), "a softmax, .* not Entmax15"),
-        (Mechanism(mask=masks.Segments()), "masks of positions and lengths alone, not Segments"),
+        (
+            Mechanism(mask=masks.Window2D(2)),
+            "masks of positions, lengths and segments, not Window2D",
+        ),
+        (Mechanism(position=positions.Relative2D(2)), "Relative2D.* not elementwise"),
     ],
     ids=str,
 )
@@ -168,7 +187,13 @@ def call(device=HOPPER, shape=(2, 128, 4, 64), dtype="bfloat16", value=None, **o
         ("of one dtype, got bfloat16, bfloat16 and float16", {"value": "float16"}),
         ("widths up to 128, got 192", {"shape": (2, 128, 4, 192)}),
         ("no bias and no mask", {"bias": ((128, 128), "bfloat16")}),
-        ("not query_positions", {"query_positions": ((2, 128), "int32")}),
+        (None, {"query_positions": ((2, 128), "int32"), "key_positions": ((1, 128), "int32")}),
+        (None, {"mechanism": Mechanism(position=positions.RoPE2D()),
+                "query_coordinates": ((2, 128, 2), "int32"),
+                "key_coordinates": ((2, 128, 2), "int32")}),
+        ("int32, got query_positions of int64", {"query_positions": ((2, 128), "int64")}),
+        ("places from 0 for tables", {"query_positions": ((2, 128), "int32"),
+                                      "mechanism": Mechanism(position=positions.T5())}),
         ("drops no weights", {"dropout_rate": 0.1}),
         ("'lse' alone, not 'entropy'", {"aux": ("lse", "entropy")}),
         ("the sink of LearnedSink", {"aux": ("lse",),
@@ -214,6 +239,12 @@ SMALL = [
 
 # In the interpreter.
 
+PACKED = {
+    "query_segments": np.repeat([3, 1, 8], [7, 30, 28])[None],
+    "key_segments": np.repeat([3, 1, 5, 8], [8, 22, 10, 30])[None],
+    "query_positions": np.concatenate([np.arange(n) for n in (7, 30, 28)])[None],
+    "key_positions": np.concatenate([np.arange(n) for n in (8, 22, 10, 30)])[None],
+}
 LEARNED = Mechanism(
     scores.SoftCap(scores.Temperature(scores.Gaussian()), cap=5.0),
     positions.T5(num_buckets=6, max_distance=20),
@@ -224,9 +255,22 @@ LEARNED = Mechanism(
 
 @needs_jax
 @pytest.mark.parametrize(
-    "mechanism, lengths, options",
+    "mechanism, data, options",
     [
         (LEARNED, {"key_lengths": [40], "query_lengths": [64]}, {}),
+        (Mechanism(position=positions.ALiBi() + positions.RoPE(),
+                   mask=masks.Segments() & masks.Causal()), PACKED, {"aux": ("lse",)}),
+        pytest.param(Mechanism(position=positions.T5(num_buckets=20, max_distance=20),
+                               mask=masks.Segments()),
+                     {name: x for name, x in PACKED.items() if name.endswith("segments")}, {},
+                     marks=pytest.mark.slow),
+        pytest.param(Mechanism(position=positions.KerpleLog(), mask=masks.SlidingWindow(9)),
+                     {"key_positions": np.random.default_rng(0).permutation(70)[None]}, {},
+                     marks=pytest.mark.slow),
+        pytest.param(Mechanism(scores.Cosine(), positions.RoPE2D()),
+                     {"query_coordinates": np.stack(np.divmod(np.arange(65), 9), 1)[None],
+                      "key_coordinates": np.stack(np.divmod(np.arange(70), 9), 1)[None]}, {},
+                     marks=pytest.mark.slow),
         pytest.param(Mechanism(), {}, {"aux": ("lse",), "dtype": "float16"},
                      marks=pytest.mark.slow),
         pytest.param(Mechanism(mask=masks.Padding()), {"key_lengths": [0, 66]},
@@ -239,9 +283,9 @@ LEARNED = Mechanism(
                                mask=masks.Causal()),
                      {}, {"width": 72, "x64": True}, marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=lambda x: str(x) if isinstance(x, Mechanism) else "-".join(x),
 )  # fmt: skip
-def test_interpreted(mechanism, lengths, options):
+def test_interpreted(mechanism, data, options):
     """Output, lse and gradients of every leaf are the dense kernel's; NaN and inf where masked."""
     batch, width, aux = (options.get(x, y) for x, y in (("batch", 1), ("width", 8), ("aux", ())))
     dtype = options.get("dtype", "bfloat16")
@@ -253,18 +297,21 @@ def test_interpreted(mechanism, lengths, options):
         normal(n, batch, t, h, d, dtype="float32").astype(jnp.dtype(dtype))
         for n, t, h, d in ((1, 65, 2, width), (2, 70, 1, width), (3, 70, 1, 24))
     ]
-    if "key_lengths" in lengths:
-        n = lengths["key_lengths"][0]
+    if "key_lengths" in data:
+        n = data["key_lengths"][0]
         vectors[1] = put(put(vectors[1], np.s_[0, n:], np.nan), np.s_[0, n + 1 :], 3e38)
         vectors[2] = put(vectors[2], np.s_[0, n:], np.inf)
         if n > 30:
             vectors[2] = put(vectors[2], np.s_[0, 30], np.nan)  # which rows from 30 on see
-    lengths = {name: np.array(x) for name, x in lengths.items()}
+    if "key_segments" in data:
+        vectors[1] = put(vectors[1], np.s_[0, 1], np.nan)  # which one document sees
+        vectors[2] = put(vectors[2], np.s_[0, 60], np.inf)
+    data = {name: np.array(x, np.int32) for name, x in data.items()}
     cotangent = normal(9, batch, 65, 2, 24)
 
     def run(implementation):
         def attended(*arrays):
-            result = attend(mechanism, *arrays, implementation=implementation, aux=aux, **lengths)
+            result = attend(mechanism, *arrays, implementation=implementation, aux=aux, **data)
             out, extra = result if aux else (result, {})
             finite = [jnp.where(jnp.isfinite(x), x, 0).sum() for x in extra.values()]
             return jnp.nansum(cotangent * out) + sum(finite), (out, extra)
