@@ -361,10 +361,15 @@ def drop(weights: Array, key_data: Array, rate: float, tile: Tile) -> Array:
 
     Which ones are dropped depends on key, row and column, not on the tiling.
     """
-    threshold = round(rate * 2**32)
+    threshold = drop_threshold(rate)
     if threshold == 2**32:
         return jnp.zeros_like(weights)
     return jnp.where(tile.random_at_least(threshold, key_data), weights / (1 - rate), 0)
+
+
+def drop_threshold(rate: float) -> int:
+    """The least of the 2³² random numbers of a weight that is not dropped."""
+    return round(rate * 2**32)
 
 
 @functools.cache

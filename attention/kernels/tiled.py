@@ -823,6 +823,8 @@ def outputs(
     mask: Array | None,
     data: dict[str, Array],
     lse: bool,
+    dropout_key: Array | None = None,
+    dropout_rate: float = 0.0,
 ) -> dict[str, Array]:
     """'out' [B, T, H, V] and, if asked, 'lse' of `Kernel.attend`: a reference for fast kernels."""
     out, extra = attend(
@@ -834,8 +836,8 @@ def outputs(
         bias=bias,
         mask=mask,
         data=data,
-        dropout_key=None,
-        dropout_rate=0.0,
+        dropout_key=dropout_key,
+        dropout_rate=dropout_rate,
         aux=("lse",) if lse else (),
         block_sizes=None,
     )

@@ -31,9 +31,16 @@ KINDS = {
     "power": {"position": "kerple_power", "mask": "causal"},
     "table": {"position": "t5", "mask": "causal"},
     "packed": {"position": "alibi", "mask": "causal & segments"},
+    "dropped": {"mask": "causal"},
+    "table, dropped": {"position": "t5", "mask": "causal"},
+    "cap and sink, dropped": {"score": "soft_cap(temperature(dot))", "normalizer": "learned_sink"},
 }
 # A gradient of a table of 32 steps has no register to spare; how many differs by version of JAX.
-SPILLED = {("table", 128): 12}
+SPILLED = {
+    ("table", 128): 12,
+    ("table, dropped", 128): 12,
+    ("cap and sink, dropped", 128): 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +69,13 @@ def test_kernels_compile_without_spills(kind, width, device, monkeypatch, capfd)
         name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in data.get(kind, {}).items()
     }
 
-    def loss(params, query, key, value, data):
-        out = attend(mechanism, params, query, key, value, implementation="mosaic_gpu", **data)
+    rate = 0.1 if "dropped" in kind else 0.0
+    random = jax.eval_shape(lambda: jax.random.key(0))
+
+    def loss(params, query, key, value, data, random):
+        options = {"dropout_rate": rate, "dropout_key": random, **data}
+        vectors = query, key, value
+        out = attend(mechanism, params, *vectors, implementation="mosaic_gpu", **options)
         return (out.astype(jnp.float32) ** 2).sum()
 
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
@@ -73,7 +85,7 @@ def test_kernels_compile_without_spills(kind, width, device, monkeypatch, capfd)
         assert "mosaic_gpu: could, was not chosen: not measured" in explain(
             mechanism, *vectors, **data
         )
-        args = jax.tree.map(place, (params, *vectors, data))
+        args = jax.tree.map(place, (params, *vectors, data, random))
         gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
         gradient.trace(*args).lower(lowering_platforms=("cuda",)).compile()
     ptxas = "".join(capfd.readouterr())

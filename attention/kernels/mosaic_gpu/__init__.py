@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.export import is_symbolic_dim
 
-from attention.kernels import blocks, dense, guards, tiled
+from attention.kernels import blocks, dense, guards, threefry, tiled
 from attention.kernels.derivatives import with_fast_pair
 from attention.kernels.heads import cannot_split, on_data_parts
 from attention.kernels.mosaic_gpu.elementwise import (
@@ -64,12 +64,12 @@ def unsupported(call: Call) -> str | None:
         return "it takes no bias and no mask array"
     if wide := [name for name in TOKENS if name in data and data[name].dtype != jnp.int32]:
         return f"it takes int32, got {wide[0]} of {data[wide[0]].dtype}"
-    if call.dropout_rate > 0:
-        return "it drops no weights"
+    if dense.drop_threshold(call.dropout_rate) == 2**32:
+        return f"of a dropout_rate of {call.dropout_rate} nothing is left to compute"
     if beyond := set(call.aux) - {"lse", "row_weights"}:
         return f"it returns the aux 'lse' alone, not {min(beyond)!r}"
     try:
-        parts = elementwise(_setting(call.mechanism, query, key, value, data))
+        parts = elementwise(_setting(call.mechanism, query, key, value, data, call.dropout_rate))
     except ValueError as reason:
         return str(reason)
     D = query.shape[-1]
@@ -89,10 +89,12 @@ def cost(call: Call) -> tuple[float, str]:
     return math.inf, "not measured on this device: ask for it by name"
 
 
-def _setting(mechanism, query, key, value, data):
+def _setting(mechanism, query, key, value, data, dropout_rate):
     lengths, widths = (query.shape[-3], key.shape[-3]), (query.shape[-1], value.shape[-1])
     counts, tokens = (tuple(name for name in names if name in data) for names in (LENGTHS, TOKENS))
-    return ElementwiseSetting(mechanism, query.shape[-2], lengths, widths, counts, tokens)
+    return ElementwiseSetting(
+        mechanism, query.shape[-2], lengths, widths, counts, tokens, dropout_rate
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +145,7 @@ def _prepare(setting, params, query, key, value, data):
     return _Features(*arrays, numbers, sink), bad
 
 
-def _operands(setting, features, data, dtype):
+def _operands(setting, features, data, dropout_key, dtype):
     """What the kernels read, `data` as `_by_example` returns it.
 
     Features that a score adds to the D of its vectors may be sums of squares, which a bfloat16
@@ -151,7 +153,7 @@ def _operands(setting, features, data, dtype):
     """
     from attention.kernels.mosaic_gpu.hopper import Operands
 
-    D, B = setting.widths[0], len(features.query)
+    D, (B, H, T, _) = setting.widths[0], features.query.shape
     wide = features.query.dtype
     (query, q), (key, k) = ((x[..., :D], x[..., D:]) for x in (features.query, features.key))
     q_high, k_high = (x.astype(dtype).astype(wide) for x in (q, k))
@@ -170,7 +172,13 @@ def _operands(setting, features, data, dtype):
     rows, columns = (
         jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % BLOCK))) for x in (rows, columns)
     )
-    return Operands(*vectors, numbers, counts, rows, columns)
+    words = jnp.zeros((B, H, 0, T), jnp.int32)
+    if dropout_key is not None:
+        keys = (x[..., None] for x in threefry.words_of(dropout_key))
+        by_row = threefry.fold_in(tuple(keys), jnp.arange(T, dtype=jnp.int32))
+        words = jnp.stack([jnp.broadcast_to(x, (B, H, T)) for x in by_row], 2)
+    words = jnp.pad(words, [(0, 0)] * 3 + [(0, -T % BLOCK)])
+    return Operands(*vectors, numbers, counts, rows, columns, words)
 
 
 def _of_features(gradient, width, D, by):
@@ -270,19 +278,19 @@ def _worst_of_pairs(setting, bad, data):
     return jax.vmap(of_example)(bad, data).astype(jnp.int32)
 
 
-def _reference(plan, params, query, key, value, data):
-    arrays = params, query, key, value, None, None, data
-    return tiled.outputs(plan.setting.mechanism, *arrays, lse=plan.lse)
+def _reference(plan, params, query, key, value, data, dropout_key):
+    arrays, rate = (params, query, key, value, None, None, data), plan.setting.dropout_rate
+    return tiled.outputs(plan.setting.mechanism, *arrays, plan.lse, dropout_key, rate)
 
 
-def _forward(plan, params, query, key, value, data):
+def _forward(plan, params, query, key, value, data, dropout_key):
     from attention.kernels.mosaic_gpu import hopper
 
     setting, (T, _), V = plan.setting, plan.setting.lengths, plan.setting.widths[1]
     data = _by_example(data, len(query))
     features, bad = _prepare(setting, params, query, key, value, data)
     worst = _worst_seen(setting, bad, data)
-    operands = _operands(setting, features, data, query.dtype)
+    operands = _operands(setting, features, data, dropout_key, query.dtype)
     ranges, _ = _ranges(setting, data, len(query))
     out, lse = hopper.forward(setting, plan.interpret, operands, ranges)
     out = jnp.where((worst > 0)[..., None], jnp.nan, out[:, :, :T, :V])
@@ -296,12 +304,12 @@ def _backward(plan, args, outputs, residuals, cotangents):
     from attention.kernels.mosaic_gpu import hopper
 
     setting, (T, S), (D, V) = plan.setting, plan.setting.lengths, plan.setting.widths
-    *arrays, data = args
+    *arrays, data, dropout_key = args
     lse, worst = residuals
     B = len(arrays[1])
     data = _by_example(data, B)
     features, pull = jax.vjp(lambda *arrays: _prepare(setting, *arrays, data)[0], *arrays)
-    operands = _operands(setting, features, data, arrays[1].dtype)
+    operands = _operands(setting, features, data, dropout_key, arrays[1].dtype)
 
     def by_head(x, nan):
         """Of rows, [B, H, T, ...], 0 where they are NaN."""
@@ -336,7 +344,7 @@ def _backward(plan, args, outputs, residuals, cotangents):
         numbers=dc[0].sum((0, 3)) if dc else jnp.zeros_like(features.numbers),
         sink=-(sink_weights * delta).sum((0, 2)),
     )
-    return *pull(gradient), None
+    return *pull(gradient), None, None
 
 
 _attend = with_fast_pair(_reference, _forward, _backward)
@@ -352,20 +360,22 @@ def attend(
     bias: None,
     mask: None,
     data: dict[str, Array],
-    dropout_key: None,
+    dropout_key: Array | None,
     dropout_rate: float,
     aux: tuple[str, ...],
 ) -> tuple[Array, dict[str, Array]]:
     """`Kernel.attend` of what `unsupported` leaves."""
-    del bias, mask, dropout_key, dropout_rate
-    setting = _setting(mechanism, query, key, value, data)
+    del bias, mask
+    if dropout_key is None:
+        dropout_rate = 0.0
+    setting = _setting(mechanism, query, key, value, data, dropout_rate)
     plan = _Plan(setting, "lse" in aux, interpret=device_of(query).platform == "cpu")
 
     def run(params, arrays):
         outputs = _attend(plan, params, *arrays)
         return outputs.pop("out"), outputs
 
-    return on_data_parts(run, params, (query, key, value, data))
+    return on_data_parts(run, params, (query, key, value, data, dropout_key))
 
 
 register(

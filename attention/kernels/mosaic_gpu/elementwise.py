@@ -64,6 +64,7 @@ class ElementwiseSetting:
       lengths, widths: T and S, D and V.
       counts: the names of the lengths that are passed to `attend`.
       tokens: the names of those of `TOKENS` that are.
+      dropout_rate: 0 without dropout.
     """
 
     mechanism: Mechanism
@@ -72,6 +73,7 @@ class ElementwiseSetting:
     widths: tuple[int, int]
     counts: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ()
+    dropout_rate: float = 0.0
 
 
 def elementwise(setting: ElementwiseSetting) -> Elementwise:

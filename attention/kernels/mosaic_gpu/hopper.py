@@ -15,10 +15,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from attention.kernels import dense, threefry
 from attention.kernels.mosaic_gpu import BLOCK
 from attention.kernels.mosaic_gpu.elementwise import OF_TOKENS, ElementwiseSetting, elementwise
 from attention.tile import Array
@@ -33,6 +35,7 @@ class Operands(NamedTuple):
       counts: [B, m] int32.
       rows, columns: [B, 2, T'] and [B, 2, S'] int32, each of `OF_TOKENS`; [B, 0, ...] where none
         is passed.
+      words: [B, H, 2, T'] int32, of the random key of each row; [B, H, 0, T'] without dropout.
     """
 
     query: Array
@@ -42,6 +45,7 @@ class Operands(NamedTuple):
     counts: Array
     rows: Array
     columns: Array
+    words: Array
 
 
 # Inside the kernels. Tiles are of one layout, that of a warpgroup's products.
@@ -90,10 +94,23 @@ def _places(setting, i, j, rows=None, columns=None, axis=0):
     return places
 
 
-def _scratch_of_tokens(operands, n):
-    """For those of a block of 64, and for those of two steps of n on the other side."""
-    m = max(operands.rows.shape[1], 1)
-    return [plgpu.SMEM((m, BLOCK), jnp.int32), plgpu.SMEM((2, m, n), jnp.int32)]
+def _dropout(setting, words, j, axis):
+    """-> a function of a tile, linear: what dropout leaves of it.
+
+    `words` [2, ...]: a reference of those of its rows, which lie along `axis`.
+    """
+    rate = setting.dropout_rate
+    if not rate:
+        return lambda x: x
+    vectors = (_vector(words.at[n], axis) for n in range(2))
+    of_rows = tuple(lax.broadcast_in_dim(x, j.shape, (axis,)) for x in vectors)
+    survives = threefry.at_least(threefry.fold_in(of_rows, j)[0], dense.drop_threshold(rate))
+    return lambda x: jnp.where(survives, x * np.float32(1 / (1 - rate)), 0.0)
+
+
+def _vectors(operand, n, *steps):
+    """Scratch for m vectors of n tokens of an operand [..., m, length]; a reference holds some."""
+    return plgpu.SMEM((*steps, max(operand.shape[-2], 1), n), jnp.int32)
 
 
 def _visible(setting, counts, places):
@@ -183,8 +200,8 @@ def forward(
     V, dtype = operands.value.shape[-1], operands.query.dtype
 
     def body(
-        q, k, v, numbers, counts, rows, columns, ranges, out, lse,
-        q_s, k_s, v_s, p_s, o_s, lse_s, rows_s, columns_s, *barriers,
+        q, k, v, numbers, counts, rows, columns, words, ranges, out, lse,
+        q_s, k_s, v_s, p_s, o_s, lse_s, rows_s, columns_s, words_s, *barriers,
     ):  # fmt: skip
         b, h, kh, vh, row, numbers, counts, first, end = _place(
             setting, operands, numbers, counts, ranges
@@ -194,6 +211,8 @@ def forward(
         of_row = [(q.at[b, h, _block(row)], q_s)]
         if setting.tokens:
             of_row.append((rows.at[b, :, _block(row)], rows_s))
+        if setting.dropout_rate:
+            of_row.append((words.at[b, h, :, _block(row)], words_s))
         _fetch(of_row, row_b)
         i = _index(row * BLOCK, BLOCK, 0)
         rows_of = plgpu.Layout.WGMMA.reduce(1)
@@ -204,7 +223,8 @@ def forward(
         def step(x, references, carry):
             k_s, v_s, *columns_s = references
             acc, top, total = carry
-            places = _places(setting, i, _index(x * BLOCK, BLOCK, 1), rows_s, *columns_s, axis=0)
+            j = _index(x * BLOCK, BLOCK, 1)
+            places = _places(setting, i, j, rows_s, *columns_s, axis=0)
             s = elementwise(setting).score(_product(q_s, k_s), places, numbers)
             s = _where(_visible(setting, counts, places), s, -jnp.inf)
             new = jnp.maximum(top, s.max(axis=1))
@@ -212,7 +232,7 @@ def forward(
             factor = jnp.exp(top - finite)
             p = jnp.exp(s - lax.broadcast_in_dim(finite, s.shape, (0,)))
             total = total * factor + p.sum(axis=1)
-            p_s[...] = p.astype(dtype)
+            p_s[...] = _dropout(setting, words_s, j, 0)(p).astype(dtype)
             plgpu.commit_smem()
 
             def multiply(acc):
@@ -249,8 +269,11 @@ def forward(
         plgpu.SMEM((BLOCK, BLOCK), dtype),
         plgpu.SMEM((BLOCK, V), dtype),
         plgpu.SMEM((BLOCK,), jnp.float32),
-        *_scratch_of_tokens(operands, BLOCK),
-        *[plgpu.Barrier(num_barriers=2)] * 4,
+        _vectors(operands.rows, BLOCK),
+        _vectors(operands.columns, BLOCK, 2),
+        _vectors(operands.words, BLOCK),
+        plgpu.Barrier(num_barriers=3),
+        *[plgpu.Barrier(num_barriers=2)] * 3,
     ]
     return _launch(body, interpret, T // BLOCK, outputs, scratch, *operands, by_row)
 
@@ -268,9 +291,10 @@ def query_gradient(
     # Keys at a time: tiles of gradients of numbers need registers as well.
     n = BLOCK if N == 0 else 32 if N <= 8 else 16
 
-    def body(q, k, v, numbers, counts, rows, columns, ranges, do, lse, delta, *rest):
+    def body(q, k, v, numbers, counts, rows, columns, words, ranges, do, lse, delta, *rest):
         outputs, scratch = rest[: 1 + (N > 0)], rest[1 + (N > 0) :]
-        q_s, do_s, lse_s, delta_s, k_s, v_s, dd_s, dq_s, dc_s, rows_s, columns_s = scratch[:-4]
+        q_s, do_s, lse_s, delta_s, k_s, v_s, dd_s, dq_s, dc_s, *of_tokens = scratch[:-4]
+        rows_s, columns_s, words_s = of_tokens
         row_b, k_b, v_b, columns_b = scratch[-4:]
         b, h, kh, vh, row, numbers, counts, first, end = _place(
             setting, operands, numbers, counts, ranges
@@ -280,6 +304,8 @@ def query_gradient(
         of_row = [(source.at[b, h, _block(row)], buffer) for source, buffer in of_row]
         if setting.tokens:
             of_row.append((rows.at[b, :, _block(row)], rows_s))
+        if setting.dropout_rate:
+            of_row.append((words.at[b, h, :, _block(row)], words_s))
         _fetch(of_row, row_b)
         i = _index(row * BLOCK, n, 0)
         zeros = plgpu.layout_cast(jnp.zeros((BLOCK,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
@@ -289,9 +315,11 @@ def query_gradient(
         def accumulate(dq):
             def step(x, references, carry):
                 k_s, v_s, *columns_s = references
-                places = _places(setting, i, _index(x * n, n, 1), rows_s, *columns_s, axis=0)
+                j = _index(x * n, n, 1)
+                places = _places(setting, i, j, rows_s, *columns_s, axis=0)
+                drop = _dropout(setting, words_s, j, 0)
                 d, _, ds = _tile_weights(
-                    setting, _product(q_s, k_s), _product(do_s, v_s), places, numbers, counts,
+                    setting, _product(q_s, k_s), _product(do_s, v_s), places, drop, numbers, counts,
                     *(lax.broadcast_in_dim(_vector(y, 0), i.shape, (0,)) for y in (lse_s, delta_s)),
                 )  # fmt: skip
 
@@ -332,22 +360,24 @@ def query_gradient(
         plgpu.SMEM((BLOCK, n), dtype),
         plgpu.SMEM((BLOCK, F), jnp.float32),
         plgpu.SMEM((max(N, 1), BLOCK), jnp.float32),
-        *_scratch_of_tokens(operands, n),
-        plgpu.Barrier(num_barriers=5),
+        _vectors(operands.rows, BLOCK),
+        _vectors(operands.columns, n, 2),
+        _vectors(operands.words, BLOCK),
+        plgpu.Barrier(num_barriers=6),
         *[plgpu.Barrier(num_barriers=2)] * 3,
     ]
     return _launch(body, interpret, T // BLOCK, outputs, scratch, *operands, by_row, *rows)
 
 
-def _tile_weights(setting, d, dp, places, numbers, counts, lse, delta):
-    """-> d, p and ds of a tile, rows and columns in either order.
+def _tile_weights(setting, d, dp, places, drop, numbers, counts, lse, delta):
+    """-> d, p after dropout and ds of a tile, rows and columns in either order.
 
     What is masked may be huge, and 0 · inf is NaN, so d is 1 there.
     """
     visible = _visible(setting, counts, places)
     d = _where(visible, d, 1.0)
     p = _where(visible, jnp.exp(elementwise(setting).score(d, places, numbers) - lse), 0.0)
-    return d, p, _where(visible, p * (dp - delta), 0.0)
+    return d, drop(p), _where(visible, p * (drop(dp) - delta), 0.0)
 
 
 def key_gradient(
@@ -359,12 +389,13 @@ def key_gradient(
     """
     B, H, _, F = operands.query.shape
     V, S, dtype = operands.value.shape[-1], operands.key.shape[2], operands.query.dtype
+    N = operands.numbers.shape[1] - 1
     # Queries at a time: with two wide sums in registers there is no room for tiles of 64.
-    n = BLOCK if F + V <= 128 else BLOCK // 2
+    n = BLOCK if F + V <= 128 and (N <= 8 or not setting.dropout_rate) else BLOCK // 2
 
     def body(
-        q, k, v, numbers, counts, rows, columns, ranges, do, lse, delta, dk_out, dv_out,
-        k_s, v_s, q_s, do_s, lse_s, delta_s, p_s, dd_s, dk_s, dv_s, columns_s, rows_s,
+        q, k, v, numbers, counts, rows, columns, words, ranges, do, lse, delta, dk_out, dv_out,
+        k_s, v_s, q_s, do_s, lse_s, delta_s, p_s, dd_s, dk_s, dv_s, columns_s, rows_s, words_s,
         column_b, *row_b,
     ):  # fmt: skip
         b, h, kh, vh, column, numbers, counts, first, end = _place(
@@ -379,11 +410,13 @@ def key_gradient(
 
         def accumulate(dk, dv):
             def step(x, references, carry):
-                q_s, do_s, lse_s, delta_s, *rows_s = references
-                i = _index(x * n, n, 1)
-                places = _places(setting, i, j, *(rows_s or [None]), columns_s, axis=1)
+                q_s, do_s, lse_s, delta_s, *of_tokens = references
+                rows_s = of_tokens[0] if setting.tokens else None
+                words_s = of_tokens[-1] if setting.dropout_rate else None
+                places = _places(setting, _index(x * n, n, 1), j, rows_s, columns_s, axis=1)
+                drop = _dropout(setting, words_s, j, 1)
                 d, p, ds = _tile_weights(
-                    setting, _product(k_s, q_s), _product(v_s, do_s), places, numbers, counts,
+                    setting, _product(k_s, q_s), _product(v_s, do_s), places, drop, numbers, counts,
                     *(lax.broadcast_in_dim(_vector(y, 1), j.shape, (1,)) for y in (lse_s, delta_s)),
                 )  # fmt: skip
                 _add_product(dv, p, p_s, do_s)
@@ -392,13 +425,15 @@ def key_gradient(
                 return carry
 
             sources = (q, q_s), (do, do_s), (lse, lse_s), (delta, delta_s)
-            *of_row, tokens_b = row_b
+            *of_row, rows_b, words_b = row_b
             loads = [
                 (lambda x, source=source: source.at[b, h, pl.ds(x * n, n)], buffer, barrier)
                 for (source, buffer), barrier in zip(sources, of_row, strict=True)
             ]
             if setting.tokens:
-                loads.append((lambda x: rows.at[b, :, pl.ds(x * n, n)], rows_s, tokens_b))
+                loads.append((lambda x: rows.at[b, :, pl.ds(x * n, n)], rows_s, rows_b))
+            if setting.dropout_rate:
+                loads.append((lambda x: words.at[b, h, :, pl.ds(x * n, n)], words_s, words_b))
             scale = BLOCK // n
             _over_blocks(first * scale, end * scale, loads, step, jnp.int32(0))
             dk_s[...] = dk[...]
@@ -423,8 +458,10 @@ def key_gradient(
         plgpu.SMEM((BLOCK, n), dtype),
         plgpu.SMEM((BLOCK, F), jnp.float32),
         plgpu.SMEM((BLOCK, V), jnp.float32),
-        *_scratch_of_tokens(operands, n),
+        _vectors(operands.columns, BLOCK),
+        _vectors(operands.rows, n, 2),
+        _vectors(operands.words, n, 2),
         plgpu.Barrier(num_barriers=3),
-        *[plgpu.Barrier(num_barriers=2)] * 5,
+        *[plgpu.Barrier(num_barriers=2)] * 6,
     ]
     return _launch(body, interpret, S // BLOCK, outputs, scratch, *operands, by_column, *rows)

@@ -4,10 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
+from attention.kernels import threefry
 from attention.kernels.lanes import LANES
 from attention.tile import Tile
 
@@ -58,11 +58,9 @@ class TpuTile(Tile):
         return lax.dot_general(table, places.astype(table.dtype), (((0,), (0,)), ((), ())))
 
     def random_at_least(self, threshold, key_data):
-        zero = jnp.zeros((), jnp.int32)
-        words = _threefry(key_data[0], key_data[1], zero, self.query_index)
-        bits, _ = _threefry(*(x[:, None] for x in words), zero, self.key_index[None])
-        sign = -(2**31)  # comparisons are of signed numbers
-        return (bits ^ sign) >= threshold - 2**31
+        words = threefry.fold_in((key_data[0], key_data[1]), self.query_index)
+        bits, _ = threefry.fold_in(tuple(x[:, None] for x in words), self.key_index[None])
+        return threefry.at_least(bits, threshold)
 
     def sum_units(self, weights, unit, *units):
         # Computed again in the backward pass: all units at once would fill the memory.
@@ -72,23 +70,6 @@ class TpuTile(Tile):
 
         terms = (term(weights[h], *(x[h] for x in units)) for h in range(len(weights)))
         return functools.reduce(jnp.add, terms)
-
-
-def _threefry(k0, k1, x0, x1):
-    """The Threefry-2x32 hash, of 20 rounds, of int32 as bits.  Salmon et al. 2011.
-
-    What `jax.random.fold_in` computes of the key (k0, k1) with x0 = 0 and the number x1: written
-    out, since a kernel has no call for it.
-    """
-    keys = k0, k1, k0 ^ k1 ^ 0x1BD11BDA
-    x0, x1 = x0 + keys[0], x1 + keys[1]
-    for group in range(5):
-        for turn in (13, 15, 26, 6) if group % 2 == 0 else (17, 29, 16, 24):
-            x0 = x0 + x1
-            x1 = x0 ^ ((x1 << turn) | lax.shift_right_logical(x1, np.int32(32 - turn)))
-        x0 = x0 + keys[(group + 1) % 3]
-        x1 = x1 + keys[(group + 2) % 3] + (group + 1)
-    return x0, x1
 
 
 @jax.custom_vjp

@@ -194,7 +194,8 @@ def call(device=HOPPER, shape=(2, 128, 4, 64), dtype="bfloat16", value=None, **o
         ("int32, got query_positions of int64", {"query_positions": ((2, 128), "int64")}),
         ("places from 0 for tables", {"query_positions": ((2, 128), "int32"),
                                       "mechanism": Mechanism(position=positions.T5())}),
-        ("drops no weights", {"dropout_rate": 0.1}),
+        (None, {"dropout_rate": 0.1}),
+        ("of a dropout_rate of 1.0 nothing is left", {"dropout_rate": 1.0}),
         ("'lse' alone, not 'entropy'", {"aux": ("lse", "entropy")}),
         ("the sink of LearnedSink", {"aux": ("lse",),
                                      "mechanism": Mechanism(normalizer=normalizers.LearnedSink())}),
@@ -271,6 +272,10 @@ LEARNED = Mechanism(
                      {"query_coordinates": np.stack(np.divmod(np.arange(65), 9), 1)[None],
                       "key_coordinates": np.stack(np.divmod(np.arange(70), 9), 1)[None]}, {},
                      marks=pytest.mark.slow),
+        (Mechanism(mask=masks.Padding()), {"key_lengths": [0, 66]},
+         {"dropout_rate": 0.4, "batch": 2}),
+        pytest.param(Mechanism(position=positions.T5(num_buckets=20, max_distance=20)), {},
+                     {"dropout_rate": 0.2}, marks=pytest.mark.slow),
         pytest.param(Mechanism(), {}, {"aux": ("lse",), "dtype": "float16"},
                      marks=pytest.mark.slow),
         pytest.param(Mechanism(mask=masks.Padding()), {"key_lengths": [0, 66]},
@@ -288,6 +293,10 @@ LEARNED = Mechanism(
 def test_interpreted(mechanism, data, options):
     """Output, lse and gradients of every leaf are the dense kernel's; NaN and inf where masked."""
     batch, width, aux = (options.get(x, y) for x, y in (("batch", 1), ("width", 8), ("aux", ())))
+    dropout = {}
+    if rate := options.get("dropout_rate"):
+        keys = jax.random.split(jax.random.key(3), (batch, 2))
+        dropout = {"dropout_rate": rate, "dropout_key": keys}
     dtype = options.get("dtype", "bfloat16")
     params = jax.tree.map(
         lambda x: x + 0.1 * normal(5, *x.shape),
@@ -311,7 +320,8 @@ def test_interpreted(mechanism, data, options):
 
     def run(implementation):
         def attended(*arrays):
-            result = attend(mechanism, *arrays, implementation=implementation, aux=aux, **data)
+            options = {"implementation": implementation, "aux": aux, **data, **dropout}
+            result = attend(mechanism, *arrays, **options)
             out, extra = result if aux else (result, {})
             finite = [jnp.where(jnp.isfinite(x), x, 0).sum() for x in extra.values()]
             return jnp.nansum(cotangent * out) + sum(finite), (out, extra)
