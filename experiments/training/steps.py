@@ -94,6 +94,7 @@ def losses(
 ) -> dict[str, jax.Array]:
     """Sums over a batch [b, ...] of the loss in nats, of hits ('accuracy') and of the weights.
 
+    Of n classes that share the largest logit each is 1 / n of a hit.
     Without a `dropout_key` nothing is dropped.
     """
     sums, _ = _losses(model, params, batch, dropout_key, label_smoothing)
@@ -114,9 +115,11 @@ def _losses(model, params, batch, dropout_key, label_smoothing, collections=()):
     if label_smoothing:
         of_all = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
         loss += label_smoothing * (of_all - loss)
-    # The loss needs the largest logit, too, and nothing needs where it is; ties are hits.
-    own = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
-    hits = (own >= jnp.max(logits, axis=-1)).astype(jnp.float32)
+    # The loss needs the largest logit, too, and nothing needs where it is.
+    own = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    ties = jnp.sum(logits == largest, axis=-1)
+    hits = jnp.where((own >= largest)[..., 0], 1 / jnp.maximum(ties, 1), 0)
     weights = batch["weights"]
     sums = {
         "loss": jnp.sum(weights * loss),

@@ -40,6 +40,13 @@ def test_run_of_images(tmp_path):
     assert picture[1:] == ((2, 2), *classes)
 
 
+def test_an_untrained_run_guesses(tmp_path):
+    rates = {"optimizer.learning_rate": 0.0, "optimizer.final_learning_rate": 0.0}
+    config = tiny("images", **{"train.steps": 1, "train.log_every": 1, **rates})
+    metrics = run(config, tmp_path)["metrics"]
+    np.testing.assert_allclose(metrics["test/accuracy"], 1 / 9, rtol=1e-6)
+
+
 def test_model_of_the_settings():
     config = tiny("images")
     config.model.update(layers="layer(mask=sliding_window(2)) + full", num_layers=2, registers=3)

@@ -65,6 +65,19 @@ def test_generation_is_timed_of_language_models_only():
         loop.check(tiny("reverse", **{"decoding.timed_tokens": 5}))
 
 
+def test_an_accuracy_counts_shares_of_ties():
+    """A model that says nothing is right in one of n classes: a head may start at 0."""
+
+    class Constant:
+        def apply(self, logits, inputs, **options):
+            return logits
+
+    logits = jnp.array([[0.0, 0, 0, 0], [1, 3, 3, 0], [1, 3, 3, 0], [0, 0, 0, 2], [np.nan] * 4])
+    batch = {"inputs": logits, "targets": jnp.array([2, 1, 0, 3, 0]), "weights": jnp.ones(5)}
+    sums = steps.losses(Constant(), logits, batch)
+    assert sums["accuracy"] == 1 / 4 + 1 / 2 + 0 + 1 + 0
+
+
 @pytest.mark.parametrize("at", [1, 3, 5, 6])
 def test_a_run_that_was_asked_to_stop_ends_in_the_same_bits(tmp_path, at):
     config = tiny(**{"train.log_every": 4, "train.checkpoint_every": 100})
