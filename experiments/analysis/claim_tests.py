@@ -38,11 +38,15 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class _Sides:
-    """The values of both sides of a claim by seed, or its number; `bimodal`: see `test`."""
+    """The values of both sides of a claim by seed, or its number.
+
+    `bimodal`: see `test`; `step`: see `statistics.one_sided`.
+    """
 
     left: Any
     right: Any
     bimodal: bool
+    step: float
 
     @property
     def difference(self) -> list[float]:
@@ -50,13 +54,13 @@ class _Sides:
 
     @property
     def swapped(self) -> "_Sides":
-        return _Sides(self.right, self.left, self.bimodal)
+        return _Sides(self.right, self.left, self.bimodal, self.step)
 
     def p_above(self, bound: float) -> float:
         """p of the one-sided test that the mean of right − left is above `bound`."""
         d = self.difference
         if not self.bimodal or len(d) < 2 or not np.isfinite(d).all():
-            return statistics.one_sided(d, bound)
+            return statistics.one_sided(d, bound, self.step)
         if isinstance(self.left, list) and isinstance(self.right, list):
             right, left = np.array([self.right[: len(d)]]) - bound, [self.left[: len(d)]]
             return float(statistics.permutation_test(right, left, greater=True)[0])
@@ -76,11 +80,16 @@ def test(
     one is tested by `statistics.permutation_test`, or by `sign_flip_test` against a number. p is
     corrected for the `looks` that were planned, by `statistics.repeated_p`.
     """
+    of_metric: dict[str, list[float]] = {}
+    for (_, metric), own in values.items():
+        of_metric.setdefault(metric, []).extend(own)
+    steps = {metric: statistics.smallest_step(own) for metric, own in of_metric.items()}
     sides = []
     for claim in claims:
         left, right = (_quantity(claim, side, values) for side in (claim.left, claim.right))
         names = _names(claim, claim.left) + _names(claim, claim.right)
-        sides.append(_Sides(left, right, any(name in bimodal for name in names)))
+        step = max((steps[metric] for _, metric in names if metric in steps), default=0.0)
+        sides.append(_Sides(left, right, any(name in bimodal for name in names), step))
     pairs = list(zip(claims, sides, strict=True))
     p_for, p_against = (
         statistics.holm(statistics.repeated_p([test(*pair) for pair in pairs], looks, 1))

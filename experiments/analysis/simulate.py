@@ -39,6 +39,7 @@ class Scenario:
       spreads: of each cell the standard deviation of its runs.
       base_spread: that of the base.
       noise: see `Draw`.
+      step: values are whole multiples of it, as an accuracy is; 0: any number.
     """
 
     name: str
@@ -46,13 +47,15 @@ class Scenario:
     spreads: Sequence[float]
     base_spread: float = 1.0
     noise: Draw = _normal
+    step: float = 0.0
 
     def values(self, rng: np.random.Generator, seeds: int) -> np.ndarray:
         """The metric [1 + cells, seeds] of one sweep, base first."""
         means = np.concatenate([[0.0], self.shifts])[:, None]
         spreads = np.concatenate([[self.base_spread], self.spreads])[:, None]
         shared = 3 * rng.normal(size=seeds)
-        return means + shared + spreads * self.noise(rng, (len(means), seeds))
+        values = means + shared + spreads * self.noise(rng, (len(means), seeds))
+        return self.step * np.round(values / self.step) if self.step else values
 
 
 def _scenario(name, cells=11, shifts=(), spreads=(), **options):
@@ -82,6 +85,9 @@ SCENARIOS = {
     "three": _scenario("nothing differs, 3 cells", cells=3),
     "three, unequal": _scenario(
         "nothing differs, 3 cells that vary by 0.2, 1 and 5", cells=3, spreads=[0.2, 1, 5]
+    ),
+    "three, in steps": _scenario(
+        "nothing differs, 3 cells, values in steps of 4", cells=3, step=4.0
     ),
     "one of three": _scenario("one cell of 3 differs by 3", cells=3, shifts=[3.0]),
 }

@@ -131,8 +131,9 @@ def compare(
     of 95% each.  The regions that match Holm's tests at one level (Strassburger and Bretz 2008,
     Guilbaud 2008) say, unless all is rejected, little more of what is than its sign.
 
-    Differences that are all equal and borrow nothing leave nothing to chance: p = 1 where they are
-    0, else p = 0 and an infinite effect size.  One seed, or one that is not finite, gives no test.
+    Differences that are all equal are those of a metric in steps, as an accuracy is.  Those that
+    borrow nothing count as if one of n seeds were off by δ, the smallest step between two values
+    of the family: s² = δ² / n.  One seed, or one that is not finite, gives no test.
 
     Args:
       pairs: values [n] and base values [n], paired by position; n may differ between pairs.
@@ -162,6 +163,12 @@ def compare(
     variance[constant] = 0.0
     variance[~tested] = _NAN
     none = tested & (np.abs(mean) <= rounding)
+    mean = np.where(none, 0.0, mean)
+    step = smallest_step(np.concatenate([own[seeds], base[seeds]]))
+
+    def in_steps(variance):
+        """Of differences that are all equal, that of one seed a step off."""
+        return np.where(variance == 0, step**2 / np.maximum(n, 1), variance)
 
     def two_sided(variance, df):
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -169,9 +176,10 @@ def compare(
         return np.where(none & (variance == 0), 1.0, 2 * special.stdtr(df, -t))
 
     df = np.where(tested, n - 1.0, _NAN)
-    plain_p = two_sided(variance, df)
+    plain = in_steps(variance)
+    plain_p = two_sided(plain, df)
     with np.errstate(divide="ignore", invalid="ignore"):
-        plain_interval = special.stdtrit(df, 1 - LEVEL / 2) * np.sqrt(variance / n)
+        plain_interval = special.stdtrit(df, 1 - LEVEL / 2) * np.sqrt(plain / n)
     family = max(count, int(tested.sum()), 1)
     if exact:
         p, half, spread, df = np.full((4, len(pairs)), _NAN)
@@ -180,6 +188,7 @@ def compare(
             p[rows] = permutation_test(own[rows, :size], base[rows, :size])
     else:
         variance[tested], df[tested] = moderate(variance[tested], df[tested])
+        variance = in_steps(variance)
         p, spread = two_sided(variance, df), np.sqrt(variance)
         with np.errstate(divide="ignore", invalid="ignore"):
             level = nominal_level(LEVEL / family, tuple(looks))
@@ -209,6 +218,15 @@ def _padded(pairs):
     for i, pair in enumerate(pairs):
         padded[:, i, : n[i]] = pair
     return *padded, n
+
+
+def smallest_step(values: ArrayLike) -> float:
+    """The smallest difference between two of the values that differ, 0 where none do."""
+    values = np.asarray(values, float)
+    finite = np.sort(values[np.isfinite(values)])
+    gaps = np.diff(finite)
+    gaps = gaps[gaps > _rounding(finite)]
+    return float(gaps.min()) if gaps.size else 0.0
 
 
 def power(effect_size: float, seeds: int, level: float = LEVEL) -> float:
@@ -348,20 +366,24 @@ def _inverse_trigamma(value: float) -> float:
     return float(y)
 
 
-def one_sided(values: ArrayLike, bound: float = 0.0) -> float:
+def one_sided(values: ArrayLike, bound: float = 0.0, step: float = 0.0) -> float:
     """p of the t-test that the mean is above `bound`: 1 − T_{n−1}((x̄ − bound) / (s / √n)).
 
-    Student 1908.  Values that are all equal leave nothing to chance: 0 where they are above, else
-    1.  One value, or one that is not finite, gives no p (nan).
+    Student 1908.  Values that are all equal count as if one of them were off by `step`, s² = δ² / n
+    as in `compare`; with 0 nothing is left to chance, p = 0 where they are above and 1 where not.
+    One value, or one that is not finite, gives no p (nan).
     """
     from scipy import special
 
     values = np.asarray(values, float)
     if values.size < 2 or not np.isfinite(values).all():
         return _NAN
-    if np.ptp(values) <= _rounding(values):
-        return float(values.mean() <= bound)
     error = np.std(values, ddof=1) / math.sqrt(values.size)
+    # Values that are differences themselves have the rounding of larger numbers.
+    if np.ptp(values) <= max(_rounding(values), 1e-9 * step):
+        error = step / values.size
+    if error == 0:
+        return float(values.mean() <= bound)
     return float(special.stdtr(values.size - 1, (bound - values.mean()) / error))
 
 

@@ -27,7 +27,7 @@ CELLS = [
     ("text", "heads", 8, {"model.num_heads": 8}, None),
     ("recall", None, None, {}, [0.9, 0.95, 0.92]),
     ("recall", "position", "none", {"model.position": "none"}, [0.4, 0.45, 0.42]),
-    ("recall", "position", "learned", {"model.position": "learned"}, [0.91, 0.96, 0.93]),
+    ("recall", "position", "learned", {"model.position": "learned"}, [0.91, 0.9601, 0.9299]),
 ]
 
 

@@ -63,6 +63,16 @@ def test_all_claims_of_a_sweep_are_corrected_together():
     assert all(finding.p == pytest.approx(5 * alone) for finding in many)
 
 
+def test_equal_differences_count_as_if_one_were_a_step_off():
+    values = {("a", ""): [0.7, 0.6, 0.8], ("b", ""): [0.9, 0.8, 1.0], ("c", ""): [0.75, 0.6, 0.6]}
+    (finding,) = claim_tests.test([less("a", "b", says="")], values)
+    assert finding.p == pytest.approx(stats.t.sf(0.2 * 3 / 0.05, 2))
+    (finding,) = claim_tests.test([equal(("b", "a"), 0.2, within=0.1, says="")], values)
+    assert finding.p == pytest.approx(stats.t.sf(0.1 * 3 / 0.05, 2))
+    solved = {("a", ""): [1.0, 1.0], ("b", ""): [1.0, 1.0]}
+    assert verdicts(equal("a", "b", within=0.01, says=""), values=solved) == ["holds"]
+
+
 def test_false_alarms_are_as_rare_as_they_should_be():
     rng, alarms = np.random.default_rng(1), []
     stated = [less("a", "b", says=""), less("b", "a", says=""), equal("a", "b", within=1, says="")]

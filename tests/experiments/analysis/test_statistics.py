@@ -114,24 +114,41 @@ def test_a_difference_common_to_all_seeds_is_seen_through_their_spread():
 
 def test_where_nothing_varies():
     same = alone([0.1, 0.2, 0.3], [0.1, 0.2, 0.3])
-    assert (same.difference, same.low, same.high, same.p, same.effect_size) == (0, 0, 0, 1, 0)
+    assert (same.difference, same.p, same.effect_size) == (0, 1, 0)
+    # As if one of the three were a step of 0.1 off.
+    assert same.high == -same.low == pytest.approx(0.1 / 3 * stats.t.ppf(0.975, 2))
+    solved = alone([1.0, 1.0, 1.0], [1.0, 1.0, 1.0])
+    assert (solved.low, solved.high, solved.p, solved.effect_size) == (0, 0, 1, 0)
     # 2.2 − 2.0 and 2.3 − 2.1 are not the same number in floating point, and no warning is raised.
     above = alone([2.2, 2.3, 2.4], [2.0, 2.1, 2.2])
     assert above.difference == pytest.approx(0.2)
-    assert (above.p, above.effect_size) == (0.0, math.inf)
+    # s = 0.1 / √3 and t = 6 of 2 degrees of freedom.
+    assert above.p == above.plain_p == pytest.approx(2 * stats.t.sf(6, 2))
+    assert above.effect_size == pytest.approx(2 * math.sqrt(3))
     below = alone([2.0, 2.1, 2.2], [2.2, 2.3, 2.4])
-    assert (below.p, below.effect_size) == (0.0, -math.inf)
+    assert (below.p, below.effect_size) == pytest.approx((above.p, -above.effect_size))
     rounded = alone([0.1 + 0.2, 1.0], [0.3, 1.0])
     assert (rounded.p, rounded.effect_size) == (1.0, 0.0)
     tiny = alone([1.0 + 1e-9, 1.0 + 2e-9, 1.0 + 3e-9], [1.0, 1.0, 1.0])
     assert tiny.p == pytest.approx(1 - math.sqrt(12) / math.sqrt(14), rel=1e-3)  # t = 2 √3
 
 
+@pytest.mark.parametrize("cells", [1, 3])
+def test_equal_differences_of_a_metric_in_steps_are_no_stars(cells):
+    """Accuracies of two seeds near 1 often differ by the same from the base."""
+    rng, stars = np.random.default_rng(0), []
+    for _ in range(300):
+        base, *others = rng.binomial(2048, 0.998, (cells + 1, 2)) / 2048
+        results = statistics.compare([(values, base) for values in others], reach=1.0)
+        stars.append(any(one.significant for one in results))
+    assert np.mean(stars) < 0.05
+
+
 def test_what_does_not_vary_borrows_from_what_does():
     base = np.zeros(3)
     constant, *others = statistics.compare([(base + 1, base), *3 * [([1.0, 2.0, 3.0], base)]])
     assert 0 < constant.spread < others[0].spread and 0 < constant.p < 0.5
-    assert math.isfinite(constant.effect_size) and constant.plain_p == 0
+    assert constant.plain_p == pytest.approx(2 * stats.t.sf(3, 2))
     identical, *_ = statistics.compare([(base, base), *3 * [([1.0, 2.0, 3.0], base)]])
     assert (identical.difference, identical.p, identical.effect_size) == (0, 1, 0)
 

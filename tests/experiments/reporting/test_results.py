@@ -431,7 +431,7 @@ def test_show_into_a_pipe_folds_nothing(tmp_path, monkeypatch):
     file = io.StringIO()
     terminal.show(comparisons.summarize(run_directory.load(write_run(tmp_path, cells))), file)
     (line,) = [line for line in file.getvalue().splitlines() if value in line]
-    assert "2.100 ± 0.248" in line and " 0.000 ± 0.000" in line and line.rstrip().endswith("done")
+    assert "2.100 ± 0.248" in line and " 0.000 ± 0.021" in line and line.rstrip().endswith("done")
 
 
 def test_decimals_follow_the_size_of_the_metric(experiment):
@@ -467,7 +467,7 @@ def test_findings(tmp_path):
     )
     assert sentences["heads"] == (
         "no value beats the base (4), validation/loss 2.100 ± 0.248 nats; the best alternative, "
-        "2, is worse by 0.200 ± 0.000 nats, significantly (p < 0.001, Holm) (8 not run)."
+        "2, is worse by 0.200 ± 0.025 nats, significantly (p < 0.001, Holm) (8 not run)."
     )
     assert sentences["position"] == "no value has a result yet (none failed)."
 

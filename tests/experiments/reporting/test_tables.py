@@ -36,7 +36,7 @@ def test_markdown_tells_findings_cells_claims_and_how(tmp_path):
     assert "## text\n\n- **score:** a did best on validation; on test it is worse" in text
     assert "| score=a | 3.303 ± 0.249 | +0.203 ± 0.021* | <0.001 |" in text
     assert r"| b \| beats a | `text.score=b` and `text.score=a` | +0." in text
-    assert "| > 0 | not recorded | <0.001 | holds |" in text and "| within ±0.01 |" in text
+    assert "| > 0 | not recorded | 0.006 | holds |" in text and "| within ±0.01 |" in text
     assert "| contradicted: not within the margin of 0.01 |" in text
     assert f"    {experiment.command}" in text and "jax 0.10.2" in text
     lines = [line.replace(r"\|", "") for line in text.splitlines() if line.startswith("|")]
