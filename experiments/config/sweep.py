@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 import attention
 from attention.mechanism import PART_KINDS
+from experiments import tasks
 from experiments.config import settings
 from experiments.config.claims import Claim
 from experiments.storage import paths
@@ -70,8 +71,9 @@ def expand(
 
     Raises:
       ValueError: for a setting that does not exist, has another type, is out of its range or is
-        read by nothing, a base that does not exist, two values of an axis that are the same, and
-        two axes of a grid that set the same setting.
+        read by nothing, a base that does not exist, two values of an axis that are the same, two
+        axes of a grid that set the same setting, and a value whose task is judged by another metric
+        than that of its base.
     """
     cells: dict[str, CellSpec] = {}
     if not bases:
@@ -107,6 +109,12 @@ def expand(
         meanings: list[tuple[str, str, dict]] = []
         for axis, value, change in variants:
             varied = override(start, change)
+            if _judged_by(varied) != _judged_by(start):
+                metric, of_base = (_judged_by(one)[0] for one in (varied, start))
+                raise ValueError(
+                    f"{value} of {axis} is judged by {metric}, and the base {base!r} by {of_base}: "
+                    "they cannot be compared; make it a base, in bases()"
+                )
             meaning = _meaning(varied)
             if meaning == _meaning(start) and id in cells:
                 continue
@@ -135,6 +143,12 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     settings.check(changed)
     settings.check_read(changed, changes)
     return changed
+
+
+def _judged_by(config):
+    """The metric of a task, and whether a lower one is better."""
+    task = tasks.TASKS[config.task.name]
+    return task.primary, task.lower_is_better
 
 
 def _meaning(config):

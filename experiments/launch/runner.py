@@ -31,11 +31,12 @@ def open_workdir(
     expected: Sequence[claims.Claim] = (),
     threads: int = 0,
     looks: Sequence[int] = (),
-) -> None:
+) -> bool:
     """Writes sweep.json and each cell's config.json, or adds cells to those already there.
 
-    `expected` takes the place of what was claimed there before. `threads` are those of a new cell
-    that sets none, `looks` a plan to add seeds, see `launch.looks`.
+    -> whether sweep.json is another than before. `expected` takes the place of what was claimed
+    there. `threads` are those of a new cell that sets none, `looks` a plan to add seeds, see
+    `launch.looks`.
 
     Raises ValueError, before anything is written, as `check_workdir` does.
     """
@@ -58,11 +59,13 @@ def open_workdir(
             "claims": claims.record(expected, before.get("claims", []), now, results),
             "cells": known + added,
         }
-        if added or any(content[name] != before.get(name, []) for name in ("claims", "looks")):
+        others = any(content[name] != before.get(name, []) for name in ("claims", "looks"))
+        if added or others:
             paths.replace(path, json.dumps(content, indent=2))
         for cell in swept:  # a mesh may be another than before
             if not cells.outcome(directory := cells.folder(workdir, cell.id)):
                 loop.claim(directory, cell.config, threads)
+    return bool(added or others)
 
 
 def check_workdir(workdir: Any, grids: Mapping[str, Any], looks: Sequence[int] = ()) -> None:
@@ -236,7 +239,11 @@ def train_sweep(
     ]
     if not todo and not report:
         return _failures(workdir, jobs)
-    if not todo and (workdir / "report.html").exists():
+    others = False
+    if not todo:
+        with cli.user_errors():  # what is claimed may be new
+            others = open_workdir(workdir, swept, expected, looks=looks)
+    if not todo and not others and (workdir / "report.html").exists():
         terminal.show(comparisons.summarize(run_directory.load(workdir)))
         print(f"all {len(swept)} cells were done already: {workdir / 'report.html'}")
         return _failures(workdir, jobs)

@@ -43,7 +43,19 @@ def test_a_sweep_from_start_to_report(config, tmp_path):
     assert time.monotonic() - began < 60
     assert times == {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()}
 
+    with open(config, "a") as file:
+        file.write(LATE_CLAIM)
+    third = ablate(*flags)
+    assert third.returncode == 1 and "cells to train" not in third.stdout
+    page = (work / "report.html").read_text()
+    assert "a late claim" in page and "after 2 results" in page
 
+
+LATE_CLAIM = """
+def claims():
+    from experiments.config.claims import less
+    yield less("base", 2.0, says="a late claim")
+"""
 MISTAKES = [
     (["--config.train.seeds=0"], "train.seeds=0 must be a whole number of at least 1"),
     (["--config.model.num_head=3"], "no setting 'num_head'; did you mean 'num_heads'?"),
@@ -89,6 +101,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(config, tmp_path, flags, messa
      "--process_id=2 must be below --num_processes=2"),
     ("train", ["--config.model.norm=middle"], "model.norm='middle' must be one of pre, post"),
     ("trained", ["--output=out", "--seed=-1"], "--seed=-1: must be a whole number of at least 0"),
+    ("trained", ["--output=no/out"], "--output=no/out: there is no folder no"),
     ("translate", ["--text="], "nothing to translate: give --text, --input or lines on"),
     ("translate", ["--text=a", "--beam_size=0"], "--beam_size=0: must be a whole number of at"),
     ("translate", ["--text=a", "--input=b"], "--text and --input both say what to translate"),
@@ -298,6 +311,8 @@ def test_a_variant_that_nothing_reads_is_no_cell_but_an_error():
     ("def sweep_x(): yield {'base': 'txt', 'model.num_heads': 8}", "'txt'; the bases are base"),
     ("def sweep_x(): yield from ()", "sweep_x() has no values for these settings"),
     ("def sweep_x(): yield {'train.steps': 0}", "train.steps=0 must be a whole number of at least"),
+    ("def sweep_x(): yield {'task': {'name': 'text'}, 'name': 'text'}",
+     "text of x is judged by validation/loss, and the base 'base' by validation/accuracy"),
     ("def bases(): return None", "bases() must return a dict of overrides by name"),
     ("def bases(): return {}", "bases() names no base"),
     ("def bases(): return {'..': {}}", "the base '..' cannot name a folder"),
