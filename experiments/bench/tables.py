@@ -220,8 +220,9 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
             differences.append(
                 {"key": key, "what": "compile", "ratio": ratio, "beyond_noise": apart}
             )
-        if was.get("temporary_bytes") and "temporary_bytes" in row:
-            ratio = row["temporary_bytes"] / was["temporary_bytes"]
+        if "temporary_bytes" in was and "temporary_bytes" in row:
+            size, old_size = row["temporary_bytes"], was["temporary_bytes"]
+            ratio = size / old_size if old_size else (math.inf if size else 1.0)
             differences.append({"key": key, "what": "memory", "ratio": ratio, "beyond_noise": True})
         if "unavailable" in row and "unavailable" not in was:
             differences.append({"key": key, "fault": row["unavailable"]})

@@ -514,6 +514,14 @@ def test_changes_beyond_noise_are_told(capsys):
     assert tables.show_changes(old, new, threshold=1.2) == ["nothing to compare"]
 
 
+def test_memory_grows_from_none():
+    old, new = results_of([1, 0.9, 1.1]), results_of([1, 0.9, 1.1])
+    old["comparisons"][0]["rows"][0]["temporary_bytes"] = 0
+    assert tables.show_changes(old, new, threshold=1.2) == ["t: 0"]
+    assert tables.show_changes(old, old, threshold=1.2) == []
+    assert tables.show_changes(new, old, threshold=1.2) == []
+
+
 def test_growth_has_its_exponent():
     results = results_of(*([4.0**i, 3.9**i, 4.1**i] for i in range(4)))
     rows = results["comparisons"][0]["rows"]
