@@ -23,14 +23,17 @@ from experiments.launch import cli, machine
 from experiments.storage import paths
 from experiments.tasks.ranges import above
 
+_OWN_CONFIG = Path(__file__).parents[1] / "configs/benchmark.py"
+
 
 def main(_):
     """Runs the suite of --config and writes what it found into --workdir."""
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value)
+    workdir = Path(_WORKDIR.value)
     # Each process takes what it needs of a GPU's memory: torch needs some, too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.update(machine.memory_variables())  # for the contenders, as for the cells of a sweep
     with cli.user_errors():
+        config = _CONFIG.value
         if _TUNE.value:
             return print(tuning.tune(Path(_TABLE.value), lambda line: print(line, flush=True)))
         if config.suite == "tpu":
@@ -55,7 +58,7 @@ def main(_):
 
 
 if __name__ == "__main__":
-    _CONFIG = config_flags.DEFINE_config_file("config", "configs/benchmark.py")
+    _CONFIG = config_flags.DEFINE_config_file("config", str(_OWN_CONFIG))
     _WORKDIR = flags.DEFINE_string("workdir", "runs/benchmark", "Where results go.")
     _COMPARE = flags.DEFINE_string("compare", None, "Another results.json, to tell what changed.")
     _THRESHOLD = flags.DEFINE_float("threshold", 1.1, "Slower than this times --compare is bad.")

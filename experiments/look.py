@@ -15,18 +15,13 @@ from absl import flags
 from experiments import tasks
 from experiments.launch import cli
 from experiments.reporting import pictures
-from experiments.storage import paths
 from experiments.tasks.ranges import at_least
 
 
 def main(_):
     """Prints and draws what the flags say."""
     with cli.user_errors():
-        output = paths.as_path(_OUTPUT.value)
-        if isinstance(output, Path) and not output.parent.is_dir():
-            raise ValueError(f"--output={output}: there is no folder {output.parent}")
-        if isinstance(output, Path) and output.is_dir():
-            raise ValueError(f"--output={output} is a folder: give a file in it")
+        output = cli.output_file(_OUTPUT)
         if output.suffix not in (".png", ".pdf", ".svg"):
             raise ValueError(f"--output={output}: its name must end with .png, .pdf or .svg")
         model = pictures.load(_WORKDIR.value, _CELL.value, _SEED.value)

@@ -21,10 +21,11 @@ __all__ = ["Trained", "load", "save_safetensors"]
 def main(_):
     """Writes what the flags say."""
     with cli.user_errors():
+        output = cli.output_file(_OUTPUT)
         model = load(_WORKDIR.value, _SEED.value)
-        save_safetensors(model, _OUTPUT.value)
+        save_safetensors(model, output)
     count = sum(x.size for x in jax.tree.leaves(model.params))
-    print(f"{_OUTPUT.value}: {count:,} parameters of seed {_SEED.value}")
+    print(f"{output}: {count:,} parameters of seed {_SEED.value}")
 
 
 if __name__ == "__main__":

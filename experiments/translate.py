@@ -15,7 +15,6 @@ from absl import flags
 
 from experiments.launch import cli
 from experiments.reporting import translations
-from experiments.storage import paths
 from experiments.tasks import textfiles
 from experiments.tasks.ranges import at_least
 
@@ -27,9 +26,7 @@ def main(_):
             raise ValueError("--text and --input both say what to translate: give one of them")
         if _HEATMAP.value is None and (_LAYER.value or _HEAD.value or _MEAN.value):
             raise ValueError("--layer, --head and --mean say what to draw: give --heatmap")
-        picture = _HEATMAP.value and paths.as_path(_HEATMAP.value)
-        if isinstance(picture, Path) and not picture.parent.is_dir():
-            raise ValueError(f"--heatmap={picture}: there is no folder {picture.parent}")
+        picture = _HEATMAP.value and cli.output_file(_HEATMAP)
         if _TEXT.value is not None:
             text = textfiles.decode(os.fsencode(_TEXT.value), "--text")
         elif _INPUT.value is not None and _INPUT.value != "-":

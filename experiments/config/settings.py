@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 import attention
+from attention.integers import INT32_MAX
 from attention.layers import embeds
 from experiments import tasks
 from experiments.tasks.ranges import (
@@ -31,6 +32,7 @@ from experiments.tasks.ranges import (
     ValueRange,
     above,
     at_least,
+    between,
     exactly,
     one_of,
 )
@@ -115,6 +117,8 @@ class Setting(NamedTuple):
     says: str = ""
     reader: Reader = EVERYONE
 
+
+_SEED = between(0, INT32_MAX)
 
 SETTINGS: dict[str, Any] = {
     "mesh": Setting("", TEXT, "of devices, 'data:4,model:2': batch over data, heads over model"),
@@ -264,9 +268,9 @@ SETTINGS: dict[str, Any] = {
         "batch_size": Setting(32, at_least(1)),
         "eval_batch_size": Setting(128, at_least(1)),
         "seeds": Setting(3, at_least(1)),
-        "first_seed": Setting(0, at_least(0), "the others follow it"),
-        "data_seed": Setting(int, at_least(0), "draws the batches of all seeds; each its own"),
-        "init_seed": Setting(int, at_least(0), "draws the parameters of all seeds; each its own"),
+        "first_seed": Setting(0, _SEED, "the others follow it"),
+        "data_seed": Setting(int, _SEED, "draws the batches of all seeds; each its own"),
+        "init_seed": Setting(int, _SEED, "draws the parameters of all seeds; each its own"),
         "seeds_impl": Setting(
             "map", one_of("map", "vmap"), "in one program one after another, or side by side"
         ),
@@ -332,6 +336,11 @@ def check(config: ConfigDict) -> None:
     if config.model.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError("model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment")
     c, model = config.train, config.model
+    if (last := c.first_seed + c.seeds - 1) > INT32_MAX:
+        raise ValueError(
+            f"train.first_seed={c.first_seed} and train.seeds={c.seeds} end at seed {last}: seeds "
+            f"go up to {INT32_MAX}"
+        )
     if None not in (c.data_seed, c.init_seed) and c.seeds > 1:
         if not (model.dropout_rate or model.attention_dropout_rate):
             raise ValueError(

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -76,6 +77,19 @@ def limit(flag: flags.FlagHolder, allowed: ValueRange) -> None:
     """Makes the values of a flag that are out of a range an error, None aside."""
     text = f"must be {allowed.text}"
     flags.register_validator(flag.name, lambda x: x is None or allowed.holds(x), text)
+
+
+def output_file(flag: flags.FlagHolder) -> Any:
+    """The path of a flag, of a file to write.
+
+    ValueError where its folder is not there, and where it is a folder itself.
+    """
+    path = paths.as_path(flag.value)
+    if isinstance(path, Path) and not path.parent.is_dir():
+        raise ValueError(f"--{flag.name}={path}: there is no folder {path.parent}")
+    if isinstance(path, Path) and path.is_dir():
+        raise ValueError(f"--{flag.name}={path} is a folder: give a file in it")
+    return path
 
 
 def config(flag: flags.FlagHolder) -> tuple[ConfigDict, dict[str, Any]]:

@@ -66,10 +66,12 @@ def _split(values):
 def _value(name, text, config):
     changed = text
     if not isinstance(_setting(name, config), str):
-        try:
-            changed = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            pass
+        for read in (ast.literal_eval, float):  # Python has no literal of infinity
+            try:
+                changed = read(text)
+                break
+            except (SyntaxError, ValueError):
+                pass
     return settings.get(settings.override(config, {name: changed}), name)
 
 

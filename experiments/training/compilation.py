@@ -1,8 +1,10 @@
 """The compiled functions of a run: initialise, step, evaluate, translate; all seeds in each."""
 
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,12 +210,25 @@ def _compile(lowered, options):
     folder = kept_in()
     if not folder or "://" in folder:
         return lowered.compile(compiler_options=options)
-    locks = Path(folder) / "locks"
-    locks.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-    # 256 files in all, since who removes one may remove another's.
-    with filelock.FileLock(locks / digest[:2]):
+    with contextlib.ExitStack() as stack:
+        try:
+            locks = Path(folder) / "locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            # 256 files in all, since who removes one may remove another's.
+            stack.enter_context(filelock.FileLock(locks / digest[:2]))
+        except OSError as error:
+            _say_not_kept(folder, str(error))
         return lowered.compile(compiler_options=options)
+
+
+@functools.cache
+def _say_not_kept(folder, error):
+    warnings.warn(
+        f"compiled programs are not kept for the next run: {error}; a folder of "
+        f"JAX_COMPILATION_CACHE_DIR takes the place of {folder}",
+        stacklevel=2,
+    )
 
 
 def _on_any_batch(compiled, mesh):

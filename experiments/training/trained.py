@@ -69,8 +69,9 @@ def save_safetensors(model: Trained, path: str | Path) -> None:
 
     The settings are in the file's metadata, as JSON under 'config'.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     flat = flax.traverse_util.flatten_dict(model.params["params"], sep=".")
     arrays = {name: np.ascontiguousarray(x) for name, x in flat.items()}
-    save_file(arrays, path, metadata={"config": json.dumps(settings.describe(model.config))})
+    metadata = {"config": json.dumps(settings.describe(model.config))}
+    paths.replace(path, save(arrays, metadata=metadata))

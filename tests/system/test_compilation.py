@@ -14,7 +14,7 @@ from experiments.bench import first_step, throughput
 from experiments.config import sweep
 from experiments.launch import cells, precompile
 from experiments.launch.precompile import Ahead
-from experiments.training import checkpoints, loop
+from experiments.training import checkpoints, compilation, loop
 from experiments.training.compilation import compile_program
 from support import ROOT
 from support.helpers import Silent
@@ -94,6 +94,16 @@ def test_a_program_that_was_kept_gives_the_bits_of_one_just_compiled(empty_cache
     assert metrics[0] == metrics[1]
     for cold, warm in zip(*states, strict=True):
         np.testing.assert_array_equal(cold, warm)
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing(empty_cache, monkeypatch):
+    """As the home of a container that is read-only."""
+    compilation._say_not_kept.cache_clear()
+    empty_cache.write_text("a file stands in its place")
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+    monkeypatch.setattr(lowered, "compile", lambda compiler_options: "compiled")
+    with pytest.warns(UserWarning, match="not kept for the next run: .*JAX_COMPILATION_CACHE_DIR"):
+        assert compilation._compile(lowered, None) == "compiled"
 
 
 def test_a_sweep_compiles_its_program_once_and_nothing_else(events, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from support.marks import slow_but
 
 DOCUMENTS = {
     path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
-    for path in sorted((*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+    for path in sorted(x for place in ("", "docs/", "results/") for x in ROOT.glob(f"{place}*.md"))
 }
 RUN_DIRECTORY = "docs/run-directory.md"
 """Its blocks read what a sweep has written."""

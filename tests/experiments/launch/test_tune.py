@@ -43,6 +43,9 @@ def test_the_grid_is_of_values_of_the_settings():
     nested = ["model.score:soft_cap(scale(dot, 2), 30),dot"]
     assert tune.grid(nested, config) == {"model.score": ["soft_cap(scale(dot, 2), 30)", "dot"]}
     assert tune.grid(["train.steps:10,20"], config) == {"train.steps": [10, 20]}
+    clips = ["optimizer.clip_norm:1,inf", "optimizer.qk_clip:50,inf"]
+    expected = {"optimizer.clip_norm": [1.0, math.inf], "optimizer.qk_clip": [50.0, math.inf]}
+    assert tune.grid(clips, config) == expected
 
 
 @pytest.mark.parametrize(

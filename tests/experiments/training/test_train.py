@@ -453,6 +453,8 @@ def test_training_solves_a_task_it_can(tmp_path):
     ({"model.num_heads": 8, "model.position": "rope"}, "even"),
     ({"model.position": "learned(length=4)"}, "no vector for position"),
     ({"train.steps": 0}, "train.steps=0 must be a whole number of at least 1"),
+    ({"train.first_seed": 2**31}, "train.first_seed=2147483648 must be a whole number from 0"),
+    ({"train.first_seed": 2**31 - 2, "train.seeds": 3}, "end at seed 2147483648: seeds go up to"),
     ({"model.norm": "post", "model.rnn.cell": "lstm"}, "only with model.architecture='rnn'"),
     ({"decoding.timed_tokens": 20, "model.position": "learned(length=8)"}, "position 19"),
     ({"model.implementation": "flash"}, "implementation must be"),
