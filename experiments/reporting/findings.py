@@ -79,9 +79,10 @@ def finding(experiment: Experiment, rows: Sequence[Row], axis: str) -> str:
             f"the best alternative, {value}, is {close}" if gap else f"the value {value} equals it"
         )
         sentence = f"no value beats {name}{where}, {score(base)}; {close}"
-    elif gap > 0:
+    elif gap >= 0:
         split = best.metric.partition("/")[0]
-        sentence = f"{value} did best{where}; on {split} it is worse than {name} {size}{certain}"
+        than = f"is worse than {name} {size}{certain}" if gap else f"equals {name}"
+        sentence = f"{value} did best{where}; on {split} it {than}"
     else:
         verb = "beats" if best.significant else "is ahead of"
         sentence = f"{value} {verb} {name} {size}{certain}: {score(best)}"

@@ -499,6 +499,10 @@ def test_findings_without_base_or_interval(tmp_path):
         text := axis_findings(tmp_path / "c", [CELLS[0], same])["score"]
     )
     assert "dot equals it" in text
+    splits = DISAGREE[0][4] | {"validation": [1.9, 2.0, 2.1]}
+    same = ("text", "score", "dot", {}, splits)
+    text = axis_findings(tmp_path / "d", [DISAGREE[0], same])["score"]
+    assert text.startswith("dot did best on validation; on test it equals the base (scaled_dot)")
 
 
 def test_findings_where_higher_is_better(tmp_path):
