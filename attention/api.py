@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.integers import Constant, index_array, label_array
+from attention.integers import Constant, index_array, index_dtype, label_array
 from attention.kernels.dense import row_weights
 from attention.kernels.products import check_decay
 from attention.kernels.registry import KERNELS, Call, Kernel, describe, readable, unsupported
@@ -19,10 +19,13 @@ from attention.validation import (
     check_arrays,
     check_aux,
     check_block_sizes,
+    check_data,
     check_dropout,
     check_gates,
+    check_mechanism,
     check_non_finite,
 )
+from attention.varying import varying_with
 
 # How many axes `DATA` have besides those of the batch.
 _AXES = {"positions": 1, "lengths": 0, "segments": 1, "coordinates": 2}
@@ -112,13 +115,8 @@ def attend(
     Raises:
       ValueError: naming the argument, what was expected and what came.
     """
-    if not isinstance(mechanism, Mechanism):
-        raise ValueError(f"mechanism must be an attention.Mechanism, got {mechanism!r}")
+    check_mechanism(mechanism)
     query, key, value = map(jnp.asarray, (query, key, value))
-    if key_segments is None and query.shape[-3:-2] == key.shape[-3:-2]:
-        key_segments = query_segments
-    if key_coordinates is None and query.shape[-3:-2] == key.shape[-3:-2]:
-        key_coordinates = query_coordinates
     pairs: dict[str, Any] = {"bias": bias, "mask": mask}
     data: dict[str, Any] = {
         "query_positions": query_positions,
@@ -131,7 +129,7 @@ def attend(
         "query_coordinates": query_coordinates,
         "key_coordinates": key_coordinates,
     }
-    data = readable(mechanism, data)
+    data = readable(mechanism, _with_those_of_keys(data, query, key))
     pairs = {name: jnp.asarray(x) for name, x in pairs.items() if x is not None}
     known = {
         name: x
@@ -204,19 +202,23 @@ def explain(
     mechanism says of them decides. Computes nothing. Raises as `attend` does.
     """
     del query_gates, key_gates
+    check_mechanism(mechanism)
+    query, key, value = map(_described, (query, key, value))
+    pairs: dict[str, Any] = {"bias": bias, "mask": mask}
+    pairs = {name: _described(x) for name, x in pairs.items() if x is not None}
+    data = {name: x if x is None else _described(x) for name, x in data.items()}
     check_arrays(query, key, value)
     check_decay(mechanism, query.shape[-1], value.shape[-1])
+    data = _with_those_of_keys(data, query, key)
     call = describe(
-        mechanism,
-        query,
-        key,
-        value,
-        bias=bias,
-        mask=mask,
-        dropout_rate=dropout_rate,
-        aux=aux,
-        **data,
+        mechanism, query, key, value, **pairs, **data, dropout_rate=dropout_rate, aux=aux
     )
+    check_data(mechanism, call.data, query.shape[:-3], query.shape[-3], key.shape[-3])
+    # As `attend` has them: integers of the width that it computes in.
+    of_index = {
+        name: jax.ShapeDtypeStruct(x.shape, index_dtype(name, x)) for name, x in call.data.items()
+    }
+    call = call._replace(data=of_index)
     chosen, why = choose(call, implementation)
     lines = [str(mechanism)]
     for name, kernel in KERNELS.items():
@@ -231,12 +233,28 @@ def explain(
     return "\n".join(lines)
 
 
+def _described(x):
+    """x, or what is no array as one."""
+    return x if hasattr(x, "shape") and hasattr(x, "dtype") else jnp.asarray(x)
+
+
+def _with_those_of_keys(data, query, key):
+    """`data` whose keys have the segments and coordinates of as many queries, but for their own."""
+    own = dict(data)
+    if query.shape[-3:-2] == key.shape[-3:-2]:
+        for kind in ("segments", "coordinates"):
+            if own.get(f"key_{kind}") is None:
+                own[f"key_{kind}"] = own.get(f"query_{kind}")
+    return own
+
+
 def choose(call: Call, implementation: str | None = None) -> tuple[Kernel, str]:
     """The kernel that serves a call, of the lowest cost or `implementation`, and the reason.
 
     Raises ValueError where `implementation` is no kernel, or cannot serve the call.
     """
-    if implementation is not None and implementation not in KERNELS:
+    known = implementation is None or isinstance(implementation, str)
+    if not known or implementation not in (None, *KERNELS):
         raise ValueError(
             f"implementation must be None or one of {', '.join(KERNELS)}; got {implementation!r}"
         )
@@ -288,6 +306,9 @@ def _attend(
     non_finite,
     gates,
 ):
+    # Of one type in a shard_map, so that derivatives sum over its axes here and nowhere else.
+    of_all = params, query, key, value, bias, mask, data, gates
+    params, query, key, value, bias, mask, data, gates = varying_with(of_all, of_all)
     *batch, T, H, _ = query.shape
     B = math.prod(batch)
     arrays = {
@@ -341,7 +362,10 @@ def _is_key(x):
 
 def _of_threefry(key):
     """Keys of any generator, or data of such, as keys of Threefry, whose bits all kernels draw."""
-    key = key if _is_key(key) else jax.random.wrap_key_data(key)
+    if not _is_key(key):
+        if getattr(key, "dtype", None) != jnp.uint32 or not key.shape:
+            raise ValueError(f"dropout_key must be a jax.random key, or keys; got {key!r}")
+        key = jax.random.wrap_key_data(key)
     first = jax.random.key(0, impl="threefry2x32")
     if key.dtype == first.dtype:
         return key

@@ -22,7 +22,7 @@ def index_array(name: str, x: Any) -> jax.Array:
     Raises ValueError, naming `name`, unless x is integers that fit that dtype.
     """
     known = _known(x)
-    dtype = _signed(name, x if known is None else known)
+    dtype = index_dtype(name, x if known is None else known)
     if known is not None and known.size:
         limits = np.iinfo(dtype)
         for end in known.min(), known.max():
@@ -50,14 +50,19 @@ def _known(x):
     return np.asarray(x) if risky and not traced and x.is_fully_addressable else None
 
 
-def _signed(name, x):
+def index_dtype(name: str, x: Any) -> np.dtype:
+    """The dtype of `index_array` of x, which may be a `jax.ShapeDtypeStruct`.
+
+    Raises ValueError, naming `name`, unless x are integers.
+    """
     # NumPy keeps Python integers beyond 64 bits as objects.
     if x.dtype != object and not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers, got {x.dtype}")
     if x.dtype == object and not all(isinstance(n, int) for n in x.flat):
         raise ValueError(f"{name} must be integers, got {x}")
     wide = x.dtype.itemsize >= 8 or x.dtype == np.uint32
-    return np.dtype(np.int64 if wide and jax.config.jax_enable_x64 else np.int32)
+    x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    return np.dtype(np.int64 if wide and x64 else np.int32)
 
 
 def count_array(name: str, x: Any, shape: tuple[int, ...], most: int) -> jax.Array:

@@ -257,7 +257,7 @@ def embeds(position: Position) -> bool:
 def _only_embeds(position):
     """Whether a position adds to the embeddings, and does nothing else."""
     parts = position.parts if isinstance(position, Sum) else (position,)
-    acts = ("rotate", "tile", "mix")
+    acts = ("rotate", "tile", "decay", "mix")
     return any(map(embeds, parts)) and all(
         getattr(type(part), name) is getattr(Position, name) for part in parts for name in acts
     )

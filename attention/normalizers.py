@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attention.parts import Normalizer, OnlineNormalizer, check_counts
+from attention.parts import Normalizer, OnlineNormalizer, check_counts, check_numbers
 from attention.tile import Array
 
 
@@ -276,6 +276,7 @@ class Entmax(Normalizer):
     start: float = 1.5
 
     def __post_init__(self):
+        check_numbers(self, "start")
         if not 1 < self.start < 2:
             raise ValueError(f"start of Entmax must be above 1 and below 2, got {self.start}")
 
@@ -387,7 +388,8 @@ class StickBreaking(Normalizer):
         visible = logits > -jnp.inf
         scores = jnp.where(visible, logits, 0)
         left = jnp.where(visible, jax.nn.log_sigmoid(-scores), 0)
-        after = jnp.cumsum(left[:, ::-1], axis=1)[:, ::-1] - left
+        # A sum less its own term would lose the digits of those after a large one.
+        after = jnp.cumsum(jnp.pad(left[:, :0:-1], ((0, 0), (1, 0))), axis=1)[:, ::-1]
         return jnp.where(visible, jnp.exp(jax.nn.log_sigmoid(scores) + after), 0)
 
     def statistic(self, params, logits):

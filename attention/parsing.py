@@ -22,7 +22,12 @@ _MODULES = {
     "normalizer": (normalizers,),
     "mixer": (mixers, scores),  # a mixer may have a score
 }
-_NOTHING = {"score": "ScaledDot", "position": "NoPE", "mask": "Full", "normalizer": "Softmax"}
+_NOTHING = {
+    "score": scores.ScaledDot,
+    "position": positions.NoPE,
+    "mask": masks.Full,
+    "normalizer": normalizers.Softmax,
+}
 _NAMEABLE = (Score, Position, Mask, Normalizer, Mixer, positions.Linear)
 
 
@@ -43,8 +48,9 @@ def parse(kind: str, text: str) -> Any:
     if kind not in _BASES:
         raise ValueError(f"kind must be one of {', '.join(_BASES)}, got {kind!r}")
     base = _BASES[kind]
-    if text.strip().lower() == "none" and kind in _NOTHING:
-        text = _NOTHING[kind]
+    if not isinstance(text, str):
+        raise ValueError(f"{kind}: parse reads a text that names a part; got {text!r}")
+    text = "none" if text.strip() == "None" else text  # which is a name here, as others in any case
     try:
         tree = ast.parse(text.strip().replace(":", "."), mode="eval").body
     except SyntaxError as error:
@@ -132,6 +138,8 @@ def _find(kind: str, name: str) -> type:
         if not cls.__name__.startswith("_")
     }
     plain = name.replace("_", "").lower()
+    if plain == "none" and kind in _NOTHING:
+        return _NOTHING[kind]
     if plain in known:
         return known[plain]
     written = {"and", "or", "not", "sum"}  # by & | ~ +

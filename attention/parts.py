@@ -71,7 +71,10 @@ def check_choices(owner: Any, **choices: Collection[str]) -> None:
 
 
 def check_numbers(part: Any, *names: str, positive: bool = True) -> None:
-    """Raises ValueError unless those fields of a part are finite numbers, above 0 if `positive`."""
+    """Makes those fields of a part Python's where they are NumPy's, which str and dtypes differ by.
+
+    None stays. Raises ValueError unless they are finite numbers, above 0 if `positive`.
+    """
     for name in names:
         value = getattr(part, name)
         if value is not None and not (
@@ -83,6 +86,8 @@ def check_numbers(part: Any, *names: str, positive: bool = True) -> None:
             raise ValueError(
                 f"{name} of {type(part).__name__} must be a {expected} number; got {value!r}"
             )
+        if isinstance(value, np.generic):
+            object.__setattr__(part, name, value.item())
 
 
 @dataclasses.dataclass(frozen=True)

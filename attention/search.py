@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from attention.integers import index_array, whole_number
 from attention.tile import Array, accumulator
+from attention.varying import varying_with
 
 State = Any
 Step = Callable[[State, Array], tuple[Array, State]]
@@ -162,6 +163,7 @@ def _find(step, state, begin, max_length, end, pad, choose):
         jnp.full((B, max_length), pad, jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B, dtype)
     )
     loop = (jnp.int32(0), state, begin, jnp.zeros(B, bool), sequences)
+    loop = varying_with(loop, state, begin)
     return jax.lax.while_loop(unfinished, proceed, loop)[-1]
 
 
@@ -242,6 +244,7 @@ def beam_search(
         tokens,
         finished,
     )
+    loop = varying_with(loop, state, begin)
     t, _, _, log_probs, tokens, finished = jax.lax.while_loop(unfinished, proceed, loop)
     scores = jnp.where(t == max_length, log_probs, -jnp.inf) / penalty(t)
     best = _merge(finished, Beams(tokens, scores, jnp.full((B, beam), t)))

@@ -127,7 +127,7 @@ class Tile:
 
         The transpose of `pick` of values [t, n].
         """
-        like = jax.ShapeDtypeStruct((weights.shape[0], n), weights.dtype)
+        like = jnp.zeros_like(weights, shape=(weights.shape[0], n))
         return jax.linear_transpose(lambda values: self.pick(values, column), like)(weights)[0]
 
     def lookup(self, table: Array, index: Array) -> Array:

@@ -1,11 +1,13 @@
 """Checks of the arguments of `attend`, and their errors."""
 
+from collections.abc import Collection
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
 
-from attention.mechanism import params_shape
+from attention.mechanism import Mechanism, params_shape
 
 
 def check(mechanism, params, query, key, value, pairs, data):
@@ -22,6 +24,20 @@ def check(mechanism, params, query, key, value, pairs, data):
         )
     if "bias" in pairs and not jnp.issubdtype(pairs["bias"].dtype, jnp.floating):
         raise ValueError(f"bias must be of a floating dtype, got {pairs['bias'].dtype}")
+    check_data(mechanism, data, batch, T, S)
+    one_head = params_shape(mechanism, 1, D, value.shape[-1])  # of H, which may be symbolic
+    expected = jax.tree.map(lambda x: (H, *x.shape[1:]), one_head)
+    got = jax.tree.map(jnp.shape, params)
+    if expected != got:
+        raise ValueError(
+            f"params do not fit {mechanism} with {H} heads of width {D}: expected shapes "
+            f"{expected}, got {got}; make them with mechanism.init(key, num_heads={H}, "
+            f"head_dim={D}, value_dim={value.shape[-1]})"
+        )
+
+
+def check_data(mechanism, data, batch, T, S):
+    """Raises ValueError unless `data` are what mask and position read, of T queries and S keys."""
     needs = mechanism.mask.required_inputs
     for kind in ("mask", "position"):
         part = getattr(mechanism, kind)
@@ -58,15 +74,12 @@ def check(mechanism, params, query, key, value, pairs, data):
             if x.shape[-len(own) :] != own:
                 raise ValueError(f"{name} must be {letters}, got {x.shape}")
             _check_broadcast(name, x, (*batch, *own), letters)
-    one_head = params_shape(mechanism, 1, D, value.shape[-1])  # of H, which may be symbolic
-    expected = jax.tree.map(lambda x: (H, *x.shape[1:]), one_head)
-    got = jax.tree.map(jnp.shape, params)
-    if expected != got:
-        raise ValueError(
-            f"params do not fit {mechanism} with {H} heads of width {D}: expected shapes "
-            f"{expected}, got {got}; make them with mechanism.init(key, num_heads={H}, "
-            f"head_dim={D}, value_dim={value.shape[-1]})"
-        )
+
+
+def check_mechanism(mechanism):
+    """Raises ValueError unless it is one."""
+    if not isinstance(mechanism, Mechanism):
+        raise ValueError(f"mechanism must be an attention.Mechanism, got {mechanism!r}")
 
 
 def check_arrays(query, key, value):
@@ -112,8 +125,8 @@ def _check_broadcast(name, x, shape, letters):
 
 def check_dropout(rate, key, query_shape):
     """Raises ValueError unless a share of weights can be dropped."""
-    if not 0 <= rate <= 1:
-        raise ValueError(f"dropout_rate must be in [0, 1], got {rate}")
+    if not isinstance(rate, float | int | np.number) or not 0 <= rate <= 1:
+        raise ValueError(f"dropout_rate must be a number in [0, 1], and static; got {rate!r}")
     if rate > 0 and key is None:
         raise ValueError(f"dropout_rate={rate} needs dropout_key, a jax.random key")
     if key is not None:
@@ -123,7 +136,7 @@ def check_dropout(rate, key, query_shape):
 
 def check_aux(aux, known, weight_rows, length):
     """Raises ValueError unless `aux` are known, and 'row_weights' comes with `weight_rows`."""
-    if isinstance(aux, str):
+    if isinstance(aux, str) or not isinstance(aux, Collection):
         raise ValueError(f"aux must be a tuple of {', '.join(known)}; got {aux!r}")
     if unknown := set(aux) - set(known):
         raise ValueError(f"aux can hold {', '.join(known)}; got {', '.join(sorted(unknown))}")

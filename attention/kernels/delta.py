@@ -28,6 +28,7 @@ import numpy as np
 from attention.integers import whole_number
 from attention.pairs import difference_of_pairs, running_pairs
 from attention.tile import Array, accumulator
+from attention.varying import varying_with
 
 CHUNK = 64
 """Tokens of a chunk."""
@@ -88,6 +89,7 @@ def recurrence(
         None if rate is None else chunks(jnp.asarray(rate)[:, None])[..., 0],
         None if starts is None else jnp.pad(starts, (0, padding)).reshape(-1, size),
     )
+    last = varying_with(last, inputs)
     if T == size:
         last, out = _chunk(last, jax.tree.map(lambda x: x[0], inputs))
     else:

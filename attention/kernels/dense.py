@@ -439,6 +439,5 @@ register(
         cost,
         reads_non_finite=True,
         takes_gates=True,
-        takes_coordinates=True,
     )
 )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from attention.mechanism import Mechanism
-from attention.tile import COORDINATES, Array
+from attention.tile import Array
 
 KERNELS: dict[str, "Kernel"] = {}
 # Arguments of `attend` that say what the tokens are.
@@ -87,7 +87,6 @@ class Kernel(NamedTuple):
       has_blocks: `attend` takes block_sizes.
       reads_non_finite: `attend` takes non_finite.
       takes_gates: `attend` takes gates, the numbers of tokens that parts may ask for.
-      takes_coordinates: data may hold coordinates, where a part reads them.
     """
 
     name: str
@@ -98,7 +97,6 @@ class Kernel(NamedTuple):
     has_blocks: bool = False
     reads_non_finite: bool = False
     takes_gates: bool = False
-    takes_coordinates: bool = False
 
 
 def register(kernel: Kernel) -> None:
@@ -115,10 +113,6 @@ def unsupported(kernel: Kernel, call: Call) -> str | None:
     if not kernel.takes_gates and (mechanism.query_gates or mechanism.key_gates):
         parts = mechanism.parts_with_gates("query") or mechanism.parts_with_gates("key")
         return f"it reads no numbers of tokens (query_gates, key_gates), as {parts[0]} does"
-    if not kernel.takes_coordinates:
-        for part in (mechanism.position, mechanism.mask):
-            if part.required_inputs >= COORDINATES:
-                return f"it reads no rows and columns of tokens (query_coordinates), as {part} does"
     return kernel.unsupported(call)
 
 

@@ -40,6 +40,7 @@ from attention.mechanism import Mechanism
 from attention.normalizers import Softmax
 from attention.parts import OnlineNormalizer
 from attention.tile import COORDINATES, EMPTY, Array, Params, Tile
+from attention.varying import varying_with
 
 
 def unsupported(call: Call) -> str | None:
@@ -464,7 +465,7 @@ def _hide(plan, arrays, data):
         return (rows.at[row].max(by_row), columns.at[_columns(plan, start)].max(by_column)), None
 
     rows = jnp.zeros(arrays.query.shape[:2], bool)
-    columns = jnp.zeros(plan.padded, bool)
+    rows, columns = varying_with((rows, jnp.zeros(plan.padded, bool)), arrays, data)
     for schedule, _ in data.visits.schedules():
         (rows, columns), _ = jax.lax.scan(step, (rows, columns), schedule[:3])
     return arrays._replace(
@@ -488,6 +489,7 @@ def _when_visible(state, function, *args):
         return function(*args)
     shapes = jax.eval_shape(function, *args)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    zeros = varying_with(zeros, state, args)
     return jax.lax.cond(_in_any_example(state != EMPTY), function, lambda *args: zeros, *args)
 
 
@@ -529,7 +531,7 @@ def worst_seen(plan: Plan, data: Data) -> Array:
         return bad
 
     anything = jnp.stack([x.any() for x in data.bad]).any()
-    nothing = jnp.zeros(data.bad.query.shape, jnp.int32)
+    nothing = varying_with(jnp.zeros(data.bad.query.shape, jnp.int32), data)
     return jax.lax.cond(_in_any_example(anything), visit, lambda bad: bad, nothing)
 
 
@@ -554,7 +556,7 @@ def _all_rows(plan, arrays, data):
             return state, out + _output(plan, data, piece, weights, tile)
 
         state = normalizer.start(params, jnp.zeros(t, dtype))
-        carry = state, jnp.zeros((t, value_dim), dtype)
+        carry = varying_with((state, jnp.zeros((t, value_dim), dtype)), arrays, data)
         for schedule, masked in data.visits.schedules():
 
             def step(i, carry, schedule=schedule, masked=masked):
@@ -599,6 +601,7 @@ def _tangent(plan, arrays, data, out, statistic, tangent):
 
     # Scatter-add, since its transpose passes the cotangent on as it is.
     sums = jnp.zeros_like(out), jnp.zeros(out.shape[:2], out.dtype)
+    sums = varying_with(sums, arrays, data, out)
     for schedule, masked in data.visits.schedules():
 
         def step(sums, pair, masked=masked):
@@ -712,6 +715,7 @@ def _summaries(plan, arrays, data, statistic, bad):
     dtype = arrays.value.dtype
     columns = jnp.zeros(plan.padded, dtype)
     sums = jnp.zeros(bad.shape, dtype), jnp.full(bad.shape, -jnp.inf, dtype), columns
+    sums = varying_with(sums, arrays, data)
     for schedule, masked in data.visits.schedules():
 
         def step(sums, pair, masked=masked):
@@ -802,7 +806,7 @@ def _by_whole_rows(plan, arrays, data, aux):
         out, extra, row_sums = attend_row(arrays, row)
         return sums + row_sums, (out, extra)
 
-    sums = jnp.zeros(plan.padded, arrays.value.dtype)
+    sums = varying_with(jnp.zeros(plan.padded, arrays.value.dtype), arrays, data)
     sums, (out, extra) = jax.lax.scan(step, sums, jnp.arange(len(arrays.query)))
     extra = {name: x.reshape(-1)[: plan.rows] for name, x in extra.items()}
     if "column_sums" in aux:
@@ -853,6 +857,5 @@ register(
         has_blocks=True,
         reads_non_finite=True,
         takes_gates=True,
-        takes_coordinates=True,
     )
 )

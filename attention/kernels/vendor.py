@@ -36,12 +36,15 @@ from attention.kernels.products import Product, num_prepared, product_of
 from attention.kernels.registry import Call, Kernel, device_of, register
 from attention.kernels.tuned import tuned
 from attention.mechanism import Mechanism
+from attention.varying import cannot_be_checked
 
 
 def _served(call: Call) -> tuple[Product, Band] | str:
     """What a vendor is to compute, or why neither can."""
     if any(is_symbolic_dim(n) for x in (call.query, call.key) for n in x.shape):
         return f"its sizes cannot be symbolic; got query {call.query.shape}, key {call.key.shape}"
+    if reason := cannot_be_checked():
+        return reason
     product = product_of(call.mechanism, call.query.shape[-1], call.value.shape[-1])
     if isinstance(product, str):
         return product
@@ -507,6 +510,5 @@ for _name, _unsupported, _cost, _platform in (
             _unsupported,
             _cost,
             platforms=(_platform,),
-            takes_coordinates=True,
         )
     )

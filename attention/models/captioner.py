@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from attention.models.rnn.config import RNNConfig, make_embedding
 from attention.models.rnn.decoder import RNNDecoder, State
-from attention.models.transformer import decoder_step, token_embedding
+from attention.models.transformer import decoder_step, lengths_data, token_embedding
 from attention.models.vision import VisionTransformer
 from attention.nn.blocks import DecoderState, Stack, TransformerConfig
 from attention.nn.dense import Dense
@@ -61,7 +61,7 @@ class Captioner(nn.Module):
         """
         memory = self.encoder.encode(images, deterministic=deterministic)
         x = self.dropout(self.embedding(tokens), deterministic=deterministic)
-        data = {"key_lengths": _lengths(memory)}
+        data = lengths_data("key_lengths", self.config.cross, None, memory.shape[:-1])
         x = self.decoder(x, memory, tokens=tokens, memory_data=data, deterministic=deterministic)
         return self.embedding.logits(x)
 

@@ -106,7 +106,7 @@ class Encoder(nn.Module):
         c = self.config
         x = token_embedding(c, c.encoder, "embedding")(tokens)
         x = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x)
-        data = {"query_lengths": _lengths(tokens, lengths)}
+        data = lengths_data("query_lengths", c.encoder, lengths, tokens.shape)
         stack = Stack(c, c.encoder, name="stack")
         return stack(x, data=data, tokens=tokens, deterministic=deterministic)
 
@@ -139,9 +139,7 @@ class EncoderDecoder(nn.Module):
     ) -> Array:
         """source [..., S], tokens [..., T] (the target shifted right) -> [..., T, vocab_size]."""
         memory = self.encode(source, source_lengths, deterministic=deterministic)
-        return self.decode(
-            memory, tokens, _lengths(source, source_lengths), deterministic=deterministic
-        )
+        return self.decode(memory, tokens, source_lengths, deterministic=deterministic)
 
     def encode(self, source, source_lengths=None, *, deterministic=True):
         """source [..., S] -> memory [..., S, M]."""
@@ -154,7 +152,9 @@ class EncoderDecoder(nn.Module):
             x,
             memory,
             tokens=tokens,
-            memory_data={"key_lengths": source_lengths},
+            memory_data=lengths_data(
+                "key_lengths", self.config.cross, source_lengths, memory.shape[:-1]
+            ),
             deterministic=deterministic,
         )
         return self.embedding.logits(x)
@@ -164,12 +164,13 @@ class EncoderDecoder(nn.Module):
 
         Raises ValueError for lengths that are known not to be 0 to S; NaN where they are traced.
         """
-        # Here, because a scan over layers traces whatever it is given.
-        lengths = count_array(
-            "source_lengths", _lengths(source, source_lengths), source.shape[:-1], source.shape[-1]
-        )
-        memory = self.encode(source, lengths)
-        return self.decoder.start(source.shape[:-1], max_length, memory, lengths)
+        *batch, S = source.shape
+        if source_lengths is not None:
+            # Here, because a scan over layers traces whatever it is given.
+            source_lengths = count_array("source_lengths", source_lengths, tuple(batch), S)
+        memory = self.encode(source, source_lengths)
+        lengths = jnp.full(batch, S, jnp.int32) if source_lengths is None else source_lengths
+        return self.decoder.start(tuple(batch), max_length, memory, lengths)
 
     def step(
         self, state: DecoderState, tokens: Array, lengths: Array | None = None
@@ -181,5 +182,12 @@ class EncoderDecoder(nn.Module):
         return decoder_step(self, state, tokens, lengths)
 
 
-def _lengths(tokens, lengths):
-    return jnp.full(tokens.shape[:-1], tokens.shape[-1]) if lengths is None else lengths
+def lengths_data(
+    name: str, mechanism: Mechanism, lengths: Array | None, shape: tuple[int, ...]
+) -> dict[str, Array]:
+    """{name: lengths} for `attend`: all of `shape` [..., S] unless given, if the mask asks."""
+    if lengths is None:
+        if not any(name in names for names in mechanism.mask.required_inputs):
+            return {}
+        lengths = jnp.full(shape[:-1], shape[-1], jnp.int32)
+    return {name: lengths}

@@ -223,6 +223,12 @@ def _check_shared(config):
                     f"{layer} of layers shares the keys of {owner}, which turn by another "
                     "position: give both the same"
                 )
+            of_keys = (own.mechanism(config.decoder).key_gates for own in (layer, owner))
+            if len({*of_keys}) > 1:
+                raise ValueError(
+                    f"{layer} of layers shares the keys of {owner}, and one asks for more numbers "
+                    "of a key than the other: give both such a score, or none"
+                )
             H, width = _heads(config, layer)["num_heads"], _kv_widths(config, layer)[1]
             if H % K or width != head_dim:
                 raise ValueError(
@@ -355,13 +361,15 @@ class Block(nn.Module):
         """
         data, memory_data = dict(data or {}), dict(memory_data or {})
         context: Array | Cache | None = memory
+        if lengths is not None:
+            data["lengths"] = lengths
         if state is not None:
             if memory is not None:
                 raise ValueError(
                     "the memory is in the state: make it with `start`, pass one of both"
                 )
             context = state.cross_attention
-            data |= {"cache": state.self_attention, "lengths": lengths}
+            data["cache"] = state.self_attention
             T = x.shape[-2]
             if state.self_attention is not None:
                 at = decoding.positions(state.self_attention, T)

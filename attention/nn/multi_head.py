@@ -51,6 +51,14 @@ class _Parts(NamedTuple):
     mechanism: Any
 
 
+def _check_unread(lengths):
+    if lengths is not None:
+        raise ValueError(
+            "lengths say how much of x is real where it continues a text, with a cache; for "
+            "padding pass query_lengths, which masks.Padding() reads"
+        )
+
+
 class MultiHeadAttention(nn.Module):
     """Concat_h(head_h) W_O, head_h = attend(x W_Q, c W_K, c W_V).  Vaswani et al. 2017, sec. 3.2.2.
 
@@ -160,6 +168,9 @@ class MultiHeadAttention(nn.Module):
         key_values: Any = None
         onward = Relay() if relay is None else relay
         if isinstance(context, Cache):
+            _check_unread(lengths)
+            if options.get("query_positions") is None:
+                options["query_positions"] = jnp.arange(query.shape[-3])
             query, stored = parts.space.absorbed(query, context)
             out = decoding.attend(parts.space.mechanism, parts.mechanism, stored, query, **options)
         else:
@@ -171,9 +182,11 @@ class MultiHeadAttention(nn.Module):
             if key_values.cache is not None:
                 out = self._attend_cached(parts, query, key_values.cache, lengths, options)
             else:
+                _check_unread(lengths)
                 if context is None:
                     for name in ("positions", "lengths", "segments", "coordinates"):
-                        options.setdefault(f"key_{name}", data.get(f"query_{name}"))
+                        if options.get(f"key_{name}") is None:
+                            options[f"key_{name}"] = data.get(f"query_{name}")
                 key, value, options["key_gates"], _ = key_values
                 arrays = parts.space.expanded(query, key, value)
                 out = attend(parts.space.mechanism, parts.mechanism, *arrays, **options)

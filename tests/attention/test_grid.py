@@ -250,9 +250,7 @@ def test_which_kernels_serve():
     for kind, part in (("position", positions.RoPE2D()), ("mask", masks.Window2D(1))):
         mechanism = Mechanism(**{kind: part})
         lines = explain(mechanism, *arrays, query_coordinates=GRID, key_coordinates=GRID)
-        reason = f"cannot: it reads no rows and columns of tokens (query_coordinates), as {part}"
-        assert lines.count("cannot: ") >= 2 and "dense: runs" in lines
-        assert f"{reason} does" in lines
+        assert "dense: runs" in lines
         call = describe(mechanism, *arrays, query_coordinates=GRID, key_coordinates=GRID)
         assert unsupported(KERNELS["pallas_tpu"], call) is None
 

@@ -12,6 +12,8 @@ import pytest
 
 from attention import Mechanism, attend, explain, masks, normalizers, parse, positions, scores
 from attention.kernels.registry import KERNELS
+from attention.mechanism import PART_KINDS
+from attention.parsing import unparse
 from attention.parts import Mask, Normalizer, Position, Score
 
 
@@ -127,7 +129,9 @@ def test_init_of_no_heads(num_heads):
          scores.SoftCap(scores.Temperature(scores.Scale(scores.Dot(), 2)))),
         ("score", "attention.scores:Cosine(scale=3.)", scores.Cosine(3.0)),
         ("score", "attention.scores.Cosine", scores.Cosine()),
+        ("score", "soft_cap(none)", scores.SoftCap(scores.ScaledDot())),
         ("position", "None", positions.NoPE()),
+        ("position", "none + rope", positions.NoPE() + positions.RoPE()),
         ("position", "nope", positions.NoPE()),
         ("position", "rope(base=500000, scaling=yarn(4, original_length=64))",
          positions.RoPE(500000, scaling=positions.YaRN(4, 64))),
@@ -138,6 +142,7 @@ def test_init_of_no_heads(num_heads):
         ("position", "rope + alibi + kerple_log",
          positions.RoPE() + positions.ALiBi() + positions.KerpleLog()),
         ("mask", "none", masks.Full()),
+        ("mask", "causal & ~none", masks.Causal() & ~masks.Full()),
         ("mask", "causal & (sliding_window(256) | prefix(4))",
          masks.Causal() & (masks.SlidingWindow(256) | masks.Prefix(4))),
         ("mask", "causal & sliding_window(256) | prefix",
@@ -192,7 +197,8 @@ def test_parse_reads_every_repr(kind, module, base):
         ("position", "rotary", r"unknown 'rotary'; known are .*rope"),
         ("mask", "causal & sliding", r"unknown 'sliding'; known are sliding_window, "),
         ("normalizer", "softmaxx()", r"unknown 'softmaxx'; known are softmax, "),
-        ("score", "soft_cap(none)", r"'none'"),
+        ("mask", masks.Causal(), r"mask: parse reads a text that names a part; got Causal\(\)"),
+        ("position", None, "position: parse reads a text that names a part; got None"),
         ("score", "_Wrapper(dot)", r"unknown '_Wrapper'"),
         ("score", "Array", r"unknown 'Array'"),
         ("score", "", r"score: cannot read ''"),
@@ -281,6 +287,27 @@ def test_parse_runs_no_code(text, monkeypatch):
     assert not ran and "this" not in sys.modules and not jax.config.jax_enable_x64
 
 
+@pytest.mark.parametrize("part", [
+    scores.ScaledDot(np.float64(0.5)),
+    scores.SoftCap(scores.Scale(scores.Dot(), np.float32(0.25)), cap=np.float64(3)),
+    positions.GatedDecay(temperature=np.float64(2)),
+    normalizers.Entmax(np.float64(1.25)),
+], ids=str)  # fmt: skip
+def test_numbers_of_numpy_are_those_of_python(part):
+    """Their text is read back, and under x64 they widen no loop."""
+    kind = next(kind for kind, base in PART_KINDS.items() if isinstance(part, base))
+    assert "np." not in str(part) and parse(kind, unparse(part)) == part
+    mechanism = Mechanism(**{kind: part}, mask=masks.Causal())
+    with jax.enable_x64(True):
+        params = mechanism.init(jax.random.key(0), num_heads=1, head_dim=8)
+        x = jnp.ones((6, 1, 8), jnp.float32)
+        params = jax.tree.map(lambda leaf: leaf.astype(x.dtype), params)
+        gates = {"query_gates": x[..., : mechanism.query_gates]} if mechanism.query_gates else {}
+        gates |= {"key_gates": x[..., : mechanism.key_gates]} if mechanism.key_gates else {}
+        out = attend(mechanism, params, x, x, x, implementation="tiled", **gates)
+    assert out.dtype == jnp.float32
+
+
 @dataclasses.dataclass(frozen=True)
 class Half(Score):
     factor: float = 0.5
@@ -315,7 +342,16 @@ def test_explain():
         explain(mechanism, query, key, key, aux=("weights",), implementation="tiled")
     segments = jax.ShapeDtypeStruct((2, 8), jnp.int32)
     packed = Mechanism(mask=masks.Segments())
-    assert "dense: runs" in explain(packed, query, key, key, query_segments=segments)
+    with pytest.raises(ValueError, match=r"Segments\(\) needs key_segments: pass it to attend"):
+        explain(packed, query, key, key, query_segments=segments)
+    assert "dense: runs" in explain(packed, query, query, query, query_segments=segments)
+    with pytest.raises(ValueError, match="key_lengths was given, but the mask Causal.. ignores it"):
+        explain(mechanism, query, key, key, key_lengths=jax.ShapeDtypeStruct((2,), jnp.int32))
+    with pytest.raises(ValueError, match="mechanism must be an attention.Mechanism, got 'softmax'"):
+        explain("softmax", query, key, key)
+    lists = [[[[1.0, 2.0]]]] * 3
+    causal = Mechanism(mask=masks.Causal(), position=positions.RoPE())
+    assert "dense: runs" in explain(causal, *lists, mask=[[True]], query_positions=[7])
     with pytest.raises(ValueError, match="takes query_positions, .*; got query_segment$"):
         explain(packed, query, key, key, query_segment=segments)
     long = jax.ShapeDtypeStruct((4096, 4, 16), jnp.float32)

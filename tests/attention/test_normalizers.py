@@ -208,6 +208,13 @@ def test_equal_scores_have_equal_weights(name):
     np.testing.assert_allclose(gradient[1:], gradient[1], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("score", [100.0, 1e6, 3e7])
+def test_stick_breaking_beside_a_large_score(score):
+    """A running sum less its own term would lose the digits of the others: rows of more than 1."""
+    weights = normalizers.StickBreaking().weights({}, jnp.array([[0.0, score, 0.0]]))
+    np.testing.assert_allclose(weights, [[0, 0.5, 0.5]], atol=1e-7)
+
+
 def test_stick_breaking_of_the_keys_before_a_query_alone():
     """The mask of Tan et al. 2025, as the docstring writes it."""
     mechanism = Mechanism(

@@ -32,6 +32,7 @@ from attention.kernels.mosaic_gpu.elementwise import (
 )
 from attention.kernels.registry import Call, Kernel, device_of, register
 from attention.tile import EMPTY, Array, Params, Tile
+from attention.varying import cannot_be_checked
 
 MEASURED: frozenset[str] = frozenset()  # kinds of devices of which results/ records a run
 BLOCK = 64  # rows of a product of a warpgroup, and of a block of queries or keys
@@ -58,7 +59,7 @@ def unsupported(call: Call) -> str | None:
         )
     if max(query.shape[-1], value.shape[-1]) > _WIDEST:
         return f"it takes widths up to {_WIDEST}, got {query.shape[-1]} and {value.shape[-1]}"
-    if reason := cannot_split(math.prod(query.shape[:-3])):
+    if reason := cannot_be_checked() or cannot_split(math.prod(query.shape[:-3])):
         return reason
     if call.bias is not None or call.mask is not None:
         return "it takes no bias and no mask array"
@@ -385,6 +386,5 @@ register(
         unsupported,
         cost,
         platforms=("cuda", "cpu"),
-        takes_coordinates=True,
     )
 )

@@ -27,12 +27,13 @@ from attention.kernels.heads import (
 )
 from attention.kernels.products import num_prepared
 from attention.kernels.registry import Call, Kernel, device_of, register
+from attention.varying import cannot_be_checked
 
 
 def unsupported(call: Call) -> str | None:
     """Why these kernels cannot serve a call, or None."""
     mechanism, dtype = call.mechanism, call.query.dtype
-    reason = tiled.unsupported(call)
+    reason = tiled.unsupported(call) or cannot_be_checked()
     if call.device.platform == "tpu":
         reason = reason or cannot_split(math.prod(call.query.shape[:-3]))
     if reason:
@@ -141,6 +142,5 @@ register(
         has_blocks=True,
         reads_non_finite=True,
         takes_gates=True,
-        takes_coordinates=True,
     )
 )

@@ -333,6 +333,15 @@ def test_a_pattern_that_does_not_fit_is_refused(change, words):
         dataclasses.replace(SMALL, **change)
 
 
+@pytest.mark.parametrize("acts", ["retention", "gated_decay", "rope"])
+def test_a_layer_without_a_position_that_acts_as_well(acts):
+    position = parse("position", f"sinusoidal + {acts}")
+    decoder = Mechanism(position=position, mask=masks.Causal())
+    layers = parse_layers("layer + layer(position=none)")
+    config = TransformerConfig(9, 8, 2, 2, decoder=decoder, layers=layers)
+    assert config.layers[1].mechanism(decoder).position == positions.NoPE()
+
+
 def test_a_layer_takes_parts_and_sizes():
     with one_line(ValueError, "mask of Layer must be an attention.Mask, got 'causal'"):
         Layer(mask="causal")

@@ -13,8 +13,9 @@ from jax import export
 
 from attention import Mechanism, masks, normalizers, positions, scores
 from attention.models import Encoder, EncoderDecoder, LanguageModel
-from attention.nn import MLP, Embedding, MultiHeadAttention, Stack, TransformerConfig
+from attention.nn import MLP, Block, Embedding, MultiHeadAttention, Stack, TransformerConfig
 from support import ROOT
+from support.helpers import one_line
 from support.marks import slow_but
 from support.mechanisms import normal, put, random_params
 
@@ -92,6 +93,51 @@ def test_every_learned_array_of_a_mechanism_is_a_parameter_with_a_gradient(mecha
     got = grads["params"]["mechanism"]
     assert jax.tree.map(jnp.shape, got) == jax.tree.map(jnp.shape, expected)
     assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("position", [positions.RoPE(), positions.T5(), positions.ALiBi()], ids=str)
+def test_a_precomputed_context_is_the_context(position):
+    """Queries are at 0 … T − 1 beside S other keys, whatever holds these."""
+    x, context = normal(0, 2, 4, 8), normal(1, 2, 7, 8)
+    module = MultiHeadAttention(2, Mechanism(position=position))
+    variables, out = run(module, x, context)
+    key_value = module.apply(variables, context, method="precompute_kv")
+    np.testing.assert_allclose(module.apply(variables, x, key_value), out, atol=1e-6)
+    at = jnp.array([5, 1, 2, 0])
+    out = module.apply(variables, x, context, query_positions=at)
+    got = module.apply(variables, x, key_value, query_positions=at)
+    np.testing.assert_allclose(got, out, atol=1e-6)
+
+
+def test_lengths_go_with_a_cache():
+    x, lengths = normal(0, 2, 4, 8), jnp.array([2, 3])
+    words = ValueError, "lengths say how much of x is real", "query_lengths", "masks.Padding()"
+    module = MultiHeadAttention(2, Mechanism(mask=masks.Padding()))
+    variables, out = run(module, x, query_lengths=lengths)
+    key_value = module.apply(variables, x, method="precompute_kv")
+    for context in (None, x, key_value):
+        with one_line(*words):
+            module.apply(variables, x, context, lengths=lengths)
+    block = Block(SMALL, Mechanism())
+    with one_line(*words):
+        block.init(KEY, normal(0, 2, 4, 16), lengths=lengths)
+    # None is an argument that is not given.
+    got = module.apply(variables, x, query_lengths=lengths, key_lengths=None)
+    np.testing.assert_allclose(got, out, atol=1e-6)
+
+
+@pytest.mark.parametrize("mechanism", [Mechanism(), Mechanism(mask=masks.Padding())], ids=str)
+def test_lengths_that_nobody_gives_need_no_mask(mechanism):
+    config = dataclasses.replace(SMALL, encoder=mechanism, cross=mechanism)
+    source = tokens(2, 3)
+    variables, out = run(EncoderDecoder(config), source, tokens(2, 4))
+    model = EncoderDecoder(config)
+    state = model.apply(variables, source, None, 4, method="start")
+    logits, _ = model.apply(variables, state, tokens(2, 4), method="step")
+    np.testing.assert_allclose(logits, out, atol=1e-5)
+    if mechanism.mask == masks.Full():
+        with one_line(ValueError, "query_lengths was given, but the mask Full() ignores it"):
+            model.apply(variables, source, tokens(2, 4), jnp.array([3, 2]))
 
 
 def test_what_learns_nothing_adds_no_parameters():

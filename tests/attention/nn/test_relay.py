@@ -260,6 +260,8 @@ def test_axes_have_names_and_a_setting():
     ("layer(mixer=ret_net) + layer(shared_kv=True)", {}, ["the first layer of layers"]),
     ("layer + layer(shared_kv=True, position=none)", {}, ["another position: give both the same"]),
     ("layer + layer(shared_kv=True, head_dim=4)", {}, ["4 heads of 4", "2 keys of 2"]),
+    ("layer + layer(shared_kv=True, score='input_gate(dot)')", {}, ["more numbers of a key"]),
+    ("layer(score='input_gate(dot)') + layer(shared_kv=True)", {}, ["more numbers of a key"]),
     ("layer(num_kv_heads=1) + layer", {"value_residual": "first_layer"}, ["(1, 2), (2, 2)"]),
 ])  # fmt: skip
 def test_layers_that_cannot_share_are_refused(layers, changes, words):

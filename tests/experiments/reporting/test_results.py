@@ -502,7 +502,7 @@ def test_findings_without_base_or_interval(tmp_path):
     splits = DISAGREE[0][4] | {"validation": [1.9, 2.0, 2.1]}
     same = ("text", "score", "dot", {}, splits)
     text = axis_findings(tmp_path / "d", [DISAGREE[0], same])["score"]
-    assert text.startswith("dot did best on validation; on test it equals the base (scaled_dot)")
+    assert text == "dot did best on validation; on test it equals the base."
 
 
 def test_findings_where_higher_is_better(tmp_path):

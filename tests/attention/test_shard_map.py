@@ -1,0 +1,109 @@
+"""Inside `jax.shard_map`, which checks over which axes values vary: values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from attention import Mechanism, attend, explain, masks, normalizers, positions, scores, search
+from attention.kernels import delta
+from support.mechanisms import assert_close, init, normal, qkv
+
+BATCH = PartitionSpec("batch")
+LENGTHS = np.array([3, 0])
+SEGMENTS = np.repeat([1, 2, 5], [4, 5, 3])[None].repeat(2, 0)
+CASES = {
+    "causal": (Mechanism(mask=masks.Causal()), {}),
+    "padding": (Mechanism(mask=masks.Padding()), {"key_lengths": LENGTHS}),
+    "documents": (
+        Mechanism(scores.Additive(2), positions.T5(), masks.Segments(), normalizers.LearnedSink()),
+        {"query_segments": SEGMENTS, "key_segments": SEGMENTS},
+    ),
+    "shaw": (Mechanism(position=positions.Shaw(value_side=True)), {}),
+    "sparsemax": (Mechanism(normalizer=normalizers.Sparsemax()), {}),
+}
+
+
+def sharded(function, *specs, out=BATCH):
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("batch",))
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out))
+
+
+@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+@pytest.mark.parametrize("name", CASES)
+def test_attend(name, implementation):
+    """The gradient of what is the same on every device is summed over them."""
+    mechanism, data = CASES[name]
+    params = jax.tree.map(lambda x: x + 0.1, init(mechanism, H=2))
+    vectors = qkv(T=12, S=12, H=2, K=1)
+    aux = ("lse", "entropy", "column_sums") if name == "causal" else ()
+    options = {"implementation": implementation, "aux": aux}
+    if implementation == "tiled":
+        options["block_sizes"] = (4, 4)
+
+    def attended(params, vectors, data, total):
+        result = attend(mechanism, params, *vectors, **data, **options)
+        out, extra = result if aux else (result, {})
+        numbers = [jnp.where(jnp.isfinite(x), x, 0).sum() for x in extra.values()]
+        return total(jnp.sin(out).sum() + sum(numbers)), out
+
+    def gradient(total):
+        def run(params, vectors, data):
+            both = jax.value_and_grad(attended, (0, 1), has_aux=True)
+            return both(params, vectors, data, total)
+
+        return run
+
+    whole = PartitionSpec()
+    inside = sharded(
+        gradient(lambda x: jax.lax.psum(x, "batch")),
+        *(whole, BATCH, BATCH),
+        out=((whole, BATCH), (whole, BATCH)),
+    )
+    alone = jax.jit(gradient(lambda x: x))
+    assert_close(inside(params, vectors, data), alone(params, vectors, data))
+
+
+def test_kernels_that_jax_cannot_check_say_so():
+    mechanism, vectors = Mechanism(mask=masks.Causal()), qkv(T=4, S=4, H=2, K=1)
+    lines = {}
+
+    def look(check):
+        def inside(*vectors):
+            lines[check] = explain(mechanism, *vectors)
+            return vectors[0]
+
+        return inside
+
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("batch",))
+    specs = {"mesh": mesh, "in_specs": (BATCH,) * 3, "out_specs": BATCH}
+    for check in (True, False):
+        jax.shard_map(look(check), check_vma=check, **specs)(*vectors)
+    reason = "it runs in a jax.shard_map with check_vma=False alone"
+    assert f"pallas_tpu: cannot: {reason}" in lines[True] and reason not in lines[False]
+
+
+def test_recurrence_of_several_chunks():
+    query, key, value = (normal(n, 2, 12, 4) for n in range(3))
+
+    def run(*arrays):
+        return jax.vmap(lambda *own: delta.recurrence(*own, chunk=4)[0])(*arrays)
+
+    inside = sharded(run, *(BATCH,) * 3)
+    assert_close(inside(query, key, value), jax.jit(run)(query, key, value))
+
+
+@pytest.mark.parametrize("find", [search.greedy, search.beam_search])
+def test_searches(find):
+    logits, begin = normal(0, 5, 5), np.array([0, 3], np.int32)
+    options = {"beam_size": 2} if find is search.beam_search else {}
+
+    def run(begin):
+        def step(state, token):
+            return jnp.asarray(logits)[token] + state, state + 0.1
+
+        state = jnp.zeros((len(begin), 1))
+        return find(step, state, begin, max_length=6, end=4, **options).tokens
+
+    np.testing.assert_array_equal(sharded(run, BATCH)(begin), jax.jit(run)(begin))
