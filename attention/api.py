@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from attention.integers import Constant, index_array, index_dtype, label_array
 from attention.kernels.dense import row_weights
+from attention.kernels.heads import explicit_axes
 from attention.kernels.products import check_decay
 from attention.kernels.registry import KERNELS, Call, Kernel, describe, readable, unsupported
 from attention.mechanism import Mechanism
@@ -306,6 +308,33 @@ def _attend(
     non_finite,
     gates,
 ):
+    if explicit := explicit_axes():
+        arrays = {
+            "params": params,
+            "query": query,
+            "key": key,
+            "value": value,
+            "bias": bias,
+            "mask": mask,
+            "data": data,
+            "dropout_key": dropout_key,
+            "weight_rows": weight_rows,
+            "non_finite": non_finite,
+            "gates": gates,
+        }
+        options = {
+            "constants": constants,
+            "dropout_rate": dropout_rate,
+            "kernel": kernel,
+            "block_sizes": block_sizes,
+            "aux": aux,
+        }
+        by_xla = jax.sharding.auto_axes(
+            lambda arrays: _attend(mechanism, **arrays, **options),
+            axes=explicit,
+            out_sharding=_shardings(query, aux),
+        )
+        return by_xla(arrays)
     # Of one type in a shard_map, so that derivatives sum over its axes here and nowhere else.
     of_all = params, query, key, value, bias, mask, data, gates
     params, query, key, value, bias, mask, data, gates = varying_with(of_all, of_all)
@@ -354,6 +383,20 @@ def _attend(
             mechanism, params, **arrays, **flags, **own, rows=weight_rows
         )
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), (out, extra))
+
+
+def _shardings(query, aux):
+    """Of out and aux, where the axes of a mesh are explicit: as the queries are split."""
+    spec: Any = jax.typeof(query).sharding.spec
+    *batch, T, H, _ = [*spec, *[None] * (query.ndim - len(spec))]
+    rows = [*batch, T, H]
+    others = {
+        "weights": PartitionSpec(*batch, H, T, None),
+        "row_weights": PartitionSpec(*batch, H, None, None),
+        "column_sums": PartitionSpec(*batch, None, H),
+    }
+    own = {name: others.get(name, PartitionSpec(*rows)) for name in aux}
+    return PartitionSpec(*rows, None), own
 
 
 def _is_key(x):

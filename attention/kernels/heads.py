@@ -229,10 +229,18 @@ def map_heads(
     return on_each_part(mapped, arrays) if parts > 1 else mapped(arrays)
 
 
+def explicit_axes() -> tuple[str, ...]:
+    """The axes of the mesh of `jax.set_mesh` by which types of arrays say how they are split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in axes if kind is AxisType.Explicit)
+
+
 def data_parts(size: Any) -> int:
     """Into how many parts the mesh of `jax.set_mesh` splits a batch, by an axis 'data'."""
     mesh = jax.sharding.get_abstract_mesh()
-    if dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get("data") is not AxisType.Auto:
+    kind = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get("data")
+    if kind not in (AxisType.Auto, AxisType.Explicit):
         return 1
     return mesh.shape["data"] if size % mesh.shape["data"] == 0 else 1
 

@@ -65,6 +65,36 @@ def test_attend(name, implementation):
     assert_close(inside(params, vectors, data), alone(params, vectors, data))
 
 
+@pytest.mark.parametrize("name, implementation, options", [
+    ("causal", "tiled", {"block_sizes": (4, 4)}),
+    ("causal", "dense", {"dropout_rate": 0.5, "dropout_key": jax.random.key(0), "aux": ("lse",)}),
+    ("documents", "dense", {"aux": ("weights", "column_sums")}),
+])  # fmt: skip
+def test_explicit_axes(name, implementation, options):
+    """A mesh whose axes are types of arrays, which `jax.make_mesh` makes unless told otherwise."""
+    mechanism, data = CASES[name]
+    params, arrays = init(mechanism, H=2), qkv(T=12, S=12, H=2, K=1)
+
+    def run(params, *arrays):
+        out = attend(mechanism, params, *arrays, implementation=implementation, **data, **options)
+        first, aux = out if "aux" in options else (out, {})
+        numbers = [jnp.where(jnp.isfinite(x), x, 0).sum() for x in aux.values()]
+        return jnp.sin(first).sum() + sum(numbers), out
+
+    both = jax.value_and_grad(run, (0, 1, 2, 3), has_aux=True)
+    want = jax.jit(both)(params, *arrays)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        split = jax.sharding.NamedSharding(mesh, PartitionSpec("data"))
+        vectors = jax.device_put(arrays, split)
+        got = jax.jit(both)(params, *vectors)
+        alone = attend(mechanism, params, *vectors, implementation=implementation, **data,
+                       **options)  # fmt: skip
+    assert_close(got, want)
+    assert_close(alone, want[0][1])
+    assert jax.tree.leaves(got[0][1])[0].sharding.spec[0] == "data"
+
+
 def test_kernels_that_jax_cannot_check_say_so():
     mechanism, vectors = Mechanism(mask=masks.Causal()), qkv(T=4, S=4, H=2, K=1)
     lines = {}
