@@ -387,8 +387,8 @@ def _attend(
 
 def _shardings(query, aux):
     """Of out and aux, where the axes of a mesh are explicit: as the queries are split."""
-    spec: Any = jax.typeof(query).sharding.spec
-    *batch, T, H, _ = [*spec, *[None] * (query.ndim - len(spec))]
+    split = list(jax.typeof(query).sharding.spec)
+    *batch, T, H, _ = split + [None] * (query.ndim - len(split))
     rows = [*batch, T, H]
     others = {
         "weights": PartitionSpec(*batch, H, T, None),
