@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attention import Mechanism
 from attention.models import (
     Bahdanau,
     Captioner,
@@ -71,6 +72,13 @@ def test_transformer_is_a_decoder_over_the_patches():
     np.testing.assert_allclose(logits, x @ own["embedding"]["table"].T, atol=1e-5)
     assert weights.shape == (B, 2, T, S)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+
+
+def test_a_cross_attention_without_a_mask_sees_all_patches():
+    model = Captioner(CONFIG, **SIZES)
+    plain = Captioner(dataclasses.replace(CONFIG, cross=Mechanism()), **SIZES)
+    logits = jax.jit(plain.apply)({"params": params(model)}, IMAGES, TOKENS)
+    np.testing.assert_allclose(logits, forward(model)[0], atol=1e-6)
 
 
 def test_recurrent_decoder_starts_from_the_mean_of_the_patches():
