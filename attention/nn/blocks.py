@@ -25,6 +25,7 @@ from attention.nn.spaces import HEAD_MIXES, check_latent
 from attention.nn.values import VALUE_RESIDUALS
 from attention.parts import Position, check_choices, check_counts, embedded
 from attention.tile import Array
+from attention.varying import varying_with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -658,7 +659,8 @@ class Stack(nn.Module):
         if c.value_residual == "first_layer":
             attending = [layer for layer in self._period if layer.mixer is None]
             widths = _kv_widths(c, (*attending, Layer())[0])
-            first = jnp.zeros((*x.shape[:-1], *widths), c.dtype), jnp.bool_(False)
+            none = varying_with(jnp.zeros((*x.shape[:-1], *widths), c.dtype), x)
+            first = none, jnp.bool_(False)
         reads_tokens = c.value_residual == "token"
         return Relay(jnp.int32(0), tokens if reads_tokens else None, first)
 

@@ -1,5 +1,7 @@
 """Inside `jax.shard_map`, which checks over which axes values vary: values and gradients."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,9 @@ from jax.sharding import PartitionSpec
 
 from attention import Mechanism, attend, explain, masks, normalizers, positions, scores, search
 from attention.kernels import delta
-from support.mechanisms import assert_close, init, normal, qkv
+from attention.models import LanguageModel, Luong, RNNConfig, RNNEncoderDecoder
+from attention.nn import TransformerConfig
+from support.mechanisms import assert_close, init, normal, qkv, random_params
 
 BATCH = PartitionSpec("batch")
 LENGTHS = np.array([3, 0])
@@ -137,3 +141,36 @@ def test_searches(find):
         return find(step, state, begin, max_length=6, end=4, **options).tokens
 
     np.testing.assert_array_equal(sharded(run, BATCH)(begin), jax.jit(run)(begin))
+
+
+CONFIG = TransformerConfig(9, 8, 2, 2, decoder=Mechanism(mask=masks.Causal()))
+MODELS = {
+    "values of the first layer": LanguageModel(
+        dataclasses.replace(CONFIG, value_residual="first_layer")
+    ),
+    "recurrent": RNNEncoderDecoder(RNNConfig(9, 8, attention=Luong())),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name):
+    """What their scans carry from layer to layer, or token to token, and what they generate."""
+    model, inputs = MODELS[name], np.array([[3, 1, 4, 1], [5, 2, 6, 0]], np.int32)
+    inputs = [inputs] if name != "recurrent" else [inputs, inputs[:, ::-1]]
+    variables = random_params(model.init, *inputs, scale=0.3)
+
+    def generate(variables, *inputs):
+        start = (inputs[0], None) if name == "recurrent" else (len(inputs[0]),)
+        state = model.apply(variables, *start, 4, method="start")
+
+        def step(state, token):
+            logits, state = model.apply(variables, state, token[:, None], method="step")
+            return logits[:, 0], state
+
+        return search.greedy(step, state, inputs[0][:, 0], 4, -1).tokens
+
+    def run(variables, *inputs):
+        return model.apply(variables, *inputs), generate(variables, *inputs)
+
+    inside = sharded(run, PartitionSpec(), *(BATCH for _ in inputs))
+    assert_close(inside(variables, *inputs), jax.jit(run)(variables, *inputs))

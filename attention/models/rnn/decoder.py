@@ -13,6 +13,7 @@ from attention.nn.dense import Dense
 from attention.nn.multi_head import MultiHeadAttention
 from attention.nn.partition import named
 from attention.tile import Array
+from attention.varying import varying_with
 
 State = dict[str, Any]
 
@@ -85,7 +86,8 @@ class RNNDecoder(nn.Module):
             in_axes=1,
             out_axes=1,
         )
-        carry, (states, read) = scan(self, (state["carries"], state.get("fed")), x, steps)
+        carry = varying_with((state["carries"], state.get("fed")), state, x)
+        carry, (states, read) = scan(self, carry, x, steps)
         if read is not None:
             context = read
             # The scan sowed [T, B, H, 1, S].

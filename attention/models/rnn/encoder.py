@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from attention.models.rnn.config import RNNConfig, make_cell, make_embedding
 from attention.nn.partition import by_batch
 from attention.tile import Array, accumulator
+from attention.varying import varying_with
 
 
 class RNNEncoder(nn.Module):
@@ -41,7 +42,8 @@ class RNNEncoder(nn.Module):
             cell = make_cell(self.config, features, name)
             shape = (x.shape[0], x.shape[-1])
             start = cell.initialize_carry(jax.random.key(0), shape)
-            return nn.RNN(cell), jax.tree.map(lambda y: y.astype(accumulator(c.dtype)), start)
+            start = jax.tree.map(lambda y: y.astype(accumulator(c.dtype)), start)
+            return nn.RNN(cell), varying_with(start, x, lengths)
 
         c = self.config
         if not c.bidirectional:
