@@ -341,10 +341,10 @@ def _segments(data, B, T, S):
     """splash's labels [B, T], [B, S] of rows and columns that may see each other, or None: all."""
     if not {"query_segments", "key_lengths"} & data.keys():
         return None
-    query = data.get("query_segments", jnp.zeros((1, T), jnp.int32)).astype(jnp.int32)
-    key = data.get("key_segments", jnp.zeros((1, S), jnp.int32)).astype(jnp.int32)
+    query = data.get("query_segments", jnp.zeros((1, T), jnp.int32))
+    key = data.get("key_segments", jnp.zeros((1, S), jnp.int32))
     query, key = jnp.broadcast_to(query, (B, T)), jnp.broadcast_to(key, (B, S))
-    if "key_lengths" in data:
+    if "key_lengths" in data or max(query.dtype.itemsize, key.dtype.itemsize) > 4:
 
         def ranks(query, key):
             """Places among the sorted labels of queries, T for a key of another label."""
@@ -354,6 +354,7 @@ def _segments(data, B, T, S):
             return jnp.searchsorted(ordered, query), jnp.where(known, places, T)
 
         query, key = jax.vmap(ranks)(query, key)
+    if "key_lengths" in data:
         key = jnp.where(jnp.arange(S) < data["key_lengths"][:, None], key, T)
     return _modules()[0].SegmentIds(query.astype(jnp.int32), key.astype(jnp.int32))
 

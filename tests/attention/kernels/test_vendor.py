@@ -24,7 +24,7 @@ from attention import (
     scores,
 )
 from attention.drop_in import _Band, _TracedScale
-from attention.kernels import registry
+from attention.kernels import registry, vendor
 from attention.kernels.products import Product, product_of
 from attention.kernels.registry import KERNELS, Device, describe
 from support.kernels import arrays
@@ -587,6 +587,16 @@ PACKED = {
     "key_lengths": np.array([100, 128]),
     "query_lengths": np.array([128, 30]),
 }
+
+
+def test_labels_of_64_bits():
+    """splash's are of 32: such as differ by 2³² stay apart."""
+    with jax.enable_x64(True):
+        query, key = jnp.array([[0, 2**32]]), jnp.array([[2**32, 5, 0]])
+        data = {"query_segments": query, "key_segments": key}
+        ids = vendor._segments(data, 1, 2, 3)
+    same = np.asarray(ids.q)[0, :, None] == np.asarray(ids.kv)[0]
+    np.testing.assert_array_equal(same, [[False, False, True], [True, False, False]])
 
 
 @pytest.mark.parametrize(
