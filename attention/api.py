@@ -1,8 +1,9 @@
 """`attend`: any mechanism, over heads and batch, by the kernel that serves it best."""
 
+import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -160,8 +161,15 @@ def attend(
     if 0 in (*query.shape[:-2], key.shape[-3]):
         out, extra = _no_pairs(query, key, value, weight_rows)
         return (out, {name: extra[name] for name in aux}) if aux else out
-    out, extra = _attend(
+    plan = _Plan(
         mechanism,
+        kernel,
+        aux,
+        None if block_sizes is None else tuple(map(int, block_sizes)),
+        float(dropout_rate),
+        tuple((name, Constant(x.astype(data[name].dtype))) for name, x in known.items()),
+    )
+    arrays = _Arrays(
         params,
         query,
         key,
@@ -169,16 +177,12 @@ def attend(
         bias=pairs.get("bias"),
         mask=pairs.get("mask"),
         data={name: x for name, x in data.items() if name not in known},
-        constants=tuple((name, Constant(x.astype(data[name].dtype))) for name, x in known.items()),
         dropout_key=dropout_key if dropout_rate > 0 else None,
-        dropout_rate=float(dropout_rate),
-        kernel=kernel,
-        block_sizes=None if block_sizes is None else tuple(map(int, block_sizes)),
-        aux=aux,
         weight_rows=None if weight_rows is None else index_array("weight_rows", weight_rows),
         non_finite=non_finite,
         gates=gates,
     )
+    out, extra = _attend(plan, arrays)
     return (out, extra) if aux else out
 
 
@@ -284,60 +288,52 @@ def _runs(kernel, call):
     return kernel.platforms is None or call.device.platform in kernel.platforms
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("mechanism", "dropout_rate", "kernel", "block_sizes", "aux", "constants"),
-)
-def _attend(
-    mechanism,
-    params,
-    query,
-    key,
-    value,
-    *,
-    bias,
-    mask,
-    data,
-    constants,
-    dropout_key,
-    dropout_rate,
-    kernel,
-    block_sizes,
-    aux,
-    weight_rows,
-    non_finite,
-    gates,
-):
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is known of a call while tracing.
+
+    Attributes:
+      block_sizes: None: the kernel's own.
+      dropout_rate: 0 without dropout.
+      constants: of `DATA`, by name.
+    """
+
+    mechanism: Mechanism
+    kernel: Kernel
+    aux: tuple[str, ...]
+    block_sizes: tuple[int, ...] | None
+    dropout_rate: float
+    constants: tuple[tuple[str, Constant], ...]
+
+
+class _Arrays(NamedTuple):
+    params: Params
+    query: Array
+    key: Array
+    value: Array
+    bias: Array | None
+    mask: Array | None
+    data: dict[str, Array]
+    dropout_key: Array | None
+    weight_rows: Array | None
+    non_finite: tuple[Array, Array] | None
+    gates: tuple[Array | None, Array | None]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attend(plan, arrays):
     if explicit := explicit_axes():
-        arrays = {
-            "params": params,
-            "query": query,
-            "key": key,
-            "value": value,
-            "bias": bias,
-            "mask": mask,
-            "data": data,
-            "dropout_key": dropout_key,
-            "weight_rows": weight_rows,
-            "non_finite": non_finite,
-            "gates": gates,
-        }
-        options = {
-            "constants": constants,
-            "dropout_rate": dropout_rate,
-            "kernel": kernel,
-            "block_sizes": block_sizes,
-            "aux": aux,
-        }
         by_xla = jax.sharding.auto_axes(
-            lambda arrays: _attend(mechanism, **arrays, **options),
+            functools.partial(_attend, plan),
             axes=explicit,
-            out_sharding=_shardings(query, aux),
+            out_sharding=_shardings(arrays.query, plan.aux),
         )
         return by_xla(arrays)
     # Of one type in a shard_map, so that derivatives sum over its axes here and nowhere else.
-    of_all = params, query, key, value, bias, mask, data, gates
-    params, query, key, value, bias, mask, data, gates = varying_with(of_all, of_all)
+    params, query, key, value, bias, mask, data, dropout_key, weight_rows, non_finite, gates = (
+        varying_with(arrays, arrays)
+    )
+    mechanism, kernel, aux = plan.mechanism, plan.kernel, plan.aux
     *batch, T, H, _ = query.shape
     B = math.prod(batch)
     arrays = {
@@ -348,7 +344,7 @@ def _attend(
         "mask": mask if mask is None else flatten_batch(mask, batch, 3),
         "data": {
             name: flatten_batch(x, batch, _AXES[name.partition("_")[2]])
-            for name, x in (data | {name: x.array for name, x in constants}).items()
+            for name, x in (data | {name: x.array for name, x in plan.constants}).items()
         },
     }
     if dropout_key is not None:
@@ -372,11 +368,11 @@ def _attend(
         params,
         **arrays,
         dropout_key=dropout_key,
-        dropout_rate=dropout_rate,
+        dropout_rate=plan.dropout_rate,
         aux=tuple(name for name in aux if name != "row_weights"),
         **flags,
         **own,
-        **({"block_sizes": block_sizes} if kernel.has_blocks else {}),
+        **({"block_sizes": plan.block_sizes} if kernel.has_blocks else {}),
     )
     if "row_weights" in aux:
         extra["row_weights"] = row_weights(
