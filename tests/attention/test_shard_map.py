@@ -12,6 +12,7 @@ from attention import Mechanism, attend, explain, masks, normalizers, positions,
 from attention.kernels import delta
 from attention.models import LanguageModel, Luong, RNNConfig, RNNEncoderDecoder
 from attention.nn import TransformerConfig
+from support.marks import slow_but
 from support.mechanisms import assert_close, init, normal, qkv, random_params
 
 BATCH = PartitionSpec("batch")
@@ -34,10 +35,14 @@ def sharded(function, *specs, out=BATCH):
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out))
 
 
-@pytest.mark.parametrize("implementation", ["dense", "tiled"])
-@pytest.mark.parametrize("name", CASES)
-def test_attend(name, implementation):
+ALL = [(name, kernel) for name in CASES for kernel in ("dense", "tiled")]
+QUICK = [("shaw", "dense"), ("documents", "tiled")]
+
+
+@pytest.mark.parametrize("case", slow_but(QUICK, ALL), ids=" ".join)
+def test_attend(case):
     """The gradient of what is the same on every device is summed over them."""
+    name, implementation = case
     mechanism, data = CASES[name]
     params = jax.tree.map(lambda x: x + 0.1, init(mechanism, H=2))
     vectors = qkv(T=12, S=12, H=2, K=1)
@@ -72,7 +77,7 @@ def test_attend(name, implementation):
 @pytest.mark.parametrize("name, implementation, options", [
     ("causal", "tiled", {"block_sizes": (4, 4)}),
     ("causal", "dense", {"dropout_rate": 0.5, "dropout_key": jax.random.key(0), "aux": ("lse",)}),
-    ("documents", "dense", {"aux": ("weights", "column_sums")}),
+    pytest.param("documents", "dense", {"aux": ("weights", "column_sums")}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_explicit_axes(name, implementation, options):
     """A mesh whose axes are types of arrays, which `jax.make_mesh` makes unless told otherwise."""
@@ -152,7 +157,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(["values of the first layer"], MODELS))
 def test_models(name):
     """What their scans carry from layer to layer, or token to token, and what they generate."""
     model, inputs = MODELS[name], np.array([[3, 1, 4, 1], [5, 2, 6, 0]], np.int32)

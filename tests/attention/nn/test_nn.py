@@ -101,12 +101,18 @@ def test_a_precomputed_context_is_the_context(position):
     x, context = normal(0, 2, 4, 8), normal(1, 2, 7, 8)
     module = MultiHeadAttention(2, Mechanism(position=position))
     variables, out = run(module, x, context)
-    key_value = module.apply(variables, context, method="precompute_kv")
-    np.testing.assert_allclose(module.apply(variables, x, key_value), out, atol=1e-6)
-    at = jnp.array([5, 1, 2, 0])
-    out = module.apply(variables, x, context, query_positions=at)
-    got = module.apply(variables, x, key_value, query_positions=at)
+
+    @jax.jit
+    def attended(variables):
+        key_value = module.apply(variables, context, method="precompute_kv")
+        at = jnp.array([5, 1, 2, 0])
+        return module.apply(variables, x, key_value), *(
+            module.apply(variables, x, keys, query_positions=at) for keys in (key_value, context)
+        )
+
+    got, *others = attended(variables)
     np.testing.assert_allclose(got, out, atol=1e-6)
+    np.testing.assert_allclose(*others, atol=1e-6)
 
 
 def test_lengths_go_with_a_cache():
@@ -117,27 +123,33 @@ def test_lengths_go_with_a_cache():
     key_value = module.apply(variables, x, method="precompute_kv")
     for context in (None, x, key_value):
         with one_line(*words):
-            module.apply(variables, x, context, lengths=lengths)
+            jax.eval_shape(functools.partial(module.apply, lengths=lengths), variables, x, context)
     block = Block(SMALL, Mechanism())
     with one_line(*words):
-        block.init(KEY, normal(0, 2, 4, 16), lengths=lengths)
+        jax.eval_shape(functools.partial(block.init, lengths=lengths), KEY, normal(0, 2, 4, 16))
     # None is an argument that is not given.
     got = module.apply(variables, x, query_lengths=lengths, key_lengths=None)
     np.testing.assert_allclose(got, out, atol=1e-6)
 
 
-@pytest.mark.parametrize("mechanism", [Mechanism(), Mechanism(mask=masks.Padding())], ids=str)
+@pytest.mark.parametrize(
+    "mechanism", slow_but([Mechanism()], [Mechanism(), Mechanism(mask=masks.Padding())]), ids=str
+)
 def test_lengths_that_nobody_gives_need_no_mask(mechanism):
-    config = dataclasses.replace(SMALL, encoder=mechanism, cross=mechanism)
-    source = tokens(2, 3)
-    variables, out = run(EncoderDecoder(config), source, tokens(2, 4))
-    model = EncoderDecoder(config)
-    state = model.apply(variables, source, None, 4, method="start")
-    logits, _ = model.apply(variables, state, tokens(2, 4), method="step")
-    np.testing.assert_allclose(logits, out, atol=1e-5)
+    config = dataclasses.replace(SMALL, encoder=mechanism, cross=mechanism, num_layers=1)
+    model, source, target = EncoderDecoder(config), tokens(2, 3), tokens(2, 4)
+    variables = random_params(model.init, source, target)
+
+    @jax.jit
+    def both(variables):
+        state = model.apply(variables, source, None, 4, method="start")
+        logits, _ = model.apply(variables, state, target, method="step")
+        return logits, model.apply(variables, source, target)
+
+    np.testing.assert_allclose(*both(variables), atol=1e-5)
     if mechanism.mask == masks.Full():
         with one_line(ValueError, "query_lengths was given, but the mask Full() ignores it"):
-            model.apply(variables, source, tokens(2, 4), jnp.array([3, 2]))
+            jax.eval_shape(model.apply, variables, source, target, jnp.array([3, 2]))
 
 
 def test_what_learns_nothing_adds_no_parameters():

@@ -171,3 +171,21 @@ def test_a_sweep_records_its_claims_once(tmp_path):
     (path.parent / "cells/a/result.json").write_text('{"status": "done"}')
     kept, late = relaunch(pair, less("a", "a.b=2", says="y"))
     assert kept == first[0] and late["results"] == 1
+
+
+def test_a_claim_stated_when_all_is_trained_is_in_the_report(tmp_path, monkeypatch):
+    swept = sweep.expand(settings.config("recall"), {"a": {}}, {})
+    runner.open_workdir(tmp_path, swept)
+    (tmp_path / "cells/a/result.json").write_text('{"status": "failed", "error": "-"}')
+    (tmp_path / "report.html").write_text("")
+    published = []
+    monkeypatch.setattr(runner.page, "publish", published.append)
+
+    def relaunch(*stated):
+        runner.train_sweep(tmp_path, swept, stated, executor=None, stop=None)
+        return json.loads((tmp_path / "sweep.json").read_text())["claims"]
+
+    assert relaunch() == [] and not published
+    (late,) = relaunch(less("a", 0.5, says="x"))
+    assert late["results"] == 1 and published == [tmp_path]
+    assert relaunch(less("a", 0.5, says="x")) == [late] and len(published) == 1

@@ -43,19 +43,7 @@ def test_a_sweep_from_start_to_report(config, tmp_path):
     assert time.monotonic() - began < 60
     assert times == {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()}
 
-    with open(config, "a") as file:
-        file.write(LATE_CLAIM)
-    third = ablate(*flags)
-    assert third.returncode == 1 and "cells to train" not in third.stdout
-    page = (work / "report.html").read_text()
-    assert "a late claim" in page and "after 2 results" in page
 
-
-LATE_CLAIM = """
-def claims():
-    from experiments.config.claims import less
-    yield less("base", 2.0, says="a late claim")
-"""
 MISTAKES = [
     (["--config.train.seeds=0"], "train.seeds=0 must be a whole number of at least 1"),
     (["--config.model.num_head=3"], "no setting 'num_head'; did you mean 'num_heads'?"),

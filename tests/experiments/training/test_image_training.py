@@ -40,6 +40,7 @@ def test_run_of_images(tmp_path):
     assert picture[1:] == ((2, 2), *classes)
 
 
+@pytest.mark.slow
 def test_an_untrained_run_guesses(tmp_path):
     rates = {"optimizer.learning_rate": 0.0, "optimizer.final_learning_rate": 0.0}
     config = tiny("images", **{"train.steps": 1, "train.log_every": 1, **rates})
