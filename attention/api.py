@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from attention.integers import Constant, index_array, index_dtype, label_array
 from attention.kernels.dense import row_weights
-from attention.kernels.heads import explicit_axes
 from attention.kernels.products import check_decay
 from attention.kernels.registry import KERNELS, Call, Kernel, describe, readable, unsupported
 from attention.mechanism import Mechanism
@@ -26,9 +25,12 @@ from attention.validation import (
     check_dropout,
     check_gates,
     check_mechanism,
+    check_names,
     check_non_finite,
+    check_pairs,
+    check_rate,
 )
-from attention.varying import varying_with
+from attention.varying import is_key, mesh_axes, varying_with
 
 # How many axes `DATA` have besides those of the batch.
 _AXES = {"positions": 1, "lengths": 0, "segments": 1, "coordinates": 2}
@@ -132,7 +134,7 @@ def attend(
         "query_coordinates": query_coordinates,
         "key_coordinates": key_coordinates,
     }
-    data = readable(mechanism, _with_those_of_keys(data, query, key))
+    data = readable(mechanism, _with_key_defaults(data, query, key))
     pairs = {name: jnp.asarray(x) for name, x in pairs.items() if x is not None}
     known = {
         name: x
@@ -209,17 +211,21 @@ def explain(
     """
     del query_gates, key_gates
     check_mechanism(mechanism)
-    query, key, value = map(_described, (query, key, value))
+    check_rate(dropout_rate)
+    check_names(aux, _AUX)
+    query, key, value = map(_with_shape, (query, key, value))
     pairs: dict[str, Any] = {"bias": bias, "mask": mask}
-    pairs = {name: _described(x) for name, x in pairs.items() if x is not None}
-    data = {name: x if x is None else _described(x) for name, x in data.items()}
+    pairs = {name: _with_shape(x) for name, x in pairs.items() if x is not None}
+    data = {name: x if x is None else _with_shape(x) for name, x in data.items()}
     check_arrays(query, key, value)
     check_decay(mechanism, query.shape[-1], value.shape[-1])
-    data = _with_those_of_keys(data, query, key)
+    data = _with_key_defaults(data, query, key)
     call = describe(
         mechanism, query, key, value, **pairs, **data, dropout_rate=dropout_rate, aux=aux
     )
-    check_data(mechanism, call.data, query.shape[:-3], query.shape[-3], key.shape[-3])
+    *batch, T, H, _ = query.shape
+    check_pairs(pairs, (*batch, H, T, key.shape[-3]))
+    check_data(mechanism, call.data, batch, T, key.shape[-3])
     # As `attend` has them: integers of the width that it computes in.
     of_index = {
         name: jax.ShapeDtypeStruct(x.shape, index_dtype(name, x)) for name, x in call.data.items()
@@ -239,13 +245,13 @@ def explain(
     return "\n".join(lines)
 
 
-def _described(x):
+def _with_shape(x):
     """x, or what is no array as one."""
     return x if hasattr(x, "shape") and hasattr(x, "dtype") else jnp.asarray(x)
 
 
-def _with_those_of_keys(data, query, key):
-    """`data` whose keys have the segments and coordinates of as many queries, but for their own."""
+def _with_key_defaults(data, query, key):
+    """`data`, with the queries' segments and coordinates for keys that have none, where T = S."""
     own = dict(data)
     if query.shape[-3:-2] == key.shape[-3:-2]:
         for kind in ("segments", "coordinates"):
@@ -259,8 +265,8 @@ def choose(call: Call, implementation: str | None = None) -> tuple[Kernel, str]:
 
     Raises ValueError where `implementation` is no kernel, or cannot serve the call.
     """
-    known = implementation is None or isinstance(implementation, str)
-    if not known or implementation not in (None, *KERNELS):
+    is_name = implementation is None or isinstance(implementation, str)
+    if not is_name or implementation not in (None, *KERNELS):
         raise ValueError(
             f"implementation must be None or one of {', '.join(KERNELS)}; got {implementation!r}"
         )
@@ -322,7 +328,7 @@ class _Arrays(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _attend(plan, arrays):
-    if explicit := explicit_axes():
+    if explicit := mesh_axes(AxisType.Explicit):
         by_xla = jax.sharding.auto_axes(
             functools.partial(_attend, plan),
             axes=explicit,
@@ -395,13 +401,9 @@ def _shardings(query, aux):
     return PartitionSpec(*rows, None), own
 
 
-def _is_key(x):
-    return jnp.issubdtype(getattr(x, "dtype", None), jax.dtypes.prng_key)
-
-
 def _of_threefry(key):
     """Keys of any generator, or data of such, as keys of Threefry, whose bits all kernels draw."""
-    if not _is_key(key):
+    if not is_key(key):
         if getattr(key, "dtype", None) != jnp.uint32 or not key.shape:
             raise ValueError(f"dropout_key must be a jax.random key, or keys; got {key!r}")
         key = jax.random.wrap_key_data(key)
@@ -420,14 +422,19 @@ def _no_pairs(query, key, value, weight_rows):
     *batch, T, H, _ = query.shape
     rows, S = () if weight_rows is None else weight_rows, key.shape[-3]
     wide = accumulator(query.dtype)
-    nothing = jnp.full((*batch, T, H), -jnp.inf, wide)
-    return jnp.zeros((*batch, T, H, value.shape[-1]), query.dtype), {
-        "weights": jnp.zeros((*batch, H, T, S), wide),
-        "row_weights": jnp.zeros((*batch, H, len(rows), S), wide),
+
+    def full(number, *shape, dtype=wide):
+        # Like an array of the call, so that it is split over a mesh as that is.
+        return jnp.full_like(query, number, dtype, (*batch, *shape))
+
+    nothing = full(-jnp.inf, T, H)
+    return full(0, T, H, value.shape[-1], dtype=query.dtype), {
+        "weights": full(0, H, T, S),
+        "row_weights": full(0, H, len(rows), S),
         "lse": nothing,
         "row_max": nothing,
-        "entropy": jnp.zeros((*batch, T, H), wide),
-        "column_sums": jnp.zeros((*batch, S, H), wide),
+        "entropy": full(0, T, H),
+        "column_sums": full(0, S, H),
     }
 
 

@@ -50,7 +50,8 @@ def parse(kind: str, text: str) -> Any:
     base = _BASES[kind]
     if not isinstance(text, str):
         raise ValueError(f"{kind}: parse reads a text that names a part; got {text!r}")
-    text = "none" if text.strip() == "None" else text  # which is a name here, as others in any case
+    if text.strip() == "None":  # which Python reads as a constant
+        text = "none"
     try:
         tree = ast.parse(text.strip().replace(":", "."), mode="eval").body
     except SyntaxError as error:

@@ -15,15 +15,7 @@ def check(mechanism, params, query, key, value, pairs, data):
     check_arrays(query, key, value)
     *batch, T, H, D = query.shape
     S = key.shape[-3]
-    for name, x in pairs.items():
-        _check_broadcast(name, x, (*batch, H, T, S), "[..., H, T, S]")
-    if "mask" in pairs and pairs["mask"].dtype != bool:
-        raise ValueError(
-            f"mask must be bool, True = may attend; got {pairs['mask'].dtype}. "
-            "Numbers to add to the scores go to bias"
-        )
-    if "bias" in pairs and not jnp.issubdtype(pairs["bias"].dtype, jnp.floating):
-        raise ValueError(f"bias must be of a floating dtype, got {pairs['bias'].dtype}")
+    check_pairs(pairs, (*batch, H, T, S))
     check_data(mechanism, data, batch, T, S)
     one_head = params_shape(mechanism, 1, D, value.shape[-1])  # of H, which may be symbolic
     expected = jax.tree.map(lambda x: (H, *x.shape[1:]), one_head)
@@ -34,6 +26,19 @@ def check(mechanism, params, query, key, value, pairs, data):
             f"{expected}, got {got}; make them with mechanism.init(key, num_heads={H}, "
             f"head_dim={D}, value_dim={value.shape[-1]})"
         )
+
+
+def check_pairs(pairs, shape):
+    """Raises ValueError unless a mask is bool, a bias floating, and both fit [..., H, T, S]."""
+    for name, x in pairs.items():
+        _check_broadcast(name, x, shape, "[..., H, T, S]")
+    if "mask" in pairs and pairs["mask"].dtype != bool:
+        raise ValueError(
+            f"mask must be bool, True = may attend; got {pairs['mask'].dtype}. "
+            "Numbers to add to the scores go to bias"
+        )
+    if "bias" in pairs and not jnp.issubdtype(pairs["bias"].dtype, jnp.floating):
+        raise ValueError(f"bias must be of a floating dtype, got {pairs['bias'].dtype}")
 
 
 def check_data(mechanism, data, batch, T, S):
@@ -123,10 +128,15 @@ def _check_broadcast(name, x, shape, letters):
         raise ValueError(f"{name} must broadcast to {letters} = {shape}, got {x.shape}")
 
 
-def check_dropout(rate, key, query_shape):
+def check_rate(rate):
     """Raises ValueError unless a share of weights can be dropped."""
     if not isinstance(rate, float | int | np.number) or not 0 <= rate <= 1:
         raise ValueError(f"dropout_rate must be a number in [0, 1], and static; got {rate!r}")
+
+
+def check_dropout(rate, key, query_shape):
+    """Raises ValueError unless a share of weights can be dropped, by a key or keys."""
+    check_rate(rate)
     if rate > 0 and key is None:
         raise ValueError(f"dropout_rate={rate} needs dropout_key, a jax.random key")
     if key is not None:
@@ -134,12 +144,21 @@ def check_dropout(rate, key, query_shape):
         _check_broadcast("dropout_key", key, (*batch, H), "[..., H]")
 
 
-def check_aux(aux, known, weight_rows, length):
-    """Raises ValueError unless `aux` are known, and 'row_weights' comes with `weight_rows`."""
-    if isinstance(aux, str) or not isinstance(aux, Collection):
+def _is_text(x):
+    return isinstance(x, str)
+
+
+def check_names(aux, known):
+    """Raises ValueError unless `aux` are known."""
+    if isinstance(aux, str) or not isinstance(aux, Collection) or not all(map(_is_text, aux)):
         raise ValueError(f"aux must be a tuple of {', '.join(known)}; got {aux!r}")
     if unknown := set(aux) - set(known):
         raise ValueError(f"aux can hold {', '.join(known)}; got {', '.join(sorted(unknown))}")
+
+
+def check_aux(aux, known, weight_rows, length):
+    """Raises ValueError unless `aux` are known, and 'row_weights' comes with `weight_rows`."""
+    check_names(aux, known)
     if ("row_weights" in aux) != (weight_rows is not None):
         raise ValueError("aux 'row_weights' and weight_rows, indices of queries, go together")
     if weight_rows is None:

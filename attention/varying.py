@@ -17,12 +17,12 @@ def varying_with(tree: Any, *others: Any) -> Any:
     """
     if not types_checked():
         return tree
-    arrays = [x for x in jax.tree.leaves(others) if isinstance(x, jax.Array) and not _is_key(x)]
+    arrays = [x for x in jax.tree.leaves(others) if isinstance(x, jax.Array) and not is_key(x)]
     # Zeros like an array vary as it does, whatever numbers it holds.
     zero = sum((jnp.zeros_like(x, shape=()).astype(jnp.int8) for x in arrays), jnp.int8(0))
 
     def varying(x):
-        if _is_key(x):
+        if is_key(x):
             return x
         x = jnp.asarray(x)
         return x ^ (zero != 0) if x.dtype == bool else x + zero.astype(x.dtype)
@@ -30,12 +30,16 @@ def varying_with(tree: Any, *others: Any) -> Any:
     return jax.tree.map(varying, tree)
 
 
-def types_checked() -> bool:
-    """Whether the program is in a `jax.shard_map` that checks what varies, with check_vma=True."""
+def mesh_axes(*kinds: AxisType) -> tuple[str, ...]:
+    """The axes of those kinds of the mesh of `jax.set_mesh`, or of the `jax.shard_map` around."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    manual = tuple(name for name, kind in axes if kind is AxisType.Manual)
-    if not manual:
+    return tuple(name for name, kind in axes if kind in kinds)
+
+
+def types_checked() -> bool:
+    """Whether the program is in a `jax.shard_map` that checks what varies, with check_vma=True."""
+    if not (manual := mesh_axes(AxisType.Manual)):
         return False
     x = jax.lax.pcast(jnp.zeros(()), manual, to="varying")  # of the same type where none checks
     return bool(jax.typeof(x).manual_axis_type.varying)
@@ -43,8 +47,9 @@ def types_checked() -> bool:
 
 def cannot_be_checked() -> str | None:
     """Why a kernel that is not JAX's own operations cannot run in this `jax.shard_map`, or None."""
-    return "it runs in a jax.shard_map with check_vma=False alone" if types_checked() else None
+    return "in a jax.shard_map it needs check_vma=False" if types_checked() else None
 
 
-def _is_key(x):
+def is_key(x: Any) -> bool:
+    """Whether x is an array of keys of `jax.random`."""
     return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

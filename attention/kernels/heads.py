@@ -13,6 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from attention.mechanism import Mechanism
 from attention.tile import Array, Params, PartGates, Tile, accumulator
+from attention.varying import mesh_axes
 
 
 def lift(
@@ -229,19 +230,11 @@ def map_heads(
     return on_each_part(mapped, arrays) if parts > 1 else mapped(arrays)
 
 
-def explicit_axes() -> tuple[str, ...]:
-    """The axes of the mesh of `jax.set_mesh` by which types of arrays say how they are split."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in axes if kind is AxisType.Explicit)
-
-
 def data_parts(size: Any) -> int:
     """Into how many parts the mesh of `jax.set_mesh` splits a batch, by an axis 'data'."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kind = dict(zip(mesh.axis_names, mesh.axis_types, strict=True)).get("data")
-    if kind not in (AxisType.Auto, AxisType.Explicit):
+    if "data" not in mesh_axes(AxisType.Auto, AxisType.Explicit):
         return 1
+    mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape["data"] if size % mesh.shape["data"] == 0 else 1
 
 
@@ -249,8 +242,7 @@ def cannot_split(examples: Any) -> str | None:
     """Why the mesh of `jax.set_mesh` cannot split what XLA does not split itself, or None."""
     mesh = jax.sharding.get_abstract_mesh()
     # Inside a shard_map over an axis the program is one device's along it.
-    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    shared = (name for name, kind in axes if kind is not AxisType.Manual)
+    shared = mesh_axes(AxisType.Auto, AxisType.Explicit)
     size = {name: mesh.shape[name] for name in shared if mesh.shape[name] > 1}
     if size and (size.keys() != {"data"} or data_parts(examples) != size["data"]):
         return f"it can be split over whole examples by an axis 'data' alone, not {size}"

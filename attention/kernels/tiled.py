@@ -639,7 +639,7 @@ def _tangent(plan, arrays, data, out, statistic, tangent):
 def _all_rows_jvp(plan, primals, tangents):
     out, statistic, bad = attend_tiles(plan, *primals)
     changes = _tangent(plan, *primals, out, statistic, tangents[0])
-    return (out, statistic, bad), (*changes, np.zeros(bad.shape, jax.dtypes.float0))
+    return (out, statistic, bad), (*changes, jax.custom_derivatives.zero_from_primal(bad))
 
 
 def _forward(plan, arrays, data):

@@ -51,7 +51,7 @@ class _Parts(NamedTuple):
     mechanism: Any
 
 
-def _check_unread(lengths):
+def _refuse_lengths(lengths):
     if lengths is not None:
         raise ValueError(
             "lengths say how much of x is real where it continues a text, with a cache; for "
@@ -168,7 +168,7 @@ class MultiHeadAttention(nn.Module):
         key_values: Any = None
         onward = Relay() if relay is None else relay
         if isinstance(context, Cache):
-            _check_unread(lengths)
+            _refuse_lengths(lengths)
             if options.get("query_positions") is None:
                 options["query_positions"] = jnp.arange(query.shape[-3])
             query, stored = parts.space.absorbed(query, context)
@@ -182,7 +182,7 @@ class MultiHeadAttention(nn.Module):
             if key_values.cache is not None:
                 out = self._attend_cached(parts, query, key_values.cache, lengths, options)
             else:
-                _check_unread(lengths)
+                _refuse_lengths(lengths)
                 if context is None:
                     for name in ("positions", "lengths", "segments", "coordinates"):
                         if options.get(f"key_{name}") is None:

@@ -1,6 +1,9 @@
 """Inside `jax.shard_map`, which checks over which axes values vary: values and gradients."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +15,11 @@ from attention import Mechanism, attend, explain, masks, normalizers, positions,
 from attention.kernels import delta
 from attention.models import LanguageModel, Luong, RNNConfig, RNNEncoderDecoder
 from attention.nn import TransformerConfig
+from support import ROOT
 from support.marks import slow_but
-from support.mechanisms import assert_close, init, normal, qkv, random_params
+from support.mechanisms import NO_PARAMS, assert_close, init, normal, qkv, random_params
 
+DEVICES = jax.devices()[:2]  # one, but in the last test
 BATCH = PartitionSpec("batch")
 LENGTHS = np.array([3, 0])
 SEGMENTS = np.repeat([1, 2, 5], [4, 5, 3])[None].repeat(2, 0)
@@ -31,7 +36,7 @@ CASES = {
 
 
 def sharded(function, *specs, out=BATCH):
-    mesh = jax.sharding.Mesh(jax.devices()[:1], ("batch",))
+    mesh = jax.sharding.Mesh(DEVICES, ("batch",))
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out))
 
 
@@ -92,7 +97,8 @@ def test_explicit_axes(name, implementation, options):
 
     both = jax.value_and_grad(run, (0, 1, 2, 3), has_aux=True)
     want = jax.jit(both)(params, *arrays)
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    kinds = {"axis_types": (jax.sharding.AxisType.Explicit,), "devices": DEVICES}
+    mesh = jax.make_mesh((len(DEVICES),), ("data",), **kinds)
     with jax.set_mesh(mesh):
         split = jax.sharding.NamedSharding(mesh, PartitionSpec("data"))
         vectors = jax.device_put(arrays, split)
@@ -102,6 +108,25 @@ def test_explicit_axes(name, implementation, options):
     assert_close(got, want)
     assert_close(alone, want[0][1])
     assert jax.tree.leaves(got[0][1])[0].sharding.spec[0] == "data"
+
+
+@pytest.mark.parametrize("implementation", slow_but(["tiled"], ["dense", "tiled"]))
+def test_every_order(implementation):
+    mechanism, vectors = Mechanism(mask=masks.Causal()), qkv(T=8, S=8, H=2, K=1)
+
+    def loss(*vectors):
+        options = {"implementation": implementation}
+        return jnp.sin(attend(mechanism, NO_PARAMS, *vectors, **options)).sum()
+
+    def derivatives(*vectors):
+        gradient = jax.grad(loss, (0, 1, 2))
+        change = jax.jvp(gradient, vectors, vectors)[1]
+        again = jax.grad(lambda *x: sum(map(jnp.vdot, gradient(*x), x)))(*vectors)
+        return jax.jvp(loss, vectors, vectors)[1][None], change, again
+
+    first, change, again = sharded(derivatives, *(BATCH,) * 3)(*vectors)
+    expected = jax.jit(derivatives)(*vectors)
+    assert_close((first.sum(keepdims=True), change, again), expected)
 
 
 def test_kernels_that_jax_cannot_check_say_so():
@@ -115,11 +140,11 @@ def test_kernels_that_jax_cannot_check_say_so():
 
         return inside
 
-    mesh = jax.sharding.Mesh(jax.devices()[:1], ("batch",))
+    mesh = jax.sharding.Mesh(DEVICES, ("batch",))
     specs = {"mesh": mesh, "in_specs": (BATCH,) * 3, "out_specs": BATCH}
     for check in (True, False):
         jax.shard_map(look(check), check_vma=check, **specs)(*vectors)
-    reason = "it runs in a jax.shard_map with check_vma=False alone"
+    reason = "in a jax.shard_map it needs check_vma=False"
     assert f"pallas_tpu: cannot: {reason}" in lines[True] and reason not in lines[False]
 
 
@@ -179,3 +204,18 @@ def test_models(name):
 
     inside = sharded(run, PartitionSpec(), *(BATCH for _ in inputs))
     assert_close(inside(variables, *inputs), jax.jit(run)(variables, *inputs))
+
+
+@pytest.mark.slow
+def test_on_two_devices():
+    """All of this file, where a sum over devices is one."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    own = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [*own, "-k", "not two_devices"],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout

@@ -66,7 +66,7 @@ def unsupported(call: Call) -> str | None:
     if wide := [name for name in TOKENS if name in data and data[name].dtype != jnp.int32]:
         return f"it takes int32, got {wide[0]} of {data[wide[0]].dtype}"
     if dense.drop_threshold(call.dropout_rate) == 2**32:
-        return f"of a dropout_rate of {call.dropout_rate} nothing is left to compute"
+        return f"it takes a dropout_rate below 1, got {call.dropout_rate}"
     if beyond := set(call.aux) - {"lse", "row_weights"}:
         return f"it returns the aux 'lse' alone, not {min(beyond)!r}"
     try:

@@ -195,7 +195,7 @@ def call(device=HOPPER, shape=(2, 128, 4, 64), dtype="bfloat16", value=None, **o
         ("places from 0 for tables", {"query_positions": ((2, 128), "int32"),
                                       "mechanism": Mechanism(position=positions.T5())}),
         (None, {"dropout_rate": 0.1}),
-        ("of a dropout_rate of 1.0 nothing is left", {"dropout_rate": 1.0}),
+        ("a dropout_rate below 1, got 1.0", {"dropout_rate": 1.0}),
         ("'lse' alone, not 'entropy'", {"aux": ("lse", "entropy")}),
         ("the sink of LearnedSink", {"aux": ("lse",),
                                      "mechanism": Mechanism(normalizer=normalizers.LearnedSink())}),
