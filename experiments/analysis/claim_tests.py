@@ -80,16 +80,12 @@ def test(
     one is tested by `statistics.permutation_test`, or by `sign_flip_test` against a number. p is
     corrected for the `looks` that were planned, by `statistics.repeated_p`.
     """
-    of_metric: dict[str, list[float]] = {}
-    for (_, metric), own in values.items():
-        of_metric.setdefault(metric, []).extend(own)
-    steps = {metric: statistics.smallest_step(own) for metric, own in of_metric.items()}
     sides = []
     for claim in claims:
         left, right = (_quantity(claim, side, values) for side in (claim.left, claim.right))
         names = _names(claim, claim.left) + _names(claim, claim.right)
-        step = max((steps[metric] for _, metric in names if metric in steps), default=0.0)
-        sides.append(_Sides(left, right, any(name in bimodal for name in names), step))
+        bimodal_one = any(name in bimodal for name in names)
+        sides.append(_Sides(left, right, bimodal_one, _step(names, values)))
     pairs = list(zip(claims, sides, strict=True))
     p_for, p_against = (
         statistics.holm(statistics.repeated_p([test(*pair) for pair in pairs], looks, 1))
@@ -122,6 +118,14 @@ def _p_against(claim, sides):
         return sides.swapped.p_above(-claim.margin)
     # Either may become significant, so Holm's correction counts both.
     return min(1.0, 2 * min(both.p_above(claim.margin) for both in (sides, sides.swapped)))
+
+
+def _step(names, values):
+    """The largest of the smallest steps of the metrics that a claim is about, in its own cells."""
+    of_metric: dict[str, list[float]] = {}
+    for cell, metric in dict.fromkeys(names):
+        of_metric.setdefault(metric, []).extend(values.get((cell, metric), ()))
+    return max(map(statistics.smallest_step, of_metric.values()), default=0.0)
 
 
 def _names(claim, side):

@@ -220,8 +220,8 @@ def _with_seeds(cell, added, look):
 def read_curves(cell: CellRun) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Reads `metrics.jsonl`: of each metric its steps [N] and values [N, seeds].
 
-    A line cut short by a kill is left out; of a step logged twice (before a kill and after the
-    resume) the later line counts.
+    A line cut short by a kill is left out. Of a step logged twice the first line counts: the second
+    is of the result, whose parameters may be those of an earlier step, the best.
     """
     values: dict[str, dict[int, list[float]]] = {}
     for line in (paths.read(cell.path / "metrics.jsonl") or "").splitlines():
@@ -231,7 +231,7 @@ def read_curves(cell: CellRun) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         except (ValueError, KeyError, AttributeError):
             continue
         for name, value in record.items():
-            values.setdefault(name, {})[step] = value
+            values.setdefault(name, {}).setdefault(step, value)
     curves = {}
     for name, by_step in values.items():
         steps = sorted(by_step)

@@ -109,12 +109,7 @@ def expand(
         meanings: list[tuple[str, str, dict]] = []
         for axis, value, change in variants:
             varied = override(start, change)
-            if _judged_by(varied) != _judged_by(start):
-                metric, of_base = (_judged_by(one)[0] for one in (varied, start))
-                raise ValueError(
-                    f"{value} of {axis} is judged by {metric}, and the base {base!r} by {of_base}: "
-                    "they cannot be compared; make it a base, in bases()"
-                )
+            check_metric(varied, start, f"{value} of {axis}", f"the base {base!r}")
             meaning = _meaning(varied)
             if meaning == _meaning(start) and id in cells:
                 continue
@@ -145,10 +140,15 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     return changed
 
 
-def _judged_by(config):
-    """The metric of a task, and whether a lower one is better."""
-    task = tasks.TASKS[config.task.name]
-    return task.primary, task.lower_is_better
+def check_metric(config: ConfigDict, other: ConfigDict, name: str, other_name: str) -> None:
+    """Raises ValueError where the tasks of two configs are judged by different metrics."""
+    known: Mapping[str, Any] = tasks.TASKS
+    metric, of_other = (known[one.task.name].primary for one in (config, other))
+    if metric != of_other:
+        raise ValueError(
+            f"{name} is judged by {metric}, and {other_name} by {of_other}: they cannot be "
+            "compared; make it a base, in bases()"
+        )
 
 
 def _meaning(config):

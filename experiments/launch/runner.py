@@ -59,13 +59,15 @@ def open_workdir(
             "claims": claims.record(expected, before.get("claims", []), now, results),
             "cells": known + added,
         }
-        others = any(content[name] != before.get(name, []) for name in ("claims", "looks"))
-        if added or others:
+        of_plan = {name: content[name] for name in ("claims", "looks")}
+        changed = bool(added) or any(x != before.get(name, []) for name, x in of_plan.items())
+        if changed:  # where nothing is added, the results are from where they were
+            content = content if added else {**before, **of_plan}
             paths.replace(path, json.dumps(content, indent=2))
         for cell in swept:  # a mesh may be another than before
             if not cells.outcome(directory := cells.folder(workdir, cell.id)):
                 loop.claim(directory, cell.config, threads)
-    return bool(added or others)
+    return changed
 
 
 def check_workdir(workdir: Any, grids: Mapping[str, Any], looks: Sequence[int] = ()) -> None:
@@ -239,11 +241,11 @@ def train_sweep(
     ]
     if not todo and not report:
         return _failures(workdir, jobs)
-    others = False
-    if not todo:
-        with cli.user_errors():  # what is claimed may be new
-            others = open_workdir(workdir, swept, expected, looks=looks)
-    if not todo and not others and (workdir / "report.html").exists():
+    changed = False
+    if not todo and _claimed(workdir) != claims.describe(expected):
+        with cli.user_errors():
+            changed = open_workdir(workdir, swept, expected, looks=looks)
+    if not todo and not changed and (workdir / "report.html").exists():
         terminal.show(comparisons.summarize(run_directory.load(workdir)))
         print(f"all {len(swept)} cells were done already: {workdir / 'report.html'}")
         return _failures(workdir, jobs)
@@ -266,6 +268,12 @@ def train_sweep(
     if report:
         page.publish(workdir)
     return _failures(workdir, jobs)
+
+
+def _claimed(workdir):
+    """As `claims.describe`: what sweep.json holds."""
+    described = json.loads(paths.read(workdir / "sweep.json") or "{}").get("claims", [])
+    return claims.describe(claims.read(described))
 
 
 def _failures(workdir, jobs):

@@ -64,14 +64,13 @@ def _split(values):
 
 
 def _value(name, text, config):
-    changed = text
-    if not isinstance(_setting(name, config), str):
-        for read in (ast.literal_eval, float):  # Python has no literal of infinity
-            try:
-                changed = read(text)
-                break
-            except (SyntaxError, ValueError):
-                pass
+    changed, setting = text, _setting(name, config)
+    if not isinstance(setting, str):
+        try:
+            changed = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            if isinstance(setting, float) and text == "inf":  # which has no literal
+                changed = math.inf
     return settings.get(settings.override(config, {name: changed}), name)
 
 
@@ -105,6 +104,7 @@ def cells(
             value = formatting.point(change)
             fresh = {"train.first_seed": FIRST_SEED, "train.seeds": seeds}
             config = sweep.override(cell.config, {**change, **fresh})
+            sweep.check_metric(config, cell.config, f"{value} of --tune", cell.id)
             id = paths.file_name(f"{cell.id}.{value}".replace(" ", ""))
             axis = "×".join(values_of)
             tuning.append(sweep.CellSpec(id, cell.id, axis, value, change, config))

@@ -118,7 +118,11 @@ def _zstandard(data):
 
 _DECOMPRESSORS: dict[bytes, Callable[[bytes], bytes]] = {
     b"\x1f\x8b": gzip.decompress,
-    **{b"BZh%d1AY&SY" % level: bz2.decompress for level in range(1, 10)},
+    **{
+        b"BZh%d%b" % (level, start): bz2.decompress
+        for level in range(1, 10)
+        for start in (b"1AY&SY", b"\x17rE8P\x90")  # of a block, and of the end of an empty file
+    },
     b"\xfd7zXZ\x00": lzma.decompress,
     b"\x28\xb5\x2f\xfd": _zstandard,
 }

@@ -69,9 +69,9 @@ def totals(by_kind: Mapping[str, Sequence[jax.Array]], batch: Mapping[str, Any])
 
     With p_ij = w_ij / Σ_j w_ij, 'entropy' is −Σ_j p_ij log p_ij in nats of all queries that give
     some weight, and 'first_token' w_i1, what a query gives to the first key (Xiao et al. 2024,
-    fig. 2).  Padded queries do not count, nor in self-attention of texts the first query, which may
-    have nothing else to look at.  'object_share' of the words of a caption is what
-    `grounding.shares` says.
+    fig. 2).  Padded queries do not count: those behind the last prediction that does.  Nor does in
+    self-attention of texts the first query, which may have nothing else to look at.
+    'object_share' of the words of a caption is what `grounding.shares` says.
     """
     measured = {}
     for kind, layers in by_kind.items():
@@ -82,6 +82,8 @@ def totals(by_kind: Mapping[str, Sequence[jax.Array]], batch: Mapping[str, Any])
             rows = jnp.arange(T) < batch["source_lengths"][:, None]
         elif kind in ("decoder", "cross"):
             rows = batch["weights"] > 0
+        elif kind == "self" and batch["weights"].ndim > 1:
+            rows = jax.lax.cummax((batch["weights"] > 0).astype(jnp.int32), 1, reverse=True)
         if kind != "cross" and not of_patches:
             rows = rows * (jnp.arange(T) > 0)
         of_layers = [_totals(w, rows) for w in layers]
@@ -109,11 +111,16 @@ def _sums(x, rows):
 
 
 def means(measured: Any) -> Any:
-    """The means of `totals` over all examples, [H] of each layer; its leaves lead with batches."""
+    """The means of `totals` over all examples, [H] of each layer; its leaves lead with batches.
+
+    nan where there is no query.
+    """
+
+    def mean(x, count):
+        total, number = jnp.sum(x, 0), jnp.sum(count, 0)
+        return jnp.where(number > 0, total / jnp.maximum(number, 1), jnp.nan)
+
     return {
-        kind: {
-            name: [jnp.sum(x, 0) / jnp.maximum(jnp.sum(count, 0), 1) for x, count in layers]
-            for name, layers in of_kind.items()
-        }
+        kind: {name: [mean(*layer) for layer in layers] for name, layers in of_kind.items()}
         for kind, of_kind in measured.items()
     }

@@ -50,6 +50,7 @@ def restore(
                     position=ocp.args.JsonRestore(),
                 ),
             )
+            _check_types(items["state"], shapes)
         except Exception as error:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
@@ -64,6 +65,20 @@ def restore(
     if lost:
         raise lost[max(lost)]
     return None
+
+
+def _check_types(state, shapes):
+    """Raises ValueError unless leaves are of the types that they were saved with.
+
+    Where a file is missing that says which are random keys, Orbax restores their words.
+    """
+
+    def check(path, expected, got):
+        if (got.shape, got.dtype) != (expected.shape, expected.dtype):
+            name, types = jax.tree_util.keystr(path), (got.dtype, got.shape, expected.dtype)
+            raise ValueError("{} is {} {}, not {} {}".format(name, *types, expected.shape))
+
+    jax.tree.map_with_path(check, shapes, state)
 
 
 def read_state(directory: Path) -> Any:

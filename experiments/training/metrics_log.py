@@ -13,23 +13,29 @@ class MetricsLog:
     """metrics.jsonl, one object a line, and TensorBoard's event file on request.
 
     `bytes` is how much of the file a checkpoint vouches for: what a killed run wrote after it is
-    cut off when the run goes on, and the event file is written anew from what is left. The first of
-    a run's processes writes, the others only count.
+    cut off when the run goes on, and the event file is written anew from what is left. Of a file
+    that a disk has cut shorter the whole lines stay. The first of a run's processes writes, the
+    others only count.
     """
 
     def __init__(self, directory: Path, keep_bytes: int, tensorboard: bool):
         first = jax.process_index() == 0
-        self._file = open(directory / "metrics.jsonl", "ab") if first else io.BytesIO()
+        path = directory / "metrics.jsonl"
+        self._file = open(path, "ab") if first else io.BytesIO()
+        if first and path.stat().st_size < keep_bytes:
+            whole = path.read_bytes().rfind(b"\n") + 1
+            print(f"{path} has lost lines: {whole} bytes are left of {keep_bytes}", flush=True)
+            keep_bytes = whole
         self._file.truncate(keep_bytes)
         self._file.seek(keep_bytes)
         self._events = None
         if tensorboard and first:
             from tensorboardX import SummaryWriter
 
-            for path in directory.glob("events.out.tfevents.*"):
-                path.unlink()
+            for old in directory.glob("events.out.tfevents.*"):
+                old.unlink()
             self._events = SummaryWriter(str(directory))
-            for line in (directory / "metrics.jsonl").read_text("utf-8").splitlines():
+            for line in path.read_text("utf-8").splitlines():
                 record = json.loads(line)
                 self._show(record.pop("step"), record)
 

@@ -61,7 +61,7 @@ class RunRecord:
         Ends the run after `patience` (0: endless) of which none had a better mean.
         """
         score = float(np.mean(scores, dtype=np.float64))
-        if self.best is None or score < self.best:
+        if score < (math.inf if self.best is None else self.best):
             self.best, self.since = score, 0
         else:
             self.since += 1

@@ -50,7 +50,7 @@ def init_state(
     if recipe.ema_decay:
         state["average"] = params
     if has_best:
-        state["best"] = {"params": params, "score": jnp.full((), -jnp.inf)}
+        state["best"] = {"params": params, "score": jnp.full((), -jnp.inf, jnp.float32)}
     return state
 
 
@@ -115,11 +115,9 @@ def _losses(model, params, batch, dropout_key, label_smoothing, collections=()):
     if label_smoothing:
         of_all = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
         loss += label_smoothing * (of_all - loss)
-    # The loss needs the largest logit, too, and nothing needs where it is.
-    own = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)
-    largest = jnp.max(logits, axis=-1, keepdims=True)
-    ties = jnp.sum(logits == largest, axis=-1)
-    hits = jnp.where((own >= largest)[..., 0], 1 / jnp.maximum(ties, 1), 0)
+    own = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    largest, ties = _largest(jax.lax.stop_gradient(logits))
+    hits = jnp.where(own >= largest, 1 / jnp.maximum(ties, 1), 0)
     weights = batch["weights"]
     sums = {
         "loss": jnp.sum(weights * loss),
@@ -127,6 +125,19 @@ def _losses(model, params, batch, dropout_key, label_smoothing, collections=()):
         "weights": jnp.sum(weights),
     }
     return sums, measured
+
+
+def _largest(logits):
+    """The largest of logits [..., n], and how many are as large: in one pass, with no array."""
+
+    def larger(one, other):
+        (a, count), (b, other_count) = one, other
+        top = jnp.maximum(a, b)
+        return top, jnp.where(a == top, count, 0) + jnp.where(b == top, other_count, 0)
+
+    start = jnp.asarray(-jnp.inf, logits.dtype), jnp.float32(0)
+    operands = logits, jnp.ones(logits.shape, jnp.float32)
+    return jax.lax.reduce(operands, start, larger, (logits.ndim - 1,))
 
 
 def measure_attention(

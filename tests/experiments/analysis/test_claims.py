@@ -64,11 +64,12 @@ def test_all_claims_of_a_sweep_are_corrected_together():
 
 
 def test_equal_differences_count_as_if_one_were_a_step_off():
-    values = {("a", ""): [0.7, 0.6, 0.8], ("b", ""): [0.9, 0.8, 1.0], ("c", ""): [0.75, 0.6, 0.6]}
+    values = {("a", ""): [0.7, 0.6, 0.8], ("b", ""): [0.9, 0.8, 1.0]}
+    values["loss of another task", ""] = [2.0, 2.0001, 2.1]  # says nothing of these steps
     (finding,) = claim_tests.test([less("a", "b", says="")], values)
-    assert finding.p == pytest.approx(stats.t.sf(0.2 * 3 / 0.05, 2))
+    assert finding.p == pytest.approx(stats.t.sf(0.2 * 3 / 0.1, 2))
     (finding,) = claim_tests.test([equal(("b", "a"), 0.2, within=0.1, says="")], values)
-    assert finding.p == pytest.approx(stats.t.sf(0.1 * 3 / 0.05, 2))
+    assert finding.p == pytest.approx(stats.t.sf(0.1 * 3 / 0.1, 2))
     solved = {("a", ""): [1.0, 1.0], ("b", ""): [1.0, 1.0]}
     assert verdicts(equal("a", "b", within=0.01, says=""), values=solved) == ["holds"]
 
@@ -178,6 +179,9 @@ def test_a_claim_stated_when_all_is_trained_is_in_the_report(tmp_path, monkeypat
     runner.open_workdir(tmp_path, swept)
     (tmp_path / "cells/a/result.json").write_text('{"status": "failed", "error": "-"}')
     (tmp_path / "report.html").write_text("")
+    whence = {"command": "a", "created": "then", "environment": {"device": "another"}}
+    written = json.loads((tmp_path / "sweep.json").read_text()) | whence
+    (tmp_path / "sweep.json").write_text(json.dumps(written))
     published = []
     monkeypatch.setattr(runner.page, "publish", published.append)
 
@@ -189,3 +193,5 @@ def test_a_claim_stated_when_all_is_trained_is_in_the_report(tmp_path, monkeypat
     (late,) = relaunch(less("a", 0.5, says="x"))
     assert late["results"] == 1 and published == [tmp_path]
     assert relaunch(less("a", 0.5, says="x")) == [late] and len(published) == 1
+    # Where the results come from is what it was.
+    assert json.loads((tmp_path / "sweep.json").read_text()) == {**written, "claims": [late]}

@@ -72,6 +72,10 @@ def test_a_cell_that_sets_it_or_has_the_seeds_is_one_line(swept):
     own = sweep.expand(swept[0].config, {"base": {}}, {"rate": [{RATE: 0.1}]})
     with one_line(ValueError, "base.rate=0.1", RATE, "--tune"):
         tune.cells(own, rates, 1)
+    with one_line(
+        ValueError, "text of --tune is judged by validation/loss", "base by validation/ac"
+    ):
+        tune.cells(swept[:1], {"task.name": ["recall", "text"]}, 1)
     late = sweep.expand(swept[0].config, {"base": {"train.first_seed": tune.FIRST_SEED}}, {})
     with one_line(ValueError, "train.first_seed=1000000", "--tune"):
         tune.cells(late, rates, 1)

@@ -630,12 +630,13 @@ def test_joined_directories_keep_their_groups_apart(tmp_path):
 def test_curves_survive_a_kill(experiment):
     cell = experiment.cells[0]
     with open(cell.path / "metrics.jsonl", "a") as file:
-        print('{"step": 100, "validation/lo', file=file)
-        print(json.dumps({"step": 100, "validation/loss": [7, 8, None]}), file=file)
-        file.write('{"step": 110, "validation/lo')
+        print('{"step": 105, "validation/lo', file=file)
+        for last in ([7, 8, None], [6, 6, 6]):  # the second of the best parameters
+            print(json.dumps({"step": 120, "validation/loss": last}), file=file)
+        file.write('{"step": 130, "validation/lo')
     steps, values = run_directory.read_curves(cell)["validation/loss"]
-    assert steps.tolist() == [20, 40, 60, 80, 100]
-    assert values.shape == (5, 3)
+    assert steps.tolist() == [20, 40, 60, 80, 100, 120]
+    assert values.shape == (6, 3)
     np.testing.assert_array_equal(values[-1], [7, 8, math.nan])
     assert run_directory.read_curves(experiment.cells[5]) == {}
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from experiments import tasks
-from experiments.tasks import hashing, tfds_sets
+from experiments.tasks import hashing, textfiles, tfds_sets
 from support.helpers import one_line
 
 SYNTHETIC = ["recall", "copy", "reverse", "sort"]
@@ -461,6 +461,13 @@ STORED = {
     "old Mac": ("b.txt", TEXT.replace(b"\n", b"\r")),
     "all": ("b.xz", lzma.compress(b"\xef\xbb\xbf" + TEXT.replace(b"\n", b"\r\n"))),
 }
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_an_empty_file_is_an_empty_text(compress, tmp_path):
+    path = tmp_path / {gzip.compress: "a.gz", bz2.compress: "a.bz2"}.get(compress, "a.xz")
+    path.write_bytes(compress(b""))
+    assert textfiles.read(path) == ""
 
 
 @pytest.mark.parametrize("way", STORED)

@@ -51,19 +51,25 @@ def test_entropy_and_first_token_are_those_of_the_definition():
         for head in range(4):
             values, shares = [], []
             for b in range(3):
-                for i in range(1, 5):
+                for i in range(1, 3 if b == 1 else 5):  # the second text is padded
                     row = w[layer, b, head, i, : i + 1]
                     shares.append(row[0])
                     if row.sum() > 0:
                         p = row / row.sum()
                         values.append(-np.sum(p * np.log(p)))
             entropy[layer, head], first[layer, head] = np.mean(values), np.mean(shares)
-    batch = {"inputs": np.zeros((3, 5), np.int32)}
+    # Of a prompt no prediction counts, and it is no padding.
+    weights = np.array([[0, 0, 1, 0, 1], [0, 0, 1, 0, 0], [1, 1, 1, 1, 1]], np.float32)
+    batch = {"inputs": np.zeros((3, 5), np.int32), "weights": weights}
     means = measure({"self": w}, batch)["self"]
     np.testing.assert_allclose(means["entropy"], entropy, rtol=1e-5)
     np.testing.assert_allclose(means["first_token"], first, rtol=1e-5)
+    alone = {name: x[:, :1] for name, x in batch.items()}
+    assert np.isnan(measure({"self": w[..., :1, :1]}, alone)["self"]["entropy"]).all()
     one = [
-        attention_stats.totals({"self": w[:, b : b + 1]}, {"inputs": np.zeros((1, 5))})
+        attention_stats.totals(
+            {"self": w[:, b : b + 1]}, {name: x[b : b + 1] for name, x in batch.items()}
+        )
         for b in range(3)
     ]
     by_one = attention_stats.means(jax.tree.map(lambda *x: np.stack(x), *one))["self"]

@@ -15,6 +15,7 @@ from experiments.config import settings
 from experiments.launch import interrupts
 from experiments.training import attention_maps, checkpoints, data, loop, optimizer, steps, trained
 from experiments.training import compilation as programs
+from experiments.training.metrics_log import MetricsLog
 from experiments.training.run_record import RunRecord
 from support import ROOT, launching
 from support.helpers import Silent, one_line
@@ -191,16 +192,56 @@ def test_a_run_that_takes_too_long_can_go_on(tmp_path):
     assert run(config, tmp_path)["metrics"] == whole["metrics"]
 
 
+def test_a_log_that_the_disk_has_cut_goes_on_from_whole_lines(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(tmp_path, 0, tensorboard=False) as log:
+        for step in range(3):
+            log.write(step, {"loss": np.ones(2)})
+        size = log.bytes
+    whole = path.read_text()
+    path.write_text(whole[:-10])
+    with MetricsLog(tmp_path, size, tensorboard=False) as log:
+        log.write(3, {"loss": np.ones(2)})
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()]
+    assert steps == [0, 1, 3] and "metrics.jsonl has lost lines" in capsys.readouterr().out
+    path.unlink()
+    with MetricsLog(tmp_path, size, tensorboard=False) as log:
+        log.write(4, {"loss": np.ones(2)})
+    assert json.loads(path.read_text())["step"] == 4
+
+
+def test_a_score_that_is_nan_is_no_best_one():
+    record = RunRecord()
+    for step, scores in enumerate([[np.nan, 1.0], [3.0, 2.0], [2.0, np.nan], [2.0, 2.0]]):
+        record.judge(step, np.array(scores), patience=3)
+    assert (record.best, record.since, record.ended) == (2.0, 0, False)
+
+
+def test_the_best_score_is_float32_under_x64():
+    config = tiny(**{"train.patience": 3})
+    _, model = loop.build(config)
+    recipe = steps.Recipe(*(config.optimizer[name] for name in steps.Recipe._fields))
+    row = {"inputs": np.zeros((1, 8), np.int32)}
+    with jax.enable_x64(True):
+        state = jax.eval_shape(lambda: steps.init_state(model, recipe, 0, 0, row, True))
+    assert state["best"]["score"].dtype == jnp.float32 and not state["best"]["score"].weak_type
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's threads
-def test_a_checkpoint_that_the_disk_has_lost_is_passed_over(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "lost", ["numbers", pytest.param("which are random keys", marks=pytest.mark.slow)]
+)
+def test_a_checkpoint_that_the_disk_has_lost_is_passed_over(lost, tmp_path, capsys):
     config = tiny()
     whole = run(config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "cut", stop_at=5)
     newest = tmp_path / "cut/checkpoints/4"
-    for path in newest.rglob("*"):
-        if path.is_file() and path.parent.name == "d":
+    for path in [x for x in newest.rglob("*") if x.is_file()]:
+        if lost == "numbers" and path.parent.name == "d":
             path.write_bytes(b"")
+        elif lost != "numbers" and path.parent.name == "array_metadatas":
+            path.unlink()
     resumed = run(config, tmp_path / "cut")
     assert "checkpoint 4 cannot be read, going on from 2" in capsys.readouterr().out
     assert resumed["metrics"] == whole["metrics"]
