@@ -9,6 +9,8 @@ import operator
 import re
 from typing import Any
 
+import numpy as np
+
 from attention import masks, mixers, normalizers, positions, scores
 from attention.mechanism import PART_KINDS
 from attention.mixers import Mixer
@@ -166,6 +168,8 @@ def unparse(part: Any) -> str:
             return f"~{_in_brackets(part.mask, And, Or)}"
         case Sum():
             return " + ".join(map(unparse, part.parts))
+        case np.generic():
+            return repr(part.item())
         case _ if not isinstance(part, _NAMEABLE):
             return repr(part)
     arguments, positional = [], True

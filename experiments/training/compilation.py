@@ -4,7 +4,7 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
-import warnings
+import sys
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -218,17 +218,20 @@ def _compile(lowered, options):
             # 256 files in all, since who removes one may remove another's.
             stack.enter_context(filelock.FileLock(locks / digest[:2]))
         except OSError as error:
-            _say_not_kept(folder, str(error))
+            _keep_nothing(str(error))
         return lowered.compile(compiler_options=options)
 
 
 @functools.cache
-def _say_not_kept(folder, error):
-    warnings.warn(
-        f"compiled programs are not kept for the next run: {error}; a folder of "
-        f"JAX_COMPILATION_CACHE_DIR takes the place of {folder}",
-        stacklevel=2,
+def _keep_nothing(error):
+    """Says once that programs are not kept, before JAX warns of each of them."""
+    print(
+        f"compiled programs are not kept for the next run: {error}; set JAX_COMPILATION_CACHE_DIR "
+        "to a folder that can be written",
+        file=sys.stderr,
+        flush=True,
     )
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _on_any_batch(compiled, mesh):

@@ -297,6 +297,7 @@ def test_numbers_of_numpy_are_those_of_python(part):
     """Their text is read back, and under x64 they widen no loop."""
     kind = next(kind for kind, base in PART_KINDS.items() if isinstance(part, base))
     assert "np." not in str(part) and parse(kind, unparse(part)) == part
+    assert unparse(positions.Shaw(value_side=np.True_)) == "shaw(value_side=True)"
     mechanism = Mechanism(**{kind: part}, mask=masks.Causal())
     with jax.enable_x64(True):
         params = mechanism.init(jax.random.key(0), num_heads=1, head_dim=8)

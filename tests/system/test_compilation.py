@@ -96,14 +96,18 @@ def test_a_program_that_was_kept_gives_the_bits_of_one_just_compiled(empty_cache
         np.testing.assert_array_equal(cold, warm)
 
 
-def test_a_folder_that_cannot_be_written_keeps_nothing(empty_cache, monkeypatch):
+def test_a_folder_that_cannot_be_written_keeps_nothing(empty_cache, capsys):
     """As the home of a container that is read-only."""
-    compilation._say_not_kept.cache_clear()
+    compilation._keep_nothing.cache_clear()
     empty_cache.write_text("a file stands in its place")
-    lowered = jax.jit(lambda x: x + 1).lower(1.0)
-    monkeypatch.setattr(lowered, "compile", lambda compiler_options: "compiled")
-    with pytest.warns(UserWarning, match="not kept for the next run: .*JAX_COMPILATION_CACHE_DIR"):
-        assert compilation._compile(lowered, None) == "compiled"
+    try:
+        for number in (1, 2):
+            run = compilation._compile(jax.jit(lambda x: x + number).lower(1.0), None)  # noqa: B023
+            assert run(1.0) == 1 + number
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("compiled programs are not kept") and "JAX_COMPILATION_CACHE_DIR" in line
 
 
 def test_a_sweep_compiles_its_program_once_and_nothing_else(events, tmp_path, monkeypatch):

@@ -35,7 +35,8 @@ class Operands(NamedTuple):
       counts: [B, m] int32.
       rows, columns: [B, 2, T'] and [B, 2, S'] int32, each of `OF_TOKENS`; [B, 0, ...] where none
         is passed.
-      words: [B, H, 2, T'] int32, of the random key of each row; [B, H, 0, T'] without dropout.
+      random_words: [B, H, 2, T'] int32, of the random key of each row; [B, H, 0, T'] without
+        dropout.
     """
 
     query: Array
@@ -45,7 +46,7 @@ class Operands(NamedTuple):
     counts: Array
     rows: Array
     columns: Array
-    words: Array
+    random_words: Array
 
 
 # Inside the kernels. Tiles are of one layout, that of a warpgroup's products.
@@ -271,7 +272,7 @@ def forward(
         plgpu.SMEM((BLOCK,), jnp.float32),
         _vectors(operands.rows, BLOCK),
         _vectors(operands.columns, BLOCK, 2),
-        _vectors(operands.words, BLOCK),
+        _vectors(operands.random_words, BLOCK),
         plgpu.Barrier(num_barriers=3),
         *[plgpu.Barrier(num_barriers=2)] * 3,
     ]
@@ -362,7 +363,7 @@ def query_gradient(
         plgpu.SMEM((max(N, 1), BLOCK), jnp.float32),
         _vectors(operands.rows, BLOCK),
         _vectors(operands.columns, n, 2),
-        _vectors(operands.words, BLOCK),
+        _vectors(operands.random_words, BLOCK),
         plgpu.Barrier(num_barriers=6),
         *[plgpu.Barrier(num_barriers=2)] * 3,
     ]
@@ -460,7 +461,7 @@ def key_gradient(
         plgpu.SMEM((BLOCK, V), jnp.float32),
         _vectors(operands.columns, BLOCK),
         _vectors(operands.rows, n, 2),
-        _vectors(operands.words, n, 2),
+        _vectors(operands.random_words, n, 2),
         plgpu.Barrier(num_barriers=3),
         *[plgpu.Barrier(num_barriers=2)] * 6,
     ]
