@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from experiments.training import attention_maps, attention_stats, qk_clip
@@ -116,22 +115,29 @@ def _losses(model, params, batch, dropout_key, label_smoothing, collections=()):
     if label_smoothing:
         of_all = jax.nn.logsumexp(logits, axis=-1) - jnp.mean(logits, axis=-1)
         loss += label_smoothing * (of_all - loss)
+    own = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    largest, ties = _largest(jax.lax.stop_gradient(logits))
+    hits = jnp.where(own >= largest, 1 / jnp.maximum(ties, 1), 0)
     weights = batch["weights"]
     sums = {
         "loss": jnp.sum(weights * loss),
-        "accuracy": jnp.sum(weights * _hits(logits, batch["targets"])),
+        "accuracy": jnp.sum(weights * hits),
         "weights": jnp.sum(weights),
     }
     return sums, measured
 
 
-def _hits(logits, targets):
-    """1 / n where the target's logit is one of the n largest, else 0; one sum over the logits."""
-    logits = jax.lax.stop_gradient(logits)
-    own = jnp.take_along_axis(logits, targets[..., None], axis=-1)
-    larger = np.float32(2**20)  # one of them weighs more than all that are as large
-    sums = jnp.where(logits > own, larger, jnp.float32(logits == own)).sum(-1)
-    return jnp.where((sums > 0) & (sums < larger), 1 / jnp.maximum(sums, 1), 0)
+def _largest(logits):
+    """The largest of logits [..., n], and how many are as large: in one pass, with no array."""
+
+    def larger(one, other):
+        (a, count), (b, other_count) = one, other
+        top = jnp.maximum(a, b)
+        return top, jnp.where(a == top, count, 0) + jnp.where(b == top, other_count, 0)
+
+    start = jnp.asarray(-jnp.inf, logits.dtype), jnp.float32(0)
+    operands = logits, jnp.ones(logits.shape, jnp.float32)
+    return jax.lax.reduce(operands, start, larger, (logits.ndim - 1,))
 
 
 def measure_attention(
