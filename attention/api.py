@@ -163,7 +163,7 @@ def attend(
     if 0 in (*query.shape[:-2], key.shape[-3]):
         out, extra = _no_pairs(query, key, value, weight_rows)
         return (out, {name: extra[name] for name in aux}) if aux else out
-    plan = _Plan(
+    plan = _AttendPlan(
         mechanism,
         kernel,
         aux,
@@ -295,7 +295,7 @@ def _runs(kernel, call):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _AttendPlan:
     """What is known of a call while tracing.
 
     Attributes:
