@@ -448,14 +448,16 @@ LATER = np.stack([3 * np.arange(128), np.arange(128)[::-1]])
     [
         (Mechanism(position=positions.RoPE(), mask=masks.Causal()), {}),
         (Mechanism(position=positions.RoPE()), {"query_positions": LATER}),
-        (
+        pytest.param(
             Mechanism(position=positions.RoPE2D()),
             {"query_coordinates": GRID, "key_coordinates": GRID},
+            marks=pytest.mark.slow,
         ),
-        (Mechanism(scores.General(), positions.XPos(), masks.Causal()), {}),
+        pytest.param(Mechanism(scores.General(), positions.XPos(), masks.Causal()), {},
+                     marks=pytest.mark.slow),
         (Mechanism(OfKeys(), mask=masks.Causal()), {}),
-        (Mechanism(scores.Cosine(), mask=masks.Causal() & masks.Padding()),
-         {"key_lengths": np.array([90, 128])}),
+        pytest.param(Mechanism(scores.Cosine(), mask=masks.Causal() & masks.Padding()),
+                     {"key_lengths": np.array([90, 128])}, marks=pytest.mark.slow),
     ],
     ids=["rope", "positions", "rope2d", "general", "of keys", "cosine"],
 )  # fmt: skip
