@@ -235,7 +235,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("number", slow_but([1], range(len(CASES))))
+@pytest.mark.parametrize("number", slow_but([0], range(len(CASES))))
 def test_kernels_agree_on_every_derivative(number, x64, small_chunks):
     mechanism, data, orders = CASES[number]
     inputs = jax.tree.map(wide, arrays(mechanism, "float64"))
@@ -422,7 +422,8 @@ def test_a_state_is_as_a_cache_of_keys():
         assert np.isfinite(got[0, -1]).any() and np.isfinite(got[1, -1]).any()
 
 
-@pytest.mark.parametrize("position", slow_but([BY_FEATURE], [BY_FEATURE, RETENTION]), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("position", [BY_FEATURE, RETENTION], ids=str)
 def test_a_softmax_of_decayed_scores_in_a_cache(position):
     mask = CAUSAL & masks.SlidingWindow(4)
     mechanism = Mechanism(position=position, mask=mask)

@@ -194,9 +194,10 @@ STRIPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mechanism, dropout_rate",
-    [(STRIPS[0], 0.0), *(pytest.param(x, 0.3, marks=pytest.mark.slow) for x in STRIPS)],
+    [(STRIPS[0], 0.0), *((x, 0.3) for x in STRIPS)],
     ids=str,
 )
 def test_blocks_in_strips(mechanism, dropout_rate, x64, monkeypatch):

@@ -424,7 +424,8 @@ def scalar(implementation, mechanism, *, size):
 ORDERS = [*LEARNED, Mechanism(normalizer=normalizers.Sigmoid()), MECHANISMS[8]]
 
 
-@pytest.mark.parametrize("third", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("third", [False, True])
 def test_every_order_within_scans(third, x64):
     """A scan over layers, in it a loop over examples, whose masks depend on data."""
     mechanism = Mechanism(position=positions.KerpleLog(), mask=masks.Causal() & masks.Segments())

@@ -447,7 +447,8 @@ LATER = np.stack([3 * np.arange(128), np.arange(128)[::-1]])
     "mechanism, data",
     [
         (Mechanism(position=positions.RoPE(), mask=masks.Causal()), {}),
-        (Mechanism(position=positions.RoPE()), {"query_positions": LATER}),
+        pytest.param(Mechanism(position=positions.RoPE()), {"query_positions": LATER},
+                     marks=pytest.mark.slow),
         pytest.param(
             Mechanism(position=positions.RoPE2D()),
             {"query_coordinates": GRID, "key_coordinates": GRID},
