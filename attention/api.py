@@ -313,6 +313,8 @@ class _AttendPlan:
 
 
 class _Arrays(NamedTuple):
+    """The arrays of a call, as `attend` takes them but for `data`, those of `DATA` by name."""
+
     params: Params
     query: Array
     key: Array
@@ -392,13 +394,13 @@ def _shardings(query, aux):
     split = list(jax.typeof(query).sharding.spec)
     *batch, T, H, _ = split + [None] * (query.ndim - len(split))
     rows = [*batch, T, H]
-    others = {
+    of_pairs = {
         "weights": PartitionSpec(*batch, H, T, None),
         "row_weights": PartitionSpec(*batch, H, None, None),
         "column_sums": PartitionSpec(*batch, None, H),
     }
-    own = {name: others.get(name, PartitionSpec(*rows)) for name in aux}
-    return PartitionSpec(*rows, None), own
+    of_aux = {name: of_pairs.get(name, PartitionSpec(*rows)) for name in aux}
+    return PartitionSpec(*rows, None), of_aux
 
 
 def _of_threefry(key):

@@ -61,8 +61,7 @@ def index_dtype(name: str, x: Any) -> np.dtype:
     if x.dtype == object and not all(isinstance(n, int) for n in x.flat):
         raise ValueError(f"{name} must be integers, got {x}")
     wide = x.dtype.itemsize >= 8 or x.dtype == np.uint32
-    x64 = jax.config.jax_enable_x64  # type: ignore[attr-defined]
-    return np.dtype(np.int64 if wide and x64 else np.int32)
+    return np.dtype(jax.dtypes.canonicalize_dtype(np.int64 if wide else np.int32))
 
 
 def count_array(name: str, x: Any, shape: tuple[int, ...], most: int) -> jax.Array:

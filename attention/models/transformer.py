@@ -9,8 +9,15 @@ import jax.numpy as jnp
 
 from attention import decoding
 from attention.integers import count_array
+from attention.layers import Layer
 from attention.mechanism import Mechanism
-from attention.nn.blocks import DecoderState, Embedding, Stack, TransformerConfig
+from attention.nn.blocks import (
+    DecoderState,
+    Embedding,
+    Stack,
+    TransformerConfig,
+    required_inputs,
+)
 from attention.tile import Array
 
 
@@ -187,7 +194,7 @@ def lengths_data(
 ) -> dict[str, Array]:
     """{name: lengths} for `attend`: all of `shape` [..., S] unless given, if the mask asks."""
     if lengths is None:
-        if not any(name in names for names in mechanism.mask.required_inputs):
+        if name not in required_inputs(mechanism, Layer()):
             return {}
         lengths = jnp.full(shape[:-1], shape[-1], jnp.int32)
     return {name: lengths}

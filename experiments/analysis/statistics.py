@@ -369,8 +369,9 @@ def _inverse_trigamma(value: float) -> float:
 def one_sided(values: ArrayLike, bound: float = 0.0, step: float = 0.0) -> float:
     """p of the t-test that the mean is above `bound`: 1 − T_{n−1}((x̄ − bound) / (s / √n)).
 
-    Student 1908.  Values that are all equal count as if one of them were off by `step`, s² = δ² / n
-    as in `compare`; with 0 nothing is left to chance, p = 0 where they are above and 1 where not.
+    Student 1908.  Values that are all equal count as if one of them were off by δ = `step`, so that
+    s² = δ² / n, as in `compare`.  With δ = 0 nothing is left to chance: p = 0 where they are above
+    the bound, else 1.
     One value, or one that is not finite, gives no p (nan).
     """
     from scipy import special

@@ -142,8 +142,8 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
 
 def check_metric(config: ConfigDict, other: ConfigDict, name: str, other_name: str) -> None:
     """Raises ValueError where the tasks of two configs are judged by different metrics."""
-    known: Mapping[str, Any] = tasks.TASKS
-    metric, of_other = (known[one.task.name].primary for one in (config, other))
+    classes: Mapping[str, Any] = tasks.TASKS
+    metric, of_other = (classes[one.task.name].primary for one in (config, other))
     if metric != of_other:
         raise ValueError(
             f"{name} is judged by {metric}, and {other_name} by {of_other}: they cannot be "

@@ -75,8 +75,10 @@ def _check_types(state, shapes):
 
     def check(path, expected, got):
         if (got.shape, got.dtype) != (expected.shape, expected.dtype):
-            name, types = jax.tree_util.keystr(path), (got.dtype, got.shape, expected.dtype)
-            raise ValueError("{} is {} {}, not {} {}".format(name, *types, expected.shape))
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} is {got.dtype} {got.shape}, not {expected.dtype} "
+                f"{expected.shape}"
+            )
 
     jax.tree.map_with_path(check, shapes, state)
 

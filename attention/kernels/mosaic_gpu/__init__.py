@@ -379,12 +379,4 @@ def attend(
     return on_data_parts(run, params, (query, key, value, data, dropout_key))
 
 
-register(
-    Kernel(
-        "mosaic_gpu",
-        attend,
-        unsupported,
-        cost,
-        platforms=("cuda", "cpu"),
-    )
-)
+register(Kernel("mosaic_gpu", attend, unsupported, cost, platforms=("cuda", "cpu")))
