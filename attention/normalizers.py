@@ -60,7 +60,7 @@ class Softmax(OnlineNormalizer):
         top = _finite(top)
         factor = jnp.exp(largest - top)
         total = total * factor + jnp.exp(sink - top)
-        some = total > 0
+        some = total != 0  # NaN is no empty row
         log_total = jnp.where(some, jnp.log(jnp.where(some, total, 1)), -jnp.inf)
         return (top, log_total), factor / jnp.where(some, total, 1)
 

@@ -178,6 +178,18 @@ def test_a_huge_key_of_the_future_sends_a_square_of_the_score_no_gradient(kernel
         assert_same(function(large * query, put(key, 6, huge), value), want)
 
 
+@every_kernel
+def test_a_bias_that_is_not_finite_leaves_no_empty_row(kernel):
+    """An lse of −inf is of rows that see nothing alone. A maximum of many may drop a NaN."""
+    query, key, value = (normal(n, 1, 64, 1, 4) for n in range(3))
+    bias = np.zeros((64, 64), np.float32)
+    bias[0, 2], bias[1, 2] = np.nan, np.inf
+    run = by_kernel(kernel, Mechanism(), aux=("lse",), bias=bias)
+    out, aux = compiled(run)(NO_PARAMS, query, key, value)
+    for x in wide(out[0, :, 0, 0]), wide(aux["lse"][0, :, 0]):
+        np.testing.assert_array_equal(np.isnan(x), np.arange(64) < 2)
+
+
 # Rows that see nothing.
 
 SEES_NOTHING = [
