@@ -34,9 +34,20 @@ KINDS = {
     "dropped": {"mask": "causal"},
     "table, dropped": {"position": "t5", "mask": "causal"},
     "cap and sink, dropped": {"score": "soft_cap(temperature(dot))", "normalizer": "learned_sink"},
+    "bias": {"mask": "causal"},
+    "bias of keys": {},
+    "table, bias": {"position": "t5"},
+    "mask": {"position": "rope"},
+    "mask of keys": {},
+    "cap and sink, bias, mask, dropped": {
+        "score": "soft_cap(temperature(dot))",
+        "normalizer": "learned_sink",
+    },
 }
 # A gradient of a table of 32 steps has no register to spare; how many differs by version of JAX.
 SPILLED = {
+    ("table, bias", 64): 96,
+    ("table, bias", 128): 96,
     ("table", 128): 12,
     ("table, dropped", 128): 12,
     ("cap and sink, dropped", 128): 4,
@@ -53,7 +64,7 @@ def device():
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_compile_without_spills(kind, width, device, monkeypatch, capfd):
-    """Forward, dq and dk/dv of grouped heads; an H200 has the same multiprocessors."""
+    """Forward, dq, dk/dv and dbias of grouped heads; an H200 has the same multiprocessors."""
     mechanism = Mechanism(**{name: parse(name, text) for name, text in KINDS[kind].items()})
     sharding = jax.sharding.SingleDeviceSharding(device)
 
@@ -69,11 +80,18 @@ def test_kernels_compile_without_spills(kind, width, device, monkeypatch, capfd)
         name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in data.get(kind, {}).items()
     }
 
+    bias = mask = None
+    columns = (2, 1, 1, 1000) if "of keys" in kind else (4, 1000, 1000)
+    if "bias" in kind:
+        bias = jax.ShapeDtypeStruct(columns, jnp.float32)
+    if "mask" in kind:
+        mask = jax.ShapeDtypeStruct(columns, bool)
     rate = 0.1 if "dropped" in kind else 0.0
     random = jax.eval_shape(lambda: jax.random.key(0))
 
-    def loss(params, query, key, value, data, random):
+    def loss(params, query, key, value, bias, mask, data, random):
         options = {"dropout_rate": rate, "dropout_key": random, **data}
+        options |= {"bias": bias, "mask": mask}
         vectors = query, key, value
         out = attend(mechanism, params, *vectors, implementation="mosaic_gpu", **options)
         return (out.astype(jnp.float32) ** 2).sum()
@@ -85,8 +103,9 @@ def test_kernels_compile_without_spills(kind, width, device, monkeypatch, capfd)
         assert "mosaic_gpu: could, was not chosen: not measured" in explain(
             mechanism, *vectors, **data
         )
-        args = jax.tree.map(place, (params, *vectors, data, random))
-        gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)))
+        args = jax.tree.map(place, (params, *vectors, bias, mask, data, random))
+        moving = (0, 1, 2, 3) if bias is None else (0, 1, 2, 3, 4)
+        gradient = jax.jit(jax.value_and_grad(loss, argnums=moving))
         gradient.trace(*args).lower(lowering_platforms=("cuda",)).compile()
     ptxas = "".join(capfd.readouterr())
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", ptxas)]

@@ -61,8 +61,8 @@ def unsupported(call: Call) -> str | None:
         return f"it takes widths up to {_WIDEST}, got {query.shape[-1]} and {value.shape[-1]}"
     if reason := cannot_be_checked() or cannot_split(math.prod(query.shape[:-3])):
         return reason
-    if call.bias is not None or call.mask is not None:
-        return "it takes no bias and no mask array"
+    if call.bias is not None and call.bias.dtype.itemsize > 4:
+        return f"it would round the bias, {call.bias.dtype}, to float32: cast it"
     if wide := [name for name in TOKENS if name in data and data[name].dtype != jnp.int32]:
         return f"it takes int32, got {wide[0]} of {data[wide[0]].dtype}"
     if dense.drop_threshold(call.dropout_rate) == 2**32:
@@ -146,7 +146,7 @@ def _prepare(setting, params, query, key, value, data):
     return _Features(*arrays, numbers, sink), bad
 
 
-def _operands(setting, features, data, dropout_key, dtype):
+def _operands(setting, features, bias, mask, data, dropout_key, dtype):
     """What the kernels read, `data` as `_by_example` returns it.
 
     Features that a score adds to the D of its vectors may be sums of squares, which a bfloat16
@@ -161,25 +161,26 @@ def _operands(setting, features, data, dropout_key, dtype):
     query = jnp.concatenate([query, q_high, q - q_high, q_high], -1)
     key = jnp.concatenate([key, k_high, k_high, k - k_high], -1)
     vectors = (_padded(x.astype(dtype)) for x in (query, key, features.value))
-    numbers = jnp.concatenate([features.numbers, features.sink[:, None]], 1)
-    counts = _stacked([data[name] for name in setting.counts], (B,))
-    unread = (jnp.zeros((B, length), jnp.int32) for length in setting.lengths)
-    rows, columns = (
-        _stacked(
-            [data.get(f"{side}_{kind}", zeros) for kind in OF_TOKENS if setting.tokens], zeros.shape
-        )
-        for side, zeros in zip(("query", "key"), unread, strict=True)
-    )
-    rows, columns = (
-        jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % BLOCK))) for x in (rows, columns)
-    )
-    words = jnp.zeros((B, H, 0, T), jnp.int32)
+    arrays = dict(zip(("query", "key", "value"), vectors, strict=True))
+    if bias is not None:
+        finite = jnp.where(bias < jnp.inf, bias, jnp.zeros((), bias.dtype))
+        arrays["bias"] = _padded_pairs(finite, setting.lengths[1])
+    if mask is not None:
+        arrays["mask"] = _padded_pairs(mask.astype(dtype), setting.lengths[1])
+    if setting.tokens:
+        for side, length in zip(("query", "key"), setting.lengths, strict=True):
+            zeros = jnp.zeros((B, length), jnp.int32)
+            kinds = [data.get(f"{side}_{kind}", zeros) for kind in OF_TOKENS]
+            arrays[f"{side}_tokens"] = _padded_rows(jnp.stack(kinds, 1)[:, None])
     if dropout_key is not None:
         keys = (x[..., None] for x in threefry.words_of(dropout_key))
         by_row = threefry.fold_in(tuple(keys), jnp.arange(T, dtype=jnp.int32))
-        words = jnp.stack([jnp.broadcast_to(x, (B, H, T)) for x in by_row], 2)
-    words = jnp.pad(words, [(0, 0)] * 3 + [(0, -T % BLOCK)])
-    return Operands(*vectors, numbers, counts, rows, columns, words)
+        words = [jnp.broadcast_to(x, (B, H, T)) for x in by_row]
+        arrays["random_words"] = _padded_rows(jnp.stack(words, 2))
+    numbers = jnp.concatenate([features.numbers, features.sink[:, None]], 1)
+    counts = [data[name] for name in setting.counts]
+    counts = jnp.stack(counts, 1) if counts else jnp.zeros((B, 0), jnp.int32)
+    return Operands(arrays, numbers, counts)
 
 
 def _of_features(gradient, width, D, by):
@@ -197,6 +198,18 @@ def _padded(x):
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -n % BLOCK) for n in x.shape[-2:]])
 
 
+def _padded_rows(x):
+    """[..., n], padded likewise."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % BLOCK)])
+
+
+def _padded_pairs(x, S):
+    """[..., T or 1, S or 1], those that are not 1 padded likewise; one of 1 and 1 gets S."""
+    if x.shape[2:] == (1, 1):
+        x = jnp.broadcast_to(x, (*x.shape[:3], S))
+    return jnp.pad(x, [(0, 0)] * 2 + [(0, -n % BLOCK if n > 1 else 0) for n in x.shape[2:]])
+
+
 def _by_example(data, B):
     """Each array of `data` with all B examples, int32."""
     return {
@@ -204,12 +217,7 @@ def _by_example(data, B):
     }
 
 
-def _stacked(arrays, shape):
-    """[B, ...] of `shape` -> [B, m, ...] int32, m of them."""
-    return jnp.stack(arrays, 1) if arrays else jnp.zeros((shape[0], 0, *shape[1:]), jnp.int32)
-
-
-def _ranges(setting, data, B):
+def _ranges(setting, mask, data, B):
     """Blocks of keys that each block of queries visits, first and end: [B, T' / 64, 2] int32.
 
     And the blocks of queries that each block of keys does, [B, S' / 64, 2].
@@ -217,13 +225,15 @@ def _ranges(setting, data, B):
     rows, columns = (np.arange(n) for n in setting.lengths)
     row, start = np.arange(-(-len(rows) // BLOCK))[:, None], np.arange(0, len(columns), BLOCK)
 
-    def of_example(own):
+    def of_example(own, allowed):
         places = {"query_positions": rows, "key_positions": columns}
         places |= {LENGTHS.get(name, name): x for name, x in own.items()}
         tile = Tile(rows, columns, head=np.int32(0), num_heads=1, **places)
         bounds = blocks.block_bounds(tile, (BLOCK, BLOCK), row, start[None], look=True)
         state = setting.mechanism.mask.block(bounds)
         visited = jnp.broadcast_to(state, (len(row), len(start))) != EMPTY
+        if allowed is not None:
+            visited &= allowed
         return first_and_end(visited), first_and_end(visited.T)
 
     def first_and_end(visited):
@@ -231,10 +241,23 @@ def _ranges(setting, data, B):
         end = visited.shape[1] - jnp.argmax(visited[:, ::-1], axis=1)
         return jnp.stack([first, jnp.where(visited.any(1), end, first)], 1).astype(jnp.int32)
 
-    return jax.vmap(of_example, axis_size=B)(data)
+    allowed = None if mask is None else _blocks_allowed(mask, B)
+    return jax.vmap(of_example, axis_size=B)(data, allowed)
 
 
-def _worst_seen(setting, bad, data):
+def _blocks_allowed(mask, B):
+    """Blocks in which a mask [B or 1, H or 1, T or 1, S or 1] leaves a pair to some head: [B, ...].
+
+    An axis of 1 is one block.
+    """
+    mask = _padded_pairs(mask, 1).any(1)
+    b, T, S = mask.shape
+    t, s = (min(n, BLOCK) for n in (T, S))
+    blocks_of = mask.reshape(b, T // t, t, S // s, s).any((2, 4))
+    return jnp.broadcast_to(blocks_of, (B, *blocks_of.shape[1:]))
+
+
+def _worst_seen(setting, bad, bias, mask, data):
     """What each row sees that is not finite, as `dense.sees`: [B, H, T].
 
     `bad` as `_prepare` returns it. Where the mask is no band of rows and columns, pairs are looked
@@ -244,73 +267,95 @@ def _worst_seen(setting, bad, data):
     band = guards.band_of(setting.mechanism.mask)
     segments = "query_segments" in data
     positions = {"query_positions", "key_positions"} & data.keys()
-    if band is not None and not segments and not (band.limited and positions):
+    arrays = bias is not None or mask is not None
+    if band is not None and not segments and not arrays and not (band.limited and positions):
         visible = guards.visible_pairs(band, T, S, None, data)
         by_key = visible.sees(bad.key, H) | (bad.query & visible.rows())
         return jnp.swapaxes(jnp.where(by_key, 2, visible.sees(bad.value, H)), 1, 2)
     bad = dense.NonFinite(*(jnp.swapaxes(x, 1, 2) for x in bad))
-    anything = jnp.stack([x.any() for x in bad]).any()
+    flags = bad if bias is None else (*bad, ~(bias < jnp.inf))
+    anything = jnp.stack([x.any() for x in flags]).any()
     none = jnp.zeros(bad.query.shape, jnp.int32)
-    return lax.cond(anything, lambda: _worst_of_pairs(setting, bad, data), lambda: none)
+    return lax.cond(anything, lambda: _worst_of_pairs(setting, bad, bias, mask, data), lambda: none)
 
 
-def _worst_of_pairs(setting, bad, data):
-    (_, S), visible = setting.lengths, elementwise(setting).visible
+def _worst_of_pairs(setting, bad, bias, mask, data):
+    (T, S), visible = setting.lengths, elementwise(setting).visible
     columns = jnp.arange(S, dtype=jnp.int32)
 
-    def of_example(bad, data):
+    def of_example(bad, bias, mask, data):
         def of_row(i, bad_query):
-            own = [
-                data[name][i] if name.startswith("query") else data[name] for name in setting.tokens
-            ]
-            places = jnp.broadcast_arrays(i, columns, *own)
-            pairs = visible(places, [data[name] for name in setting.counts])[None]
+            pairs = jnp.ones((1, S), bool)
+            if visible is not None:
+                places = [
+                    data[name][i] if name.startswith("query") else data[name]
+                    for name in setting.tokens
+                ]
+                places = jnp.broadcast_arrays(i, columns, *places)
+                pairs = visible(places, [data[name] for name in setting.counts])[None]
+            if mask is not None:
+                pairs &= mask[:, i if T == mask.shape[1] else 0]
+            bad_pairs = np.False_
+            if bias is not None:
+                terms = bias[:, i if T == bias.shape[1] else 0]
+                pairs &= terms != -jnp.inf
+                bad_pairs = pairs & ~(terms < jnp.inf)
 
-            def of_head(query, key, value):
-                return dense.sees(dense.NonFinite(query[None], key, value), pairs)[0]
+            def of_head(query, key, value, pairs):
+                return dense.sees(dense.NonFinite(query[None], key, value), pairs[None])[0]
 
-            return jax.vmap(of_head)(bad_query, *by_head)
+            worst = jax.vmap(of_head)(bad_query, *by_head, jnp.broadcast_to(pairs, (H, S)))
+            return jnp.where(bad_pairs.any(-1), 2, worst)
 
         H = len(bad.query)
         by_head = [jnp.repeat(x, H // len(x), axis=0) for x in (bad.key, bad.value)]
-        rows = jnp.arange(bad.query.shape[1], dtype=jnp.int32)
+        rows = jnp.arange(T, dtype=jnp.int32)
         return lax.map(lambda x: of_row(*x), (rows, bad.query.T), batch_size=BLOCK).T
 
-    return jax.vmap(of_example)(bad, data).astype(jnp.int32)
+    # An array that all examples share is one.
+    axes = [None if x is None or len(x) == 1 else 0 for x in (bias, mask)]
+    bias, mask = (x if x is None or len(x) > 1 else x[0] for x in (bias, mask))
+    worst = jax.vmap(of_example, (0, *axes, 0), axis_size=len(bad.query))(bad, bias, mask, data)
+    return worst.astype(jnp.int32)
 
 
-def _reference(plan, params, query, key, value, data, dropout_key):
-    arrays, rate = (params, query, key, value, None, None, data), plan.setting.dropout_rate
+def _reference(plan, *arrays):
+    *arrays, dropout_key = arrays
+    rate = plan.setting.dropout_rate
     return tiled.outputs(plan.setting.mechanism, *arrays, plan.lse, dropout_key, rate)
 
 
-def _forward(plan, params, query, key, value, data, dropout_key):
+def _forward(plan, params, query, key, value, bias, mask, data, dropout_key):
     from attention.kernels.mosaic_gpu import hopper
 
     setting, (T, _), V = plan.setting, plan.setting.lengths, plan.setting.widths[1]
     data = _by_example(data, len(query))
     features, bad = _prepare(setting, params, query, key, value, data)
-    worst = _worst_seen(setting, bad, data)
-    operands = _operands(setting, features, data, dropout_key, query.dtype)
-    ranges, _ = _ranges(setting, data, len(query))
-    out, lse = hopper.forward(setting, plan.interpret, operands, ranges)
-    out = jnp.where((worst > 0)[..., None], jnp.nan, out[:, :, :T, :V])
+    worst = _worst_seen(setting, bad, bias, mask, data)
+    operands = _operands(setting, features, bias, mask, data, dropout_key, query.dtype)
+    by_row, _ = _ranges(setting, mask, data, len(query))
+    results = hopper.forward(setting, plan.interpret, operands, by_row)
+    statistic = results["statistic"]
+    out = jnp.where((worst > 0)[..., None], jnp.nan, results["out"][:, :, :T, :V])
     outputs = {"out": jnp.swapaxes(out, 1, 2)}
     if plan.lse:
-        outputs["lse"] = jnp.swapaxes(jnp.where(worst == 2, jnp.nan, lse[:, :, :T]), 1, 2)
-    return outputs, (lse, worst)
+        lse = jnp.where(worst == 2, jnp.nan, statistic.sum(2)[:, :, :T])
+        outputs["lse"] = jnp.swapaxes(lse, 1, 2)
+    return outputs, (statistic, worst)
 
 
 def _backward(plan, args, outputs, residuals, cotangents):
     from attention.kernels.mosaic_gpu import hopper
 
     setting, (T, S), (D, V) = plan.setting, plan.setting.lengths, plan.setting.widths
-    *arrays, data, dropout_key = args
-    lse, worst = residuals
+    *arrays, bias, mask, data, dropout_key = args
+    statistic, worst = residuals
+    top, log_total = jnp.moveaxis(statistic[..., :T], 2, 0)
+    empty = log_total == -jnp.inf
     B = len(arrays[1])
     data = _by_example(data, B)
     features, pull = jax.vjp(lambda *arrays: _prepare(setting, *arrays, data)[0], *arrays)
-    operands = _operands(setting, features, data, dropout_key, arrays[1].dtype)
+    operands = _operands(setting, features, bias, mask, data, dropout_key, arrays[1].dtype)
 
     def by_head(x, nan):
         """Of rows, [B, H, T, ...], 0 where they are NaN."""
@@ -321,31 +366,51 @@ def _backward(plan, args, outputs, residuals, cotangents):
     to_out = jnp.zeros_like(out) if (x := cotangents["out"]) is None else by_head(x, nan)
     delta = (out * to_out).sum(-1)
     if cotangents.get("lse") is not None:
-        delta -= by_head(cotangents["lse"], (worst == 2) | (lse[:, :, :T] == -jnp.inf))
-    rows = (
-        _padded(to_out.astype(arrays[1].dtype)),
-        lse,
-        jnp.pad(delta, ((0, 0), (0, 0), (0, -T % BLOCK))),
-    )
-    by_row, by_column = _ranges(setting, data, B)
-    dq, *dc = hopper.query_gradient(setting, plan.interpret, operands, by_row, *rows)
-    dk, dv = hopper.key_gradient(setting, plan.interpret, operands, by_column, *rows)
+        delta -= by_head(cotangents["lse"], (worst == 2) | empty)
+    of_rows = {
+        "to_out": _padded(to_out.astype(arrays[1].dtype)),
+        "statistic": statistic,
+        "delta": _padded_rows(delta),
+    }
+    operands = operands._replace(arrays=operands.arrays | of_rows)
+    by_row, by_column = _ranges(setting, mask, data, B)
+    results = hopper.query_gradient(setting, plan.interpret, operands, by_row)
+    results |= hopper.key_gradient(setting, plan.interpret, operands, by_column)
 
     def of_group(x, heads):
         """Summed over the query heads that share one of `heads`, and without padding."""
         return x[:, :, :S].reshape(len(x), heads, -1, S, x.shape[-1]).sum(2)
 
     F = features.query.shape[-1]
-    total = jnp.where(lse == -jnp.inf, jnp.inf, lse)[:, :, :T]
-    sink_weights = jnp.exp(features.sink[:, None] - total)
+    sink_weights = jnp.where(empty, 0, jnp.exp(features.sink[:, None] - top - log_total))
+    to_numbers = results.get("to_numbers")
     gradient = _Features(
-        query=_of_features(dq[:, :, :T], F, D, (0, 2)),
-        key=_of_features(of_group(dk, features.key.shape[1]), F, D, (0, 1)),
-        value=of_group(dv, features.value.shape[1])[..., :V],
-        numbers=dc[0].sum((0, 3)) if dc else jnp.zeros_like(features.numbers),
+        query=_of_features(results["to_query"][:, :, :T], F, D, (0, 2)),
+        key=_of_features(of_group(results["to_key"], features.key.shape[1]), F, D, (0, 1)),
+        value=of_group(results["to_value"], features.value.shape[1])[..., :V],
+        numbers=jnp.zeros_like(features.numbers) if to_numbers is None else to_numbers.sum((0, 3)),
         sink=-(sink_weights * delta).sum((0, 2)),
     )
-    return *pull(gradient), None, None
+    to_bias = None if bias is None else _to_bias(plan, bias, operands, results, by_row)
+    return *pull(gradient), to_bias, None, None, None
+
+
+def _to_bias(plan, bias, operands, results, by_row):
+    """The gradient of a bias [B or 1, H or 1, T or 1, S or 1], in its dtype."""
+    from attention.kernels.mosaic_gpu import hopper
+
+    if "to_row_bias" in results:
+        full = results["to_row_bias"][..., None]
+    elif "to_key_bias" in results:
+        full = results["to_key_bias"][:, :, None]
+    else:
+        if len(bias) == 1:
+            first, end = by_row[..., 0].min(0), by_row[..., 1].max(0)
+            by_row = jnp.stack([first, end], -1)[None]
+        full = hopper.bias_gradient(plan.setting, plan.interpret, operands, by_row)
+    full = full[:, :, : plan.setting.lengths[0], : plan.setting.lengths[1]]
+    shared = [n for n, size in enumerate(bias.shape) if size == 1]
+    return full.sum(shared, keepdims=True).astype(bias.dtype)
 
 
 _attend = with_fast_pair(_reference, _forward, _backward)
@@ -358,15 +423,14 @@ def attend(
     key: Array,
     value: Array,
     *,
-    bias: None,
-    mask: None,
+    bias: Array | None,
+    mask: Array | None,
     data: dict[str, Array],
     dropout_key: Array | None,
     dropout_rate: float,
     aux: tuple[str, ...],
 ) -> tuple[Array, dict[str, Array]]:
     """`Kernel.attend` of what `unsupported` leaves."""
-    del bias, mask
     if dropout_key is None:
         dropout_rate = 0.0
     setting = _setting(mechanism, query, key, value, data, dropout_rate)
@@ -376,7 +440,7 @@ def attend(
         outputs = _attend(plan, params, *arrays)
         return outputs.pop("out"), outputs
 
-    return on_data_parts(run, params, (query, key, value, data, dropout_key))
+    return on_data_parts(run, params, (query, key, value, bias, mask, data, dropout_key))
 
 
 register(Kernel("mosaic_gpu", attend, unsupported, cost, platforms=("cuda", "cpu")))

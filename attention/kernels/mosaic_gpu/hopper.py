@@ -1,17 +1,20 @@
 """The kernels: flash attention around g, one warpgroup for a block of 64 rows.
 
-    forward   o_i = Σ_j p_ij v_j, lse_i         over blocks of keys, by the online softmax
+    forward   o_i = Σ_j p_ij v_j                over blocks of keys, by the online softmax
     dq, dc    dq'_i = Σ_j g'_ij ds_ij k'_j      over blocks of keys, ds_ij = p_ij (do_i · v_j − δ_i)
     dk, dv    dk'_j = Σ_i g'_ij ds_ij q'_i      over blocks of queries, tiles transposed
+    dbias     Σ ds_ij                           over the examples and heads that share the bias
 
-p is recomputed from the lse; g' and the gradient of c are `jax.vjp` of g; and δ_i = do_i · o_i −
-dlse_i (Dao et al. 2022). Products round their operands to the dtype of the query and add in
-float32, all else is float32. Blocks are fetched one step ahead. Sums have one order, so the same
-bits every time.
+p is recomputed from the statistic of each row, its largest score and the logarithm of its sum, kept
+apart because the lse loses digits where scores are large. g' and the gradient of c are `jax.vjp` of
+g; and δ_i = do_i · o_i − dlse_i (Dao et al. 2022). Products round their operands to the dtype of
+the query and add in float32, all else is float32. Blocks are fetched one step ahead. Sums have one
+order, so the same bits every time.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,28 +28,44 @@ from attention.kernels.mosaic_gpu import BLOCK
 from attention.kernels.mosaic_gpu.elementwise import OF_TOKENS, ElementwiseSetting, elementwise
 from attention.tile import Array
 
+# What the kernels read and write, [B or 1, heads, ...]: what its other axes are. Tokens of a side
+# are a multiple of `BLOCK`, but a bias or mask may have 1, for all of them; heads divide H.
+AXES: dict[str, tuple[str | None, ...]] = {
+    "query": ("query", None),  # features, F
+    "key": ("key", None),
+    "value": ("key", None),
+    "bias": ("query", "key"),  # below inf; −inf is masked
+    "mask": ("query", "key"),  # 1 or 0, of the dtype of the query
+    "query_tokens": (None, "query"),  # int32, each of `OF_TOKENS`
+    "key_tokens": (None, "key"),
+    "random_words": (None, "query"),  # two int32 of the random key of each row
+    "out": ("query", None),
+    "statistic": (None, "query"),  # m_i and log Σ_j exp(s_ij − m_i), with the sink in them
+    "to_out": ("query", None),  # do
+    "delta": ("query",),
+    "to_query": ("query", None),  # gradients, float32
+    "to_numbers": (None, "query"),
+    "to_key": ("key", None),
+    "to_value": ("key", None),
+    "to_row_bias": ("query",),
+    "to_key_bias": ("key",),
+    "to_bias": ("query", "key"),
+}
+PAIRS = ("bias", "mask")
+
 
 class Operands(NamedTuple):
-    """What the kernels read. Lengths and widths are multiples of `BLOCK`.
+    """What the kernels read.
 
     Attributes:
-      query, key, value: features [B, H, T', F], [B, K or H, S', F] and [B, K, S', V'].
+      arrays: those of `AXES` that there are.
       numbers: [H, n + 1] float32, c of each head and its sink.
       counts: [B, m] int32.
-      rows, columns: [B, 2, T'] and [B, 2, S'] int32, each of `OF_TOKENS`; [B, 0, ...] where none
-        is passed.
-      random_words: [B, H, 2, T'] int32, of the random key of each row; [B, H, 0, T'] without
-        dropout.
     """
 
-    query: Array
-    key: Array
-    value: Array
+    arrays: dict[str, Array]
     numbers: Array
     counts: Array
-    rows: Array
-    columns: Array
-    random_words: Array
 
 
 # Inside the kernels. Tiles are of one layout, that of a warpgroup's products.
@@ -81,388 +100,505 @@ def _vector(ref, axis):
     return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1 - axis))
 
 
-def _places(setting, i, j, rows=None, columns=None, axis=0):
-    """Places of a tile's pairs, [64, n] each: i, j, and what `ElementwiseSetting.tokens` names.
+class _Tile(NamedTuple):
+    """Pairs that a step of a kernel visits, [64, n].
 
-    `rows`, `columns` [2, ...]: references of those of its tokens; `axis` is that of the rows.
+    Attributes:
+      axis: that of the queries.
+      i, j: indices of query and key of each pair.
+      refs: references in fast memory, by name.
+      pair_axes: of a bias and a mask, the tile's axes that they have.
+      numbers, counts: scalars of the head and the example.
     """
-    places = [i, j]
-    for name in setting.tokens:
-        side, kind = name.split("_")
-        of_side, along = (rows, axis) if side == "query" else (columns, 1 - axis)
-        vector = _vector(of_side.at[OF_TOKENS.index(kind)], along)
-        places.append(lax.broadcast_in_dim(vector, i.shape, (along,)))
-    return places
 
+    setting: ElementwiseSetting
+    axis: int
+    i: Any
+    j: Any
+    refs: dict[str, Any]
+    pair_axes: dict[str, tuple[int, ...]]
+    numbers: list[Any]
+    counts: list[Any]
 
-def _dropout(setting, words, j, axis):
-    """-> a function of a tile, linear: what dropout leaves of it.
+    def places(self):
+        """[64, n] each: i, j, and what `ElementwiseSetting.tokens` names."""
+        places = [self.i, self.j]
+        for name in self.setting.tokens:
+            side, kind = name.split("_")
+            vectors = self.refs[f"{side}_tokens"]
+            axis = self.axis if side == "query" else 1 - self.axis
+            places.append(self.spread(vectors.at[OF_TOKENS.index(kind)], axis))
+        return places
 
-    `words` [2, ...]: a reference of those of its rows, which lie along `axis`.
-    """
-    rate = setting.dropout_rate
-    if not rate:
-        return lambda x: x
-    vectors = (_vector(words.at[n], axis) for n in range(2))
-    of_rows = tuple(lax.broadcast_in_dim(x, j.shape, (axis,)) for x in vectors)
-    survives = threefry.at_least(threefry.fold_in(of_rows, j)[0], dense.drop_threshold(rate))
-    return lambda x: jnp.where(survives, x * np.float32(1 / (1 - rate)), 0.0)
+    def spread(self, ref, axis):
+        """A vector of rows (axis 0) or of columns (axis 1), for all pairs."""
+        return lax.broadcast_in_dim(_vector(ref, axis), self.i.shape, (axis,))
 
+    def of_pairs(self, name):
+        """The bias or mask, float32."""
+        axes = self.pair_axes[name]
+        if len(axes) == 1:
+            return self.spread(self.refs[name], *axes).astype(jnp.float32)
+        return plgpu.load(self.refs[name], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
 
-def _vectors(operand, n, *steps):
-    """Scratch for m vectors of n tokens of an operand [..., m, length]; a reference holds some."""
-    return plgpu.SMEM((*steps, max(operand.shape[-2], 1), n), jnp.int32)
+    def visible(self, places):
+        """Which pairs attend, bool; None: all."""
+        (T, S), rule = self.setting.lengths, elementwise(self.setting).visible
+        limits = [index < n for index, n in ((self.i, T), (self.j, S)) if n % BLOCK]
+        if rule is not None:
+            limits.append(jnp.broadcast_to(rule(places, self.counts), self.i.shape))
+        if "mask" in self.pair_axes:
+            limits.append(self.of_pairs("mask") > 0)
+        if "bias" in self.pair_axes:
+            limits.append(self.of_pairs("bias") > -jnp.inf)
+        return functools.reduce(jnp.logical_and, limits) if limits else None
 
+    def score(self, d, places):
+        """Of d = q' · k'."""
+        s = elementwise(self.setting).score(d, places, self.numbers)
+        return s + self.of_pairs("bias") if "bias" in self.pair_axes else s
 
-def _visible(setting, counts, places):
-    """Which pairs of a tile attend, bool; None: all."""
-    (T, S), visible, (i, j, *_) = setting.lengths, elementwise(setting).visible, places
-    limits = [index < n for index, n in ((i, T), (j, S)) if n % BLOCK]
-    if visible is not None:
-        limits.append(jnp.broadcast_to(visible(places, counts), i.shape))
-    return functools.reduce(jnp.logical_and, limits) if limits else None
+    def dropout(self):
+        """-> a linear function of a tile: what dropout leaves of it."""
+        rate = self.setting.dropout_rate
+        if not rate:
+            return lambda x: x
+        words = tuple(self.spread(self.refs["random_words"].at[n], self.axis) for n in range(2))
+        survives = threefry.at_least(threefry.fold_in(words, self.j)[0], dense.drop_threshold(rate))
+        return lambda x: jnp.where(survives, x * np.float32(1 / (1 - rate)), 0.0)
+
+    def weights(self, products, places):
+        """-> d, p after dropout and ds, of pairs of references whose products are d and do · v.
+
+        What is masked may be huge, and 0 · inf is NaN, so d is 1 there.
+        """
+        drop = self.dropout()
+        d, dp = (_product(self.refs[x], self.refs[y]) for x, y in products)
+        top, log_total = (self.spread(self.refs["statistic"].at[n], self.axis) for n in range(2))
+        delta = self.spread(self.refs["delta"], self.axis)
+        visible = self.visible(places)
+        d = _where(visible, d, 1.0)
+        p = _where(visible, jnp.exp(self.score(d, places) - top - log_total), 0.0)
+        return d, drop(p), _where(visible, p * (drop(dp) - delta), 0.0)
 
 
 def _where(visible, x, otherwise):
     return x if visible is None else jnp.where(visible, x, otherwise)
 
 
-def _fetch(loads, barriers):
-    """Reads each (source, reference) and waits for all."""
-    for x, (source, buffer) in enumerate(loads):
-        plgpu.copy_gmem_to_smem(source, buffer, barriers.at[x])
-    for x in range(len(loads)):
-        plgpu.barrier_wait(barriers.at[x])
+# Which parts of the operands a program reads, and when.
 
 
-def _over_blocks(first, end, loads, step, init):
-    """A loop from `first` to `end` whose step x reads blocks that were fetched during step x − 1.
+class _Part(NamedTuple):
+    """A part in fast memory of an array [B or 1, heads, ...].
 
-    loads: of each, (x -> source, reference [2, ...], two barriers); step: (x, references, carry) ->
-    carry.
+    Attributes:
+      leading: the array's first two sizes.
+      axes: what its others are, as in `AXES`.
+      shape: of the part.
+    """
+
+    leading: tuple[int, int]
+    axes: tuple[str | None, ...]
+    shape: tuple[int, ...]
+
+    def of(self, ref, heads, place):
+        """`place`: example, head of `heads`, and the first token of each side."""
+        b, h, starts = place
+        h = lax.div(h, jnp.int32(heads // self.leading[1]))
+        pairs = zip(self.axes, self.shape, strict=True)
+        index = [pl.ds(starts[axis] if axis else 0, n) for axis, n in pairs]
+        return ref.at[0 if self.leading[0] == 1 else b, h, *index]
+
+
+def _part(x, axes, sizes):
+    """`sizes`: how many tokens of each side a tile has."""
+    pairs = zip(axes, x.shape[2:], strict=True)
+    return _Part(x.shape[:2], axes, tuple(sizes.get(axis, n) for axis, n in pairs))
+
+
+def _of_tiles(name, x, axis):
+    """An array for tiles with queries along `axis`, and its axes; of a bias or mask none of 1."""
+    axes = AXES[name]
+    if name in PAIRS:
+        axes = tuple(side for side, n in zip(axes, x.shape[2:], strict=True) if n > 1)
+        x = x.reshape(*x.shape[:2], *(n for n in x.shape[2:] if n > 1))
+        if axis == 1 and len(axes) == 2:
+            x, axes = jnp.swapaxes(x, 2, 3), axes[::-1]
+    return x, axes
+
+
+class _Walk(NamedTuple):
+    """Which tiles each program visits.
+
+    Attributes:
+      grid: the programs, three axes.
+      sizes: of a tile, how many tokens of each side.
+      axis: of a tile, that of the queries.
+      bounds: (ids of a program, ranges) -> its first step and the end.
+      place: (ids, step) -> example, head, the first token of each side.
+      moving: the side whose arrays have another part each step; None: all have.
+    """
+
+    grid: tuple[int, int, int]
+    sizes: dict[str, int]
+    axis: int
+    bounds: Callable[..., Any]
+    place: Callable[..., Any]
+    moving: str | None
+
+
+def _along(side, other, n, operands):
+    """A block of 64 of a side with all of the other, n tokens a step.
+
+    Its ranges are [B, blocks, 2] int32, the blocks of the other side from the first to the end.
+    """
+    (B, _, tokens, _), H = operands.arrays[side].shape, len(operands.numbers)
+    scale = BLOCK // n
+
+    def bounds(ids, ranges):
+        b, _, block = ids
+        return ranges[b, block, 0] * scale, ranges[b, block, 1] * scale
+
+    def place(ids, x):
+        b, h, block = ids
+        return b, h, {side: block * BLOCK, other: x * n}
+
+    sizes, axis = {side: BLOCK, other: n}, 0 if side == "query" else 1
+    return _Walk((B, H, tokens // BLOCK), sizes, axis, bounds, place, other)
+
+
+def _sharing(bias, n, operands):
+    """A tile of a bias [B or 1, H or 1, T', S'] with all examples and heads that share it.
+
+    Its ranges are [B or 1, T' / 64, 2] int32, the blocks of keys.
+    """
+    (b, h, T, S), (B, _, _, _), H = (
+        bias.shape,
+        operands.arrays["query"].shape,
+        len(operands.numbers),
+    )
+    examples, heads, columns = B // b, H // h, S // n
+
+    def tile(index):
+        return lax.div(index, jnp.int32(columns)), lax.rem(index, jnp.int32(columns))
+
+    def bounds(ids, ranges):
+        example, _, index = ids
+        row, column = tile(index)
+        block = lax.div(column, jnp.int32(BLOCK // n))
+        visited = (ranges[example, row, 0] <= block) & (block < ranges[example, row, 1])
+        return 0, jnp.where(visited, examples * heads, 0)
+
+    def place(ids, x):
+        example, head, index = ids
+        row, column = tile(index)
+        example = example if examples == 1 else lax.div(x, jnp.int32(heads))
+        head = head if heads == 1 else lax.rem(x, jnp.int32(heads))
+        return example, head, {"query": row * BLOCK, "key": column * n}
+
+    sizes = {"query": BLOCK, "key": n}
+    return _Walk((b, h, T // BLOCK * columns), sizes, 0, bounds, place, None)
+
+
+def _over_steps(first, end, loads, step, init):
+    """A loop from `first` to `end` whose step x reads what was fetched during step x − 1.
+
+    loads: name -> (x -> source, reference [2, ...], two barriers); step: (x, references by name,
+    carry) -> carry.
     """
 
     def fetch(x):
         slot = lax.rem(x - first, 2)
-        for source, buffer, barrier in loads:
+        for source, buffer, barrier in loads.values():
             plgpu.copy_gmem_to_smem(source(x), buffer.at[slot], barrier.at[slot])
 
     def body(x, carry):
         slot = lax.rem(x - first, 2)
         plgpu.commit_smem()  # all of the warpgroup has read what is overwritten now
         pl.when(x + 1 < end)(lambda: fetch(x + 1))
-        for _, _, barrier in loads:
+        for _, _, barrier in loads.values():
             plgpu.barrier_wait(barrier.at[slot])
-        return step(x, [buffer.at[slot] for _, buffer, _ in loads], carry)
+        return step(x, {name: buffer.at[slot] for name, (_, buffer, _) in loads.items()}, carry)
 
     pl.when(first < end)(lambda: fetch(first))
     return lax.fori_loop(first, end, body, init)
 
 
-def _block(x):
-    return pl.ds(x * BLOCK, BLOCK)
+def _launch(body, setting, interpret, walk, operands, ranges, outputs, scratch=None):
+    """The kernel -> its outputs, by name.
 
+    body(refs, sink, loop) writes the outputs to the references of their names; `refs` are by name,
+    of `scratch` and of what does not move, too. loop(step, init) and step(tile, carry) -> carry.
+    """
+    every = {name: _of_tiles(name, x, walk.axis) for name, x in operands.arrays.items()}
+    arrays = {name: x for name, (x, _) in every.items()}
+    parts = {name: _part(x, axes, walk.sizes) for name, (x, axes) in every.items()}
+    moving = [name for name, part in parts.items() if walk.moving in (None, *part.axes)]
+    fixed = [name for name in parts if name not in moving]
+    written = {name: _part(x, AXES[name], walk.sizes) for name, x in outputs.items()}
+    axis_of = {"query": walk.axis, "key": 1 - walk.axis}
+    pair_axes = {
+        name: tuple(axis_of[side] for side in parts[name].axes) for name in PAIRS if name in parts
+    }
 
-def _launch(body, interpret, blocks, outputs, scratch, *operands):
-    """The kernel, for each example, head and block."""
+    def kernel(*refs, **smem):
+        every = (*parts, "numbers", "counts", "ranges", *written)
+        sources = dict(zip(every, refs, strict=True))
+        ids = [lax.axis_index(name) for name in _GRID]
+
+        def source(name, x):
+            return (parts | written)[name].of(sources[name], setting.heads, walk.place(ids, x))
+
+        def scalars(x):
+            b, h, _ = walk.place(ids, x)
+            numbers = [sources["numbers"][h, n] for n in range(operands.numbers.shape[1])]
+            return numbers, [sources["counts"][b, n] for n in range(len(setting.counts))]
+
+        def index(side, x):
+            start = walk.place(ids, x)[2][side]
+            return _index(start, min(walk.sizes.values()), axis_of[side])
+
+        for n, name in enumerate(fixed):
+            plgpu.copy_gmem_to_smem(source(name, 0), smem[name], smem["fixed"].at[n])
+        for n in range(len(fixed)):
+            plgpu.barrier_wait(smem["fixed"].at[n])
+        of_program = scalars(0)
+        indices = {side: index(side, 0) for side in walk.sizes if side != walk.moving}
+
+        def loop(step, init):
+            def visit(x, streamed, carry):
+                here = indices | {side: index(side, x) for side in walk.sizes.keys() - indices}
+                (*numbers, _), counts = scalars(x) if walk.moving is None else of_program
+                tile = _Tile(
+                    setting, walk.axis, here["query"], here["key"], smem | streamed, pair_axes,
+                    numbers, counts,
+                )  # fmt: skip
+                return step(tile, carry)
+
+            loads = {
+                name: (functools.partial(source, name), smem[name], smem[f"{name}_fetched"])
+                for name in moving
+            }
+            return _over_steps(*walk.bounds(ids, sources["ranges"]), loads, visit, init)
+
+        body(smem, of_program[0][-1], loop)
+        plgpu.commit_smem()
+        for name in written:
+            plgpu.copy_smem_to_gmem(smem[name], source(name, 0))
+        plgpu.wait_smem_to_gmem(0)
+
+    def memory(name, x, steps=()):
+        return plgpu.SMEM((*steps, *(parts | written)[name].shape), x.dtype)
+
+    smem = {name: memory(name, arrays[name]) for name in fixed}
+    smem |= {name: memory(name, arrays[name], (2,)) for name in moving}
+    smem |= {name: memory(name, x) for name, x in outputs.items()}
+    smem |= {f"{name}_fetched": plgpu.Barrier(num_barriers=2) for name in moving}
+    smem |= {"fixed": plgpu.Barrier(num_barriers=max(len(fixed), 1))} | (scratch or {})
     launch = plgpu.kernel(
-        body,
-        out_type=outputs,
-        scratch_types=scratch,
-        grid=(*operands[0].shape[:2], blocks),
-        grid_names=("example", "head", "block"),
+        kernel,
+        out_type=[*outputs.values()],
+        scratch_types=smem,
+        grid=walk.grid,
+        grid_names=_GRID,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
     )
     with jax.enable_x64(False):  # indices are int32
-        return launch(*operands)
+        results = launch(*arrays.values(), operands.numbers, operands.counts, ranges)
+    return dict(zip(outputs, results, strict=True))
 
 
-def _place(setting, operands, numbers_ref, counts_ref, range_ref):
-    """-> example, head, its key head, its value head, block, numbers, counts, first and end."""
-    b, h, x = (lax.axis_index(name) for name in ("example", "head", "block"))
-    shared = [
-        lax.div(h, jnp.int32(setting.heads // n.shape[1])) for n in (operands.key, operands.value)
-    ]
-    numbers = [numbers_ref[h, n] for n in range(operands.numbers.shape[1])]
-    counts = [counts_ref[b, n] for n in range(len(setting.counts))]
-    return b, h, *shared, x, numbers, counts, range_ref[b, x, 0], range_ref[b, x, 1]
+_GRID = ("example", "head", "block")
+
+
+def _float32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _row_sums():
+    zeros = jnp.zeros((BLOCK,), jnp.float32)
+    return plgpu.layout_cast(zeros, plgpu.Layout.WGMMA.reduce(1))
+
+
+def _crowded(setting, operands):
+    """Whether a step holds tiles of random words and of pairs, so that there is less room."""
+    return setting.dropout_rate and any(name in operands.arrays for name in PAIRS)
+
+
+def _bias_axes(operands):
+    """Those of the bias of more than one element."""
+    bias = operands.arrays.get("bias")
+    pairs = () if bias is None else zip(AXES["bias"], bias.shape[2:], strict=True)
+    return tuple(axis for axis, n in pairs if n > 1)
+
+
+# The kernels.
 
 
 def forward(
     setting: ElementwiseSetting, interpret: bool, operands: Operands, by_row: Array
-) -> list[Array]:
-    """-> out [B, H, T', V'], and lse [B, H, T'] float32 with the sink in it.
+) -> dict[str, Array]:
+    """-> out [B, H, T', V'] and statistic [B, H, 2, T'], float32; (0, −inf) if a row sees nothing.
 
     `by_row` [B, T' / 64, 2] int32: the blocks of keys that each block of queries visits, first and
     end.
     """
-    B, H, T, F = operands.query.shape
-    V, dtype = operands.value.shape[-1], operands.query.dtype
+    B, H, T, _ = operands.arrays["query"].shape
+    V, dtype = operands.arrays["value"].shape[-1], operands.arrays["query"].dtype
 
-    def body(
-        q, k, v, numbers, counts, rows, columns, words, ranges, out, lse,
-        q_s, k_s, v_s, p_s, o_s, lse_s, rows_s, columns_s, words_s, *barriers,
-    ):  # fmt: skip
-        b, h, kh, vh, row, numbers, counts, first, end = _place(
-            setting, operands, numbers, counts, ranges
-        )
-        *numbers, sink = numbers
-        row_b, k_b, v_b, columns_b = barriers
-        of_row = [(q.at[b, h, _block(row)], q_s)]
-        if setting.tokens:
-            of_row.append((rows.at[b, :, _block(row)], rows_s))
-        if setting.dropout_rate:
-            of_row.append((words.at[b, h, :, _block(row)], words_s))
-        _fetch(of_row, row_b)
-        i = _index(row * BLOCK, BLOCK, 0)
-        rows_of = plgpu.Layout.WGMMA.reduce(1)
-        top = plgpu.layout_cast(jnp.full((BLOCK,), sink, jnp.float32), rows_of)
+    def body(refs, sink, loop):
+        top = plgpu.layout_cast(jnp.full((BLOCK,), sink, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
         total = jnp.where(top == -jnp.inf, 0.0, 1.0)
         acc = plgpu.layout_cast(jnp.zeros((BLOCK, V), jnp.float32), plgpu.Layout.WGMMA)
 
-        def step(x, references, carry):
-            k_s, v_s, *columns_s = references
+        def step(tile, carry):
             acc, top, total = carry
-            j = _index(x * BLOCK, BLOCK, 1)
-            places = _places(setting, i, j, rows_s, *columns_s, axis=0)
-            s = elementwise(setting).score(_product(q_s, k_s), places, numbers)
-            s = _where(_visible(setting, counts, places), s, -jnp.inf)
+            places = tile.places()
+            s = tile.score(_product(tile.refs["query"], tile.refs["key"]), places)
+            s = _where(tile.visible(places), s, -jnp.inf)
             new = jnp.maximum(top, s.max(axis=1))
             finite = jnp.where(new == -jnp.inf, 0.0, new)
             factor = jnp.exp(top - finite)
             p = jnp.exp(s - lax.broadcast_in_dim(finite, s.shape, (0,)))
             total = total * factor + p.sum(axis=1)
-            p_s[...] = _dropout(setting, words_s, j, 0)(p).astype(dtype)
+            refs["p"][...] = tile.dropout()(p).astype(dtype)
             plgpu.commit_smem()
 
             def multiply(acc):
-                plgpu.wgmma(acc, p_s, v_s)
+                plgpu.wgmma(acc, refs["p"], tile.refs["value"])
                 return acc[...]
 
             added = pl.run_scoped(multiply, plgpu.ACC((BLOCK, V), jnp.float32))
             return acc * lax.broadcast_in_dim(factor, acc.shape, (0,)) + added, new, total
 
-        loads = [
-            (lambda x: k.at[b, kh, _block(x)], k_s, k_b),
-            (lambda x: v.at[b, vh, _block(x)], v_s, v_b),
-        ]
-        if setting.tokens:
-            loads.append((lambda x: columns.at[b, :, _block(x)], columns_s, columns_b))
-        acc, top, total = _over_blocks(first, end, loads, step, (acc, top, total))
-        some = total > 0
+        acc, top, total = loop(step, (acc, top, total))
+        some = total != 0
         total = jnp.where(some, total, 1.0)
-        o_s[...] = (acc / lax.broadcast_in_dim(total, acc.shape, (0,))).astype(dtype)
-        lse_s[...] = jnp.where(some, top + jnp.log(total), -jnp.inf)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(o_s, out.at[b, h, _block(row)])
-        plgpu.copy_smem_to_gmem(lse_s, lse.at[b, h, _block(row)])
-        plgpu.wait_smem_to_gmem(0)
+        refs["out"][...] = (acc / lax.broadcast_in_dim(total, acc.shape, (0,))).astype(dtype)
+        refs["statistic"][0] = jnp.where(top == -jnp.inf, 0.0, top)
+        refs["statistic"][1] = jnp.where(some, jnp.log(total), -jnp.inf)
 
-    outputs = (
-        jax.ShapeDtypeStruct((B, H, T, V), dtype),
-        jax.ShapeDtypeStruct((B, H, T), jnp.float32),
-    )
-    scratch = [
-        plgpu.SMEM((BLOCK, F), dtype),
-        plgpu.SMEM((2, BLOCK, F), dtype),
-        plgpu.SMEM((2, BLOCK, V), dtype),
-        plgpu.SMEM((BLOCK, BLOCK), dtype),
-        plgpu.SMEM((BLOCK, V), dtype),
-        plgpu.SMEM((BLOCK,), jnp.float32),
-        _vectors(operands.rows, BLOCK),
-        _vectors(operands.columns, BLOCK, 2),
-        _vectors(operands.random_words, BLOCK),
-        plgpu.Barrier(num_barriers=3),
-        *[plgpu.Barrier(num_barriers=2)] * 3,
-    ]
-    return _launch(body, interpret, T // BLOCK, outputs, scratch, *operands, by_row)
+    walk = _along("query", "key", BLOCK, operands)
+    outputs = {"out": jax.ShapeDtypeStruct((B, H, T, V), dtype), "statistic": _float32(B, H, 2, T)}
+    scratch = {"p": plgpu.SMEM((BLOCK, BLOCK), dtype)}
+    return _launch(body, setting, interpret, walk, operands, by_row, outputs, scratch)
 
 
 def query_gradient(
-    setting: ElementwiseSetting, interpret: bool, operands: Operands, by_row: Array, *rows: Array
-) -> list[Array]:
-    """-> dq' [B, H, T', F] and, where there are numbers, their gradients by row [B, H, n, T'].
+    setting: ElementwiseSetting, interpret: bool, operands: Operands, by_row: Array
+) -> dict[str, Array]:
+    """-> to_query [B, H, T', F] and by row, where there are any, to_numbers [B, H, n, T'] and
+    to_row_bias [B, H, T'], of a bias [.., T', 1].
 
-    All float32; `rows` are do [B, H, T', V'] and float32 lse and δ [B, H, T'].
+    All float32. `operands` have statistic, to_out and delta, too.
     """
-    B, H, T, F = operands.query.shape
-    V, dtype = operands.value.shape[-1], operands.query.dtype
-    N = operands.numbers.shape[1] - 1
+    B, H, T, F = operands.arrays["query"].shape
+    N, dtype = operands.numbers.shape[1] - 1, operands.arrays["query"].dtype
     # Keys at a time: tiles of gradients of numbers need registers as well.
-    n = BLOCK if N == 0 else 32 if N <= 8 else 16
+    n = BLOCK if N == 0 else 32 if N <= 8 and not _crowded(setting, operands) else 16
+    outputs = {"to_query": _float32(B, H, T, F)}
+    if N:
+        outputs["to_numbers"] = _float32(B, H, N, T)
+    if _bias_axes(operands) == ("query",):
+        outputs["to_row_bias"] = _float32(B, H, T)
 
-    def body(q, k, v, numbers, counts, rows, columns, words, ranges, do, lse, delta, *rest):
-        outputs, scratch = rest[: 1 + (N > 0)], rest[1 + (N > 0) :]
-        q_s, do_s, lse_s, delta_s, k_s, v_s, dd_s, dq_s, dc_s, *of_tokens = scratch[:-4]
-        rows_s, columns_s, words_s = of_tokens
-        row_b, k_b, v_b, columns_b = scratch[-4:]
-        b, h, kh, vh, row, numbers, counts, first, end = _place(
-            setting, operands, numbers, counts, ranges
-        )
-        numbers = numbers[:-1]
-        of_row = [(q, q_s), (do, do_s), (lse, lse_s), (delta, delta_s)]
-        of_row = [(source.at[b, h, _block(row)], buffer) for source, buffer in of_row]
-        if setting.tokens:
-            of_row.append((rows.at[b, :, _block(row)], rows_s))
-        if setting.dropout_rate:
-            of_row.append((words.at[b, h, :, _block(row)], words_s))
-        _fetch(of_row, row_b)
-        i = _index(row * BLOCK, n, 0)
-        zeros = plgpu.layout_cast(jnp.zeros((BLOCK,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+    def body(refs, _, loop):
         for x in range(N):
-            dc_s[x] = zeros
+            refs["to_numbers"][x] = _row_sums()
+        if "to_row_bias" in outputs:
+            refs["to_row_bias"][...] = _row_sums()
 
         def accumulate(dq):
-            def step(x, references, carry):
-                k_s, v_s, *columns_s = references
-                j = _index(x * n, n, 1)
-                places = _places(setting, i, j, rows_s, *columns_s, axis=0)
-                drop = _dropout(setting, words_s, j, 0)
-                d, _, ds = _tile_weights(
-                    setting, _product(q_s, k_s), _product(do_s, v_s), places, drop, numbers, counts,
-                    *(lax.broadcast_in_dim(_vector(y, 0), i.shape, (0,)) for y in (lse_s, delta_s)),
-                )  # fmt: skip
+            def step(tile, carry):
+                places = tile.places()
+                d, _, ds = tile.weights((("query", "key"), ("to_out", "value")), places)
 
                 def add(which, gradient):
-                    dc_s[which] = _vector(dc_s.at[which], 0) + gradient.sum(axis=1)
+                    sums = refs["to_numbers"].at[which]
+                    sums[...] = _vector(sums, 0) + gradient.sum(axis=1)
 
-                dd = elementwise(setting).pullback(d, places, numbers, ds, add)
-                _add_product(dq, dd, dd_s, k_s)
+                if "to_row_bias" in outputs:
+                    sums = refs["to_row_bias"]
+                    sums[...] = _vector(sums, 0) + ds.sum(axis=1)
+                dd = elementwise(setting).pullback(d, places, tile.numbers, ds, add)
+                _add_product(dq, dd, refs["dd"], tile.refs["key"])
                 return carry
 
-            loads = [
-                (lambda x: k.at[b, kh, pl.ds(x * n, n)], k_s, k_b),
-                (lambda x: v.at[b, vh, pl.ds(x * n, n)], v_s, v_b),
-            ]
-            if setting.tokens:
-                loads.append((lambda x: columns.at[b, :, pl.ds(x * n, n)], columns_s, columns_b))
-            scale = BLOCK // n
-            _over_blocks(first * scale, end * scale, loads, step, jnp.int32(0))
-            dq_s[...] = dq[...]
+            loop(step, jnp.int32(0))
+            refs["to_query"][...] = dq[...]
 
         pl.run_scoped(accumulate, plgpu.ACC((BLOCK, F), jnp.float32))
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(dq_s, outputs[0].at[b, h, _block(row)])
-        if N:
-            plgpu.copy_smem_to_gmem(dc_s, outputs[1].at[b, h, :, _block(row)])
-        plgpu.wait_smem_to_gmem(0)
 
-    outputs = [jax.ShapeDtypeStruct((B, H, T, F), jnp.float32)]
-    if N:
-        outputs.append(jax.ShapeDtypeStruct((B, H, N, T), jnp.float32))
-    scratch = [
-        plgpu.SMEM((BLOCK, F), dtype),
-        plgpu.SMEM((BLOCK, V), dtype),
-        plgpu.SMEM((BLOCK,), jnp.float32),
-        plgpu.SMEM((BLOCK,), jnp.float32),
-        plgpu.SMEM((2, n, F), dtype),
-        plgpu.SMEM((2, n, V), dtype),
-        plgpu.SMEM((BLOCK, n), dtype),
-        plgpu.SMEM((BLOCK, F), jnp.float32),
-        plgpu.SMEM((max(N, 1), BLOCK), jnp.float32),
-        _vectors(operands.rows, BLOCK),
-        _vectors(operands.columns, n, 2),
-        _vectors(operands.random_words, BLOCK),
-        plgpu.Barrier(num_barriers=6),
-        *[plgpu.Barrier(num_barriers=2)] * 3,
-    ]
-    return _launch(body, interpret, T // BLOCK, outputs, scratch, *operands, by_row, *rows)
-
-
-def _tile_weights(setting, d, dp, places, drop, numbers, counts, lse, delta):
-    """-> d, p after dropout and ds of a tile, rows and columns in either order.
-
-    What is masked may be huge, and 0 · inf is NaN, so d is 1 there.
-    """
-    visible = _visible(setting, counts, places)
-    d = _where(visible, d, 1.0)
-    p = _where(visible, jnp.exp(elementwise(setting).score(d, places, numbers) - lse), 0.0)
-    return d, drop(p), _where(visible, p * (drop(dp) - delta), 0.0)
+    walk = _along("query", "key", n, operands)
+    scratch = {"dd": plgpu.SMEM((BLOCK, n), dtype)}
+    return _launch(body, setting, interpret, walk, operands, by_row, outputs, scratch)
 
 
 def key_gradient(
-    setting: ElementwiseSetting, interpret: bool, operands: Operands, by_column: Array, *rows: Array
-) -> list[Array]:
-    """-> dk' [B, H, S', F] and dv [B, H, S', V'], float32, of each query head.
+    setting: ElementwiseSetting, interpret: bool, operands: Operands, by_column: Array
+) -> dict[str, Array]:
+    """-> to_key [B, H, S', F], to_value [B, H, S', V'] and, of a bias [.., 1, S'], to_key_bias
+    [B, H, S'], of each query head.
 
-    `rows` as for `query_gradient`.
+    As `query_gradient`. `by_column` [B, S' / 64, 2]: the blocks of queries.
     """
-    B, H, _, F = operands.query.shape
-    V, S, dtype = operands.value.shape[-1], operands.key.shape[2], operands.query.dtype
+    B, H, _, F = operands.arrays["query"].shape
+    (_, _, S, V), dtype = operands.arrays["value"].shape, operands.arrays["query"].dtype
     N = operands.numbers.shape[1] - 1
     # Queries at a time: with two wide sums in registers there is no room for tiles of 64.
-    n = BLOCK if F + V <= 128 and (N <= 8 or not setting.dropout_rate) else BLOCK // 2
+    n = BLOCK if F + V <= 128 and (N == 0 or not setting.dropout_rate) else BLOCK // 2
+    if N and _crowded(setting, operands):
+        n = BLOCK // 4
+    outputs = {"to_key": _float32(B, H, S, F), "to_value": _float32(B, H, S, V)}
+    if _bias_axes(operands) == ("key",):
+        outputs["to_key_bias"] = _float32(B, H, S)
 
-    def body(
-        q, k, v, numbers, counts, rows, columns, words, ranges, do, lse, delta, dk_out, dv_out,
-        k_s, v_s, q_s, do_s, lse_s, delta_s, p_s, dd_s, dk_s, dv_s, columns_s, rows_s, words_s,
-        column_b, *row_b,
-    ):  # fmt: skip
-        b, h, kh, vh, column, numbers, counts, first, end = _place(
-            setting, operands, numbers, counts, ranges
-        )
-        numbers = numbers[:-1]
-        of_column = [(k.at[b, kh, _block(column)], k_s), (v.at[b, vh, _block(column)], v_s)]
-        if setting.tokens:
-            of_column.append((columns.at[b, :, _block(column)], columns_s))
-        _fetch(of_column, column_b)
-        j = _index(column * BLOCK, n, 0)
+    def body(refs, _, loop):
+        if "to_key_bias" in outputs:
+            refs["to_key_bias"][...] = _row_sums()
 
         def accumulate(dk, dv):
-            def step(x, references, carry):
-                q_s, do_s, lse_s, delta_s, *of_tokens = references
-                rows_s = of_tokens[0] if setting.tokens else None
-                words_s = of_tokens[-1] if setting.dropout_rate else None
-                places = _places(setting, _index(x * n, n, 1), j, rows_s, columns_s, axis=1)
-                drop = _dropout(setting, words_s, j, 1)
-                d, p, ds = _tile_weights(
-                    setting, _product(k_s, q_s), _product(v_s, do_s), places, drop, numbers, counts,
-                    *(lax.broadcast_in_dim(_vector(y, 1), j.shape, (1,)) for y in (lse_s, delta_s)),
-                )  # fmt: skip
-                _add_product(dv, p, p_s, do_s)
-                dd = elementwise(setting).pullback(d, places, numbers, ds)
-                _add_product(dk, dd, dd_s, q_s)
+            def step(tile, carry):
+                places = tile.places()
+                d, p, ds = tile.weights((("key", "query"), ("value", "to_out")), places)
+                _add_product(dv, p, refs["p"], tile.refs["to_out"])
+                if "to_key_bias" in outputs:
+                    sums = refs["to_key_bias"]
+                    sums[...] = _vector(sums, 0) + ds.sum(axis=1)
+                dd = elementwise(setting).pullback(d, places, tile.numbers, ds)
+                _add_product(dk, dd, refs["dd"], tile.refs["query"])
                 return carry
 
-            sources = (q, q_s), (do, do_s), (lse, lse_s), (delta, delta_s)
-            *of_row, rows_b, words_b = row_b
-            loads = [
-                (lambda x, source=source: source.at[b, h, pl.ds(x * n, n)], buffer, barrier)
-                for (source, buffer), barrier in zip(sources, of_row, strict=True)
-            ]
-            if setting.tokens:
-                loads.append((lambda x: rows.at[b, :, pl.ds(x * n, n)], rows_s, rows_b))
-            if setting.dropout_rate:
-                loads.append((lambda x: words.at[b, h, :, pl.ds(x * n, n)], words_s, words_b))
-            scale = BLOCK // n
-            _over_blocks(first * scale, end * scale, loads, step, jnp.int32(0))
-            dk_s[...] = dk[...]
-            dv_s[...] = dv[...]
+            loop(step, jnp.int32(0))
+            refs["to_key"][...] = dk[...]
+            refs["to_value"][...] = dv[...]
 
-        accumulators = [plgpu.ACC((BLOCK, x), jnp.float32) for x in (F, V)]
-        pl.run_scoped(accumulate, *accumulators)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(dk_s, dk_out.at[b, h, _block(column)])
-        plgpu.copy_smem_to_gmem(dv_s, dv_out.at[b, h, _block(column)])
-        plgpu.wait_smem_to_gmem(0)
+        pl.run_scoped(accumulate, *(plgpu.ACC((BLOCK, x), jnp.float32) for x in (F, V)))
 
-    outputs = [jax.ShapeDtypeStruct((B, H, S, x), jnp.float32) for x in (F, V)]
-    scratch = [
-        plgpu.SMEM((BLOCK, F), dtype),
-        plgpu.SMEM((BLOCK, V), dtype),
-        plgpu.SMEM((2, n, F), dtype),
-        plgpu.SMEM((2, n, V), dtype),
-        plgpu.SMEM((2, n), jnp.float32),
-        plgpu.SMEM((2, n), jnp.float32),
-        plgpu.SMEM((BLOCK, n), dtype),
-        plgpu.SMEM((BLOCK, n), dtype),
-        plgpu.SMEM((BLOCK, F), jnp.float32),
-        plgpu.SMEM((BLOCK, V), jnp.float32),
-        _vectors(operands.columns, BLOCK),
-        _vectors(operands.rows, n, 2),
-        _vectors(operands.random_words, n, 2),
-        plgpu.Barrier(num_barriers=3),
-        *[plgpu.Barrier(num_barriers=2)] * 6,
-    ]
-    return _launch(body, interpret, S // BLOCK, outputs, scratch, *operands, by_column, *rows)
+    walk = _along("key", "query", n, operands)
+    scratch = {name: plgpu.SMEM((BLOCK, n), dtype) for name in ("p", "dd")}
+    return _launch(body, setting, interpret, walk, operands, by_column, outputs, scratch)
+
+
+def bias_gradient(
+    setting: ElementwiseSetting, interpret: bool, operands: Operands, by_row: Array
+) -> Array:
+    """-> of a bias [B or 1, H or 1, T', S'], float32.
+
+    As `query_gradient`, but `by_row` is [B or 1, T' / 64, 2], those of all examples that share it.
+    """
+    bias, N = operands.arrays["bias"], operands.numbers.shape[1] - 1
+    n = BLOCK if N <= 8 else BLOCK // 2
+
+    def body(refs, _, loop):
+        def step(tile, total):
+            products = ("query", "key"), ("to_out", "value")
+            return total + tile.weights(products, tile.places())[2]
+
+        zeros = jnp.zeros((BLOCK, n), jnp.float32)
+        refs["to_bias"][...] = loop(step, plgpu.layout_cast(zeros, plgpu.Layout.WGMMA))
+
+    walk, outputs = _sharing(bias, n, operands), {"to_bias": _float32(*bias.shape)}
+    return _launch(body, setting, interpret, walk, operands, by_row, outputs)["to_bias"]

@@ -13,7 +13,7 @@ from attention.kernels import dense, registry
 from attention.kernels.mosaic_gpu.elementwise import ElementwiseSetting, elementwise
 from attention.kernels.registry import KERNELS, Device, describe
 from attention.tile import Tile
-from support.mechanisms import Manhattan, assert_close, init, normal, put, wide
+from support.mechanisms import Manhattan, assert_close, assert_same, init, normal, put, wide
 
 HOPPER = Device("cuda", "NVIDIA H100 80GB HBM3", 9.0)
 needs_jax = pytest.mark.skipif(
@@ -186,7 +186,8 @@ def call(device=HOPPER, shape=(2, 128, 4, 64), dtype="bfloat16", value=None, **o
         ("float16 and bfloat16, got float32: cast", {"dtype": "float32"}),
         ("of one dtype, got bfloat16, bfloat16 and float16", {"value": "float16"}),
         ("widths up to 128, got 192", {"shape": (2, 128, 4, 192)}),
-        ("no bias and no mask", {"bias": ((128, 128), "bfloat16")}),
+        (None, {"bias": ((128, 128), "float32"), "mask": ((2, 1, 1, 128), "bool")}),
+        ("would round the bias, float64, to float32", {"bias": ((128, 128), "float64")}),
         (None, {"query_positions": ((2, 128), "int32"), "key_positions": ((1, 128), "int32")}),
         (None, {"mechanism": Mechanism(position=positions.RoPE2D()),
                 "query_coordinates": ((2, 128, 2), "int32"),
@@ -258,7 +259,8 @@ LEARNED = Mechanism(
 @pytest.mark.parametrize(
     "mechanism, data, options",
     [
-        (LEARNED, {"key_lengths": [40], "query_lengths": [64]}, {}),
+        (LEARNED, {"key_lengths": [40], "query_lengths": [64]},
+         {"bias": (65, 70), "mask": (1, 2, 1, 70)}),
         (Mechanism(position=positions.ALiBi() + positions.RoPE(),
                    mask=masks.Segments() & masks.Causal()), PACKED,
          {"aux": ("lse",), "dropout_rate": 0.3}),
@@ -285,6 +287,19 @@ LEARNED = Mechanism(
                                masks.SlidingWindow(30, 3), normalizers.SoftmaxOffByOne()),
                      {}, {}, marks=pytest.mark.slow),
         pytest.param(Mechanism(Halved()), {}, {}, marks=pytest.mark.slow),
+        pytest.param(Mechanism(mask=masks.Causal()), {},
+                     {"bias": (1, 2, 65, 70), "mask": (2, 1, 65, 70), "batch": 2, "aux": ("lse",)},
+                     marks=pytest.mark.slow),
+        pytest.param(Mechanism(position=positions.ALiBi(), mask=masks.Segments()),
+                     {name: x for name, x in PACKED.items() if name.endswith("segments")},
+                     {"bias": (2, 1, 65, 70), "batch": 2, "dropout_rate": 0.2},
+                     marks=pytest.mark.slow),
+        pytest.param(Mechanism(normalizer=normalizers.LearnedSink()), {},
+                     {"bias": (2, 1, 1, 70), "mask": (65, 1), "batch": 2}, marks=pytest.mark.slow),
+        pytest.param(Mechanism(normalizer=normalizers.LearnedSink()), {},
+                     {"bias": (2, 65, 1), "mask": (2, 1, 1)}, marks=pytest.mark.slow),
+        pytest.param(Mechanism(normalizer=normalizers.LearnedSink()), {},
+                     {"bias": (2, 1, 1), "dtype": "float16"}, marks=pytest.mark.slow),
         pytest.param(Mechanism(position=positions.KerplePower() + positions.KerpleLog(),
                                mask=masks.Causal()),
                      {}, {"width": 72, "x64": True}, marks=pytest.mark.slow),
@@ -292,7 +307,10 @@ LEARNED = Mechanism(
     ids=lambda x: str(x) if isinstance(x, Mechanism) else "-".join(x),
 )  # fmt: skip
 def test_interpreted(mechanism, data, options):
-    """Output, lse and gradients of every leaf are the dense kernel's; NaN and inf where masked."""
+    """Output, lse and gradients of every leaf are the dense kernel's; NaN and inf where masked.
+
+    A bias of a column is −inf, and of a row so large that its lse has no digits for the sum.
+    """
     batch, width, aux = (options.get(x, y) for x, y in (("batch", 1), ("width", 8), ("aux", ())))
     dropout = {}
     if rate := options.get("dropout_rate"):
@@ -318,17 +336,31 @@ def test_interpreted(mechanism, data, options):
         vectors[2] = put(vectors[2], np.s_[0, 60], np.inf)
     data = {name: np.array(x, np.int32) for name, x in data.items()}
     cotangent = normal(9, batch, 65, 2, 24)
+    bias, mask = None, None
+    if shape := options.get("bias"):
+        bias = normal(6, *shape, dtype="float32")
+        if shape[-1] == 70:
+            bias = put(bias, np.s_[..., 9], -np.inf)
+        if shape[-2] == 65:
+            bias = put(bias, np.s_[..., 30, :], -1e9)
+    if shape := options.get("mask"):
+        mask = normal(7, *shape) > -1
+        if shape[-1] == 70:
+            vectors[2] = put(vectors[2], np.s_[0, 3], np.nan)
+            mask[..., 3] = False
 
     def run(implementation):
         def attended(*arrays):
+            *arrays, bias = arrays
             options = {"implementation": implementation, "aux": aux, **data, **dropout}
-            result = attend(mechanism, *arrays, **options)
+            result = attend(mechanism, *arrays, bias=bias, mask=mask, **options)
             out, extra = result if aux else (result, {})
             finite = [jnp.where(jnp.isfinite(x), x, 0).sum() for x in extra.values()]
             return jnp.nansum(cotangent * out) + sum(finite), (out, extra)
 
-        every = jax.jit(jax.value_and_grad(attended, (0, 1, 2, 3), has_aux=True))
-        return every(params, *vectors)
+        moving = (0, 1, 2, 3) if bias is None else (0, 1, 2, 3, 4)
+        every = jax.jit(jax.value_and_grad(attended, moving, has_aux=True))
+        return every(params, *vectors, bias)
 
     with jax.enable_x64(options.get("x64", False)):
         (_, got), gradients = run("mosaic_gpu")
@@ -341,6 +373,32 @@ def test_interpreted(mechanism, data, options):
         assert_close(np.where(finite, ours, 0), np.where(finite, theirs, 0), tolerance)
     assert_close(gradients, expected, tolerance)
     assert all((wide(x) != 0).any() for x in jax.tree.leaves(gradients))
+
+
+@needs_jax
+@pytest.mark.slow
+def test_a_bias_that_is_not_finite():
+    """Its rows are NaN, unless it is masked, and the gradients of the others as without it."""
+    bias = normal(6, 1, 2, 65, 70, dtype="float32")
+    spoilt = put(put(bias, np.s_[0, 0, 50, 2], np.nan), np.s_[0, 1, 51, 2], np.inf)
+    spoilt = put(spoilt, np.s_[0, :, 20, 30], np.nan)  # of the future
+    seen = np.ones((1, 65, 2, 1), bool)
+    seen[0, 50, 0] = seen[0, 51, 1] = False
+
+    @jax.jit
+    def run(*arrays):
+        def loss(*arrays):
+            *vectors, bias = arrays
+            options = {"bias": bias, "aux": ("lse",), "implementation": "mosaic_gpu"}
+            out, aux = attend(CAUSAL, NONE, *vectors, **options)
+            return jnp.where(seen, out, 0).astype("float32").sum(), (out, aux["lse"])
+
+        return jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(*arrays)
+
+    (_, (out, lse)), gradients = run(*SMALL, spoilt)
+    np.testing.assert_array_equal(np.isnan(wide(out)).any(-1), ~seen[..., 0])
+    np.testing.assert_array_equal(np.isnan(lse), ~seen[..., 0])
+    assert_same(gradients, run(*SMALL, bias)[1])
 
 
 @needs_jax
