@@ -334,7 +334,9 @@ def _scale(mechanism, params, x):
         key = place(key, index, "key", coordinates=_COORDINATES)
         return mechanism.score.prepare(params["score"], query, key)
 
-    traced = jax.make_jaxpr(features)(x, x).jaxpr
+    with jax.enable_x64(True):  # all digits of c, for queries of float64
+        x = jax.ShapeDtypeStruct(x.shape, jnp.float64)
+        traced = jax.make_jaxpr(features)(x, x).jaxpr
     (query, key), (scaled, same) = traced.invars, traced.outvars
     if same is not key:
         return None

@@ -129,6 +129,22 @@ def test_talking_heads(changes):
         np.testing.assert_allclose(full, expected, atol=1e-5)
 
 
+def test_the_scale_of_another_width_has_all_digits_of_float64():
+    """Heads that meet in a wider space divide by √ of that: no multiple of √ of their own width."""
+    with jax.enable_x64(True):
+        x = jnp.asarray(normal(0, 1, 3, 12), jnp.float64)
+        layer = MultiHeadAttention(2, Mechanism(), head_mix="talking", param_dtype=jnp.float64)
+        variables = jax.tree.map(lambda x: 2 * x, layer.init(jax.random.key(0), x))
+        own = jax.tree.map(np.asarray, variables["params"])
+        query, key, value = (
+            (x @ own[name]["kernel"]).reshape(3, 2, 6) for name in ("query", "key", "value")
+        )
+        s = own["scores_mix"] @ np.einsum("thd,shd->ths", query, key) / np.sqrt(6)
+        w = own["weights_mix"] @ np.asarray(jax.nn.softmax(s))
+        expected = np.einsum("ths,shv->thv", w, value).reshape(1, 3, 12) @ own["out"]["kernel"]
+        np.testing.assert_allclose(layer.apply(variables, x), expected, rtol=1e-12)
+
+
 @pytest.mark.slow
 def test_heads_that_have_not_learned_to_talk_are_plain_ones():
     plain, talking = (MultiHeadAttention(4, ROPE, head_mix=name) for name in ("none", "talking"))
