@@ -168,7 +168,7 @@ FEATURES: dict[str, Callable[[Array, Array], tuple[Array, ...]]] = {
 }
 """By the name `features` of a mixer: query and key [..., H, D], float32, to those of the state.
 
-Without a convolution, which ends in a SiLU, 'silu' and 'unit' begin with one.
+Without a convolution, which ends in a SiLU, 'silu' and 'unit' begin with one, also of the value.
 """
 
 
