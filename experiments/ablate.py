@@ -96,6 +96,8 @@ def check_together(grid, flag_overrides):
     for name, wanted in alone.items():
         if wanted and _HALVING.value:
             raise ValueError(f"{name} trains every cell to its end: leave out --halving")
+    if flags.FLAGS["tuning_seeds"].present and not grid:
+        raise ValueError("--tuning_seeds says with how many seeds to tune: give --tune")
     if _MATCH.value and any(not name.startswith("optimizer.") for name in grid):
         raise ValueError(
             f"--tune={_TUNE.value[0]} may change the cost that --match holds equal: tune settings "

@@ -26,6 +26,13 @@ from experiments.tasks.ranges import above
 _OWN_CONFIG = Path(__file__).parents[1] / "configs/benchmark.py"
 
 
+def check_together():
+    """Raises ValueError for flags that change nothing without another."""
+    for name, needed in (("threshold", _COMPARE), ("table", _TUNE)):
+        if flags.FLAGS[name].present and not needed.value:
+            raise ValueError(f"--{name} is for --{needed.name}: give both, or leave it out")
+
+
 def main(_):
     """Runs the suite of --config and writes what it found into --workdir."""
     workdir = Path(_WORKDIR.value)
@@ -33,6 +40,7 @@ def main(_):
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.update(machine.memory_variables())  # for the contenders, as for the cells of a sweep
     with cli.user_errors():
+        check_together()
         config = _CONFIG.value
         if _TUNE.value:
             return print(tuning.tune(Path(_TABLE.value), lambda line: print(line, flush=True)))

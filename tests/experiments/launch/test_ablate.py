@@ -61,6 +61,7 @@ MISTAKES = [
     (["--tune=optimizer.learning_rate:1,2", "--halving=2"], "--tune trains every cell to its end"),
     (["--looks=2,3", "--halving=2"], "--looks trains every cell to its end"),
     (["--looks=2,3", "--config.train.seeds=4"], "--looks says how many seeds: leave out"),
+    (["--tuning_seeds=3"], "--tuning_seeds says with how many seeds to tune: give --tune"),
     (["--looks=3,2"], "--looks=3,2 must be two or more numbers of seeds that ascend"),
     (["--match=params", "--tune=model.mlp_dim:8,16"], "may change the cost that --match holds"),
     (["--match=params", "--product"], "--match=params is with the base"),
@@ -99,6 +100,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(config, tmp_path, flags, messa
     ("report", ["--watch", "--output=out"], "--watch writes nothing: leave out --output, or"),
     ("report", ["--port=8000"], "--port says where to serve the live page: give --watch"),
     ("benchmark", ["--threshold=nan"], "--threshold=nan: must be a finite number above 0"),
+    ("benchmark", ["--threshold=2"], "--threshold is for --compare: give both"),
+    ("benchmark", ["--table=sizes.json"], "--table is for --tune: give both"),
     ("benchmark", ["--config.rounds=0"], "rounds=0 must be a whole number of at least 1"),
 ])  # fmt: skip
 def test_a_mistake_in_another_command_is_one_line(config, tmp_path, module, flags, message):
