@@ -144,7 +144,7 @@ class KernelWork(Work):
         are not a product of query and key, and where no kernel makes all of them.
         """
         chosen = self.implementation or self.chosen()
-        if chosen == "linear" or self.library in ("gated_delta", "kda") or self.keeps_state():
+        if chosen == "linear" or self.library in _DELTA_RULES or self.keeps_state():
             return None
         if blocks.numbers_per_pair(self.mechanism(), self.heads, self.width) > 4:
             return None
@@ -159,8 +159,8 @@ class KernelWork(Work):
         return dataclasses.replace(self, normalizer=other)
 
     def oracle(self) -> "tuple[KernelWork, KernelWork] | None":
-        if self.derivative == "decode":
-            return None
+        if self.derivative == "decode" or self.library in _DELTA_RULES:
+            return None  # the dense kernel computes neither
         small = dataclasses.replace(
             self,
             length=min(self.length, _JUDGED),
@@ -201,6 +201,7 @@ class KernelWork(Work):
         return choose(describe(self.mechanism(), *arrays, **self.data()))[0].name
 
 
+_DELTA_RULES = ("gated_delta", "kda")
 _JUDGED = 1024  # long enough for several tiles, short enough for float64
 
 

@@ -51,7 +51,7 @@ class Work(Protocol):
         """A spec that needs another program, to test that it compiles one; None: there is none."""
 
     def oracle(self) -> "tuple[Work, Work] | None":
-        """This work and its float64 reference, both small enough for float64."""
+        """This work and its float64 reference, both small enough for it; None: there is none."""
 
 
 def cores() -> int:

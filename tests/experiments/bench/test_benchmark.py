@@ -558,6 +558,12 @@ def test_errors_are_judged_by_the_kernel_that_is_timed():
     assert dataclasses.replace(work, library="torch").oracle()[0].implementation is None
 
 
+@pytest.mark.parametrize("library", ["gated_delta", "kda"])
+def test_a_delta_rule_has_no_error_against_softmax(library):
+    work = KernelWork(library, length=16, heads=1, width=4, mask="causal")
+    assert compare.errors(work) == {}
+
+
 def test_what_is_not_finite_is_no_small_error(monkeypatch):
     results = compare.results
     spoilt = {"out": np.float64(np.nan)}
