@@ -181,7 +181,8 @@ def contend(contenders: list[dict[str, Any]], late: Callable[[], bool]) -> list[
             row |= costs
         except Exception as error:  # whatever a device or a peer may refuse
             row["unavailable"] = compare.reason_of(error)
-    times = timing.take_turns(runs, seconds=2.0, precision=0.03, rounds=20, pause=0.0, least=0.02)
+    limits = {"seconds": 2.0, "precision": 0.03, "rounds": 20, "pause": 0.0, "least": 0.02}
+    times = compare.in_turns(runs, rows, **limits)
     for i, own in times.items():
         rows[i]["milliseconds"] = [1e3 * x for x in timing.interval(own)]
         if rows[i]["flops"]:

@@ -134,7 +134,7 @@ def measure(
                 except Exception as error:
                     row["unavailable"] = reason_of(error)
 
-    times = _in_turns(runs, rows, budget, note)
+    times = in_turns(runs, rows, note=note, **budget._asdict())
     for i, own in times.items():
         row = rows[i]
         row["milliseconds"] = [1e3 * x for x in timing.interval(own)]
@@ -156,7 +156,9 @@ class _Failed(Exception):
     pass
 
 
-def _in_turns(runs, rows, budget, note):
+def in_turns(
+    runs: dict[int, Callable[[], Any]], rows: list[dict[str, Any]], **options: Any
+) -> dict[int, list[float]]:
     """`timing.take_turns`; a run that fails is left out, and its row says why."""
 
     def guarded(i, run):
@@ -169,7 +171,7 @@ def _in_turns(runs, rows, budget, note):
     while True:
         try:
             own = {i: functools.partial(guarded, i, run) for i, run in runs.items()}
-            return timing.take_turns(own, *budget, note)
+            return timing.take_turns(own, **options)
         except _Failed as failed:
             del runs[failed.args[0]]
 

@@ -80,6 +80,19 @@ def test_what_can_not_run_is_a_row_with_its_reason():
     assert late[0]["unavailable"] == "no time left"
 
 
+def test_a_contender_that_fails_later_is_a_row_and_the_others_are_timed(monkeypatch):
+    def prepare(work):
+        calls = iter(range(2))
+        return (lambda: next(calls) if work.implementation == "tiled" else None), {}, None
+
+    monkeypatch.setattr(compare, "prepare", prepare)
+    shared = {"length": 4, "heads": 1, "width": 2, "implementation": "dense"}
+    contenders = [shared, {**shared, "implementation": "tiled"}]
+    first, second = accelerator.contend(contenders, late=lambda: False)
+    assert "milliseconds" in first and "unavailable" not in first
+    assert second["unavailable"].startswith("StopIteration") and "milliseconds" not in second
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Without what takes long: one contract, one comparison, no tiles."""
