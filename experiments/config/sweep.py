@@ -72,8 +72,8 @@ def expand(
     Raises:
       ValueError: for a setting that does not exist, has another type, is out of its range or is
         read by nothing, a base that does not exist, two values of an axis that are the same, two
-        axes of a grid that set the same setting, and a value whose task is judged by another metric
-        than that of its base.
+        axes of a grid that set the same setting, a value whose task is judged by another metric
+        than that of its base, and where cells begin at different seeds, which pair them.
     """
     cells: dict[str, CellSpec] = {}
     if not bases:
@@ -126,6 +126,13 @@ def expand(
                     f"{name}: give one a 'name' of its own"
                 )
             cells[name] = CellSpec(name, base, axis, value, change, varied)
+    (start_id, first), *others = [(id, c.config.train.first_seed) for id, c in cells.items()]
+    for id, seed in others:
+        if seed != first:
+            raise ValueError(
+                f"{id} has train.first_seed={seed} and {start_id} has {first}: cells are paired by "
+                "seed, so give all of them the same"
+            )
     return list(cells.values())
 
 

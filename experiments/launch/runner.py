@@ -98,10 +98,17 @@ def check_workdir(workdir: Any, grids: Mapping[str, Any], looks: Sequence[int] =
 
 
 def _check_cells(workdir, swept, looks):
-    """As `check_workdir`, and where a cell there has other settings."""
+    """As `check_workdir`, and where a cell there has other settings or the cells other seeds."""
     check_workdir(workdir, {cell.id: tune.tried(cell.tuned) for cell in swept}, looks)
     for cell in swept:
         loop.check_directory(cells.folder(workdir, cell.id), cell.config)
+    first = swept[0].config.train.first_seed
+    there, *_ = json.loads(paths.read(workdir / "sweep.json") or "{}").get("seeds", [first])
+    if there != first:  # the cells of a grid may all be new, so that no config differs
+        raise ValueError(
+            f"{workdir} has cells of train.first_seed={there}, and these have {first}: cells are "
+            "paired by seed, so give the same, or choose another --workdir"
+        )
 
 
 def _count_results(workdir, ids):

@@ -1,6 +1,7 @@
 """The launcher, as its user runs it: sweeps, resuming, failures, mistakes."""
 
 import csv
+import json
 import runpy
 import sys
 import time
@@ -10,7 +11,7 @@ from absl.flags import Error, FlagValues
 from ml_collections import config_flags
 
 from experiments.config import claims, settings, sweep
-from experiments.launch import cli, progress
+from experiments.launch import cli, progress, runner
 from experiments.storage import paths
 from experiments.training import loop
 from support.helpers import one_line
@@ -187,6 +188,35 @@ def test_the_product_of_axes_has_every_combination():
     pairs = {(c.config.model.score, c.config.model.num_heads) for c in cells}
     assert len(cells) == 6 and len(pairs) == 6
     assert {cell.axis for cell in cells} == {"score×heads"}
+
+
+def test_cells_begin_at_one_seed_which_pairs_them():
+    later = {"train.first_seed": 1}
+    words = "train.first_seed=1", "has 0: cells are paired by seed"
+    with one_line(ValueError, "base.first=1", *words):
+        sweep.expand(base(), {"base": {}}, {"first": [later]})
+    with one_line(ValueError, "b has", *words):
+        sweep.expand(base(), {"a": {}, "b": later}, {})
+    with one_line(ValueError, "base.first=1", *words):
+        first = [{"train.first_seed": 0}, later]
+        sweep.expand(base(), {"base": {}}, {"first": first}, product=True)
+    sizes = sweep.expand(base(), {"base": later}, {"seeds": [{"train.seeds": 5}]})
+    assert {cell.config.train.first_seed for cell in sizes} == {1}
+
+
+def test_a_grid_adds_no_cells_of_other_seeds(tmp_path):
+    """Its cells have no base there, whose settings would be compared."""
+
+    def grid(heads, first):
+        axes = {"heads": [{"model.num_heads": heads}]}
+        start = {"base": {"train.first_seed": first}}
+        return sweep.expand(base(), start, axes, product=True)
+
+    runner.open_workdir(tmp_path, grid(1, 0))
+    with one_line(ValueError, "has cells of train.first_seed=0, and these have 7"):
+        runner.open_workdir(tmp_path, grid(2, 7))
+    runner.open_workdir(tmp_path, grid(2, 0))
+    assert len(json.loads((tmp_path / "sweep.json").read_text())["cells"]) == 2
 
 
 def test_two_axes_of_a_grid_do_not_set_the_same():
