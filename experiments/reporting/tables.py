@@ -29,25 +29,26 @@ def markdown(experiments: Sequence[run_directory.Experiment]) -> str:
     parts = []
     for base in experiment.bases():
         group = [row for row in rows if row.cell.base == base]
-        parts.append(f"## {base}")
+        parts.append(f"## {_literal(base)}")
         axes = experiment.axes(base)
-        lines = [f"- **{axis}:** {findings.finding(experiment, group, axis)}" for axis in axes]
+        sentences = [_literal(findings.finding(experiment, group, axis)) for axis in axes]
+        lines = [f"- **{axis}:** {text}" for axis, text in zip(axes, sentences, strict=True)]
         parts += ["\n".join(lines)] * bool(lines)
         parts.append(f"{_sentence(formatting.metric_title(group))} A star: {star(group)}.")
-        parts += findings.data(group)
-        parts.append(markdown_table(*_columns(group, "±", "**{}**".format)))
+        parts += map(_literal, findings.data(group))
+        parts.append(markdown_table(*_columns(group, "±", "**{}**".format, _literal)))
         if caveats := findings.caveats(group):
-            parts.append(caveats)
+            parts.append(_literal(caveats))
         if warning := findings.too_few_seeds(group):
             parts.append(f"Too few seeds: {warning}.")
         if table := splits_table(group):
-            parts.append(markdown_table(*table))
+            parts.append(_literal_table(table))
         if table := tuning_table(group):
-            parts += [findings.tuning(group), markdown_table(*table)]
+            parts += [_literal(findings.tuning(group)), _literal_table(table)]
     if any(one.claims for one in experiments):
-        parts += ["## Expectations", CLAIMS_NOTE, markdown_table(*claims_table(experiments))]
+        parts += ["## Expectations", CLAIMS_NOTE, _literal_table(claims_table(experiments))]
     if changes := comparisons.between(experiments):
-        parts += ["## Between the directories", markdown_table(*changes_table(changes))]
+        parts += ["## Between the directories", _literal_table(changes_table(changes))]
     parts.append("## How this was made")
     for one in experiments:
         parts += [f"    {one.command}", _environment(one)]
@@ -85,7 +86,7 @@ def best(rows: Sequence[comparisons.Row]) -> set[str]:
     return {id for id, mean in means.items() if mean == first}
 
 
-def _columns(rows, plus_minus, bold, escape=str):
+def _columns(rows, plus_minus, bold, escape):
     """The header and a list of texts for each row."""
     digits, marked = formatting.decimals(rows), best(rows)
     done = [row for row in rows if row.reported]
@@ -99,7 +100,7 @@ def _columns(rows, plus_minus, bold, escape=str):
         center = estimate.difference if sign else estimate.mean
         ends = estimate.low, estimate.high
         text = formatting.with_interval(center, *ends, digits, sign).replace("±", plus_minus)
-        return re.sub(r"(^|(?<=[ \[]))-", "−" if escape is str else "$-$", text)
+        return re.sub(r"(^|(?<=[ \[]))-", escape("−"), text)
 
     table = [[escape(name) for name in header]]
     for row in rows:
@@ -253,6 +254,20 @@ def markdown_table(header: Sequence[str], *rows: Sequence[str]) -> str:
         return "| " + " | ".join(safe) + " |"
 
     return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
+
+
+def _literal_table(table):
+    return markdown_table(*([_literal(cell) for cell in row] for row in table))
+
+
+def _literal(text):
+    """A text as Markdown shows it letter by letter, but for code between backticks.
+
+    Of '3*window + 2*full' it would take the asterisks for emphasis, and drop them.
+    """
+    special = {"*": r"\*", "<": "&lt;"}
+    flat = " ".join(text.split())
+    return re.sub(r"`[^`]*`|\*|<(?=[a-zA-Z/!])", lambda m: special.get(m[0], m[0]), flat)
 
 
 _SPECIAL = {

@@ -1,6 +1,7 @@
 """Tables of a report for papers: Markdown and LaTeX."""
 
 import dataclasses
+import json
 
 from experiments.analysis import comparisons, run_directory
 from experiments.config.claims import equal, less
@@ -43,12 +44,27 @@ def test_markdown_tells_findings_cells_claims_and_how(tmp_path):
     assert {line.count("|") for line in lines} == {10, 8}  # of both tables
 
 
+def test_markdown_shows_names_letter_by_letter(tmp_path):
+    """Asterisks that it takes for emphasis are not shown: of '3*a + 2*b' is left '3a + 2b'."""
+    layers = "3*window(4) + 2*full\n<b>"
+    cells = [CELLS[0], ("text", "layers", "a", {}, [2.5, 2.1, 2.6])]
+    claims = [less("text", "text.layers=a", says="1*a is *less*")]
+    write_run(tmp_path, cells, claims=claims)
+    sweep = tmp_path / "sweep.json"
+    sweep.write_text(sweep.read_text().replace('"a"', json.dumps(layers)))
+    text = tables.markdown([run_directory.load(tmp_path)])
+    name = r"3\*window(4) + 2\*full &lt;b>"
+    assert f"| layers={name} | 2.400 ± " in text and f"the best alternative, {name}, is" in text
+    assert r"| 1\*a is \*less\* | `text` and `text.layers=a` |" in text
+    assert "| **2.100 ± 0.248** |" in text, "what is best is bold"
+
+
 def test_what_data_there_are_is_told_once(tmp_path):
     experiment, rows = load(tmp_path, DISAGREE)
     for row in rows:
         row.cell.result["data"] = "images: 7 for training; classes: cat, <b>dog"
     text = tables.markdown([experiment])
-    assert text.count("\n\nimages: 7 for training; classes: cat, <b>dog\n\n|") == 1
+    assert text.count("\n\nimages: 7 for training; classes: cat, &lt;b>dog\n\n|") == 1
     html = page.page([experiment], {})
     assert html.count('<p class="soft">images: 7 for training; classes: cat, &lt;b&gt;dog</p>') == 1
 
