@@ -531,3 +531,14 @@ def test_what_belongs_to_a_cell_has_its_id_in_the_drawing(workdir):
         assert page.count(f'id="{kind}|text|') == 3  # a figure an axis
         assert page.count(f'id="{kind}|text.score=additive|score"') == 1
     assert page.count('id="cost|text|memory, MiB"') == 1
+
+
+def test_directories_of_seeds_that_did_not_learn_are_compared_by_permutation(tmp_path):
+    """A difference without an interval sorts as a number with its star, too."""
+    learned = [0.97, 0.96, 0.98, 0.95, 0.99]
+    cells = [("recall", None, None, {}, learned), ("recall", "h", 1, {}, [0.1, *learned[1:]])]
+    other = [("recall", None, None, {}, [x - 0.8 for x in learned]), cells[1]]
+    paths = [write_run(tmp_path / name, own, seeds=5) for name, own in (("a", cells), ("b", other))]
+    text = report.page([run_directory.load(path) for path in paths], {})
+    assert '<td data-sort="-0.8000">−0.8000*</td>' in text
+    assert "or by the permutation test, which has no intervals, where some seeds learned" in text
