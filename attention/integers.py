@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 INT32_MAX = 2**31 - 1
 
@@ -21,6 +22,7 @@ def index_array(name: str, x: Any) -> jax.Array:
 
     Raises ValueError, naming `name`, unless x is integers that fit that dtype.
     """
+    x = jnp.int32(x) if is_symbolic_dim(x) else x
     known = _known(x)
     dtype = index_dtype(name, x if known is None else known)
     if known is not None and known.size:

@@ -139,7 +139,7 @@ def sample(
 def _find(step, state, begin, max_length, end, pad, choose):
     """Sequences of which `choose(t, logits [B, vocab])` names each token."""
     begin = _check(state, begin, max_length)
-    B = len(begin)
+    B = begin.shape[0]  # may be symbolic, of which `len` knows nothing
     dtype = _logits(step, state, begin).dtype
 
     def proceed(loop):
@@ -203,7 +203,7 @@ def beam_search(
     """
     beam = whole_number("beam_size", beam_size, 1)
     begin = _check(state, begin, max_length)
-    B = len(begin)
+    B = begin.shape[0]
     dtype, vocab = (like := _logits(step, state, begin)).dtype, like.shape[-1]
     length_penalty = jnp.asarray(length_penalty, dtype)
 
@@ -276,8 +276,8 @@ def _log_softmax(logits):
 def _logits(step, state, begin):
     """Shape of the logits of a step, in the dtype of the sums."""
     like, _ = jax.eval_shape(step, state, begin)
-    if like.ndim != 2 or like.shape[0] != len(begin):
-        raise ValueError(f"step must return logits [N={len(begin)}, vocab], got {like.shape}")
+    if like.ndim != 2 or like.shape[0] != begin.shape[0]:
+        raise ValueError(f"step must return logits [N={begin.shape[0]}, vocab], got {like.shape}")
     return jax.ShapeDtypeStruct(like.shape, accumulator(like.dtype))
 
 
@@ -285,11 +285,12 @@ def _check(state, begin, max_length):
     begin = index_array("begin", begin)
     if begin.ndim != 1:
         raise ValueError(f"begin must be [B] integers, got {begin.dtype} {begin.shape}")
+    B = begin.shape[0]
     whole_number("max_length", max_length, 1)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != len(begin):
+        if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != B:
             raise ValueError(
-                f"every leaf of the state must lead with the batch axis, B={len(begin)} as begin; "
+                f"every leaf of the state must lead with the batch axis, B={B} as begin; "
                 f"state{jax.tree_util.keystr(path)} is {jnp.shape(leaf)}"
             )
     return begin.astype(jnp.int32)

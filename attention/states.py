@@ -270,7 +270,7 @@ def attend(state: State, params: Params, query: Array, at: Array) -> Array:
 
 def _until(x, axis):
     """Whether x is true at a place or before it."""
-    return jax.lax.associative_scan(jnp.logical_or, x, axis=x.ndim + axis)
+    return jnp.cumsum(x, axis=axis) > 0
 
 
 def _features(mechanism, params, x, at, side, key_gates=None):

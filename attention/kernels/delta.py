@@ -24,6 +24,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 from attention.integers import whole_number
 from attention.pairs import difference_of_pairs, running_pairs
@@ -73,12 +74,13 @@ def recurrence(
     last = jnp.zeros((value.shape[1], D), dtype) if state is None else jnp.asarray(state, dtype)
     if T == 0:
         return value, last
-    size = min(chunk, T)
-    padding = -T % size
+    size = chunk if is_symbolic_dim(T) else min(chunk, T)
+    count = -(-T // size)
+    padding = count * size - T
 
     def chunks(x):
         x = jnp.pad(jnp.asarray(x, dtype), ((0, padding), (0, 0)))
-        return x.reshape(-1, size, x.shape[1])
+        return x.reshape(count, size, x.shape[1])
 
     if log_decay is not None:
         log_decay = jnp.asarray(log_decay)
@@ -87,7 +89,7 @@ def recurrence(
         *(chunks(x) for x in (query, key, value)),
         None if log_decay is None else chunks(jnp.where(grows, 0, floored)),
         None if rate is None else chunks(jnp.asarray(rate)[:, None])[..., 0],
-        None if starts is None else jnp.pad(starts, (0, padding)).reshape(-1, size),
+        None if starts is None else jnp.pad(starts, (0, padding)).reshape(count, size),
     )
     last = varying_with(last, inputs)
     if T == size:

@@ -204,19 +204,20 @@ def causal(
         state = None if state is None else state.T
         inputs = features, key_features, value, log
         return recurrence(*inputs, starts=starts, state=state, chunk=CHUNK)[0]
-    T = len(features)
-    chunk = min(CHUNK, max(T, 1))
-    length = -(-T // chunk) * chunk
+    T = features.shape[0]
+    chunk = CHUNK if is_symbolic_dim(T) else min(CHUNK, max(T, 1))
+    count = -(-T // chunk)
+    length = count * chunk
 
     def chunks(x):
         """[n, C, ...] of the first T rows, zeros where there are fewer."""
         x = x[:T]
-        x = jnp.pad(x, ((0, length - len(x)), (0, 0)))
-        return x.reshape(-1, chunk, x.shape[1])
+        x = jnp.pad(x, ((0, length - x.shape[0]), (0, 0)))
+        return x.reshape(count, chunk, x.shape[1])
 
     query, key, value = chunks(features), chunks(key_features), chunks(value)
     visible = jnp.tri(chunk, dtype=bool)
-    readers, last_keys, resets = query, key, jnp.zeros(len(key), bool)
+    readers, last_keys, resets = query, key, jnp.zeros(count, bool)
     if starts is not None:
         document = jnp.cumsum(chunks(starts[:, None])[..., 0], axis=1)  # counted within the chunk
         last = document[:, -1:]

@@ -85,7 +85,7 @@ class LanguageModel(nn.Module):
 
     def start(self, batch: int | tuple[int, ...], max_length: int) -> DecoderState:
         """The state of B empty texts (or of any batch axes) with room for max_length tokens."""
-        return self.decoder.start((batch,) if isinstance(batch, int) else batch, max_length)
+        return self.decoder.start(batch if isinstance(batch, tuple) else (batch,), max_length)
 
     def step(
         self, state: DecoderState, tokens: Array, lengths: Array | None = None

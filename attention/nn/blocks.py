@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 from attention import decoding, masks
 from attention.decoding import Cache
@@ -283,8 +284,11 @@ class Embedding(nn.Module):
         A token that is not 0 to vocab_size − 1 gives NaN.  ValueError unless tokens are integers.
         """
         tokens = index_array("tokens", tokens)
-        # NumPy's, not traced, so that `embed` raises for a text that is too long.
-        places = np.arange(tokens.shape[-1]) if positions is None else positions
+        T = tokens.shape[-1]
+        places: Any = positions
+        if positions is None:
+            # NumPy's, not traced, so that `embed` raises for a text that is too long.
+            places = jnp.arange(T) if is_symbolic_dim(T) else np.arange(T)
         rows = jnp.asarray(self.table).at[tokens]
         x = rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
         x = x.astype(self.dtype)

@@ -2,7 +2,6 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from attention import decoding
 from attention.models.rnn.config import RNNConfig, make_embedding
@@ -67,8 +66,8 @@ class RNNEncoderDecoder(nn.Module):
         if jnp.ndim(source) != 2:
             raise ValueError(f"source must be [B, S], got {jnp.shape(source)}")
         B, S = source.shape
-        lengths = np.full(B, S) if source_lengths is None else source_lengths
-        if jnp.shape(lengths) != (B,):
+        lengths = S if source_lengths is None else source_lengths
+        if source_lengths is not None and jnp.shape(lengths) != (B,):
             raise ValueError(f"source_lengths must be [B={B}], got {jnp.shape(lengths)}")
         lengths = decoding.counts("source_lengths", lengths, (B,), S, S)
         memory, carries = self.encoder(source, lengths, deterministic=deterministic)

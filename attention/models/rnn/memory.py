@@ -34,7 +34,7 @@ class ReadLast(nn.Module):
     def __call__(self, x: Array, context: dict[str, Array], **_) -> Array:
         """x [B, T, M], a context of `precompute_kv` -> [B, T, M]."""
         state, weights = context["state"], context["weights"]
-        shape = (len(weights), 1, x.shape[1], weights.shape[1])
+        shape = (weights.shape[0], 1, x.shape[1], weights.shape[1])
         weights = jnp.broadcast_to(weights[:, None, None], shape)
         self.sow("intermediates", "weights", weights.astype(x.dtype))
         return jnp.broadcast_to(state[:, None], x.shape)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax import export
 
-from attention import Mechanism, masks, normalizers, positions, scores
-from attention.models import Encoder, EncoderDecoder, LanguageModel
+from attention import Mechanism, masks, normalizers, parse_layers, positions, scores, search
+from attention.models import Encoder, EncoderDecoder, LanguageModel, RNNConfig, RNNEncoderDecoder
 from attention.nn import MLP, Block, Embedding, MultiHeadAttention, Stack, TransformerConfig
 from support import ROOT
 from support.helpers import one_line
@@ -21,6 +21,7 @@ from support.mechanisms import normal, put, random_params
 
 KEY = jax.random.key(0)
 SMALL = TransformerConfig(vocab_size=11, model_dim=16, num_layers=2, num_heads=4, init_stddev=0.3)
+LINEAR = Mechanism(scores.EluFeatures(), mask=masks.Causal(), normalizer=normalizers.SumToOne())
 
 
 def run(module, *args, **kwargs):
@@ -205,15 +206,57 @@ def test_multi_head_attention_exports_with_a_symbolic_batch(implementation):
         np.testing.assert_allclose(program.call(x[:n], lengths[:n]), want[:n], atol=2e-6)
 
 
-def test_a_language_model_exports_with_a_symbolic_batch():
-    model = LanguageModel(SMALL)
+@pytest.mark.parametrize(
+    "changes",
+    slow_but(
+        [{}],
+        [
+            {},
+            {"decoder": Mechanism(position=positions.Sinusoidal(), mask=masks.Causal())},
+            {"decoder": LINEAR},
+            {"layers": parse_layers("sliding_window(2) + layer(mixer=gated_delta)")},
+        ],
+    ),
+)
+def test_a_language_model_exports_with_a_symbolic_batch_and_length(changes):
+    model = LanguageModel(dataclasses.replace(SMALL, **changes))
     text = tokens(3, 6)
     variables, want = run(model, text)
-    (b,) = export.symbolic_shape("b")
-    call = jax.jit(functools.partial(model.apply, variables))
-    program = export.export(call)(jax.ShapeDtypeStruct((b, 6), text.dtype))
-    for n in 2, 3:
-        np.testing.assert_allclose(program.call(text[:n]), want[:n], atol=2e-5)
+
+    def feed(text):
+        state = model.apply(variables, text.shape[0], 9, method="start")
+        return model.apply(variables, state, text, method="step")[0]
+
+    b, t = export.symbolic_shape("b, t", constraints=["t >= 2", "t <= 9"])
+    for call in functools.partial(model.apply, variables), feed:
+        program = export.export(jax.jit(call))(jax.ShapeDtypeStruct((b, t), text.dtype))
+        for n, length in (2, 6), (3, 4):
+            np.testing.assert_allclose(
+                program.call(text[:n, :length]), want[:n, :length], atol=2e-5
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [EncoderDecoder(SMALL), RNNEncoderDecoder(RNNConfig(11, 8))])
+def test_a_search_exports_with_a_symbolic_batch_and_source(model):
+    source, begin = tokens(3, 6), np.array([1, 2, 3])
+    variables = model.init(KEY, source, source)
+
+    def step(state, last):
+        logits, state = model.apply(variables, state, last[:, None], method="step")
+        return logits[:, 0], state
+
+    def find(source, begin):
+        state = model.apply(variables, source, None, 4, method="start")
+        of_beam = search.beam_search(step, state, begin, 4, 2, beam_size=2)
+        return of_beam, search.greedy(step, state, begin, 4, 2)
+
+    b, s = export.symbolic_shape("b, s")
+    symbolic = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((b, s), (b,)))
+    program = export.export(jax.jit(find))(*symbolic)
+    arguments = source[:2, :5], begin[:2].astype(np.int32)
+    got, want = program.call(*arguments), find(*arguments)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), got, want)
 
 
 def test_dropout_acts_only_when_not_deterministic():
