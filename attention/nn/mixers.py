@@ -37,7 +37,8 @@ class ShortConv(nn.Module):
         """x [..., T, C] -> y [..., T, C], and the inputs [..., W − 1 + T, C] that it was made of.
 
         `before` [..., W − 1, C] are the tokens before x, zeros unless given. With the numbers
-        `document` [..., T] of packed documents no token reads another document's.
+        `document` [..., T] of packed documents no token reads another document's; those before x
+        are of document 0.
         """
         *batch, T, C = x.shape
         W = self.width
@@ -46,14 +47,15 @@ class ShortConv(nn.Module):
         if before is None:
             before = jnp.zeros((*batch, W - 1, C), x.dtype)
         inputs = jnp.concatenate([before.astype(x.dtype), x], axis=-2)
+        documents = None
+        if document is not None:
+            documents = jnp.pad(document, [(0, 0)] * len(batch) + [(W - 1, 0)])
         x, taps = nn.dtypes.promote_dtype(inputs, taps, dtype=self.dtype)
         y = jnp.zeros((), x.dtype)
         for w in range(W):
             term = x[..., w : w + T, :] * taps[w]
-            if document is not None:
-                back = W - 1 - w
-                earlier = jnp.roll(document, back, axis=-1)
-                same = (earlier == document) & (jnp.arange(T) >= back)
+            if document is not None and documents is not None:
+                same = jnp.equal(documents[..., w : w + T], document)
                 term = jnp.where(same[..., None], term, 0)
             y += term
         return nn.silu(y), inputs
@@ -258,6 +260,7 @@ class LinearMixer(nn.Module):
         document = None
         if query_segments is not None:
             changes = jnp.diff(query_segments, axis=-1, prepend=query_segments[..., :1]) != 0
+            changes = changes if real is None else changes & real
             document = jnp.cumsum(jnp.broadcast_to(changes, (*batch, T)), axis=-1)
         if query_positions is None:
             first = jnp.int32(0) if cache is None else cache.length[..., None]
@@ -325,8 +328,14 @@ class LinearMixer(nn.Module):
                 )(y, before, document)
                 if before is not None:
                     last = jnp.full(batch, T) if added is None else jnp.clip(added, 0, T)
-                    at = (last[..., None] + jnp.arange(W - 1))[..., None]
-                    conv.append(jnp.take_along_axis(inputs, at, axis=-2).astype(before.dtype))
+                    at = last[..., None] + jnp.arange(W - 1)
+                    kept = jnp.take_along_axis(inputs, at[..., None], axis=-2).astype(before.dtype)
+                    if document is not None:  # the next tokens read the last document alone
+                        of = jnp.pad(document, [(0, 0)] * len(batch) + [(W - 1, 0)])
+                        newest = jnp.take_along_axis(of, last[..., None] + W - 2, axis=-1)
+                        same = jnp.take_along_axis(of, at, axis=-1) == newest
+                        kept = jnp.where(same[..., None], kept, 0)
+                    conv.append(kept)
             elif self.mixer.features in ("silu", "unit"):
                 y = nn.silu(y)
             heads.append(y.reshape(*batch, T, self.num_heads, width))

@@ -137,6 +137,24 @@ def test_a_packed_document_is_read_alone(mixer):
     np.testing.assert_allclose(packed[4:], run(variables, x[4:]), atol=1e-5)
 
 
+def test_packed_documents_in_pieces_are_those_at_once():
+    """Of two lengths, with padding of another segment, which begins no document."""
+    mixer = mixers.GatedDelta()
+    module, x = LinearMixer(mixer, num_heads=2), vectors(2, 8, 8)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
+    run = jax.jit(module.apply)
+    segments = np.array([[3, 3, 3, 3, 3, 5, 5, 5], [1, 1, 2, 2, 2, 2, 2, 2]])
+    full = run(variables, x, query_segments=segments)
+    options = {"query_segments": segments[:, :4].copy(), "lengths": np.array([4, 3])}
+    options["query_segments"][1, 3] = 9
+    first, cache = run(variables, x[:, :4], cache=mixer.empty((2,), 2, 4, np.float32), **options)
+    np.testing.assert_allclose(first[1, :3], full[1, :3], atol=1e-5)
+    for b, start in enumerate((4, 3)):
+        own = jax.tree.map(lambda leaf, b=b: leaf[b], cache)
+        rest, _ = run(variables, x[b, start:], cache=own, query_segments=segments[b, start:])
+        np.testing.assert_allclose(rest, full[b, start:], atol=1e-5)
+
+
 def test_a_model_refuses_segments_that_its_mask_ignores():
     config = dataclasses.replace(SMALL, layers=SMALL.layers[:1], num_layers=1)
     text, segments = tokens(1, 3), np.array([[0, 1, 1]])
