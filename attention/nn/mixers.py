@@ -54,8 +54,8 @@ class ShortConv(nn.Module):
         y = jnp.zeros((), x.dtype)
         for w in range(W):
             term = x[..., w : w + T, :] * taps[w]
-            if document is not None and documents is not None:
-                same = jnp.equal(documents[..., w : w + T], document)
+            if documents is not None:
+                same = documents[..., w : w + T] == documents[..., W - 1 :]
                 term = jnp.where(same[..., None], term, 0)
             y += term
         return nn.silu(y), inputs
@@ -329,13 +329,13 @@ class LinearMixer(nn.Module):
                 if before is not None:
                     last = jnp.full(batch, T) if added is None else jnp.clip(added, 0, T)
                     at = last[..., None] + jnp.arange(W - 1)
-                    kept = jnp.take_along_axis(inputs, at[..., None], axis=-2).astype(before.dtype)
+                    tail = jnp.take_along_axis(inputs, at[..., None], axis=-2).astype(before.dtype)
                     if document is not None:  # the next tokens read the last document alone
                         of = jnp.pad(document, [(0, 0)] * len(batch) + [(W - 1, 0)])
                         newest = jnp.take_along_axis(of, last[..., None] + W - 2, axis=-1)
                         same = jnp.take_along_axis(of, at, axis=-1) == newest
-                        kept = jnp.where(same[..., None], kept, 0)
-                    conv.append(kept)
+                        tail = jnp.where(same[..., None], tail, 0)
+                    conv.append(tail)
             elif self.mixer.features in ("silu", "unit"):
                 y = nn.silu(y)
             heads.append(y.reshape(*batch, T, self.num_heads, width))
