@@ -335,13 +335,13 @@ def _forward(plan, params, query, key, value, bias, mask, data, dropout_key):
     operands = _operands(setting, features, bias, mask, data, dropout_key, query.dtype)
     by_row, _ = _ranges(setting, mask, data, len(query))
     results = hopper.forward(setting, plan.interpret, operands, by_row)
-    statistic = results["statistic"]
+    lse = results["lse"]
     out = jnp.where((worst > 0)[..., None], jnp.nan, results["out"][:, :, :T, :V])
     outputs = {"out": jnp.swapaxes(out, 1, 2)}
     if plan.lse:
-        lse = jnp.where(worst == 2, jnp.nan, statistic.sum(2)[:, :, :T])
-        outputs["lse"] = jnp.swapaxes(lse, 1, 2)
-    return outputs, (statistic, worst)
+        total = jnp.where(worst == 2, jnp.nan, lse.sum(2)[:, :, :T])
+        outputs["lse"] = jnp.swapaxes(total, 1, 2)
+    return outputs, (lse, worst)
 
 
 def _backward(plan, args, outputs, residuals, cotangents):
@@ -349,9 +349,8 @@ def _backward(plan, args, outputs, residuals, cotangents):
 
     setting, (T, S), (D, V) = plan.setting, plan.setting.lengths, plan.setting.widths
     *arrays, bias, mask, data, dropout_key = args
-    statistic, worst = residuals
-    top, log_total = jnp.moveaxis(statistic[..., :T], 2, 0)
-    empty = log_total == -jnp.inf
+    lse, worst = residuals
+    empty = lse[:, :, -1, :T] == -jnp.inf
     B = len(arrays[1])
     data = _by_example(data, B)
     features, pull = jax.vjp(lambda *arrays: _prepare(setting, *arrays, data)[0], *arrays)
@@ -369,7 +368,7 @@ def _backward(plan, args, outputs, residuals, cotangents):
         delta -= by_head(cotangents["lse"], (worst == 2) | empty)
     of_rows = {
         "to_out": _padded(to_out.astype(arrays[1].dtype)),
-        "statistic": statistic,
+        "lse": lse,
         "delta": _padded_rows(delta),
     }
     operands = operands._replace(arrays=operands.arrays | of_rows)
@@ -382,7 +381,10 @@ def _backward(plan, args, outputs, residuals, cotangents):
         return x[:, :, :S].reshape(len(x), heads, -1, S, x.shape[-1]).sum(2)
 
     F = features.query.shape[-1]
-    sink_weights = jnp.where(empty, 0, jnp.exp(features.sink[:, None] - top - log_total))
+    to_sink = features.sink[:, None]
+    for n in range(lse.shape[2]):
+        to_sink -= lse[:, :, n, :T]
+    sink_weights = jnp.where(empty, 0, jnp.exp(to_sink))
     to_numbers = results.get("to_numbers")
     gradient = _Features(
         query=_of_features(results["to_query"][:, :, :T], F, D, (0, 2)),

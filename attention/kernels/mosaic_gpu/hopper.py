@@ -5,11 +5,13 @@
     dk, dv    dk'_j = Σ_i g'_ij ds_ij q'_i      over blocks of queries, tiles transposed
     dbias     Σ ds_ij                           over the examples and heads that share the bias
 
-p is recomputed from the statistic of each row, its largest score and the logarithm of its sum, kept
-apart because the lse loses digits where scores are large. g' and the gradient of c are `jax.vjp` of
-g; and δ_i = do_i · o_i − dlse_i (Dao et al. 2022). Products round their operands to the dtype of
-the query and add in float32, all else is float32. Blocks are fetched one step ahead. Sums have one
-order, so the same bits every time.
+p is recomputed from the lse; g' and the gradient of c are `jax.vjp` of g; and δ_i = do_i · o_i −
+dlse_i (Dao et al. 2022). Products round their operands to the dtype of the query and add in
+float32, all else is float32. Blocks are fetched one step ahead. Sums have one order, so the same
+bits every time.
+
+Beside a bias the lse is kept as two numbers, since of a row of −10⁹ their sum has no digits for
+the second. A product is not as large, and another vector costs registers.
 """
 
 import functools
@@ -40,7 +42,7 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "key_tokens": (None, "key"),
     "random_words": (None, "query"),  # two int32 of the random key of each row
     "out": ("query", None),
-    "statistic": (None, "query"),  # m_i and log Σ_j exp(s_ij − m_i), with the sink in them
+    "lse": (None, "query"),  # beside a bias m_i and log Σ_j exp(s_ij − m_i); with the sink in them
     "to_out": ("query", None),  # do
     "delta": ("query",),
     "to_query": ("query", None),  # gradients, float32
@@ -174,11 +176,16 @@ class _Tile(NamedTuple):
         """
         drop = self.dropout()
         d, dp = (_product(self.refs[x], self.refs[y]) for x, y in products)
-        top, log_total = (self.spread(self.refs["statistic"].at[n], self.axis) for n in range(2))
+        lse = [
+            self.spread(self.refs["lse"].at[n], self.axis) for n in range(self.refs["lse"].shape[0])
+        ]
         delta = self.spread(self.refs["delta"], self.axis)
         visible = self.visible(places)
         d = _where(visible, d, 1.0)
-        p = _where(visible, jnp.exp(self.score(d, places) - top - log_total), 0.0)
+        s = self.score(d, places)
+        for x in lse:
+            s -= x
+        p = _where(visible, jnp.exp(s), 0.0)
         return d, drop(p), _where(visible, p * (drop(dp) - delta), 0.0)
 
 
@@ -301,25 +308,24 @@ def _sharing(bias, n, operands):
     return _Walk((b, h, T // BLOCK * columns), sizes, 0, bounds, place, None)
 
 
-def _over_steps(first, end, loads, step, init):
+def _over_steps(first, end, loads, fetched, step, init):
     """A loop from `first` to `end` whose step x reads what was fetched during step x − 1.
 
-    loads: name -> (x -> source, reference [2, ...], two barriers); step: (x, references by name,
-    carry) -> carry.
+    loads: name -> (x -> source, reference [2, ...]); fetched: two barriers; step: (x, references by
+    name, carry) -> carry.
     """
 
     def fetch(x):
         slot = lax.rem(x - first, 2)
-        for source, buffer, barrier in loads.values():
-            plgpu.copy_gmem_to_smem(source(x), buffer.at[slot], barrier.at[slot])
+        for source, buffer in loads.values():
+            plgpu.copy_gmem_to_smem(source(x), buffer.at[slot], fetched.at[slot])
 
     def body(x, carry):
         slot = lax.rem(x - first, 2)
         plgpu.commit_smem()  # all of the warpgroup has read what is overwritten now
         pl.when(x + 1 < end)(lambda: fetch(x + 1))
-        for _, _, barrier in loads.values():
-            plgpu.barrier_wait(barrier.at[slot])
-        return step(x, {name: buffer.at[slot] for name, (_, buffer, _) in loads.items()}, carry)
+        plgpu.barrier_wait(fetched.at[slot])
+        return step(x, {name: buffer.at[slot] for name, (_, buffer) in loads.items()}, carry)
 
     pl.when(first < end)(lambda: fetch(first))
     return lax.fori_loop(first, end, body, init)
@@ -331,24 +337,33 @@ def _launch(body, setting, interpret, walk, operands, ranges, outputs, scratch=N
     body(refs, sink, loop) writes the outputs to the references of their names; `refs` are by name,
     of `scratch` and of what does not move, too. loop(step, init) and step(tile, carry) -> carry.
     """
-    every = {name: _of_tiles(name, x, walk.axis) for name, x in operands.arrays.items()}
-    arrays = {name: x for name, (x, _) in every.items()}
-    parts = {name: _part(x, axes, walk.sizes) for name, (x, axes) in every.items()}
-    moving = [name for name, part in parts.items() if walk.moving in (None, *part.axes)]
-    fixed = [name for name in parts if name not in moving]
-    written = {name: _part(x, AXES[name], walk.sizes) for name, x in outputs.items()}
+    of_tiles = {name: _of_tiles(name, x, walk.axis) for name, x in operands.arrays.items()}
+    arrays = {name: x for name, (x, _) in of_tiles.items()}
+    reads = {name: _part(x, axes, walk.sizes) for name, (x, axes) in of_tiles.items()}
+    writes = {name: _part(x, AXES[name], walk.sizes) for name, x in outputs.items()}
+    moving = [name for name, part in reads.items() if walk.moving in (None, *part.axes)]
+    fixed = [name for name in reads if name not in moving]
     axis_of = {"query": walk.axis, "key": 1 - walk.axis}
     pair_axes = {
-        name: tuple(axis_of[side] for side in parts[name].axes) for name in PAIRS if name in parts
+        name: tuple(axis_of[side] for side in reads[name].axes) for name in PAIRS if name in reads
     }
+    # Their order counts: how many registers a compiler needs depends on the addresses.
+    memory = {name: plgpu.SMEM(reads[name].shape, arrays[name].dtype) for name in fixed}
+    memory |= {name: plgpu.SMEM((2, *reads[name].shape), arrays[name].dtype) for name in moving}
+    memory |= {name: plgpu.SMEM(writes[name].shape, x.dtype) for name, x in outputs.items()}
+    memory |= {"moving": plgpu.Barrier(num_arrivals=len(moving), num_barriers=2)} | (scratch or {})
+    if fixed:
+        memory["fixed"] = plgpu.Barrier(num_arrivals=len(fixed))
+    names = *reads, "numbers", "counts", "ranges", *writes
 
-    def kernel(*refs, **smem):
-        every = (*parts, "numbers", "counts", "ranges", *written)
-        sources = dict(zip(every, refs, strict=True))
+    def kernel(*refs):
+        sources = dict(zip(names, refs[: len(names)], strict=True))
+        smem = dict(zip(memory, refs[len(names) :], strict=True))
         ids = [lax.axis_index(name) for name in _GRID]
 
-        def source(name, x):
-            return (parts | written)[name].of(sources[name], setting.heads, walk.place(ids, x))
+        def part(name, x):
+            """Of an array in step x."""
+            return (reads | writes)[name].of(sources[name], setting.heads, walk.place(ids, x))
 
         def scalars(x):
             b, h, _ = walk.place(ids, x)
@@ -359,47 +374,38 @@ def _launch(body, setting, interpret, walk, operands, ranges, outputs, scratch=N
             start = walk.place(ids, x)[2][side]
             return _index(start, min(walk.sizes.values()), axis_of[side])
 
-        for n, name in enumerate(fixed):
-            plgpu.copy_gmem_to_smem(source(name, 0), smem[name], smem["fixed"].at[n])
-        for n in range(len(fixed)):
-            plgpu.barrier_wait(smem["fixed"].at[n])
+        for name in fixed:
+            plgpu.copy_gmem_to_smem(part(name, 0), smem[name], smem["fixed"])
+        if fixed:
+            plgpu.barrier_wait(smem["fixed"])
         of_program = scalars(0)
         indices = {side: index(side, 0) for side in walk.sizes if side != walk.moving}
 
         def loop(step, init):
-            def visit(x, streamed, carry):
-                here = indices | {side: index(side, x) for side in walk.sizes.keys() - indices}
+            def visit(x, refs, carry):
+                i, j = (
+                    indices[side] if side in indices else index(side, x)
+                    for side in ("query", "key")
+                )
                 (*numbers, _), counts = scalars(x) if walk.moving is None else of_program
-                tile = _Tile(
-                    setting, walk.axis, here["query"], here["key"], smem | streamed, pair_axes,
-                    numbers, counts,
-                )  # fmt: skip
+                refs = smem | refs
+                tile = _Tile(setting, walk.axis, i, j, refs, pair_axes, numbers, counts)
                 return step(tile, carry)
 
-            loads = {
-                name: (functools.partial(source, name), smem[name], smem[f"{name}_fetched"])
-                for name in moving
-            }
-            return _over_steps(*walk.bounds(ids, sources["ranges"]), loads, visit, init)
+            first, end = walk.bounds(ids, sources["ranges"])
+            loads = {name: (functools.partial(part, name), smem[name]) for name in moving}
+            return _over_steps(first, end, loads, smem["moving"], visit, init)
 
         body(smem, of_program[0][-1], loop)
         plgpu.commit_smem()
-        for name in written:
-            plgpu.copy_smem_to_gmem(smem[name], source(name, 0))
+        for name in writes:
+            plgpu.copy_smem_to_gmem(smem[name], part(name, 0))
         plgpu.wait_smem_to_gmem(0)
 
-    def memory(name, x, steps=()):
-        return plgpu.SMEM((*steps, *(parts | written)[name].shape), x.dtype)
-
-    smem = {name: memory(name, arrays[name]) for name in fixed}
-    smem |= {name: memory(name, arrays[name], (2,)) for name in moving}
-    smem |= {name: memory(name, x) for name, x in outputs.items()}
-    smem |= {f"{name}_fetched": plgpu.Barrier(num_barriers=2) for name in moving}
-    smem |= {"fixed": plgpu.Barrier(num_barriers=max(len(fixed), 1))} | (scratch or {})
     launch = plgpu.kernel(
         kernel,
         out_type=[*outputs.values()],
-        scratch_types=smem,
+        scratch_types=[*memory.values()],
         grid=walk.grid,
         grid_names=_GRID,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
@@ -440,13 +446,14 @@ def _bias_axes(operands):
 def forward(
     setting: ElementwiseSetting, interpret: bool, operands: Operands, by_row: Array
 ) -> dict[str, Array]:
-    """-> out [B, H, T', V'] and statistic [B, H, 2, T'], float32; (0, −inf) if a row sees nothing.
+    """-> out [B, H, T', V'] and lse [B, H, 1 or 2, T'], float32, of which the last may be −inf.
 
     `by_row` [B, T' / 64, 2] int32: the blocks of keys that each block of queries visits, first and
     end.
     """
     B, H, T, _ = operands.arrays["query"].shape
     V, dtype = operands.arrays["value"].shape[-1], operands.arrays["query"].dtype
+    numbers = 2 if "bias" in operands.arrays else 1
 
     def body(refs, sink, loop):
         top = plgpu.layout_cast(jnp.full((BLOCK,), sink, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
@@ -477,11 +484,14 @@ def forward(
         some = total != 0
         total = jnp.where(some, total, 1.0)
         refs["out"][...] = (acc / lax.broadcast_in_dim(total, acc.shape, (0,))).astype(dtype)
-        refs["statistic"][0] = jnp.where(top == -jnp.inf, 0.0, top)
-        refs["statistic"][1] = jnp.where(some, jnp.log(total), -jnp.inf)
+        top = jnp.where(top == -jnp.inf, 0.0, top)
+        log_total = jnp.where(some, jnp.log(total), -jnp.inf)
+        terms = (top, log_total) if numbers == 2 else (top + log_total,)
+        for n, term in enumerate(terms):
+            refs["lse"][n] = term
 
     walk = _along("query", "key", BLOCK, operands)
-    outputs = {"out": jax.ShapeDtypeStruct((B, H, T, V), dtype), "statistic": _float32(B, H, 2, T)}
+    outputs = {"out": jax.ShapeDtypeStruct((B, H, T, V), dtype), "lse": _float32(B, H, numbers, T)}
     scratch = {"p": plgpu.SMEM((BLOCK, BLOCK), dtype)}
     return _launch(body, setting, interpret, walk, operands, by_row, outputs, scratch)
 
@@ -492,7 +502,7 @@ def query_gradient(
     """-> to_query [B, H, T', F] and by row, where there are any, to_numbers [B, H, n, T'] and
     to_row_bias [B, H, T'], of a bias [.., T', 1].
 
-    All float32. `operands` have statistic, to_out and delta, too.
+    All float32. `operands` have lse, to_out and delta, too.
     """
     B, H, T, F = operands.arrays["query"].shape
     N, dtype = operands.numbers.shape[1] - 1, operands.arrays["query"].dtype
