@@ -163,8 +163,7 @@ def _operands(setting, features, bias, mask, data, dropout_key, dtype):
     vectors = (_padded(x.astype(dtype)) for x in (query, key, features.value))
     arrays = dict(zip(("query", "key", "value"), vectors, strict=True))
     if bias is not None:
-        finite = jnp.where(bias < jnp.inf, bias, jnp.zeros((), bias.dtype))
-        arrays["bias"] = _padded_pairs(finite, setting.lengths[1])
+        arrays["bias"] = _padded_pairs(bias, setting.lengths[1])
     if mask is not None:
         arrays["mask"] = _padded_pairs(mask.astype(dtype), setting.lengths[1])
     if setting.tokens:

@@ -36,7 +36,7 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "query": ("query", None),  # features, F
     "key": ("key", None),
     "value": ("key", None),
-    "bias": ("query", "key"),  # below inf; −inf is masked
+    "bias": ("query", "key"),  # what is not finite is masked
     "mask": ("query", "key"),  # 1 or 0, of the dtype of the query
     "query_tokens": (None, "query"),  # int32, each of `OF_TOKENS`
     "key_tokens": (None, "key"),
@@ -152,7 +152,7 @@ class _Tile(NamedTuple):
         if "mask" in self.pair_axes:
             limits.append(self.of_pairs("mask") > 0)
         if "bias" in self.pair_axes:
-            limits.append(self.of_pairs("bias") > -jnp.inf)
+            limits.append(lax.abs(self.of_pairs("bias")) < np.float32(np.inf))
         return functools.reduce(jnp.logical_and, limits) if limits else None
 
     def score(self, d, places):
