@@ -41,7 +41,10 @@ class Softmax(OnlineNormalizer):
 
     def merged(self, statistic):
         top, log_total = statistic
-        return top + _finite(log_total), None
+        log_total = _finite(log_total)
+        keeps_digits = jnp.abs(top) < 1024
+        top = jnp.where(keeps_digits, top + log_total, top)
+        return (top, None), jnp.where(keeps_digits, 1, jnp.exp(-log_total))
 
     def start(self, params, like):
         return jnp.full_like(like, -jnp.inf), jnp.zeros_like(like)

@@ -778,13 +778,14 @@ class OnlineNormalizer(Normalizer):
         del params, tangent, change
         return jax.tree.map(jnp.zeros_like, statistic), None
 
-    def merged(self, statistic: Any) -> Any:
-        """A statistic with which `weight` costs less, and has fewer digits.
+    def merged(self, statistic: Any) -> tuple[Any, Array | None]:
+        """-> a statistic with which `weight` costs less and has fewer digits, factor [t] or None.
 
-        The backward pass of the TPU kernels takes it where bfloat16 rounds the weights anyway. A
-        class that changes `weight` may have to change it. Default: the same statistic.
+        Weights are to be multiplied by the factor. The backward pass of the TPU kernels takes both
+        where bfloat16 rounds the weights anyway. A class that changes `weight` may have to change
+        it. Default: the same statistic, and None.
         """
-        return statistic
+        return statistic, None
 
     def statistic(self, params, logits):
         return self._of_rows(params, logits)[0]

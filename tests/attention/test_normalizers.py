@@ -167,10 +167,12 @@ ONLINE = [name for name, (x, _) in NORMALIZERS.items() if isinstance(x, OnlineNo
 def test_a_merged_statistic_gives_the_same_weights(name):
     normalizer, _ = NORMALIZERS[name]
     params = normalizer.init(jax.random.key(0))
-    logits = jnp.array([[0.5, 2.0, 1.0], [30.0, -jnp.inf, 40.0], [-jnp.inf] * 3])
-    merged = normalizer.merged(normalizer.statistic(params, logits))
-    expected = normalizer.weights(params, logits)
-    np.testing.assert_allclose(normalizer.weight(params, logits, merged), expected, rtol=1e-12)
+    logits = [[0.5, 2.0, 1.0], [30.0, -np.inf, 40.0], [-np.inf] * 3, [-1e20] * 3, [1e5, 1e5, -5.0]]
+    logits = jnp.array(logits)
+    merged, factor = normalizer.merged(normalizer.statistic(params, logits))
+    weights = normalizer.weight(params, logits, merged)
+    weights = weights if factor is None else weights * factor[:, None]
+    np.testing.assert_allclose(weights, normalizer.weights(params, logits), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", SUM_TO_ONE)

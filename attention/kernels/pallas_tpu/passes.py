@@ -536,7 +536,7 @@ def backward(
     statistic_cotangent: Any,
 ) -> Arrays:
     """The cotangents of `arrays`, from what `forward` returned and the cotangents of that."""
-    normalizer = setting.plan.mechanism.normalizer
+    normalizer: Any = setting.plan.mechanism.normalizer
     params = arrays.params["normalizer"]
 
     def respond(tangent, change):
@@ -548,6 +548,10 @@ def backward(
     of_factor = None if factor is None else jnp.sum(out_cotangent * out, axis=-1).ravel()
     own, total = pull((jax.tree.map(jnp.ravel, statistic_cotangent), of_factor))
     total = total.reshape(out.shape[:2])
+    if setting.narrow:
+        statistic, scale = normalizer.merged(statistic)
+        if scale is not None:  # output and total are linear in the weights
+            out_cotangent, total = out_cotangent * scale[..., None], total * scale
     rows = jax.tree.map(_of_rows, _Cotangents(statistic, out_cotangent, total))
     launched = functools.partial(
         _Launch, setting, pairs=schedule(setting.plan, data), arrays=arrays, data=data, extra=rows
@@ -584,13 +588,10 @@ def backward(
 def _weighted(launch, masked, piece, local, cotangents, indices):
     """What a pair of blocks adds to out [t, V] and to the rows' sums of weights [t]."""
     plan, normalizer = launch.plan, launch.plan.mechanism.normalizer
-    statistic = cotangents.statistic
-    if launch.setting.narrow:
-        statistic = normalizer.merged(statistic)
     piece, tile = _gates_by_key(piece), _tile(plan, local, indices)
     visible = _visible(plan, tile, local) if masked else None
     logits = tiled.tile_logits(plan, piece, tile, visible)
-    weights = normalizer.weight(piece.inputs.params["normalizer"], logits, statistic)
+    weights = normalizer.weight(piece.inputs.params["normalizer"], logits, cotangents.statistic)
     if visible is not None:
         weights = jnp.where(visible, weights, 0)
     out = tiled.tile_output(plan, piece.inputs, weights, tile, local.dropout_key)

@@ -299,6 +299,23 @@ def test_drops_what_dense_drops(x64):
     assert_close(got, want, 1e-10)
 
 
+def test_rows_of_huge_scores_in_bfloat16():
+    """Their lse has no digits for the sum: gradients were those of weights of 1."""
+    vectors = [normal(n, 1, 8, 1, 4, dtype="bfloat16") for n in range(3)]
+    bias = np.array([[1e9]] * 3 + [[-1e9]] * 3 + [[0]] * 2, "float32") + np.zeros((8, 8), "float32")
+    params = init(Mechanism(), H=1)
+
+    def gradients(implementation):
+        def loss(*arrays):
+            *vectors, bias = arrays
+            options = {"bias": bias, "implementation": implementation}
+            return attention.attend(Mechanism(), params, *vectors, **options)[..., 0].sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2, 3)))(*vectors, bias)
+
+    assert_close(gradients("pallas_tpu"), gradients("dense"), 0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mechanism",
