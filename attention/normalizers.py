@@ -100,7 +100,8 @@ class LearnedSink(Softmax):
         return {"sink": jnp.zeros(())}
 
     def sink(self, params):
-        return params["sink"]
+        sink = params["sink"]
+        return jnp.minimum(sink, jnp.finfo(sink.dtype).max)  # inf − inf is NaN
 
 
 @dataclasses.dataclass(frozen=True)
