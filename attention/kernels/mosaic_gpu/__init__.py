@@ -203,9 +203,9 @@ def _padded_rows(x):
 
 
 def _padded_pairs(x, S):
-    """[..., T or 1, S or 1], those that are not 1 padded likewise; one of 1 and 1 gets S."""
-    if x.shape[2:] == (1, 1):
-        x = jnp.broadcast_to(x, (*x.shape[:3], S))
+    """[..., T or 1, S or 1], those that are not 1 padded likewise; 1 and 1 become 1 and S'."""
+    if x.shape[2:] == (1, 1):  # no kernel reads a scalar of a tile
+        x = jnp.broadcast_to(x, (*x.shape[:3], S + -S % BLOCK))
     return jnp.pad(x, [(0, 0)] * 2 + [(0, -n % BLOCK if n > 1 else 0) for n in x.shape[2:]])
 
 

@@ -376,6 +376,22 @@ def test_interpreted(mechanism, data, options):
 
 
 @needs_jax
+def test_the_bias_of_a_single_pair():
+    """Neither of a row nor of a column."""
+    mechanism = Mechanism(normalizer=normalizers.SoftmaxOffByOne())
+    vectors = [x[:, :1] for x in SMALL]
+
+    def gradient(implementation):
+        def loss(bias):
+            options = {"bias": bias, "implementation": implementation}
+            return attend(mechanism, NONE, *vectors, **options).astype("float32").sum()
+
+        return jax.jit(jax.grad(loss))(normal(6, 1, 2, 1, 1, dtype="float32"))
+
+    assert_close(gradient("mosaic_gpu"), gradient("dense"), 0.02)
+
+
+@needs_jax
 @pytest.mark.slow
 def test_a_bias_that_is_not_finite():
     """Its rows are NaN, unless it is masked, and the gradients of the others as without it."""
