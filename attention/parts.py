@@ -781,9 +781,9 @@ class OnlineNormalizer(Normalizer):
     def merged(self, statistic: Any) -> tuple[Any, Array | None]:
         """-> a statistic with which `weight` costs less and has fewer digits, factor [t] or None.
 
-        Weights are to be multiplied by the factor. The backward pass of the TPU kernels takes both
-        where bfloat16 rounds the weights anyway. A class that changes `weight` may have to change
-        it. Default: the same statistic, and None.
+        Weights are to be multiplied by the factor. The backward passes of the TPU and GPU kernels
+        take both where bfloat16 rounds the weights anyway. A class that changes `weight` may have
+        to change it. Default: the same statistic, and None.
         """
         return statistic, None
 

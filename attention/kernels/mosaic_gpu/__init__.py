@@ -31,6 +31,7 @@ from attention.kernels.mosaic_gpu.elementwise import (
     elementwise,
 )
 from attention.kernels.registry import Call, Kernel, device_of, register
+from attention.normalizers import Softmax
 from attention.tile import EMPTY, Array, Params, Tile
 from attention.varying import cannot_be_checked
 
@@ -334,13 +335,13 @@ def _forward(plan, params, query, key, value, bias, mask, data, dropout_key):
     operands = _operands(setting, features, bias, mask, data, dropout_key, query.dtype)
     by_row, _ = _ranges(setting, mask, data, len(query))
     results = hopper.forward(setting, plan.interpret, operands, by_row)
-    lse = results["lse"]
+    statistic = results["statistic"]
     out = jnp.where((worst > 0)[..., None], jnp.nan, results["out"][:, :, :T, :V])
     outputs = {"out": jnp.swapaxes(out, 1, 2)}
     if plan.lse:
-        total = jnp.where(worst == 2, jnp.nan, lse.sum(2)[:, :, :T])
-        outputs["lse"] = jnp.swapaxes(total, 1, 2)
-    return outputs, (lse, worst)
+        lse = jnp.where(worst == 2, jnp.nan, statistic.sum(2)[:, :, :T])
+        outputs["lse"] = jnp.swapaxes(lse, 1, 2)
+    return outputs, (statistic, worst)
 
 
 def _backward(plan, args, outputs, residuals, cotangents):
@@ -348,8 +349,9 @@ def _backward(plan, args, outputs, residuals, cotangents):
 
     setting, (T, S), (D, V) = plan.setting, plan.setting.lengths, plan.setting.widths
     *arrays, bias, mask, data, dropout_key = args
-    lse, worst = residuals
-    empty = lse[:, :, -1, :T] == -jnp.inf
+    statistic, worst = residuals
+    top, log_total = jnp.moveaxis(statistic[..., :T], 2, 0)
+    empty = log_total == -jnp.inf
     B = len(arrays[1])
     data = _by_example(data, B)
     features, pull = jax.vjp(lambda *arrays: _prepare(setting, *arrays, data)[0], *arrays)
@@ -365,10 +367,11 @@ def _backward(plan, args, outputs, residuals, cotangents):
     delta = (out * to_out).sum(-1)
     if cotangents.get("lse") is not None:
         delta -= by_head(cotangents["lse"], (worst == 2) | empty)
+    (lse, _), scale = Softmax().merged((top, log_total))
     of_rows = {
-        "to_out": _padded(to_out.astype(arrays[1].dtype)),
-        "lse": lse,
-        "delta": _padded_rows(delta),
+        "to_out": _padded((to_out * scale[..., None]).astype(arrays[1].dtype)),
+        "lse": _padded_rows(lse),
+        "delta": _padded_rows(delta * scale),
     }
     operands = operands._replace(arrays=operands.arrays | of_rows)
     by_row, by_column = _ranges(setting, mask, data, B)
@@ -380,10 +383,7 @@ def _backward(plan, args, outputs, residuals, cotangents):
         return x[:, :, :S].reshape(len(x), heads, -1, S, x.shape[-1]).sum(2)
 
     F = features.query.shape[-1]
-    to_sink = features.sink[:, None]
-    for n in range(lse.shape[2]):
-        to_sink -= lse[:, :, n, :T]
-    sink_weights = jnp.where(empty, 0, jnp.exp(to_sink))
+    sink_weights = jnp.where(empty, 0, jnp.exp(features.sink[:, None] - top - log_total))
     to_numbers = results.get("to_numbers")
     gradient = _Features(
         query=_of_features(results["to_query"][:, :, :T], F, D, (0, 2)),

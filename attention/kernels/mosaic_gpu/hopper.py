@@ -6,12 +6,10 @@
     dbias     Σ ds_ij                           over the examples and heads that share the bias
 
 p is recomputed from the lse; g' and the gradient of c are `jax.vjp` of g; and δ_i = do_i · o_i −
-dlse_i (Dao et al. 2022). Products round their operands to the dtype of the query and add in
+dlse_i (Dao et al. 2022). Of a row of huge scores, whose lse has no digits for the sum, p, do and δ
+are multiples (`Softmax.merged`). Products round their operands to the dtype of the query and add in
 float32, all else is float32. Blocks are fetched one step ahead. Sums have one order, so the same
 bits every time.
-
-Beside a bias the lse is kept as two numbers, since of a row of −10⁹ their sum has no digits for
-the second. A product is not as large, and another vector costs registers.
 """
 
 import functools
@@ -42,7 +40,8 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "key_tokens": (None, "key"),
     "random_words": (None, "query"),  # two int32 of the random key of each row
     "out": ("query", None),
-    "lse": (None, "query"),  # beside a bias m_i and log Σ_j exp(s_ij − m_i); with the sink in them
+    "statistic": (None, "query"),  # m_i and log Σ_j exp(s_ij − m_i), with the sink in them
+    "lse": ("query",),
     "to_out": ("query", None),  # do
     "delta": ("query",),
     "to_query": ("query", None),  # gradients, float32
@@ -176,16 +175,10 @@ class _Tile(NamedTuple):
         """
         drop = self.dropout()
         d, dp = (_product(self.refs[x], self.refs[y]) for x, y in products)
-        lse = [
-            self.spread(self.refs["lse"].at[n], self.axis) for n in range(self.refs["lse"].shape[0])
-        ]
-        delta = self.spread(self.refs["delta"], self.axis)
+        lse, delta = (self.spread(self.refs[name], self.axis) for name in ("lse", "delta"))
         visible = self.visible(places)
         d = _where(visible, d, 1.0)
-        s = self.score(d, places)
-        for x in lse:
-            s -= x
-        p = _where(visible, jnp.exp(s), 0.0)
+        p = _where(visible, jnp.exp(self.score(d, places) - lse), 0.0)
         return d, drop(p), _where(visible, p * (drop(dp) - delta), 0.0)
 
 
@@ -446,14 +439,13 @@ def _bias_axes(operands):
 def forward(
     setting: ElementwiseSetting, interpret: bool, operands: Operands, by_row: Array
 ) -> dict[str, Array]:
-    """-> out [B, H, T', V'] and lse [B, H, 1 or 2, T'], float32, of which the last may be −inf.
+    """-> out [B, H, T', V'] and statistic [B, H, 2, T'], float32; (0, −inf) if a row sees nothing.
 
     `by_row` [B, T' / 64, 2] int32: the blocks of keys that each block of queries visits, first and
     end.
     """
     B, H, T, _ = operands.arrays["query"].shape
     V, dtype = operands.arrays["value"].shape[-1], operands.arrays["query"].dtype
-    numbers = 2 if "bias" in operands.arrays else 1
 
     def body(refs, sink, loop):
         top = plgpu.layout_cast(jnp.full((BLOCK,), sink, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
@@ -484,14 +476,11 @@ def forward(
         some = total != 0
         total = jnp.where(some, total, 1.0)
         refs["out"][...] = (acc / lax.broadcast_in_dim(total, acc.shape, (0,))).astype(dtype)
-        top = jnp.where(top == -jnp.inf, 0.0, top)
-        log_total = jnp.where(some, jnp.log(total), -jnp.inf)
-        terms = (top, log_total) if numbers == 2 else (top + log_total,)
-        for n, term in enumerate(terms):
-            refs["lse"][n] = term
+        refs["statistic"][0] = jnp.where(top == -jnp.inf, 0.0, top)
+        refs["statistic"][1] = jnp.where(some, jnp.log(total), -jnp.inf)
 
     walk = _along("query", "key", BLOCK, operands)
-    outputs = {"out": jax.ShapeDtypeStruct((B, H, T, V), dtype), "lse": _float32(B, H, numbers, T)}
+    outputs = {"out": jax.ShapeDtypeStruct((B, H, T, V), dtype), "statistic": _float32(B, H, 2, T)}
     scratch = {"p": plgpu.SMEM((BLOCK, BLOCK), dtype)}
     return _launch(body, setting, interpret, walk, operands, by_row, outputs, scratch)
 
@@ -502,7 +491,7 @@ def query_gradient(
     """-> to_query [B, H, T', F] and by row, where there are any, to_numbers [B, H, n, T'] and
     to_row_bias [B, H, T'], of a bias [.., T', 1].
 
-    All float32. `operands` have lse, to_out and delta, too.
+    All float32. `operands` have to_out, lse and delta, too.
     """
     B, H, T, F = operands.arrays["query"].shape
     N, dtype = operands.numbers.shape[1] - 1, operands.arrays["query"].dtype

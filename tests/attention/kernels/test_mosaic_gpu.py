@@ -393,6 +393,23 @@ def test_the_bias_of_a_single_pair():
 
 @needs_jax
 @pytest.mark.slow
+def test_huge_products():
+    """Equal ones, of which the lse has no digits for their number."""
+    query, key, value = SMALL
+    query, key = np.full_like(query, 3e4), np.full_like(key, 3e4)
+
+    def gradient(implementation):
+        def loss(value):
+            out = attend(CAUSAL, NONE, query, key, value, implementation=implementation)
+            return (out.astype("float32") * normal(9, 1, 65, 2, 8)).sum()
+
+        return jax.jit(jax.grad(loss))(value)
+
+    assert_close(gradient("mosaic_gpu"), gradient("dense"), 0.02)
+
+
+@needs_jax
+@pytest.mark.slow
 def test_a_bias_that_is_not_finite():
     """Its rows are NaN, unless it is masked, and the gradients of the others as without it."""
     bias = normal(6, 1, 2, 65, 70, dtype="float32")
