@@ -39,6 +39,11 @@ KINDS = {
     "table, bias": {"position": "t5"},
     "mask": {"position": "rope"},
     "mask of keys": {},
+    "features, bias, mask, packed": {
+        "score": "gaussian",
+        "position": "alibi",
+        "mask": "causal & segments",
+    },
     "cap and sink, bias, mask, dropped": {
         "score": "soft_cap(temperature(dot))",
         "normalizer": "learned_sink",
@@ -74,10 +79,10 @@ def test_kernels_compile_without_spills(kind, width, device, monkeypatch, capfd)
         lambda key: mechanism.init(key, num_heads=4, head_dim=width), jax.random.key(0)
     )
     vectors = [jax.ShapeDtypeStruct((2, 1000, n, width), jnp.bfloat16) for n in (4, 2, 2)]
-    data = {"padding": {"key_lengths": (2,)}, "packed": dict.fromkeys(TOKENS, (2, 1000))}
-    data = {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in data.get(kind, {}).items()
-    }
+    shapes = {"key_lengths": (2,)} if kind == "padding" else {}
+    if "packed" in kind:
+        shapes = dict.fromkeys(TOKENS, (2, 1000))
+    data = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
 
     bias = mask = None
     columns = (2, 1, 1, 1000) if "of keys" in kind else (4, 1000, 1000)

@@ -495,8 +495,10 @@ def query_gradient(
     """
     B, H, T, F = operands.arrays["query"].shape
     N, dtype = operands.numbers.shape[1] - 1, operands.arrays["query"].dtype
-    # Keys at a time: tiles of gradients of numbers need registers as well.
-    n = BLOCK if N == 0 else 32 if N <= 8 and not _crowded(setting, operands) else 16
+    # Keys at a time: tiles of gradients of numbers need registers as well, wide features room.
+    n = 32 if F > 128 else BLOCK
+    if N:
+        n = 32 if N <= 8 and not _crowded(setting, operands) else 16
     outputs = {"to_query": _float32(B, H, T, F)}
     if N:
         outputs["to_numbers"] = _float32(B, H, N, T)
@@ -548,7 +550,7 @@ def key_gradient(
     N = operands.numbers.shape[1] - 1
     # Queries at a time: with two wide sums in registers there is no room for tiles of 64.
     n = BLOCK if F + V <= 128 and (N == 0 or not setting.dropout_rate) else BLOCK // 2
-    if N and _crowded(setting, operands):
+    if N and (F > 128 or _crowded(setting, operands)):
         n = BLOCK // 4
     outputs = {"to_key": _float32(B, H, S, F), "to_value": _float32(B, H, S, V)}
     if _bias_axes(operands) == ("key",):
@@ -589,7 +591,7 @@ def bias_gradient(
     As `query_gradient`, but `by_row` is [B or 1, T' / 64, 2], those of all examples that share it.
     """
     bias, N = operands.arrays["bias"], operands.numbers.shape[1] - 1
-    n = BLOCK if N <= 8 else BLOCK // 2
+    n = BLOCK if N <= 8 and operands.arrays["query"].shape[3] <= 128 else BLOCK // 2
 
     def body(refs, _, loop):
         def step(tile, total):
