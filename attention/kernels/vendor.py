@@ -17,6 +17,8 @@ segments and arrays of pairs, hold them to the contracts of `attend` (`guards`):
   the vendor would round.
 - Finite numbers near the largest of their dtype may overflow in the vendors' kernels, also for rows
   that do not see them.
+- Their backward passes read the lse of a row alone. Where all its scores are huge, as of a bias of
+  −1e9, it has no digits for the sum, and the row's gradients are those of weights of 1.
 """
 
 import dataclasses
