@@ -46,13 +46,14 @@ def list_cells(todo):
             changes[cell.matched["setting"]] = cell.matched["width"]
         print(cell.id, *(f"{k}={v}" for k, v in changes.items()))
     if todo.tuning:
-        print(f"after {len(todo.tuning)} cells of {_seeds(todo.tuning_seeds)} that tune them:")
-    seeds = todo.looks or [todo.swept[0].config.train.seeds]
-    print(f"{len(todo.swept)} cells of {_seeds(*seeds)}; nothing was run")
+        seeds = _count([todo.tuning_seeds], "seed")
+        print(f"after {len(todo.tuning)} cells of {seeds} that tune them:")
+    seeds = todo.looks or sorted({cell.config.train.seeds for cell in todo.swept})
+    print(f"{_count([len(todo.swept)], 'cell')} of {_count(seeds, 'seed')}; nothing was run")
 
 
-def _seeds(*counts):
-    return " or ".join(map(str, counts)) + (" seed" if counts == (1,) else " seeds")
+def _count(numbers, name):
+    return " or ".join(map(str, numbers)) + f" {name}" + "s" * (list(numbers) != [1])
 
 
 def read_flags():

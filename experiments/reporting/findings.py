@@ -142,10 +142,8 @@ def too_few_seeds(rows: Sequence[Row]) -> str:
 def how_tested(rows: Sequence[Row]) -> str:
     """How the differences of a group are tested, and what their intervals are."""
     family = comparisons.family(rows)
-    corrected = (
-        f"p-values are corrected for the {family} cells that were begun (Holm), and a star marks "
-        "p < 0.05."
-    )
+    begun = f"the {family} cells that were" if family != 1 else "the one cell that was"
+    corrected = f"p-values are corrected for {begun} begun (Holm), and a star marks p < 0.05."
     corrected += planned(rows)
     if is_bimodal(rows):
         return (

@@ -135,7 +135,7 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing(config, tmp_path):
     flags = (f"--config={config}", f"--workdir={tmp_path / 'work'}")
     done = ablate(*flags, "--dry_run", "--product")
     assert done.returncode == 0, done.stderr
-    assert "base.position×rate=" in done.stdout and "1 cells of 2 seeds" in done.stdout
+    assert "base.position×rate=" in done.stdout and "\n1 cell of 2 seeds" in done.stdout
     assert not (tmp_path / "work").exists()
 
 
