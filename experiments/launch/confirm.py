@@ -123,20 +123,23 @@ def cells(
         )
     _check_flags(experiment, [specs[row.cell.id] for row, _ in best])
     count = enough_seeds([row for row, _ in best]) if seeds is None else seeds
+    # A cell may set more seeds than others, and a plan of looks adds some.
+    together = {cell.id: cell.config["train"]["seeds"] for cell in experiment.cells}
+    begin = experiment.seeds[0]
+    end = max(experiment.seeds[-1] + 1, begin + max(together.values()))
     first = swept[0].config.train.first_seed
-    if first == experiment.seeds[0]:
-        first = experiment.seeds[-1] + 1
-    if overlap := sorted(set(range(first, first + count)) & set(experiment.seeds)):
+    if first == begin:
+        first = end
+    if overlap := sorted(set(range(first, first + count)) & set(range(begin, end))):
         raise ValueError(
             f"seeds {', '.join(map(str, overlap))} chose the cells of {experiment.path} already: "
-            f"give --config.train.first_seed={experiment.seeds[-1] + 1} or more"
+            f"give --config.train.first_seed={end} or more"
         )
-    together = experiment.cells[0].config["train"]["seeds"]  # others came by a plan of looks
-    old = {"train.first_seed": experiment.seeds[0], "train.seeds": together}
     fresh = {"train.first_seed": first, "train.seeds": count}
     folders = {cell.id: cell.path for cell in experiment.cells}
 
     def on_fresh_seeds(id, confirms=None):
+        old = {"train.first_seed": begin, "train.seeds": together[id]}
         loop.check_directory(folders[id], settings.override(specs[id].config, old))
         config = settings.override(specs[id].config, fresh)
         return dataclasses.replace(specs[id], config=config, confirms=confirms)

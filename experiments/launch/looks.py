@@ -17,7 +17,8 @@ from experiments.config import settings, sweep
 def plan(texts: Sequence[str], swept: Sequence[sweep.CellSpec]) -> tuple[int, ...]:
     """The numbers of seeds to look at.
 
-    Raises ValueError where they do not ascend from two or more, and where there is no base.
+    Raises ValueError where they do not ascend from two or more, where there is no base, and where a
+    cell has a number of its own.
     """
     try:
         looks = tuple(int(text) for text in texts)
@@ -27,6 +28,11 @@ def plan(texts: Sequence[str], swept: Sequence[sweep.CellSpec]) -> tuple[int, ..
         raise ValueError(
             f"--looks={','.join(texts)} must be two or more numbers of seeds that ascend from 2 or "
             "more: 3,5,10"
+        )
+    if other := [x for x in swept if x.config.train.seeds != swept[0].config.train.seeds]:
+        raise ValueError(
+            f"--looks says how many seeds, and {other[0].id} has "
+            f"train.seeds={other[0].config.train.seeds}: leave that out, or --looks"
         )
     if any(cell.axis is None for cell in swept) and len(swept) > 1:
         return looks

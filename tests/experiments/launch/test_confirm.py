@@ -66,6 +66,15 @@ def test_the_best_of_each_axis_is_trained_on_seeds_that_did_not_choose_it(tmp_pa
     assert not any(change.comparison.p < 2 for change in comparisons.between([first, again]))
 
 
+def test_a_cell_with_more_seeds_is_confirmed_on_seeds_after_all_of_them(tmp_path):
+    config = settings.config("text", context=16, max_eval_examples=8)
+    axes = {"position": [{"model.position": "alibi", "train.seeds": 5, "name": "alibi"}]}
+    swept = sweep.expand(config, {"base": {}}, axes)
+    losses = {None: [2.0, 2.1, 2.2], "alibi": [1.9, 2.0, 2.1, 2.0, 2.1]}
+    second = confirm.cells(write(tmp_path, swept, losses), swept, 4)
+    assert [settings.seeds(cell.config) for cell in second] == [(5, 6, 7, 8)] * 2
+
+
 def test_runs_are_paired_by_their_seeds_not_by_their_place(tmp_path, swept):
     first = write(tmp_path / "first", swept[:1], LOSSES)
     later = settings.override(swept[0].config, {"train.first_seed": 1, "train.seeds": 3})

@@ -182,6 +182,14 @@ def test_looks_that_do_not_ascend_are_one_line(texts, swept):
         looks.plan(texts, swept)
 
 
+def test_a_cell_with_seeds_of_its_own_is_one_line(swept):
+    """It would be trained with those of the plan, and be another cell than its name says."""
+    axes = {"more": [{"train.seeds": 4}]}
+    more = sweep.expand(swept[0].config, {"base": {}}, axes)
+    with one_line(ValueError, "--looks says how many", "base.more=4 has train.seeds=4"):
+        looks.plan(["3", "5"], more)
+
+
 def test_a_plan_is_made_before_the_results(tmp_path, swept):
     with one_line(ValueError, "--looks", "no --product"):
         looks.plan(["3", "5"], swept[:1])
