@@ -1,5 +1,6 @@
 """A live page of a sweep under way, for this machine's browsers only."""
 
+import contextlib
 import hashlib
 import html
 import http.server
@@ -23,8 +24,9 @@ def version(workdirs: Sequence[Path]) -> str:
         names = ("sweep.json", "cells/*/result.json", "cells/*/metrics.jsonl")
         for pattern in (*names, f"{LOOKS}/*/sweep.json", f"{LOOKS}/*/cells/*/result.json"):
             for path in sorted(workdir.glob(pattern)):
-                status = path.stat()
-                digest.update(f"{path} {status.st_size} {status.st_mtime}\n".encode())
+                with contextlib.suppress(FileNotFoundError):  # removed just now
+                    status = path.stat()
+                    digest.update(f"{path} {status.st_size} {status.st_mtime}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -3,6 +3,7 @@
 import http.client
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -73,6 +74,20 @@ def test_a_file_that_is_not_whole_is_told(served):
     (path / "sweep.json").write_text("{")
     status, text = ask("/")
     assert status == 503 and "is not JSON" in text
+
+
+def test_a_file_that_goes_while_it_is_looked_at_changes_the_version(served, monkeypatch):
+    path, ask, _ = served
+    gone = path / "cells/text/result.json"
+    glob, before = Path.glob, ask("/version")
+
+    def late(self, pattern):
+        return [*glob(self, pattern), gone] if "result" in pattern else glob(self, pattern)
+
+    gone.unlink()
+    monkeypatch.setattr(Path, "glob", late)
+    status, version = ask("/version")
+    assert status == 200 and version != before[1]
 
 
 def test_a_page_of_a_file_asks_nobody(tmp_path):
