@@ -4,7 +4,9 @@ for (const button of document.querySelectorAll("th button")) {
     const order = head.ariaSort === "ascending" ? "descending" : "ascending";
     for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", order);
-    const key = row => row.cells[head.cellIndex].dataset.sort ?? row.cells[head.cellIndex].textContent;
+    const text = cell => cell.dataset.sort ?? cell.textContent;
+    // JavaScript does not read an infinite number as Python writes it.
+    const key = row => text(row.cells[head.cellIndex]).replace(/^([+-]?)inf$/, "$1Infinity");
     const sign = order === "ascending" ? 1 : -1, empty = text => text === "" || text === "nan";
     const rows = [...body.rows].sort((a, b) => {
       const x = key(a), y = key(b);

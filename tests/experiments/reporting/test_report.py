@@ -1,7 +1,9 @@
 """Figures and the report of a run directory: what they show, and that they need nothing else."""
 
 import html.parser
+import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -219,6 +221,30 @@ def test_significance_is_stated_in_the_words_of_statistics(workdir, capsys):
     for text in (page, markdown):
         assert "nats, significantly (p = 0.007, Holm)" in text
     assert "p < 0.05, Holm" in markdown
+
+
+SORT = """
+const keys = %s;
+const cells = text => [{ dataset: { sort: text } }];
+const body = { rows: keys.map(text => ({ cells: cells(text) })), classList: { add() {} } };
+body.append = (...rows) => console.log(rows.map(row => row.cells[0].dataset.sort).join(" "));
+const head = { cellIndex: 0, parentNode: { cells: [] }, closest: () => ({ tBodies: [body] }) };
+head.setAttribute = (name, order) => { head.ariaSort = order; };
+const button = { parentNode: head };
+globalThis.document = { querySelectorAll: name => name === "th button" ? [button] : [] };
+%s
+button.onclick();
+button.onclick();
+"""
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+def test_infinite_values_sort_as_numbers():
+    keys = ["3", "-inf", "nan", "-20", "inf", "100"]
+    code = SORT % (json.dumps(keys), (TEMPLATES / "page.js").read_text("utf-8"))
+    done = subprocess.run(["node"], input=code, capture_output=True, text=True, check=True)
+    up, down = done.stdout.splitlines()
+    assert up == "-inf -20 3 100 inf nan" and down == "inf 100 3 -20 -inf nan"
 
 
 def test_sort_keys_are_numbers(page):
