@@ -40,6 +40,9 @@ def load(workdir: str | Path, seed: int = 0) -> Trained:
     """
     folder = paths.as_path(workdir)
     text = paths.read(folder / "config.json")
+    if text is None and (sweep := paths.read(folder / "sweep.json")):
+        first = json.loads(sweep)["cells"][0]["id"]
+        raise ValueError(f"{folder} holds a sweep: give one of its cells, {folder}/cells/{first}")
     if text is None:
         raise ValueError(f"{folder} holds no config.json: train a model there first")
     described = json.loads(text)

@@ -20,6 +20,7 @@ from experiments.training.run_record import RunRecord
 from support import ROOT, launching
 from support.helpers import Silent, one_line
 from support.mechanisms import random_params
+from support.runs import CELLS, write_run
 from support.training import Signal, run, tiny
 
 DATA = ROOT / "tests" / "data"
@@ -304,6 +305,12 @@ def restored_params(config, directory):
         step, state, _ = checkpoints.restore(manager, built.state, data.train_iterator(source))
     assert step == config.train.steps
     return state["params"]
+
+
+def test_the_directory_of_a_sweep_is_told_from_that_of_a_cell(tmp_path):
+    write_run(tmp_path, CELLS[:2], layers=1, heads=1)
+    with one_line(ValueError, "holds a sweep: give one of its cells", f"{tmp_path}/cells/text"):
+        trained.load(tmp_path)
 
 
 def test_parameters_load_in_one_line_and_go_to_other_code(tmp_path):
