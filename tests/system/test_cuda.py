@@ -53,7 +53,7 @@ KINDS = {
 SPILLED = {
     ("table", 128): 12,
     ("table, dropped", 128): 12,
-    ("table, bias", 64): 88,
+    ("table, bias", 64): 92,
     ("table, bias", 128): 76,
 }
 
