@@ -153,7 +153,10 @@ class VisionTransformer(nn.Module):
                 **settings,
             ),
             position=param_if_any(
-                self, "position", lambda rng: c.encoder.position.init_embed(rng, c.model_dim)
+                self,
+                "position",
+                lambda rng: c.encoder.position.init_embed(rng, c.model_dim),
+                c.param_dtype,
             ),
             first=tokens("class_token", int(self.pooling == "class")),
             registers=tokens("registers", self.registers),

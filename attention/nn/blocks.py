@@ -275,7 +275,10 @@ class Embedding(nn.Module):
         self.table = self.param("table", init, shape, self.param_dtype)
         self.head = self.table if self.tie else self.param("head", init, shape, self.param_dtype)
         self.place = param_if_any(
-            self, "position", lambda rng: self.position.init_embed(rng, self.model_dim)
+            self,
+            "position",
+            lambda rng: self.position.init_embed(rng, self.model_dim),
+            self.param_dtype,
         )
 
     def __call__(self, tokens: Array, positions: Array | None = None) -> Array:

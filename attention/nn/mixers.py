@@ -346,10 +346,9 @@ class LinearMixer(nn.Module):
         score = self.mixer.score
 
         def init(rng):
-            params = jax.vmap(lambda key: score.init(key, D))(jax.random.split(rng, H))
-            return jax.tree.map(lambda x: x.astype(self.param_dtype), params)
+            return jax.vmap(lambda key: score.init(key, D))(jax.random.split(rng, H))
 
-        params = param_if_any(self, "score", init, "heads")
+        params = param_if_any(self, "score", init, self.param_dtype, "heads")
         of_heads = jax.vmap(
             functools.partial(products.feature_map, score), in_axes=(0, -2, -2), out_axes=-2
         )

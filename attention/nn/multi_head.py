@@ -426,18 +426,21 @@ class MultiHeadAttention(nn.Module):
 
     def _mechanism_params(self, mechanism, num_heads, head_dim, value_dim):
         def init(rng):
-            params = mechanism.init(
-                rng, num_heads=num_heads, head_dim=head_dim, value_dim=value_dim
-            )
-            return jax.tree.map(lambda x: x.astype(self.param_dtype), params)
+            return mechanism.init(rng, num_heads=num_heads, head_dim=head_dim, value_dim=value_dim)
 
-        return param_if_any(self, "mechanism", init, "heads")
+        return param_if_any(self, "mechanism", init, self.param_dtype, "heads")
 
 
-def param_if_any(module: nn.Module, name: str, init: Callable, *axes: str | None) -> Any:
-    """module.param(name, init), but no entry among the parameters where `init` returns no array.
+def param_if_any(
+    module: nn.Module, name: str, init: Callable, dtype: Any, *axes: str | None
+) -> Any:
+    """module.param(name, init) in `dtype`, but no entry where `init` returns no array.
 
     `axes` are the names of the leading axes of each array; see `partition.named`.
     """
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    return module.param(name, named(init, *axes)) if jax.tree.leaves(shapes) else shapes
+
+    def in_dtype(rng):
+        return jax.tree.map(lambda x: x.astype(dtype), init(rng))
+
+    shapes = jax.eval_shape(in_dtype, jax.random.key(0))
+    return module.param(name, named(in_dtype, *axes)) if jax.tree.leaves(shapes) else shapes

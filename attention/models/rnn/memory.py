@@ -107,10 +107,9 @@ class SingleHead(nn.Module):
 
     def setup(self):
         def init(rng):
-            params = self.mechanism.init(rng, num_heads=1, head_dim=self.model_dim)
-            return jax.tree.map(lambda x: x.astype(self.param_dtype), params)
+            return self.mechanism.init(rng, num_heads=1, head_dim=self.model_dim)
 
-        self.learned = param_if_any(self, "mechanism", init, "heads")
+        self.learned = param_if_any(self, "mechanism", init, self.param_dtype, "heads")
 
     def precompute_kv(self, context: Array, lengths: Array) -> Cache:
         """context [B, S, M], of it `lengths` [B] real -> what calls need of it.

@@ -12,7 +12,14 @@ import pytest
 from jax import export
 
 from attention import Mechanism, masks, normalizers, parse_layers, positions, scores, search
-from attention.models import Encoder, EncoderDecoder, LanguageModel, RNNConfig, RNNEncoderDecoder
+from attention.models import (
+    Encoder,
+    EncoderDecoder,
+    LanguageModel,
+    RNNConfig,
+    RNNEncoderDecoder,
+    VisionTransformer,
+)
 from attention.nn import MLP, Block, Embedding, MultiHeadAttention, Stack, TransformerConfig
 from support import ROOT
 from support.helpers import one_line
@@ -453,6 +460,20 @@ def test_bfloat16_computes_narrow_and_keeps_parameters_wide():
     _, sown = apply(model, variables, text, capture_intermediates=True, mutable=("intermediates",))
     block = sown["intermediates"]["decoder"]["layers"]["__call__"][0]
     assert block.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("position", [positions.Learned(8), positions.Learned2D(2)])
+def test_every_parameter_has_the_dtype_of_parameters(position):
+    """A learned table of places too, of texts and of images."""
+    mechanism = Mechanism(position=position, mask=masks.Causal())
+    config = TransformerConfig(
+        5, 8, 1, 2, encoder=mechanism, decoder=mechanism, param_dtype=jnp.bfloat16
+    )
+    image = isinstance(position, positions.Learned2D)
+    model = VisionTransformer(config) if image else LanguageModel(config)
+    inputs = jnp.zeros((1, 8, 8, 1)) if image else jnp.zeros((1, 3), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("bfloat16")}
 
 
 def test_tied_and_untied_output():
