@@ -5,14 +5,23 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.export import is_symbolic_dim
 
 from attention.nn.partition import named
 from attention.tile import Array
 
+_FEW = 16  # rows or columns, of which any product is fast
+
 
 def _product(x, kernel, *args, **options):
-    """`jax.lax.dot_general`, with the gradient of a tall kernel computed as that of a wide one."""
-    if kernel.shape[0] > kernel.shape[1] and jax.default_backend() == "cpu":
+    """`jax.lax.dot_general`, with the gradient of a tall kernel computed as that of a wide one.
+
+    But for few rows or columns: XLA's CPU compiler aborts the process where a product under `vmap`
+    sums two or three numbers of what went through a barrier.
+    """
+    rows, (columns, width) = x.shape[0], kernel.shape
+    many = not is_symbolic_dim(rows) and min(rows, columns) >= _FEW
+    if many and columns > width and jax.default_backend() == "cpu":
         kernel = jax.lax.optimization_barrier(kernel.T).T
     return jax.lax.dot_general(x, kernel, *args, **options)
 

@@ -21,6 +21,7 @@ from attention.models import (
     VisionTransformer,
 )
 from attention.nn import MLP, Block, Embedding, MultiHeadAttention, Stack, TransformerConfig
+from attention.nn.dense import Dense
 from support import ROOT
 from support.helpers import one_line
 from support.marks import slow_but
@@ -474,6 +475,30 @@ def test_every_parameter_has_the_dtype_of_parameters(position):
     inputs = jnp.zeros((1, 8, 8, 1)) if image else jnp.zeros((1, 3), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(2, 16, 4), (3, 16, 11), (64, 3, 2)])
+def test_gradients_of_an_ensemble_are_those_of_its_members(rows, inputs, outputs):
+    """Of few rows or columns too, at which XLA's CPU compiler may abort the process."""
+    first, second = nn.Dense(inputs), Dense(outputs)
+    x = normal(0, rows, inputs)
+    kernels = normal(1, 3, inputs, inputs), normal(2, 3, inputs, outputs)
+
+    def gradients(*kernels):
+        def loss(*kernels):
+            h = x
+            for layer, kernel in zip((first, second), kernels, strict=True):
+                bias = jnp.zeros(kernel.shape[1])
+                h = jnp.tanh(layer.apply({"params": {"kernel": kernel, "bias": bias}}, h))
+            return (h**2).sum()
+
+        return jax.grad(loss, (0, 1))(*kernels)
+
+    together = jax.jit(jax.vmap(gradients))(*kernels)
+    for i in range(3):
+        alone = jax.jit(gradients)(*(kernel[i] for kernel in kernels))
+        for got, want in zip(together, alone, strict=True):
+            np.testing.assert_allclose(got[i], want, atol=1e-5)
 
 
 def test_tied_and_untied_output():
