@@ -107,7 +107,8 @@ def sample(
     What a row draws depends on `key`, a `jax.random` key, on the row's number and the time alone.
     Other arguments as for `greedy`; temperature and top_p may be traced.
 
-    Raises ValueError as `greedy`, and for temperature ≤ 0, top_k < 1 or top_p outside (0, 1].
+    Raises ValueError as `greedy`, and for temperature ≤ 0, top_k < 1 or top_p outside (0, 1], or
+    not one number.
     """
     if top_k is not None:
         top_k = whole_number("top_k", top_k, 1)
@@ -115,7 +116,10 @@ def sample(
         ("temperature", temperature, lambda x: x > 0, "more than 0 (as it nears 0: `greedy`)"),
         ("top_p", top_p, lambda x: 0 < x <= 1, "in (0, 1]"),
     ):
-        if x is not None and not isinstance(x, jax.core.Tracer) and not good(x):
+        if x is None:
+            continue
+        _check_number(name, x)
+        if not isinstance(x, jax.core.Tracer) and not good(x):
             raise ValueError(f"{name} must be {expected}, got {x}")
     by_row = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(jnp.asarray(begin).shape[0]))
 
@@ -199,12 +203,15 @@ def beam_search(
     Arguments as for `greedy`; length_penalty may be traced. The state of each example is repeated
     for its beams here, and rows are gathered each step, so its leaves must lead with B.
 
-    Raises ValueError as `greedy`, and for beam_size < 1.
+    Raises ValueError as `greedy`, for beam_size < 1 and a length_penalty that is not one number.
     """
     beam = whole_number("beam_size", beam_size, 1)
+    _check_number("length_penalty", length_penalty)
     begin = _check(state, begin, max_length)
     B = begin.shape[0]
-    dtype, vocab = (like := _logits(step, state, begin)).dtype, like.shape[-1]
+    state = jax.tree.map(lambda x: jnp.repeat(x, beam, axis=0), state)
+    like = _logits(step, state, jnp.repeat(begin, beam))
+    dtype, vocab = like.dtype, like.shape[-1]
     length_penalty = jnp.asarray(length_penalty, dtype)
 
     def penalty(length):
@@ -237,7 +244,7 @@ def beam_search(
     finished = Beams(tokens, jnp.full((B, beam), -jnp.inf, dtype), jnp.zeros((B, beam), jnp.int32))
     loop = (
         jnp.int32(0),
-        jax.tree.map(lambda x: jnp.repeat(x, beam, axis=0), state),
+        state,
         jnp.repeat(begin[:, None], beam, axis=1),
         # The beams of an example start equal: all but one are impossible.
         jnp.where(jnp.arange(beam) == 0, 0, jnp.full((B, beam), -jnp.inf, dtype)),
@@ -279,6 +286,12 @@ def _logits(step, state, begin):
     if like.ndim != 2 or like.shape[0] != begin.shape[0]:
         raise ValueError(f"step must return logits [N={begin.shape[0]}, vocab], got {like.shape}")
     return jax.ShapeDtypeStruct(like.shape, accumulator(like.dtype))
+
+
+def _check_number(name, x):
+    """Of several, as of one for each row, some would be read as of tokens or beams."""
+    if jnp.ndim(x):
+        raise ValueError(f"{name} must be one number for all rows, got shape {jnp.shape(x)}")
 
 
 def _check(state, begin, max_length):

@@ -290,7 +290,10 @@ def test_what_a_row_samples_does_not_depend_on_the_others():
     ({"temperature": 0.0}, "temperature must be"),
     ({"top_k": 0}, "top_k must be"),
     ({"top_p": 1.5}, "top_p must be"),
+    ({"temperature": np.ones(VOCAB)}, "temperature must be one number"),
     ({"beam_size": 0}, "beam_size must be"),
+    ({"beam_size": 3, "length_penalty": np.ones(3)}, "length_penalty must be one number"),
+    ({"beam_size": 3, "step": lambda state, tokens: (jnp.ones((2, 3)), state)}, r"\[N=6, vocab\]"),
 ])  # fmt: skip
 def test_bad_searches_are_refused(change, message):
     args = {
@@ -301,3 +304,15 @@ def test_bad_searches_are_refused(change, message):
     more = {} if "beam_size" in change else {"key": KEY}
     with pytest.raises(ValueError, match=message):
         find(**args | more | change)
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p"])
+def test_traced_numbers_by_row_are_refused(name):
+    """As many of them as tokens would divide the logits of the first, second ... likeliest."""
+
+    def run(numbers):
+        args = tree_step(TABLE), tree_state(VOCAB), jnp.ones(VOCAB, int), 2, END, KEY
+        return search.sample(*args, **{name: numbers})
+
+    with pytest.raises(ValueError, match=f"{name} must be one number for all rows"):
+        jax.eval_shape(run, jnp.full(VOCAB, 0.5))
