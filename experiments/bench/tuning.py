@@ -1,5 +1,6 @@
 """Measures on this device the table by which `attention.attend` chooses kernels and tiles."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -36,8 +37,22 @@ def tune(
     and tiled are compared on shorter and shorter texts, to find where they take the same time. Once
     it is `late`, no more tiles are tried.
     """
-    # The table that is to be written must not be read.
-    os.environ.pop("ATTENTION_BLOCK_SIZES", None)
+    with _packaged_table():
+        return _tune(path, say, length, seconds, late)
+
+
+@contextlib.contextmanager
+def _packaged_table():
+    """Within, the table that is to be written is not read; then the user's is again."""
+    table = os.environ.pop("ATTENTION_BLOCK_SIZES", None)
+    try:
+        yield
+    finally:
+        if table is not None:
+            os.environ["ATTENTION_BLOCK_SIZES"] = table
+
+
+def _tune(path, say, length, seconds, late):
     by_device = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if not os.access(path.parent, os.W_OK):  # fail before minutes of measuring
         raise ValueError(f"cannot write {path}: give another --table")

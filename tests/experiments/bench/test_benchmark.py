@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -653,6 +654,13 @@ def test_tuning_writes_what_attend_uses(tmp_path, monkeypatch):
         monkeypatch.setenv("ATTENTION_BLOCK_SIZES", str(tmp_path / name))
         with pytest.raises(ValueError, match=f"{name} is no table of block sizes"):
             tuned.tuned()
+
+
+def test_tuning_leaves_the_users_table_in_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTENTION_BLOCK_SIZES", "mine.json")
+    with pytest.raises(ValueError, match="give another --table"):
+        tuning.tune(tmp_path / "no folder" / "table.json", print)
+    assert os.environ["ATTENTION_BLOCK_SIZES"] == "mine.json"
 
 
 def test_a_damaged_table_of_the_package_is_not_blamed_on_the_environment(tmp_path, monkeypatch):
