@@ -245,10 +245,19 @@ def _by_work(results):
 
 
 def show_changes(old: dict[str, Any], new: dict[str, Any], threshold: float) -> list[str]:
-    """Prints `changes`; -> the contenders that are worse: by more than threshold, or by a fault."""
+    """Prints `changes`; -> the contenders that are worse: by more than threshold, or by a fault.
+
+    Prints also which contenders one of the two results lacks, or has under another title.
+    """
     for name in ("machine", "device", "versions", "flags"):
         if old.get(name) != new.get(name):
             print(f"{name} is not the same: {old.get(name)} then, {new.get(name)} now")
+    for name, results, others in (("old", old, new), ("new", new, old)):
+        works = dict(_by_work(others))
+        alone = [key for work, (key, _) in _by_work(results) if work not in works]
+        if alone:
+            rest = f" and {len(alone) - 8} more" if alone[8:] else ""
+            print(f"only in the {name} results, not compared: {'; '.join(alone[:8])}{rest}")
     both = changes(old, new)
     if not both:
         print("(!) nothing in the two is the same work")

@@ -515,6 +515,17 @@ def test_changes_beyond_noise_are_told(capsys):
     assert tables.show_changes(old, new, threshold=1.2) == ["nothing to compare"]
 
 
+def test_a_contender_of_one_of_the_results_is_named(capsys):
+    old, new = (results_of(*([[1, 0.9, 1.1]] * count)) for count in (3, 1))
+    assert tables.show_changes(old, new, threshold=1.2) == []
+    printed = capsys.readouterr().out
+    assert "only in the old results, not compared: t: 1; t: 2\n" in printed
+    assert "only in the new" not in printed
+    new["comparisons"][0]["title"] = "another title"
+    tables.show_changes(old, new, threshold=1.2)
+    assert "only in the new results, not compared: another title: 0\n" in capsys.readouterr().out
+
+
 def test_memory_grows_from_none():
     old, new = results_of([1, 0.9, 1.1]), results_of([1, 0.9, 1.1])
     old["comparisons"][0]["rows"][0]["temporary_bytes"] = 0
