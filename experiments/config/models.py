@@ -42,6 +42,7 @@ def build(config: ConfigDict) -> tuple[tasks.Task, Any]:
     parts = {kind: attention.parse(kind, m[kind]) for kind in kinds}
     if math.isfinite(config.optimizer.qk_clip):
         _check_clip(config.optimizer.qk_clip, m, parts)
+    _check_location(task, config, parts["score"])
     return task, {"transformer": transformer, "rnn": rnn}[m.architecture](task, m, parts)
 
 
@@ -54,8 +55,7 @@ def _check_clip(threshold, m, parts):
                 f"model.{name}={m[name]!r} prevents: leave one of them out"
             )
     width = m.head_dim or max(1, m.model_dim // m.num_heads)
-    of_layers = (layer.score for layer in attention.parse_layers(m.layers) if layer.score)
-    for score in (parts["score"], *of_layers):
+    for score in _scores(m, parts["score"]):
         if isinstance(score, attention.scores.SoftCap):
             raise ValueError(
                 f"optimizer.qk_clip={threshold} reads the largest score after its cap, "
@@ -63,6 +63,33 @@ def _check_clip(threshold, m, parts):
                 "of them out"
             )
         query_scale(attention.Mechanism(score), width, "optimizer.qk_clip")
+
+
+def _check_location(task, config, score):
+    """Raises ValueError where a score by place has no vector for the last keys: they would be NaN.
+
+    A loss of them says no more than that it is not finite, and a translation is empty.
+    """
+    m = config.model
+    keys = max(getattr(task, "max_length", 0), config.decoding.timed_tokens)
+    if hasattr(task, "image_shape"):
+        sides = (task.image_shape[:2], *((n, n) for n in getattr(task, "test_sizes", ())))
+        specials = m.registers + (isinstance(task, tasks.OfImages) and m.pooling == "class")
+        patches = max(height * width for height, width in sides) // m.patch_size**2
+        keys = max(keys, patches + specials)
+    for inner in _scores(m, score):
+        while hasattr(inner, "score"):
+            inner = inner.score
+        if isinstance(inner, attention.scores.Location) and inner.max_length < keys:
+            raise ValueError(
+                f"the score {attention.parsing.unparse(inner)} has vectors for {inner.max_length} "
+                f"keys, and there are up to {keys}: give location(max_length={keys})"
+            )
+
+
+def _scores(m, score):
+    """That of the model, `score`, and those of layers."""
+    return score, *(layer.score for layer in attention.parse_layers(m.layers) if layer.score)
 
 
 def transformer(task: Any, m: ConfigDict, parts: dict[str, Any]) -> Any:

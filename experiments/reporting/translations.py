@@ -23,9 +23,9 @@ class Translator(trained.Trained):
         Raises ValueError for a sentence that is empty or longer than the model has positions for.
         """
         rows = [self.task.encode_source(text) for text in texts]
-        for text, row in zip(texts, rows, strict=True):
+        for number, (text, row) in enumerate(zip(texts, rows, strict=True), 1):
             if not text.strip():
-                raise ValueError("an empty line cannot be translated: leave it out")
+                raise ValueError(f"line {number} is an empty line: leave it out")
             if len(row) > self.task.max_length and _has_table(self.config):
                 raise ValueError(
                     f"the sentence {text[:40]!r}... has {len(row)} tokens, the model positions for "
@@ -86,7 +86,8 @@ def load(workdir: str | Path, seed: int = 0) -> Translator:
 
 
 def _has_table(config):
-    return "learned" in config.model.position.lower()
+    m = config.model
+    return "learned" in m.position.lower() or "location" in f"{m.score} {m.layers}".lower()
 
 
 def check_choice(layers: int, heads: int, layer: int | None, head: int | None) -> None:

@@ -146,8 +146,8 @@ def test_what_cannot_be_translated_is_said_in_a_line(trained, tmp_path, monkeypa
         translations.load(tmp_path)
     with pytest.raises(ValueError, match="there is no seed 2: give one of 0 to 1"):
         translations.load(trained[0], seed=2)
-    with pytest.raises(ValueError, match="empty line"):
-        translations.load(trained[0])([""])
+    with pytest.raises(ValueError, match="line 2 is an empty line"):
+        translations.load(trained[0])(["1 May 2000", " "])
     loop.claim(tmp_path / "recall", settings.config("recall"))
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="task 'recall'"):
         patch.setattr(checkpoints, "read_state", lambda _: {"params": {}})
@@ -159,8 +159,13 @@ def test_what_cannot_be_translated_is_said_in_a_line(trained, tmp_path, monkeypa
         translations.load(tmp_path)
 
 
-def test_a_table_of_positions_bounds_the_sentence():
-    own = config(**{"model.position": "learned(length=32)"})
+@pytest.mark.parametrize(
+    "table",
+    [{"model.position": "learned(length=32)"}, {"model.score": "soft_cap(location(32), cap=9.0)"}],
+)
+def test_a_table_of_positions_bounds_the_sentence(table):
+    """A key that a score by place has no vector for would be NaN, and the translation empty."""
+    own = config(**table)
     translator = translations.Translator(own, *loop.build(own), params=None)
     with pytest.raises(ValueError, match="41 tokens, the model positions for 32"):
         translator.encode(["1" * 40])

@@ -422,6 +422,15 @@ def test_patch_that_does_not_divide(changes):
         models.build(config)
 
 
+def test_a_score_by_place_has_a_vector_for_each_patch():
+    config = settings.config("images", test_sizes=(36,))
+    config.model.update(patch_size=6, registers=2, score="location(39)")
+    models.build(config)
+    config.model.score = "location(38)"
+    with one_line(ValueError, "location(38)", "give location(max_length=39)"):
+        models.build(config)
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("patch_size", 8), ("pooling", "mean"), ("registers", 1)]
 )

@@ -38,6 +38,9 @@ def text(**changes):
     ({"model.layers": "full + layer(position=learned)"}, ["make it the model's position"]),
     ({"model.layers": "layer(num_heads=3)"}, ["num_heads must divide model_dim", "num_heads=3"]),
     ({"model.layers": "layer(head_dim=3) + full"}, ["even"]),  # of rotary positions
+    ({"model.score": "location(7)"}, ["location(7) has vectors for 7", "location(max_length=8)"]),
+    ({"model.score": "location(8)", "task.eval_lengths": (9,)}, ["location(max_length=9)"]),
+    ({"model.layers": "layer(score=scale(location(7), 2.0)) + full"}, ["location(max_length=8)"]),
 ])  # fmt: skip
 def test_a_pattern_is_checked_before_anything_is_compiled(changes, words):
     with one_line(ValueError, *words):
