@@ -63,6 +63,8 @@ def read_flags():
     """
     config, flag_overrides = cli.config(_CONFIG)
     workdir = paths.as_path(_WORKDIR.value)
+    if str(workdir).startswith("memory:"):  # each cell is trained by a process of its own
+        raise ValueError(f"{workdir} is the memory of one process: choose another --workdir")
     path, _, _ = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     bases, axes, expected = sweep.load(path, _SWEEP.value, config)
     swept = sweep.expand(config, bases, axes, product=_PRODUCT.value, flag_overrides=flag_overrides)
