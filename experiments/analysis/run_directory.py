@@ -148,13 +148,13 @@ def load(workdir: str | os.PathLike[str]) -> Experiment:
       ValueError: `workdir` is not a run directory, or one of its files is damaged.
     """
     folder = paths.as_path(workdir)
-    if paths.read(folder / "sweep.json") is None:
+    header = ("command", "created", "seeds", "environment")
+    sweep = _read_json(folder / "sweep.json", *header, "cells")
+    if not sweep:
         raise ValueError(
             f"{folder} is not a run directory: no sweep.json; start one with "
             "python -m experiments.ablate --config=... --workdir=..."
         )
-    header = ("command", "created", "seeds", "environment")
-    sweep = _read_json(folder / "sweep.json", *header, "cells")
     cells = []
     for spec in sweep["cells"]:
         path = folder / "cells" / spec["id"]
@@ -275,15 +275,8 @@ def join(experiments: Sequence[Experiment]) -> Experiment:
 
 def _read_json(path: Path, *required: str) -> dict[str, Any]:
     """The object in a file, {} where there is no file."""
-    if (text := paths.read(path)) is None:
-        return {}
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}); delete it and run the sweep's command again"
-        ) from error
-    missing = [name for name in required if name not in content]
+    content = paths.read_json(path)
+    missing = [name for name in required if content and name not in content]
     if missing:
         raise ValueError(
             f"{path} lacks {', '.join(missing)}; found {', '.join(content) or 'nothing'}"

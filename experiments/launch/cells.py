@@ -51,14 +51,12 @@ def folder(workdir: Any, id: str) -> Any:
 
 def outcome(directory: Any, until: int | None = None) -> dict[str, Any] | None:
     """The result of a cell, or what it had at the step `until`; None while it has more to do."""
-    if text := paths.read(directory / "result.json"):
-        return json.loads(text)
-    return _rungs(directory).get(str(until))
+    return paths.read_json(directory / "result.json") or _rungs(directory).get(str(until))
 
 
 def _rungs(directory):
     """By step what a cell had there."""
-    return json.loads(paths.read(directory / "rungs.json") or "{}")
+    return paths.read_json(directory / "rungs.json")
 
 
 def run_cell(

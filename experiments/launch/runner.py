@@ -45,7 +45,7 @@ def open_workdir(
     paths.make(workdir)
     with leases.alone(workdir):  # another launcher may add cells of its own
         _check_cells(workdir, swept, looks)
-        before = json.loads(paths.read(path) or "{}")
+        before = paths.read_json(path)
         known = before.get("cells", [])
         ids = {cell["id"] for cell in known}
         results = _count_results(workdir, ids)
@@ -78,10 +78,9 @@ def check_workdir(workdir: Any, grids: Mapping[str, Any], looks: Sequence[int] =
     """
     # In this order: a launcher that starts just now writes sweep.json before all else.
     others = [x for x in workdir.glob("[!.]*") if x.name != tune.FOLDER]
-    text = paths.read(workdir / "sweep.json")
-    if others and text is None:
+    before = paths.read_json(workdir / "sweep.json")
+    if others and not before:
         raise ValueError(f"{workdir} is not empty and holds no sweep; choose another --workdir")
-    before = json.loads(text or "{}")
     there = {cell["id"]: cell.get("tuned", {}) for cell in before.get("cells", [])}
     for id, grid in grids.items():
         if id in there and tune.tried(there[id]) != grid:
@@ -103,7 +102,7 @@ def _check_cells(workdir, swept, looks):
     for cell in swept:
         loop.check_directory(cells.folder(workdir, cell.id), cell.config)
     first = swept[0].config.train.first_seed
-    there, *_ = json.loads(paths.read(workdir / "sweep.json") or "{}").get("seeds", [first])
+    there, *_ = paths.read_json(workdir / "sweep.json").get("seeds", [first])
     if there != first:  # the cells of a grid may all be new, so that no config differs
         raise ValueError(
             f"{workdir} has cells of train.first_seed={there}, and these have {first}: cells are "
@@ -279,7 +278,7 @@ def train_sweep(
 
 def _claimed(workdir):
     """As `claims.describe`: what sweep.json holds."""
-    described = json.loads(paths.read(workdir / "sweep.json") or "{}").get("claims", [])
+    described = paths.read_json(workdir / "sweep.json").get("claims", [])
     return claims.describe(claims.read(described))
 
 

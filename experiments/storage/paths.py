@@ -7,6 +7,7 @@ file system's package (s3fs, gcsfs, adlfs ...) finds in its environment.
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import sys
@@ -90,6 +91,25 @@ def read(path: Any) -> str | None:
             return path.fs.cat_file(path.path).decode()
         except FileNotFoundError:
             return None
+
+
+def read_json(path: Any) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is no file.
+
+    Raises ValueError where it holds something else, and StorageError.
+    """
+    if (text := read(path)) is None:
+        return {}
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"it is a {type(content).__name__}, not an object")
+    except ValueError as error:
+        # Without sweep.json a directory that is not empty is no place for a sweep.
+        whole = path.name == "sweep.json"
+        way = "choose another --workdir" if whole else "delete it and run the same command again"
+        raise ValueError(f"{path} is not JSON ({error}): restore it, or {way}") from error
+    return content
 
 
 def put(path: Any, content: bytes) -> None:

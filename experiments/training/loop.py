@@ -333,8 +333,8 @@ def check_directory(directory: Any, config: ConfigDict) -> None:
 
     On which devices it runs may change.
     """
-    if text := paths.read(directory / "config.json"):
-        there = settings.complete(json.loads(text))
+    if described := paths.read_json(directory / "config.json"):
+        there = settings.complete(described)
         here = settings.describe(config)
         there |= {name: here[name] for name in ("mesh", "fully_sharded")}
         here["threads"] = here["threads"] or there["threads"]
@@ -347,7 +347,7 @@ def check_directory(directory: Any, config: ConfigDict) -> None:
 
 def recorded_threads(directory: Any) -> int:
     """XLA's threads that the run in `directory` has recorded, 0 where it has not."""
-    return json.loads(paths.read(directory / "config.json") or "{}").get("threads", 0)
+    return paths.read_json(directory / "config.json").get("threads", 0)
 
 
 def claim(directory: Any, config: ConfigDict, cores: int = 0) -> None:

@@ -39,13 +39,12 @@ def load(workdir: str | Path, seed: int = 0) -> Trained:
     Raises ValueError where there is none, or the data are no longer those of its training.
     """
     folder = paths.as_path(workdir)
-    text = paths.read(folder / "config.json")
-    if text is None and (sweep := paths.read(folder / "sweep.json")):
-        first = json.loads(sweep)["cells"][0]["id"]
+    described = paths.read_json(folder / "config.json")
+    if not described and (sweep := paths.read_json(folder / "sweep.json")):
+        first = sweep["cells"][0]["id"]
         raise ValueError(f"{folder} holds a sweep: give one of its cells, {folder}/cells/{first}")
-    if text is None:
+    if not described:
         raise ValueError(f"{folder} holds no config.json: train a model there first")
-    described = json.loads(text)
     config = settings.read(described)
     task, model = loop.build(config)
     there, here = described["task"].get("fingerprint"), getattr(task, "fingerprint", None)

@@ -16,6 +16,7 @@ from experiments.storage import paths
 from experiments.training import loop
 from support.helpers import one_line
 from support.launching import ROOT, ablate
+from support.runs import CELLS, write_run
 
 
 def test_a_sweep_from_start_to_report(config, tmp_path):
@@ -54,6 +55,7 @@ MISTAKES = [
     (["--config.task.path=missing.txt"], "no setting 'path'"),
     (["--sweep=colour"], "has no sweep_colour; it has position, rate"),
     (["stray"], "cannot use 'stray'"),
+    (["--workdir=memory://run"], "memory://run is the memory of one process: choose another"),
     (["--config.model.rnn.cell=lstm"], "is read only with model.architecture='rnn'"),
     (["--max_minutes=nan"], "--max_minutes=nan: must be a finite number of at least 0"),
     (["--workers=-1"], "--workers=-1: must be a whole number of at least 0"),
@@ -129,6 +131,18 @@ def test_mistakes_about_files(tmp_path):
     done = ablate(f"--config={quick}", f"--config.task.path={short}", f"--workdir={tmp_path / 'w'}")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"sta'])
+@pytest.mark.parametrize("name", ["sweep.json", "config.json", "result.json"])
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    write_run(tmp_path, CELLS[:1], layers=1, heads=1)
+    cell = tmp_path / "cells/text"
+    damaged = (tmp_path if name == "sweep.json" else cell) / name
+    damaged.write_text(content)
+    with one_line(ValueError, f"{damaged} is not JSON", "restore it, or"):
+        runner.check_workdir(tmp_path, {})
+        loop.check_directory(cell, settings.config("text"))
 
 
 def test_a_dry_run_lists_the_cells_and_writes_nothing(config, tmp_path):
