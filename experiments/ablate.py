@@ -131,10 +131,9 @@ def main(argv):
                 tensorboard=_TENSORBOARD.value,
             )
         if failed:
-            sys.exit(
-                f"error: {failed} of {len(todo.swept)} cells failed; --retry_failed tries them "
-                "again"
-            )
+            which = "those again that --tune chose settings for" if todo.grid else "them again"
+            count = f"{failed} of {len(todo.swept)} cells failed"
+            sys.exit(f"error: {count}; --retry_failed tries {which}")
     except (Stopped, KeyboardInterrupt):
         cli.leave(stop)
     except (executors.SweepError, paths.StorageError) as error:

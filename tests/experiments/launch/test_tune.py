@@ -164,6 +164,14 @@ def test_what_is_not_tuned_yet_cannot_be_confirmed(tmp_path, swept):
 
 
 @pytest.mark.slow
+def test_the_command_promises_no_other_try_of_what_no_point_tuned(config, tmp_path):
+    flags = (f"--config={config}", f"--workdir={tmp_path / 'run'}", "--sweep=")
+    flags += (f"--tune={RATE}:1e30,1e31", "--config.optimizer.warmup_steps=0")
+    ended = ablate(*flags)
+    assert "1 of 1 cells failed" in ended.stderr and "that --tune chose settings" in ended.stderr
+
+
+@pytest.mark.slow
 def test_the_command_tunes_trains_and_resumes(config, tmp_path):
     flags = (f"--config={config}", f"--workdir={tmp_path / 'run'}", "--sweep=position")
     flags += (f"--tune={RATE}:1e-2,1e-9", "--tuning_seeds=1")
