@@ -42,7 +42,7 @@ class Softmax(OnlineNormalizer):
     def merged(self, statistic):
         top, log_total = statistic
         log_total = _finite(log_total)
-        keeps_digits = jnp.abs(top) < 1024
+        keeps_digits = jnp.abs(top) < 1024  # to 2⁻¹⁴ in float32; bfloat16 has 2⁻⁸
         top = jnp.where(keeps_digits, top + log_total, top)
         return (top, None), jnp.where(keeps_digits, 1, jnp.exp(-log_total))
 

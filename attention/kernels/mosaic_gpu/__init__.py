@@ -161,7 +161,7 @@ def _operands(setting, features, bias, mask, data, dropout_key, dtype):
     q_high, k_high = (x.astype(dtype).astype(wide) for x in (q, k))
     query = jnp.concatenate([query, q_high, q - q_high, q_high], -1)
     key = jnp.concatenate([key, k_high, k_high, k - k_high], -1)
-    vectors = (_padded(x.astype(dtype)) for x in (query, key, features.value))
+    vectors = (_padded(x.astype(dtype), -2, -1) for x in (query, key, features.value))
     arrays = dict(zip(("query", "key", "value"), vectors, strict=True))
     if bias is not None:
         arrays["bias"] = _padded_pairs(bias, setting.lengths[1])
@@ -171,12 +171,12 @@ def _operands(setting, features, bias, mask, data, dropout_key, dtype):
         for side, length in zip(("query", "key"), setting.lengths, strict=True):
             zeros = jnp.zeros((B, length), jnp.int32)
             kinds = [data.get(f"{side}_{kind}", zeros) for kind in OF_TOKENS]
-            arrays[f"{side}_tokens"] = _padded_rows(jnp.stack(kinds, 1)[:, None])
+            arrays[f"{side}_tokens"] = _padded(jnp.stack(kinds, 1)[:, None], -1)
     if dropout_key is not None:
         keys = (x[..., None] for x in threefry.words_of(dropout_key))
         by_row = threefry.fold_in(tuple(keys), jnp.arange(T, dtype=jnp.int32))
         words = [jnp.broadcast_to(x, (B, H, T)) for x in by_row]
-        arrays["random_words"] = _padded_rows(jnp.stack(words, 2))
+        arrays["random_words"] = _padded(jnp.stack(words, 2), -1)
     numbers = jnp.concatenate([features.numbers, features.sink[:, None]], 1)
     counts = [data[name] for name in setting.counts]
     counts = jnp.stack(counts, 1) if counts else jnp.zeros((B, 0), jnp.int32)
@@ -193,21 +193,19 @@ def _of_features(gradient, width, D, by):
     return jnp.concatenate([gradient[..., :own], sum(parts)], -1)
 
 
-def _padded(x):
-    """[..., n, m], both padded by zeros to multiples of 64."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -n % BLOCK) for n in x.shape[-2:]])
-
-
-def _padded_rows(x):
-    """[..., n], padded likewise."""
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % BLOCK)])
+def _padded(x, *axes):
+    """x, those axes padded by zeros to multiples of 64."""
+    pads = [(0, 0)] * x.ndim
+    for axis in axes:
+        pads[axis] = 0, -x.shape[axis] % BLOCK
+    return jnp.pad(x, pads)
 
 
 def _padded_pairs(x, S):
-    """[..., T or 1, S or 1], those that are not 1 padded likewise; 1 and 1 become 1 and S'."""
-    if x.shape[2:] == (1, 1):  # no kernel reads a scalar of a tile
-        x = jnp.broadcast_to(x, (*x.shape[:3], S + -S % BLOCK))
-    return jnp.pad(x, [(0, 0)] * 2 + [(0, -n % BLOCK if n > 1 else 0) for n in x.shape[2:]])
+    """[..., T or 1, S or 1], padded likewise where they are not 1; 1 and 1 become 1 and S'."""
+    if x.shape[-2:] == (1, 1):  # no kernel reads a scalar of a tile
+        x = jnp.broadcast_to(x, (*x.shape[:-1], S + -S % BLOCK))
+    return _padded(x, *(axis for axis in (-2, -1) if x.shape[axis] > 1))
 
 
 def _by_example(data, B):
@@ -369,9 +367,9 @@ def _backward(plan, args, outputs, residuals, cotangents):
         delta -= by_head(cotangents["lse"], (worst == 2) | empty)
     (lse, _), scale = Softmax().merged((top, log_total))
     of_rows = {
-        "to_out": _padded((to_out * scale[..., None]).astype(arrays[1].dtype)),
-        "lse": _padded_rows(lse),
-        "delta": _padded_rows(delta * scale),
+        "to_out": _padded((to_out * scale[..., None]).astype(arrays[1].dtype), -2, -1),
+        "lse": _padded(lse, -1),
+        "delta": _padded(delta * scale, -1),
     }
     operands = operands._replace(arrays=operands.arrays | of_rows)
     by_row, by_column = _ranges(setting, mask, data, B)

@@ -273,11 +273,7 @@ def _sharing(bias, n, operands):
 
     Its ranges are [B or 1, T' / 64, 2] int32, the blocks of keys.
     """
-    (b, h, T, S), (B, _, _, _), H = (
-        bias.shape,
-        operands.arrays["query"].shape,
-        len(operands.numbers),
-    )
+    (b, h, T, S), (B, H) = bias.shape, operands.arrays["query"].shape[:2]
     examples, heads, columns = B // b, H // h, S // n
 
     def tile(index):
