@@ -23,6 +23,18 @@ TABLE = tuned.PATH
 _SIZES = (128, 256, 512, 1024)
 
 
+@contextlib.contextmanager
+def _packaged_table():
+    """Within, the table that is to be written is not read; then the user's is again."""
+    table = os.environ.pop("ATTENTION_BLOCK_SIZES", None)
+    try:
+        yield
+    finally:
+        if table is not None:
+            os.environ["ATTENTION_BLOCK_SIZES"] = table
+
+
+@_packaged_table()
 def tune(
     path: Path,
     say: Callable[[str], None],
@@ -37,22 +49,6 @@ def tune(
     and tiled are compared on shorter and shorter texts, to find where they take the same time. Once
     it is `late`, no more tiles are tried.
     """
-    with _packaged_table():
-        return _tune(path, say, length, seconds, late)
-
-
-@contextlib.contextmanager
-def _packaged_table():
-    """Within, the table that is to be written is not read; then the user's is again."""
-    table = os.environ.pop("ATTENTION_BLOCK_SIZES", None)
-    try:
-        yield
-    finally:
-        if table is not None:
-            os.environ["ATTENTION_BLOCK_SIZES"] = table
-
-
-def _tune(path, say, length, seconds, late):
     by_device = json.loads(path.read_text("utf-8")) if path.exists() else {}
     if not os.access(path.parent, os.W_OK):  # fail before minutes of measuring
         raise ValueError(f"cannot write {path}: give another --table")

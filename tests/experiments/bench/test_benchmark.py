@@ -656,7 +656,9 @@ def test_tuning_writes_what_attend_uses(tmp_path, monkeypatch):
     entry |= {"tiles": [[64, 32, 1.0]], "tiled_above": 7}
     table.write_text(json.dumps({kind: entry}))
     monkeypatch.setenv("ATTENTION_BLOCK_SIZES", str(table))
-    assert tuned.tuned() == tuned.Tuned({(64, 32): 1.0}, entry["wide_tile"], 7)
+    of_device = tuned.tuned()
+    assert of_device.tiles == {(64, 32): 1.0}
+    assert (of_device.wide_tile, of_device.tiled_above) == (entry["wide_tile"], 7)
     index = np.arange(256)
     tile = blocks.Tile(index, index, index, index, np.int32(0), 2, consecutive=True)
     assert blocks.sizes(SMALL.mechanism(), tile, 4, whole_rows=False) == (64, 32)
