@@ -17,8 +17,10 @@ segments and arrays of pairs, hold them to the contracts of `attend` (`guards`):
   the vendor would round.
 - Finite numbers near the largest of their dtype may overflow in the vendors' kernels, also for rows
   that do not see them.
-- Their backward passes read the lse of a row alone. Where all its scores are huge, as of a bias of
-  −1e9, it has no digits for the sum, and the row's gradients are those of weights of 1.
+- Their backward passes read the lse of a row alone, which has no digits for the sum where all
+  scores of the row are huge. The largest bias of a row is taken off before where it is huge, as of
+  a row of −1e9, but where examples of several lengths share a bias. Products of a query and a key
+  above 2¹⁷ stay: their gradients lose digits.
 """
 
 import dataclasses
@@ -221,6 +223,9 @@ def _fused(plan, params, query, key, value, bias, mask, data):
         bad_rows = jnp.swapaxes((pairs & ~(bias < jnp.inf)).any(-1), 1, 2)
         mask &= jnp.isfinite(bias)
     visible = visible_pairs(plan.band, T, S, mask, data)
+    offset = None
+    if bias is not None:
+        bias, offset = _near_zero(plan, bias, mask, data, T, S)
     rows, columns = visible.rows(), visible.columns_read()
     by_key, by_value = (visible.sees(x, H) for x in (bad_key, bad_value))
     by_key |= bad_rows | (bad_query & rows)
@@ -235,9 +240,28 @@ def _fused(plan, params, query, key, value, bias, mask, data):
         out = jnp.where(rows[..., None], out, 0)
     out = jnp.where((by_key | by_value)[..., None], jnp.nan, out)
     if lse is not None:
-        lse = jnp.where(rows, jax.lax.stop_gradient(lse).astype(jnp.float32), -jnp.inf)
+        lse = jax.lax.stop_gradient(lse).astype(jnp.float32)
+        lse += 0 if offset is None else jnp.swapaxes(offset, 1, 2)
+        lse = jnp.where(rows, lse, -jnp.inf)
         lse = jnp.where(by_key, jnp.nan, lse)
     return out, lse
+
+
+def _near_zero(plan, bias, mask, data, T, S):
+    """The bias less the largest number of each row where that is huge, and that, [.., T] float32.
+
+    jax.nn hides a pair by adding −2¹⁵ in float16 and −2⁴¹ in bfloat16: hidden pairs become 0, and
+    visible ones stay well above.
+    """
+    lowest = {"float16": -(2.0**14), "bfloat16": -(2.0**40)}[bias.dtype.name]
+    visible, of_example = (visible_pairs(plan.band, T, S, mask, x).pairs() for x in ({}, data))
+    offset = jnp.zeros((1, 1, 1), bias.dtype)
+    if len(of_example) <= max(len(bias), len(mask)):  # else examples that share both differ
+        tops = jnp.where(of_example, jax.lax.stop_gradient(bias), -jnp.inf).max(-1)
+        is_huge = (jnp.abs(tops) >= 1024) & jnp.isfinite(tops)
+        offset = jnp.where(is_huge, tops, 0)
+    bias = jnp.where(visible, jnp.maximum(bias - offset[..., None], lowest), 0)
+    return bias, offset.astype(jnp.float32)
 
 
 def _cudnn(plan, query, key, value, bias, mask, data):
@@ -253,7 +277,6 @@ def _cudnn(plan, query, key, value, bias, mask, data):
         left = right = None
     if bias is not None:
         examples = max(bias.shape[0], mask.shape[0])
-        bias = jnp.where(jnp.isfinite(bias), bias, 0)  # the mask hides the others
         bias = jnp.broadcast_to(bias, (examples, H, T, S))
         mask = jnp.broadcast_to(mask, (examples, H, T, S))
     elif mask is not None:

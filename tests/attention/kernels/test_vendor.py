@@ -342,6 +342,68 @@ def test_every_bias_has_its_gradient(handed, examples):
     assert (want[0, 0, 1, :3] == 0).all() and (got[0, 0, 1, :3] == 0).all()
 
 
+def by_lse(query, key, value, bias, mask, *, scale, is_causal, **options):
+    """out, lse as of cuDNN: jax.nn adds a mask to the bias, and gradients are by the lse alone."""
+    dtype, neg = query.dtype, {"bfloat16": -(2.0**41), "float16": -(2.0**15)}
+    bias += jnp.where(mask, 0, neg[dtype.name]).astype(dtype)
+
+    key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+    logits = jnp.einsum("BTHD,BSHD->BHTS", query, key, preferred_element_type="float32")
+    logits = logits * scale + bias
+    if is_causal:
+        logits = jnp.where(np.tri(*logits.shape[2:]), logits, -jnp.inf)
+
+    @jax.custom_vjp
+    def weights(logits, lse):
+        return jax.nn.softmax(logits)
+
+    def forward(*arrays):
+        return weights(*arrays), arrays
+
+    def backward(residuals, cotangent):
+        logits, lse = residuals
+        change = cotangent - (weights(logits, lse) * cotangent).sum(-1, keepdims=True)
+        return jnp.exp(logits - lse[..., None]) * change, jnp.zeros_like(lse)
+
+    weights.defvjp(forward, backward)
+    lse = jax.nn.logsumexp(logits, -1)
+    out = jnp.einsum("BHTS,BSHD->BTHD", weights(logits, lse).astype(dtype), value)
+    return out, jnp.swapaxes(lse, 1, 2)
+
+
+@pytest.mark.parametrize("dtype, low", [("bfloat16", -1e9), ("bfloat16", -3e38), ("float16", -6e4)])
+@pytest.mark.parametrize("mask", [masks.Causal(), masks.SlidingWindow(2, 3)], ids=str)
+def test_rows_of_huge_biases(handed, monkeypatch, mask, dtype, low):
+    """A row of −1e9 is one of 0 with another lse, and a hidden number counts nowhere."""
+
+    def fused(*arrays, implementation, **options):
+        return by_lse(*arrays, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    inputs = [x[:, :6].astype(dtype) for x in SMALL]
+    bias = np.array(BIAS[..., :6].astype(dtype))
+    bias[0, 1, 3] = 0
+    shown = np.ones((1, 4, 6, 6), bool)
+    hidden = np.s_[0, [1, 2, 3], [3, 2, 4], [1, 0, 2]]
+    shown[hidden] = False
+    huge = put(bias, np.s_[0, 1, 3], low)
+    huge[hidden] = 0, -low, low
+
+    def run(implementation, bias):
+        def attended(*arrays):
+            *arrays, bias = arrays
+            options = {"bias": bias, "mask": shown, "implementation": implementation}
+            out, aux = attend(Mechanism(mask=mask), NONE, *arrays, aux=("lse",), **options)
+            return (out.astype("float32") ** 2).sum(), (out, aux["lse"])
+
+        return jax.jit(jax.grad(attended, (0, 1, 2, 3), has_aux=True))(*inputs, bias)
+
+    (got, (out, lse)), (want, (plain_out, plain_lse)) = run("cudnn", huge), run("dense", bias)
+    assert_close((got, out), (want, plain_out), 0.03)
+    offset = put(np.zeros(lse.shape, "float32"), np.s_[:, 3, 1], np.asarray(low, dtype))
+    np.testing.assert_allclose(lse, plain_lse + offset, rtol=1e-6, atol=0.03)
+
+
 @pytest.mark.parametrize("with_mask", [False, True], ids=["causal", "mask"])
 def test_numbers_that_are_not_finite(handed, with_mask):
     """Rows that see one are NaN, and only those; they send back no gradient."""
