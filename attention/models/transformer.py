@@ -4,6 +4,8 @@ Vaswani et al. 2017, fig. 1; every attention in it is a mechanism of the config.
 `mutable=['intermediates']` to get the attention weights of every layer and head.
 """
 
+import dataclasses
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -111,7 +113,9 @@ class Encoder(nn.Module):
     ) -> Array:
         """tokens [..., S] int, lengths [...] int (all real unless given) -> [..., S, M]."""
         c = self.config
-        x = token_embedding(c, c.encoder, "embedding")(tokens)
+        # Tied: an encoder has no logits, and a head of its own would be parameters for nothing.
+        read = dataclasses.replace(c, tie_embeddings=True)
+        x = token_embedding(read, c.encoder, "embedding")(tokens)
         x = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x)
         data = lengths_data("query_lengths", c.encoder, lengths, tokens.shape)
         stack = Stack(c, c.encoder, name="stack")

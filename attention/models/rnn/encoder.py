@@ -1,5 +1,7 @@
 """The recurrent encoder."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,8 @@ class RNNEncoder(nn.Module):
         c, S = self.config, tokens.shape[1]
         if S == 0:  # which `nn.RNN` cannot have: one token of padding
             tokens = jnp.zeros((tokens.shape[0], 1), jnp.int32)
-        x = make_embedding(c, "embedding")(tokens)
+        # Tied: an encoder has no logits, and a head of its own would be parameters for nothing.
+        x = make_embedding(dataclasses.replace(c, tie_embeddings=True), "embedding")(tokens)
         carries = []
         for layer in range(c.num_layers):
             x = nn.Dropout(c.dropout_rate, deterministic=deterministic)(x)

@@ -444,6 +444,7 @@ def test_initial_parameters_are_those_of_the_config():
         model(Bahdanau(), tie_embeddings=False).init, jax.random.key(0), SOURCE, TOKENS
     )
     assert set(untied["params"]["embedding"]) == {"table", "head"}
+    assert set(untied["params"]["encoder"]["embedding"]) == {"table"}
 
 
 def test_dropout_acts_only_when_not_deterministic():

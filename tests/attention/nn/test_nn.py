@@ -508,6 +508,13 @@ def test_tied_and_untied_output():
         assert set(variables["params"]["embedding"]) == names
 
 
+def test_an_encoder_has_no_head_which_nothing_would_read():
+    model = EncoderDecoder(dataclasses.replace(SMALL, tie_embeddings=False))
+    params = random_params(model.init, tokens(1, 3), tokens(1, 4))["params"]
+    assert set(params["embedding"]) == {"table", "head"}
+    assert set(params["encoder"]["embedding"]) == {"table"}
+
+
 def test_a_text_longer_than_the_learned_positions_is_refused():
     config = dataclasses.replace(SMALL, decoder=Mechanism(position=positions.Learned(length=4)))
     model = LanguageModel(config)
