@@ -92,6 +92,7 @@ LANGUAGE_MODEL = _tasks(
 )
 
 IMAGES = _tasks(lambda task: task.architecture == "image_classifier", "a task of images")
+TOKENS = _tasks(lambda task: task.architecture != "image_classifier", "a task of tokens")
 LATENT = Reader("a model.kv_rank", lambda c: TRANSFORMER.reads(c) and c.model.kv_rank is not None)
 PATCHES = Reader("a task of images or of captions", lambda c: IMAGES.reads(c) or CAPTIONS.reads(c))
 MASKED = Reader(
@@ -215,7 +216,7 @@ SETTINGS: dict[str, Any] = {
             "class", one_of("class", "mean"), "what a class is told by: its token, or all", IMAGES
         ),
         "registers": Setting(0, at_least(0), "learned tokens beside the patches", PATCHES),
-        "tie_embeddings": Setting(True, SWITCH),
+        "tie_embeddings": Setting(True, SWITCH, reader=TOKENS),
         "init_stddev": Setting(0.02, above(0.0)),
         "scan_layers": Setting(
             False, SWITCH, "compile time flat in depth, but slow steps on a CPU", TRANSFORMER

@@ -439,9 +439,16 @@ def test_settings_of_images_are_read_with_images_alone(name, value):
     config.model[name] = value
     with one_line(ValueError, f"model.{name}", "a task of images"):
         settings.check_read(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [("mask", "full", "model.layers"), ("tie_embeddings", False, "a task of tokens")],
+)
+def test_settings_of_tokens_are_not_read_with_images(name, value, says):
     config = settings.config("images")
-    config.model.mask = "full"
-    with one_line(ValueError, "model.mask", "model.layers"):
+    config.model[name] = value
+    with one_line(ValueError, f"model.{name}", says):
         settings.check_read(config)
 
 
