@@ -253,7 +253,7 @@ SETTINGS: dict[str, Any] = {
             above(0.0) | exactly(math.inf),
             "the largest score; the weights of query and key of heads with a larger one shrink "
             "after a step; inf: not clipped",
-            TRANSFORMER,
+            DECODER,  # the steps of a recurrent one tell no scores
         ),
         "ema_decay": Setting(0.0, FRACTION, "a model is judged by this mean of its parameters"),
     },

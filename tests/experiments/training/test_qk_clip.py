@@ -106,3 +106,11 @@ def test_what_cannot_be_clipped_is_refused(changes, words):
     config = settings.override(settings.config("recall"), {"optimizer.qk_clip": 2.0, **changes})
     with one_line(ValueError, *words):
         build(config)
+
+
+@pytest.mark.parametrize("task", ["copy", "captions"])
+def test_a_recurrent_decoder_whose_scores_are_not_measured_is_refused(task):
+    changes = {"optimizer.qk_clip": 2.0, "model.architecture": "rnn", "model.position": "none"}
+    config = settings.override(settings.config(task), changes)
+    with one_line(ValueError, "optimizer.qk_clip=2.0 is read only with", "'transformer'"):
+        settings.check_read(config)
