@@ -32,8 +32,8 @@ def odd_one_out(
     """Nine shapes, eight of them alike -> images, classes [n]: the place of the other one.
 
     Class row · 3 + column. The image has 3 × 3 cells of size/3 pixels. Each holds a shape at a
-    random place and of a random brightness; the shapes have the same number of pixels across,
-    whatever the size of the image.
+    random place, if the cell has 10 pixels or more to a side, else in its middle, and of a random
+    brightness; the shapes have the same number of pixels across, whatever the size of the image.
     """
     n, cells = len(indices), CELLS * CELLS
 
