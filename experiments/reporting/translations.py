@@ -81,7 +81,10 @@ def load(workdir: str | Path, seed: int = 0) -> Translator:
     """
     model = trained.load(workdir, seed)
     if not isinstance(model.task, tasks.Translates):
-        raise ValueError(f"{workdir} holds a model for the task {model.config.task.name!r}")
+        raise ValueError(
+            f"{workdir} holds a model for the task {model.config.task.name!r}, not for "
+            "translation: give the work directory of one that translates"
+        )
     return Translator(*model)
 
 

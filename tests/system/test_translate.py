@@ -149,7 +149,8 @@ def test_what_cannot_be_translated_is_said_in_a_line(trained, tmp_path, monkeypa
     with pytest.raises(ValueError, match="line 2 is an empty line"):
         translations.load(trained[0])(["1 May 2000", " "])
     loop.claim(tmp_path / "recall", settings.config("recall"))
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="task 'recall'"):
+    wrong = "task 'recall', not for translation: give the work directory of one that translates"
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=wrong):
         patch.setattr(checkpoints, "read_state", lambda _: {"params": {}})
         translations.load(tmp_path / "recall")
     described = json.loads((trained[0] / "config.json").read_text())
