@@ -76,10 +76,18 @@ class Map(NamedTuple):
 
 
 def first(split: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
-    """The first `count` examples of a split, no wider than the longest of them or `LONGEST`."""
+    """The first `count` examples of a split, no wider than the longest of them or `LONGEST`.
+
+    The last token of an example that is cut has weight where any from there on had: what stands
+    before a prediction is no padding, also where only the end has one, as of `Needle`.
+    """
     rows = {name: x[:count] for name, x in split.items()}
     if rows["inputs"].ndim > 2 or "images" in rows:
         return rows
+    weights = rows["weights"]
+    if weights.shape[1] > LONGEST:
+        last = weights[:, LONGEST - 1 :].max(1, keepdims=True)
+        rows["weights"] = np.concatenate([weights[:, : LONGEST - 1], last], 1)
     widths = dict.fromkeys(("inputs", "targets", "weights", "source"), LONGEST)
     if "source" in rows:
         rows["source_lengths"] = np.minimum(rows["source_lengths"], LONGEST)

@@ -35,6 +35,16 @@ def test_long_examples_are_looked_at_from_their_start(monkeypatch):
     np.testing.assert_array_equal(few["source_lengths"], np.minimum(whole["source_lengths"][:5], 4))
 
 
+def test_queries_count_where_the_prediction_is_behind_the_cut(monkeypatch):
+    monkeypatch.setattr(attention_maps, "LONGEST", 8)
+    task = tasks.create(settings.task_config("needle", length=20, num_eval=3))
+    few = attention_maps.first(task.eval_splits()["validation"], 2)
+    w = np.full((2, 1, 8, 8), 1 / 8, np.float32)
+    means = measure({"self": [w]}, few)["self"]
+    np.testing.assert_allclose(means["first_token"], 1 / 8)
+    np.testing.assert_allclose(means["entropy"], np.log(8), rtol=1e-6)
+
+
 def measure(by_kind, batch):
     """As a program does it, all examples at once."""
     return attention_stats.means(
