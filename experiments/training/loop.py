@@ -42,9 +42,12 @@ def check(config: ConfigDict, changed: Collection[str] = ()) -> None:
     """
     task, model = build(config)
     settings.check_read(config, changed)
-    longest = max(task.eval_splits().values(), key=lambda split: split["inputs"].shape[1])
-    row = {name: x[:1] for name, x in longest.items()}
-    inputs = data.model_inputs(row)
+    rows = [{name: x[:1] for name, x in split.items()} for split in task.eval_splits().values()]
+    for batch in data.TrainSource(task, (0,), 1, 1).shapes:
+        rows.append({name: np.zeros((1, *shape[2:]), dtype) for name, (shape, dtype) in batch})
+    # The longest source and the longest target may be of different splits.
+    longest = {name: max((row[name] for row in rows), key=np.shape) for name in rows[0]}
+    inputs = data.model_inputs(longest)
     _trace(model, inputs)
     if tokens := config.decoding.timed_tokens:
         _trace(model, (np.zeros((1, tokens), np.int32),))
