@@ -37,7 +37,8 @@ from experiments.training.stopping import Stopped, StopRequest
 def check(config: ConfigDict, changed: Collection[str] = ()) -> None:
     """Raises ValueError where the config cannot be trained; compiles nothing.
 
-    Reads the task's data and traces the model on the longest input it will meet. `changed` as of
+    Reads the task's data and traces the model on the longest input it will meet, of a task that
+    `tasks.Writes` also on as many tokens as a search may take. `changed` as of
     `settings.check_read`.
     """
     task, model = build(config)
@@ -47,6 +48,10 @@ def check(config: ConfigDict, changed: Collection[str] = ()) -> None:
         rows.append({name: np.zeros((1, *shape[2:]), dtype) for name, (shape, dtype) in batch})
     # The longest source and the longest target may be of different splits.
     longest = {name: max((row[name] for row in rows), key=np.shape) for name in rows[0]}
+    if isinstance(task, tasks.Writes):
+        # A search may go on so far. Behind the end of a table its scores are NaN, its texts empty.
+        written = decode.from_config(config, task, beam=False).max_length
+        longest["inputs"] = np.zeros((1, written), np.int32)
     inputs = data.model_inputs(longest)
     _trace(model, inputs)
     if tokens := config.decoding.timed_tokens:

@@ -207,11 +207,14 @@ def test_what_an_rnn_or_a_text_does_not_read_is_refused():
             loop.check(config("rnn", **changes))
 
 
-def test_a_table_too_short_for_sources_of_training_alone_is_refused():
+def test_a_table_too_short_for_training_or_for_the_search_is_refused():
     task, _ = loop.build(config(**{"task.synthetic_eval": 2}))
     assert max(split["source"].shape[1] for split in task.eval_splits().values()) < 20
-    with one_line(ValueError, "Learned(length=20", "has no vector for position 28"):
-        loop.check(config(**{"task.synthetic_eval": 2, "model.position": "learned(length=20)"}))
+    assert max(batch["source"][0][1] for batch in task.bucket_shapes(1)) == 29
+    for length, position in ((20, 28), (31, 31)):
+        changes = {"task.synthetic_eval": 2, "model.position": f"learned(length={length})"}
+        with one_line(ValueError, f"length={length}", f"has no vector for position {position}"):
+            loop.check(config(**changes))
 
 
 def test_the_command(trained, tmp_path):
