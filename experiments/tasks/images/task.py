@@ -229,6 +229,12 @@ def _load(path, tfds, tfds_records, data_dir, resize, channels):
     for split in ("test", "validation"):
         if split not in images:
             _hold_out(split, images, numbers, len(parts["train"].images) // 10)
+    if len(lost := np.setdiff1d(np.arange(len(classes)), numbers["train"])):
+        raise ValueError(
+            f"of class {classes[lost[0]]!r} no image is left for training, since a tenth of all is "
+            "taken for evaluation: add images of it, or choose those yourself, in folders train, "
+            "val and test"
+        )
     digest = _digest(classes, {split: (images[split], numbers[split]) for split in images})
     return _Data(images, numbers, classes, digest)
 

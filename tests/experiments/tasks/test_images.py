@@ -431,6 +431,16 @@ def test_a_score_by_place_has_a_vector_for_each_patch():
         models.build(config)
 
 
+def test_a_class_that_loses_all_images_to_evaluation_is_refused(tmp_path):
+    for name, count in (("ant", 1), ("bee", 11)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new("L", (8, 8)).save(tmp_path / name / f"{i}.png")
+    task = tasks.Images(path=str(tmp_path))
+    with one_line(ValueError, "'ant'", "left for training", "folders train, val and test"):
+        task.eval_splits()
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("patch_size", 8), ("pooling", "mean"), ("registers", 1)]
 )
