@@ -1,5 +1,6 @@
 """The Vision Transformer: attention between the patches of an image."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 
 from attention.layers import Layer
 from attention.nn.blocks import Stack, TransformerConfig, required_inputs
-from attention.nn.dense import Dense
+from attention.nn.dense import Dense, product
 from attention.nn.multi_head import param_if_any
 from attention.nn.partition import by_batch, named
 from attention.parts import check_choices, check_counts, embedded
@@ -166,6 +167,8 @@ class VisionTransformer(nn.Module):
                 c.vocab_size,
                 kernel_init=named(nn.initializers.zeros_init(), "embed", "vocab"),
                 bias_init=named(nn.initializers.zeros_init(), "vocab"),
+                # As of `Embedding.logits`: in bfloat16 a logit near 10 would be a multiple of 1/16.
+                dot_general=functools.partial(product, preferred_element_type=jnp.float32),
                 name="classes",
                 **settings,
             ),

@@ -13,7 +13,7 @@ from attention.tile import Array
 _FEW = 16  # rows or columns, of which any product is fast
 
 
-def _product(x, kernel, *args, **options):
+def product(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
     """`jax.lax.dot_general`, with the gradient of a tall kernel computed as that of a wide one.
 
     But for few rows or columns: XLA's CPU compiler aborts the process where a product under `vmap`
@@ -34,7 +34,7 @@ class Dense(nn.Dense):
     the reshape is free.
     """
 
-    dot_general: Any = _product
+    dot_general: Any = product
 
     def __call__(self, inputs: Array) -> Array:
         """[..., C] -> [..., features]."""

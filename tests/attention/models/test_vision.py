@@ -146,3 +146,12 @@ def test_what_cannot_be_read_is_one_line(shape, fields, words):
     model = VisionTransformer(CONFIG, **{"patch_size": (2, 2), **fields})
     with one_line(ValueError, *words):
         model.init(jax.random.key(0), random_images(*shape))
+
+
+def test_logits_of_a_model_in_bfloat16_are_no_bfloat16():
+    model = VisionTransformer(dataclasses.replace(CONFIG, dtype=jnp.bfloat16), (2, 3), 3)
+    images = random_images(5, 4, 6, 3)
+    # Not compiled: within a program XLA may leave out a rounding.
+    logits = model.apply(variables(model, images), images)
+    assert logits.dtype == jnp.float32
+    assert (logits != logits.astype(jnp.bfloat16).astype(jnp.float32)).any()
