@@ -35,7 +35,8 @@ class Estimate:
       limits: the lowest and the highest value that the metric can have.
       bimodal: whether the group has seeds that learned and seeds that did not; see `learning`. A
         loss is where an accuracy is.
-      learned: how many of the seeds learned, by the accuracy on this split; None where none tells.
+      learned: how many of the seeds learned, by the metric itself if it is an accuracy, else by the
+        accuracy on this split; None where none tells.
     """
 
     values: Sequence[float]
@@ -147,7 +148,7 @@ def _group(cells: Sequence[CellRun]) -> list[Row]:
     for name in names:
         by_cell = {id: own[name] for id, own in values.items() if name in own}
         low, high = limits(name)
-        accuracy = f"{name.rpartition('/')[0]}/accuracy"  # an accuracy's is itself
+        accuracy = name if math.isfinite(low) else f"{name.rpartition('/')[0]}/accuracy"
         bimodal = accuracy in thresholds or (name != accuracy and bool(thresholds))
         compared = [id for id in variants if id in by_cell and name in base]
         pairs = [_common(by_cell[id], base[name]) for id in compared]

@@ -204,6 +204,22 @@ def test_seeds_that_learned_are_counted_where_some_did_not(tmp_path):
     assert (low, high) == pytest.approx((0.2836, 0.9949), abs=1e-4)  # any table of exact limits
 
 
+def test_each_accuracy_tells_by_itself_which_seeds_learned(tmp_path):
+    """Of captions most tokens may be right though hardly a caption is."""
+    write_run(tmp_path, BIMODAL, seeds=5)
+    for path in tmp_path.glob("cells/*/result.json"):
+        result = json.loads(path.read_text())
+        metrics = result["metrics"]
+        metrics["validation/caption_accuracy"] = metrics["validation/accuracy"]
+        metrics["validation/accuracy"] = [0.9] * 5
+        result["primary"] = "validation/caption_accuracy"
+        path.write_text(json.dumps(result))
+    rows = comparisons.summarize(run_directory.load(tmp_path))
+    assert [row.reported.learned for row in rows] == [4, 0, 5]
+    tokens = rows[0].metrics["validation/accuracy"]
+    assert not tokens.bimodal and tokens.learned is None
+
+
 def test_few_seeds_of_which_some_learned_are_warned_of(tmp_path):
     three = comparisons.summarize(run_directory.load(write_run(tmp_path / "3", BIMODAL, seeds=3)))
     assert findings.too_few_seeds(three) == (
