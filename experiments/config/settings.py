@@ -450,7 +450,9 @@ def override(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
                 node = node[part]
             old = node[last]
         except (KeyError, AttributeError) as error:
-            raise ValueError(f"{key}: {error}") from None
+            listed = "no setting; python -m experiments.config.settings lists them"
+            text = error if "Did you mean" in str(error) else listed  # else it is the bare name
+            raise ValueError(f"{key}: {text}") from None
         except TypeError:
             raise ValueError(f"{key} is no setting: {'.'.join(path)} has none below it") from None
         if isinstance(old, ConfigDict):

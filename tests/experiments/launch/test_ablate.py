@@ -255,6 +255,7 @@ def test_overrides_check_names_and_types():
     for change, message in [
         ({"model.scor": "dot"}, 'Did you mean "score"'),
         ({"modle.score": "dot"}, "modle"),
+        ({"foo.bar": 1}, "foo.bar: no setting; python -m experiments.config.settings lists them"),
         ({"model.num_heads": "four"}, "must be int, like 4; got 'four'"),
         ({"task": {"name": "recal"}}, "unknown task 'recal'; choose from recall"),
         ({"model.num_heads.x": 3}, "model.num_heads.x is no setting: model.num_heads has none"),
