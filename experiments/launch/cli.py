@@ -124,6 +124,9 @@ def _drop_halves(folder):
 
 def _parse(argv):
     try:
+        configs = [text for text in argv[1:] if re.match("--?config(=|$)", text)]
+        if len(configs) > 1:
+            raise ValueError(f"one --config says what to train: got {' '.join(configs)}")
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise ValueError(f"cannot use {' '.join(rest[1:])!r}; flags are --name=value")

@@ -55,6 +55,7 @@ MISTAKES = [
     (["--config.task.path=missing.txt"], "no setting 'path'"),
     (["--sweep=colour"], "has no sweep_colour; it has position, rate"),
     (["stray"], "cannot use 'stray'"),
+    (["--config=configs/recall.py", "--config.train.seeds=2"], "one --config says what to train"),
     (["--workdir=memory://run"], "memory://run is the memory of one process: choose another"),
     (["--config.model.rnn.cell=lstm"], "is read only with model.architecture='rnn'"),
     (["--max_minutes=nan"], "--max_minutes=nan: must be a finite number of at least 0"),
