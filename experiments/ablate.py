@@ -81,7 +81,7 @@ def read_flags():
     planned = looks.plan(_LOOKS.value, swept) if _LOOKS.value else ()
     if _CONFIRM.value:
         if grid:
-            swept = tune.choose(workdir / tune.FOLDER, swept, grid, seeds)
+            swept = tune.choose(workdir / run_directory.TUNING, swept, grid, seeds)
         count = flag_overrides.get("train.seeds")
         swept = confirm.cells(run_directory.load(workdir), swept, count)
         workdir, expected, tuning, planned = workdir / confirm.FOLDER, [], [], ()

@@ -14,6 +14,9 @@ from experiments.config.claims import Claim
 from experiments.storage import paths
 from experiments.training import attention_maps
 
+TUNING = "tuning"
+"""Of a work directory: where the sweep is that chooses settings, see `launch.tune`."""
+
 LOOKS = "looks"
 """Of a work directory: where the seeds that were added by a plan are, see `launch.looks`."""
 
@@ -150,6 +153,11 @@ def load(workdir: str | os.PathLike[str]) -> Experiment:
     folder = paths.as_path(workdir)
     header = ("command", "created", "seeds", "environment")
     sweep = _read_json(folder / "sweep.json", *header, "cells")
+    if not sweep and paths.read(folder / TUNING / "sweep.json"):
+        raise ValueError(
+            f"{folder} has no results yet, its settings are being chosen: "
+            f"--workdir={folder / TUNING} shows them"
+        )
     if not sweep:
         raise ValueError(
             f"{folder} is not a run directory: no sweep.json; start one with "

@@ -50,7 +50,7 @@ def train(
         with cli.user_errors():
             tried = [phases.tuning_seeds, tune.points(phases.grid)]
             runner.check_workdir(workdir, {cell.id: tried for cell in swept}, plan)
-        folder = workdir / tune.FOLDER
+        folder = workdir / run_directory.TUNING
         # What was chosen once stays: the cells have begun to be trained with it.
         retry = {"retry_failed": options.get("retry_failed", False) and not began}
         executor = executor_in(folder)

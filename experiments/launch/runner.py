@@ -77,7 +77,7 @@ def check_workdir(workdir: Any, grids: Mapping[str, Any], looks: Sequence[int] =
     with another grid; and where results have come and the plan of looks was another one.
     """
     # In this order: a launcher that starts just now writes sweep.json before all else.
-    others = [x for x in workdir.glob("[!.]*") if x.name != tune.FOLDER]
+    others = [x for x in workdir.glob("[!.]*") if x.name != run_directory.TUNING]
     before = paths.read_json(workdir / "sweep.json")
     if others and not before:
         raise ValueError(f"{workdir} is not empty and holds no sweep; choose another --workdir")

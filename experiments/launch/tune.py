@@ -19,9 +19,6 @@ from experiments.config import settings, sweep
 from experiments.reporting import formatting
 from experiments.storage import paths
 
-FOLDER = "tuning"
-"""Of the work directory: where the sweep that chooses is."""
-
 FIRST_SEED = 1_000_000
 """Of the sweep that chooses: no other sweep has its seeds."""
 
@@ -183,8 +180,9 @@ def flags(tuned: Mapping[str, Any]) -> str:
 
 def failures(swept: Sequence[sweep.CellSpec]) -> dict[str, str]:
     """By the id of a cell of which no point of the grid was trained to its end, why it fails."""
+    where = f"{run_directory.TUNING}/report.html"
     return {
-        cell.id: f"at no point of the grid was it trained to its end: see {FOLDER}/report.html"
+        cell.id: f"at no point of the grid was it trained to its end: see {where}"
         for cell in swept
         if cell.tuned and cell.tuned["choice"] is None
     }

@@ -48,6 +48,13 @@ def test_the_grid_is_of_values_of_the_settings():
     assert tune.grid(clips, config) == expected
 
 
+def test_a_directory_that_is_being_tuned_says_where_to_look(swept, tmp_path):
+    folder = tmp_path / run_directory.TUNING
+    runner.open_workdir(folder, tune.cells(swept, {RATE: [1e-3, 2e-3]}, 1))
+    with one_line(ValueError, f"being chosen: --workdir={folder} shows them"):
+        run_directory.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     "texts, words",
     [
