@@ -268,8 +268,15 @@ def join(experiments: Sequence[Experiment]) -> Experiment:
     """One experiment with the groups and cells of several, named after their run directories.
 
     It has no claims: those of each are tested by themselves.
+
+    Raises:
+      ValueError: two are of one run directory, whose cells would count twice.
     """
-    names = [experiment.path.resolve().name for experiment in experiments]
+    places = [experiment.path.resolve() for experiment in experiments]
+    if len(set(places)) < len(places):
+        texts = ", ".join(str(experiment.path) for experiment in experiments)
+        raise ValueError(f"a run directory is compared with others: got one twice in {texts}")
+    names = [place.name for place in places]
     if len(set(names)) < len(names):
         names = [str(experiment.path) for experiment in experiments]
     cells = []

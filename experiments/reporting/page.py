@@ -33,7 +33,8 @@ def write_report(
     Returns the path of report.html.
 
     Raises:
-      ValueError: one is not a run directory (see `run_directory.load`); several without `output`.
+      ValueError: one is not a run directory (see `run_directory.load`) or is there twice; several
+        without `output`.
     """
     experiments = [run_directory.load(workdir) for workdir in workdirs]
     if len(experiments) > 1 and output is None:
@@ -258,10 +259,9 @@ def publish(
 def watch(workdirs: Sequence[Path], port: int) -> None:
     """Serves the page until Ctrl-C.
 
-    Raises ValueError as `run_directory.load`, OSError for a taken port.
+    Raises ValueError as `run_directory.load` and `run_directory.join`, OSError for a taken port.
     """
-    for workdir in workdirs:
-        run_directory.load(workdir)
+    _joined([run_directory.load(workdir) for workdir in workdirs])
     state = live.Live(workdirs, functools.partial(live_page, workdirs))
     with live.server(state, port) as server:
         print(f"http://127.0.0.1:{server.server_port}/ (Ctrl-C ends it)", flush=True)

@@ -17,6 +17,7 @@ from experiments.reporting import plots, terminal
 from experiments.reporting.html import TEMPLATES, render
 from experiments.training import attention_maps
 from support import ROOT
+from support.helpers import one_line
 from support.runs import CELLS, DISAGREE, LONGER, SCRIPT, grid, of_picture, write_run
 
 AXES = ["score", "heads", "position"]
@@ -503,6 +504,16 @@ def test_entry_point_without_a_run_ends_in_one_line(tmp_path):
     assert done.stdout == "" and not (tmp_path / "none").exists()
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path}/none is not a run directory: no sweep.json;")
+
+
+def test_a_run_directory_is_not_compared_with_itself(tmp_path):
+    path = write_run(tmp_path / "run", CELLS[:2], layers=1, heads=1)
+    again = path.parent / "run" / ".." / "run"
+    with one_line(ValueError, "compared with others: got one twice in"):
+        report.write_report(path, again, output=tmp_path / "out")
+    with one_line(ValueError, "compared with others: got one twice in"):
+        report.watch([path, again], 0)
+    assert not (tmp_path / "out").exists()
 
 
 def test_importing_is_light_and_leaves_no_flags_behind():
