@@ -31,16 +31,18 @@ def as_path(place: Any) -> Any:
 
     Raises:
       ImportError: a package is missing, which the message names.
-      ValueError: there is no such protocol.
+      ValueError: it is empty, or there is no such protocol.
       StorageError: nothing there can be read.
     """
     if isinstance(place, os.PathLike):
         return Path(place)
     if not isinstance(place, str):
         return place
+    if not place:
+        raise ValueError("a path is empty: give one, such as . for this folder")
     protocol, separator, rest = place.partition("://")
     if not separator:
-        return Path(place)
+        return Path(os.path.expanduser(place))  # a shell leaves the ~ of --workdir=~/runs
     if protocol == "file":
         return Path(rest)
     try:

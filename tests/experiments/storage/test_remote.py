@@ -53,6 +53,7 @@ def fail(monkeypatch, method, error):
 
 def test_a_path_is_remote_where_it_names_a_protocol(run, tmp_path):
     assert paths.as_path("runs/a") == Path("runs/a")
+    assert paths.as_path("~/a") == Path.home() / "a"
     assert paths.as_path(tmp_path) == tmp_path == paths.as_path(f"file://{tmp_path}")
     assert not isinstance(run, Path) and paths.as_path(run) is run
     assert str(paths.as_path("memory://run/a/") / "b") == "memory://run/a/b"
@@ -60,6 +61,8 @@ def test_a_path_is_remote_where_it_names_a_protocol(run, tmp_path):
 
 
 def test_what_a_path_lacks_is_said_in_a_line(run, monkeypatch):
+    with one_line(ValueError, "a path is empty: give one"):
+        paths.as_path("")
     with one_line(ValueError, "s4://bucket/run cannot be used", "s4"):
         paths.as_path("s4://bucket/run")
     monkeypatch.setitem(sys.modules, "gcsfs", None)
