@@ -1,6 +1,6 @@
 """Trains one configuration, all its seeds in one program.
 
-    python -m experiments.train --config=configs/recall.py --workdir=runs/recall
+    python -m experiments.train --config=configs/recall.py --workdir=runs/recall-base
 
 writes config.json, metrics.jsonl, checkpoints/, attention.npz and result.json into the work
 directory. Killed and started again with the same command it goes on from the last checkpoint;
@@ -42,6 +42,9 @@ def main(argv):
         if jax.process_index():
             sys.stdout = open(os.devnull, "w")
         loop.check(config, changed)
+        if paths.read(directory / "sweep.json"):
+            text = f"{directory} holds a sweep, not one training: choose another --workdir"
+            raise ValueError(text)
         loop.check_directory(directory, config)
         loop.claim(directory, config, cores)
         task, _ = build(config)

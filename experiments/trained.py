@@ -1,11 +1,11 @@
 """What was trained, for use in other code: the model and its parameters.
 
     from experiments import trained
-    params = trained.load("runs/recall").params
+    params = trained.load("runs/recall-base").params
 
 and, for code that has no JAX (extra `safetensors`),
 
-    python -m experiments.trained --workdir=runs/recall --output=model.safetensors
+    python -m experiments.trained --workdir=runs/recall-base --output=model.safetensors
 """
 
 import jax
