@@ -45,7 +45,8 @@ def train(
     `runner.train_sweep`.
     """
     swept, expected, plan = phases.swept, phases.expected, phases.looks
-    began = paths.read(workdir / "sweep.json") is not None
+    with cli.user_errors():
+        began = paths.read(workdir / "sweep.json") is not None
     if phases.tuning:
         with cli.user_errors():
             tried = [phases.tuning_seeds, tune.points(phases.grid)]

@@ -131,6 +131,9 @@ def test_mistakes_about_files(tmp_path):
         assert last.startswith("error: ") and message in last
     short = tmp_path / "short.txt"
     short.write_text("too short")
+    done = ablate(f"--config={quick}", f"--workdir={short}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "Not a directory" in done.stderr
     done = ablate(f"--config={quick}", f"--config.task.path={short}", f"--workdir={tmp_path / 'w'}")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert not (tmp_path / "w").exists()
