@@ -83,7 +83,7 @@ def test(
     sides = []
     for claim in claims:
         left, right = (_quantity(claim, side, values) for side in (claim.left, claim.right))
-        names = _names(claim, claim.left) + _names(claim, claim.right)
+        names = quantities(claim)
         bimodal_one = any(name in bimodal for name in names)
         sides.append(_Sides(left, right, bimodal_one, _step(names, values)))
     pairs = list(zip(claims, sides, strict=True))
@@ -126,6 +126,11 @@ def _step(names, values):
     for cell, metric in dict.fromkeys(names):
         of_metric.setdefault(metric, []).extend(values.get((cell, metric), ()))
     return max(map(statistics.smallest_step, of_metric.values()), default=0.0)
+
+
+def quantities(claim: Claim) -> list[tuple[str, str]]:
+    """The cells and metrics that a claim is about; '' is the reported metric."""
+    return _names(claim, claim.left) + _names(claim, claim.right)
 
 
 def _names(claim, side):

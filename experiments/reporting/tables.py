@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from experiments.analysis import comparisons, run_directory
+from experiments.analysis import claim_tests, comparisons, run_directory
 from experiments.reporting import findings, formatting
 
 
@@ -166,6 +166,7 @@ def claims_table(experiments: Sequence[run_directory.Experiment]) -> list[list[s
     table = [[*header, "verdict"]]
     for experiment in experiments:
         where = f"{experiment.path.name}: " if len(experiments) > 1 else ""
+        metrics = {cell.id: cell.result.get("metrics", {}) for cell in experiment.cells}
         for one in comparisons.findings(experiment):
             sides = " and ".join(_side(side) for side in (one.claim.left, one.claim.right))
             if one.claim.metric:
@@ -174,7 +175,7 @@ def claims_table(experiments: Sequence[run_directory.Experiment]) -> list[list[s
             margin = f"{sign} {one.claim.margin:g}".replace("-", "−").replace("± ", "±")
             table.append(
                 [f"{where}{one.claim.says}", sides, _difference(one), margin]
-                + [_stated(one.claim), formatting.p_value(one.p), _verdict(one)]
+                + [_stated(one.claim), formatting.p_value(one.p), _verdict(one, metrics)]
             )
     return table
 
@@ -207,8 +208,16 @@ def _stated(claim):
     return f"{claim.stated[:16].replace('T', ' ')}, {after}"
 
 
-def _verdict(finding):
-    """The verdict; of equivalence with the margin that it is about."""
+def _verdict(finding, metrics):
+    """The verdict; of equivalence with the margin that it is about, else with what is missing."""
+    if finding.verdict == "missing":
+        wanted = dict.fromkeys(claim_tests.quantities(finding.claim))
+        lacks = [
+            f"{cell} has no {metric or 'result'}"
+            for cell, metric in wanted
+            if not metrics.get(cell) or metric not in {"", *metrics[cell]}
+        ]
+        return f"missing: {'; '.join(lacks)}"
     if finding.claim.kind == "equal" and finding.verdict == "contradicted":
         return f"contradicted: not within the margin of {finding.claim.margin:g}"
     return finding.verdict

@@ -85,6 +85,19 @@ def test_it_is_told_when_a_claim_was_first_stated(tmp_path):
     ]
 
 
+def test_it_is_told_what_a_claim_misses(tmp_path):
+    claims = [
+        less("text", "text.score=a", at="test/los", says="a metric that is none"),
+        less("text.score=c", "text", says="a cell that is none"),
+    ]
+    experiment, _ = load(tmp_path, DISAGREE, claims=claims)
+    _, *rows = tables.claims_table([experiment])
+    assert [row[-1] for row in rows] == [
+        "missing: text has no test/los; text.score=a has no test/los",
+        "missing: text.score=c has no result",
+    ]
+
+
 def test_what_was_reached_on_other_splits_has_a_table(tmp_path):
     experiment, rows = load(tmp_path / "longer", LONGER)
     assert tables.splits_table(rows) == [
