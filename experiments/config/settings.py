@@ -292,8 +292,12 @@ SETTINGS: dict[str, Any] = {
 
 
 def config(task: str, **task_settings) -> ConfigDict:
-    """The settings of an experiment on `task`, one of `experiments.tasks.TASKS`."""
-    return ConfigDict({"task": task_config(task, **task_settings), **_defaults(SETTINGS)})
+    """The settings of an experiment on `task`, one of `experiments.tasks.TASKS`.
+
+    It is locked, so that a name that a config file misspells is an error.
+    """
+    settings = {"task": task_config(task, **task_settings), **_defaults(SETTINGS)}
+    return ConfigDict(settings).lock()
 
 
 def _defaults(node):

@@ -257,6 +257,16 @@ def test_the_users_flags_hold_in_every_base():
     assert [cell.config.train.steps for cell in cells] == [3, 3]
 
 
+def test_a_setting_that_a_config_file_misspells_is_an_error():
+    config = base()
+    with pytest.raises(KeyError, match='Did you mean "steps"'):
+        config.train.update(step=2)
+    with pytest.raises(AttributeError, match='Did you mean "num_heads"'):
+        config.model.num_head = 2
+    config.task = settings.task_config("text", context=9)
+    assert config.task.context == 9
+
+
 def test_overrides_check_names_and_types():
     for change, message in [
         ({"model.scor": "dot"}, 'Did you mean "score"'),
