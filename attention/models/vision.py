@@ -167,7 +167,7 @@ class VisionTransformer(nn.Module):
                 c.vocab_size,
                 kernel_init=named(nn.initializers.zeros_init(), "embed", "vocab"),
                 bias_init=named(nn.initializers.zeros_init(), "vocab"),
-                # As of `Embedding.logits`: in bfloat16 a logit near 10 would be a multiple of 1/16.
+                # As in `Embedding.logits`: in bfloat16 a logit near 10 would be a multiple of 1/16.
                 dot_general=functools.partial(product, preferred_element_type=jnp.float32),
                 name="classes",
                 **settings,

@@ -226,14 +226,15 @@ def _load(path, tfds, tfds_records, data_dir, resize, channels):
         parts = files.read_path(path, resize, channels)
     classes, numbers = files.number(parts, tfds or path)
     images = {split: part.images for split, part in parts.items()}
+    trained = set(numbers["train"])
     for split in ("test", "validation"):
         if split not in images:
             _hold_out(split, images, numbers, len(parts["train"].images) // 10)
-    if len(lost := np.setdiff1d(np.arange(len(classes)), numbers["train"])):
+    if lost := trained - set(numbers["train"]):
         raise ValueError(
-            f"of class {classes[lost[0]]!r} no image is left for training, since a tenth of all is "
-            "taken for evaluation: add images of it, or choose those yourself, in folders train, "
-            "val and test"
+            f"of class {classes[min(lost)]!r} no image is left for training, where a tenth of all "
+            "images is taken for evaluation: add images of it, or choose those of evaluation in "
+            "folders train, val and test"
         )
     digest = _digest(classes, {split: (images[split], numbers[split]) for split in images})
     return _Data(images, numbers, classes, digest)
