@@ -78,7 +78,8 @@ def attend(
         and batch axes may be 0.
       key: [..., S, K, D]; H must be a multiple of K, query head h uses key head h // (H/K).
       value: [..., S, K, V].
-      bias: added to the scores, broadcastable to [..., H, T, S].
+      bias: added to the scores, broadcastable to [..., H, T, S]. −inf leaves a pair no weight, but
+        it depends on the kernel whether NaN in its key or value shows: a mask hides that, too.
       mask: bool, True = may attend, broadcastable to [..., H, T, S]; on top of mechanism.mask.
       query_positions, key_positions: [..., T], [..., S] int; 0, 1, 2 ... unless given. Any integer
         dtype; where the array is traced, uint32 must be below 2³¹.
