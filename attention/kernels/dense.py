@@ -222,7 +222,11 @@ def prepare(
         position, own, key, tile.key_positions, "key", of_key, tile.key_coordinates
     )
     gates = [gates_of(x, "score") for x in (query_gates, key_gates)]
-    features, key_features = prepared(mechanism.score, params["score"], turned, key_turned, *gates)
+    features, key_features = (
+        # Under x64 what a part makes of whole numbers is float64; hash codes stay whole.
+        x.astype(wide) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        for x in prepared(mechanism.score, params["score"], turned, key_turned, *gates)
+    )
     # The square of a huge number is not finite either.
     bad_query |= _non_finite(features)
     features = _without(bad_query, features)
@@ -254,7 +258,8 @@ def score(mechanism: Mechanism, inputs: Inputs, tile: Tile) -> Array:
     decayed = position.decay(own, scores, inputs.features, inputs.key_features, tile)
     scores = scores if decayed is None else decayed
     term = position.tile(own, inputs.query, inputs.key, tile)
-    return scores if term is None else scores + term
+    scores = scores if term is None else scores + term
+    return scores.astype(accumulator(inputs.query.dtype))
 
 
 def _with_gates_of(inputs, tile, kind):
@@ -268,7 +273,8 @@ def mix(mechanism: Mechanism, inputs: Inputs, weights: Array, tile: Tile) -> Arr
     out = weights @ inputs.value
     own = inputs.params["position"]
     term = mechanism.position.mix(own, weights, _with_gates_of(inputs, tile, "position"))
-    return out if term is None else out + term
+    out = out if term is None else out + term
+    return out.astype(accumulator(inputs.value.dtype))
 
 
 def attend_rows(
@@ -302,7 +308,7 @@ def attend_rows(
     of_normalizer = inputs.params["normalizer"]
     if (gates := gates_of(inputs.query_gates, "normalizer")) is not None:
         of_normalizer = mechanism.normalizer.of_rows(of_normalizer, gates)
-    weights = mechanism.normalizer.weights(of_normalizer, logits)
+    weights = mechanism.normalizer.weights(of_normalizer, logits).astype(logits.dtype)
     weights = jnp.where(visible, weights, 0)  # stops what a huge masked value sends back
 
     dropped = weights

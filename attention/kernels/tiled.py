@@ -665,7 +665,7 @@ def _weigh(plan, data, piece, row, start, masked, statistic):
     visible = _visible(plan, data, tile, row, start) if masked else None
     logits = tile_logits(plan, piece, tile, visible)
     params = piece.inputs.params["normalizer"]
-    weights = plan.mechanism.normalizer.weight(params, logits, statistic)
+    weights = plan.mechanism.normalizer.weight(params, logits, statistic).astype(logits.dtype)
     if visible is not None:
         weights = jnp.where(visible, weights, 0)  # stops what a huge masked value sends back
     return tile, logits, weights

@@ -923,3 +923,55 @@ def test_own_score():
     assert attention.parse(
         "score", f"soft_cap({Manhattan.__module__}.Manhattan, cap=3)"
     ) == scores.SoftCap(Manhattan(), 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class WideScore(attention.Score):
+    def prepare(self, params, query, key):
+        return query * jnp.float64(1), key * jnp.float64(1)
+
+    def tile(self, params, query, key, tile):
+        return query @ key + jnp.cos(tile.distance)
+
+
+@dataclasses.dataclass(frozen=True)
+class WidePosition(attention.Position):
+    def rotate(self, params, x, positions, side, gates=None, coordinates=None):
+        return x * jnp.cos(positions)[:, None]
+
+    def decay(self, params, scores, query, key, tile):
+        return scores * jnp.exp(-abs(tile.distance))
+
+    def tile(self, params, query, key, tile):
+        return jnp.cos(tile.distance)
+
+    def mix(self, params, weights, tile):
+        return weights @ jnp.cos(tile.key_positions)[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class WideNormalizer(attention.Normalizer):
+    def statistic(self, params, logits):
+        return jnp.float64(1) + jnp.sum(logits > -jnp.inf, axis=-1)
+
+    def weight(self, params, logits, statistic):
+        return jax.nn.relu(logits) / statistic[:, None]
+
+
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        Mechanism(score=WideScore()),
+        Mechanism(position=WidePosition()),
+        Mechanism(normalizer=WideNormalizer()),
+    ],
+    ids=str,
+)
+def test_own_part_of_another_dtype(mechanism, x64):
+    """Under x64 functions of whole numbers are float64; scores of float32 inputs stay float32."""
+    arrays = init(mechanism), *qkv(dtype="float32")
+    by_kernel = [
+        value_and_vjp(functools.partial(attend, mechanism, implementation=kernel))(*arrays)
+        for kernel in ("dense", "tiled")
+    ]
+    assert_close(*by_kernel)
