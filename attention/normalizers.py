@@ -245,20 +245,35 @@ def _threshold(z, solve):
 
 @dataclasses.dataclass(frozen=True)
 class Hardmax(Normalizer):
-    """w_ij = 1 for the highest score of the row, shared equally by ties: the exact lookup.
+    """w_ij = 1 for the highest score of the row, shared by scores that equal it but for rounding.
 
-    The limit of softmax at temperature 0. Its weights are constant almost everywhere: the true
-    gradient to query and key is 0, and only the value learns.
+    The exact lookup, the limit of softmax at temperature 0. Its weights are constant almost
+    everywhere: the true gradient to query and key is 0, and only the value learns.
     """
 
     def statistic(self, params, logits):
-        top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, initial=-jnp.inf))
-        return top, jnp.sum(logits == top[:, None], axis=-1)
+        logits = jax.lax.stop_gradient(logits)
+        least = _below(logits, jnp.max(logits, axis=-1, initial=-jnp.inf))
+        return least, jnp.sum(_at_least(logits, least) > -jnp.inf, axis=-1)
 
     def weight(self, params, logits, statistic):
-        top, ties = statistic
-        best = (logits == top[:, None]) & (logits > -jnp.inf)
+        least, ties = statistic
+        best = _at_least(logits, least) > -jnp.inf
         return best / jnp.maximum(ties, 1)[:, None].astype(logits.dtype)
+
+
+def _below(logits, score):
+    """[t]: midway between a score of each row and the next lower one.
+
+    A program may compute scores once more with other digits: then none is as high as `score`.
+    """
+    rounding = 32 * jnp.finfo(logits.dtype).eps * jnp.abs(score)
+    lower = logits < (score - rounding)[:, None]
+    return score / 2 + jnp.max(logits, axis=-1, initial=-jnp.inf, where=lower) / 2
+
+
+def _at_least(logits, least):
+    return jnp.where(logits >= least[:, None], logits, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,8 +367,8 @@ class TokenEntmax(Entmax):
 class TopK(Normalizer):
     """Softmax over the k largest scores of a row, 0 for the others.  Zhao et al. 2019.
 
-    Scores that equal the k-th largest all count. The choice of keys is constant almost everywhere:
-    a score that is not among the k gets no gradient.
+    Scores that equal the k-th largest, but for rounding, all count. The choice of keys is constant
+    almost everywhere: a score that is not among the k gets no gradient.
     """
 
     k: int = 8
@@ -362,17 +377,14 @@ class TopK(Normalizer):
         check_counts(self, k=1)
 
     def statistic(self, params, logits):
-        largest = jax.lax.top_k(jax.lax.stop_gradient(logits), min(self.k, logits.shape[-1]))[0]
-        least = largest[:, -1]
+        constant = jax.lax.stop_gradient(logits)
+        largest = jax.lax.top_k(constant, min(self.k, logits.shape[-1]))[0]
+        least = _below(constant, largest[:, -1])
         return least, Softmax().statistic({}, _at_least(logits, least))
 
     def weight(self, params, logits, statistic):
         least, of_softmax = statistic
         return Softmax().weight({}, _at_least(logits, least), of_softmax)
-
-
-def _at_least(logits, least):
-    return jnp.where(logits >= least[:, None], logits, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Normalisers: each against its formula, the sparse ones with τ found by bisection."""
 
+import functools
 import math
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attention import Mechanism, OnlineNormalizer, attend, masks, normalizers, scores
+from attention import Mechanism, OnlineNormalizer, attend, masks, normalizers, positions, scores
 from support.formulas import (
     KEY_POSITIONS,
     PLACES,
@@ -26,6 +27,7 @@ from support.formulas import (
     softmax,
     weights,
 )
+from support.kernels import arrays
 from support.marks import slow_but
 
 
@@ -323,6 +325,18 @@ def test_hardmax_looks_up():
 def test_hardmax_shares_between_ties():
     weights = of_scores(normalizers.Hardmax(), [1.0, 3.0, -2.0, 3.0, 3.0, 0.0])
     np.testing.assert_allclose(weights, [0, 1 / 3, 0, 1 / 3, 1 / 3, 0], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+@pytest.mark.parametrize("normalizer", [normalizers.Hardmax(), normalizers.TopK(1)], ids=str)
+def test_one_score_stays_where_it_is_computed_anew(normalizer, implementation):
+    """XLA may round a score in the weights otherwise than in the maximum."""
+    score = scores.SoftCap(scores.ScaledDot(), 5.0)
+    mechanism = Mechanism(score, positions.FIRE(), masks.Causal(), normalizer)
+    params, query, key, value, *_ = arrays(mechanism, T=40, S=40, dtype="float64")
+    attended = functools.partial(attend, mechanism, implementation=implementation)
+    out = jax.jit(attended)(params, query, key, np.ones_like(value))
+    np.testing.assert_allclose(out, 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["sparsemax", "entmax"])
