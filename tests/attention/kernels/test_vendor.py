@@ -342,7 +342,7 @@ def test_every_bias_has_its_gradient(handed, examples):
     assert (want[0, 0, 1, :3] == 0).all() and (got[0, 0, 1, :3] == 0).all()
 
 
-def by_lse(query, key, value, bias, mask, *, scale, is_causal, **options):
+def by_lse(query, key, value, bias, mask, *, scale, is_causal, key_value_seq_lengths, **_):
     """out, lse as of cuDNN: jax.nn adds a mask to the bias, and gradients are by the lse alone."""
     dtype, neg = query.dtype, {"bfloat16": -(2.0**41), "float16": -(2.0**15)}
     bias += jnp.where(mask, 0, neg[dtype.name]).astype(dtype)
@@ -352,6 +352,9 @@ def by_lse(query, key, value, bias, mask, *, scale, is_causal, **options):
     logits = logits * scale + bias
     if is_causal:
         logits = jnp.where(np.tri(*logits.shape[2:]), logits, -jnp.inf)
+    if key_value_seq_lengths is not None:
+        real = np.arange(key.shape[1]) < key_value_seq_lengths[:, None, None, None]
+        logits = jnp.where(real, logits, -jnp.inf)
 
     @jax.custom_vjp
     def weights(logits, lse):
@@ -375,19 +378,15 @@ def by_lse(query, key, value, bias, mask, *, scale, is_causal, **options):
 @pytest.mark.parametrize("mask", [masks.Causal(), masks.SlidingWindow(2, 3)], ids=str)
 def test_rows_of_huge_biases(handed, monkeypatch, mask, dtype, low):
     """A row of −1e9 is one of 0 with another lse, and a hidden number counts nowhere."""
-
-    def fused(*arrays, implementation, **options):
-        return by_lse(*arrays, **options)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_lse)
     inputs = [x[:, :6].astype(dtype) for x in SMALL]
     bias = np.array(BIAS[..., :6].astype(dtype))
     bias[0, 1, 3] = 0
     shown = np.ones((1, 4, 6, 6), bool)
-    hidden = np.s_[0, [1, 2, 3], [3, 2, 4], [1, 0, 2]]
-    shown[hidden] = False
+    shown[0, [1, 2, 3], [3, 2, 4], [1, 0, 2]] = False
+    hidden = np.s_[0, [1, 2, 3, 0], [3, 2, 4, 0], [1, 0, 2, 5]]
     huge = put(bias, np.s_[0, 1, 3], low)
-    huge[hidden] = 0, -low, low
+    huge[hidden] = 0, -low, low, -low
 
     def run(implementation, bias):
         def attended(*arrays):
@@ -402,6 +401,27 @@ def test_rows_of_huge_biases(handed, monkeypatch, mask, dtype, low):
     assert_close((got, out), (want, plain_out), 0.03)
     offset = put(np.zeros(lse.shape, "float32"), np.s_[:, 3, 1], np.asarray(low, dtype))
     np.testing.assert_allclose(lse, plain_lse + offset, rtol=1e-6, atol=0.03)
+
+
+def test_a_huge_bias_that_examples_of_several_lengths_share(handed, monkeypatch):
+    """It stays shared, so that it has a gradient, and above what a mask hides."""
+    shapes = []
+
+    def fused(query, key, value, bias, mask, **options):
+        shapes.append(bias.shape)
+        return by_lse(query, key, value, bias, mask, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    shown = np.ones((1, 1, 6, 8), bool)
+    shown[..., 1] = False
+    huge = put(BIAS, np.s_[0, 1, 3], -3e38)
+    options = {"mask": shown, "key_value_seq_lengths": np.array([3, 8])}
+    got, want = (
+        dot_product_attention(*SMALL, huge, **options, implementation=name)
+        for name in ("cudnn", "dense")
+    )
+    assert shapes == [BIAS.shape]
+    assert_close(got, want, 0.03)
 
 
 @pytest.mark.parametrize("with_mask", [False, True], ids=["causal", "mask"])
