@@ -229,6 +229,15 @@ def test_every_link_leads_somewhere(page):
             assert anchor in headings(path.read_text("utf-8")), f"{link}: no such heading"
 
 
+@pytest.mark.parametrize("page", ["docs/benchmarks.md", "docs/kernels.md", "docs/translation.md"])
+def test_what_the_guide_quotes_stands_in_the_results(page):
+    text, results = DOCUMENTS[page], DOCUMENTS[page.replace("docs/", "results/")]
+    _, _, quoted = text.rpartition(f"](../results/{page.removeprefix('docs/')})")
+    table = re.search(r"^\|.*?(?=\n\n|\Z)", quoted, re.DOTALL | re.MULTILINE)[0]
+    numbers = re.findall(r"\d+\.\d+", table)
+    assert numbers and [x for x in numbers if x not in results] == []
+
+
 def test_every_target_of_make_is_one():
     makefile = (ROOT / "Makefile").read_text()
     for page, text in DOCUMENTS.items():
