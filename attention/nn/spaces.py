@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attention import scores
 from attention.decoding import Cache, QueryRotation
 from attention.kernels import products
 from attention.mechanism import Mechanism
@@ -229,12 +230,15 @@ def joined(cache: Cache, position: RotatedBlocks) -> Cache:
 
 
 def query_scale(mechanism: Mechanism, width: int, setting: str) -> float:
-    """c of scores c · q · k of vectors of a width, before a soft cap.
+    """c of scores c · q · k of vectors of a width, before soft caps and factors around them.
 
     Raises ValueError, naming the setting, where a mechanism's scores are nothing of the kind, or
     its position reads queries and keys besides turning them.
     """
-    product = products.product_of(Mechanism(mechanism.score), width, width)
+    score = mechanism.score
+    while isinstance(score, scores.Scale | scores.SoftCap):
+        score = score.score
+    product = products.product_of(Mechanism(score), width, width)
     if isinstance(product, str) or product.scale is None:
         raise ValueError(
             f"{setting} needs a score of query and key alone, such as scaled_dot, got "

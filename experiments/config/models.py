@@ -56,7 +56,10 @@ def _check_clip(threshold, m, parts):
             )
     width = m.head_dim or max(1, m.model_dim // m.num_heads)
     for score in _scores(m, parts["score"]):
-        if isinstance(score, attention.scores.SoftCap):
+        inner = score
+        while isinstance(inner, attention.scores.Scale):
+            inner = inner.score
+        if isinstance(inner, attention.scores.SoftCap):
             raise ValueError(
                 f"optimizer.qk_clip={threshold} reads the largest score after its cap, "
                 f"{attention.parsing.unparse(score)}, and would clip by a wrong factor: leave one "

@@ -224,6 +224,18 @@ def test_what_reads_keys_themselves_has_no_latent(mechanism, words):
         MultiHeadAttention(2, mechanism, kv_rank=3).init(jax.random.key(0), np.ones((1, 2, 8)))
 
 
+@pytest.mark.parametrize("changes", [{"kv_rank": 3}, {"head_mix": "talking"}])
+def test_a_factor_and_a_cap_around_a_score_are_no_hindrance(changes):
+    x = normal(0, 2, 5, 8)
+    score = scores.Scale(scores.SoftCap(scores.Scale(scores.Dot(), 0.2), 2.0), 3.0)
+    layers = [
+        MultiHeadAttention(2, dataclasses.replace(ROPE, score=score), **changes)
+        for score in (score, scores.SoftCap(scores.ScaledDot(0.6), 6.0))  # the same function
+    ]
+    variables = random_params(layers[0].init, x, scale=0.5)
+    np.testing.assert_allclose(*(layer.apply(variables, x) for layer in layers), atol=1e-5)
+
+
 @pytest.mark.parametrize("sizes, words", [
     ({"rotary_dim": 3}, ["of a head 3 numbers turn here, which is rotary_dim or half of head_dim"]),
     ({"head_dim": 6}, ["of a head 3 numbers turn here"]),

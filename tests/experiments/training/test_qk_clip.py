@@ -98,6 +98,7 @@ def test_runs_of_what_is_around_attention(tmp_path):
 @pytest.mark.parametrize("changes, words", [
     ({"model.qk_norm": "rms"}, ["optimizer.qk_clip=2.0", "which model.qk_norm='rms' prevents"]),
     ({"model.score": "soft_cap(scaled_dot, 5)"}, ["soft_cap(scaled_dot, 5), and would"]),
+    ({"model.score": "scale(soft_cap(dot, 5), 2)"}, ["scale(soft_cap(dot, 5), 2), and would"]),
     ({"model.head_mix": "talking"}, ["which model.head_mix='talking' prevents"]),
     ({"model.score": "additive(8)"}, ["optimizer.qk_clip needs a score of", "additive(8)"]),
     ({"model.layers": "layer + layer(score=cosine)"}, ["optimizer.qk_clip needs", "score=cosine"]),
