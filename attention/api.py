@@ -106,7 +106,7 @@ def attend(
         'row_weights' [..., H, R, S]: those of the queries `weight_rows` alone,
         'lse' [..., T, H] = log Σ_j exp(s_ij) over visible keys,
         'row_max' [..., T, H] = max_j s_ij, a constant for derivatives,
-        'entropy' [..., T, H] = −Σ_j w_ij log w_ij in nats,
+        'entropy' [..., T, H] = −Σ_j w_ij log w_ij in nats, NaN where a weight is below 0,
         'column_sums' [..., S, H] = Σ_i w_ij.
       weight_rows: [R] int, indices of queries; NaN for those that are traced and none.
       non_finite: [..., S, K], [..., S, K] bool, which keys and which values were not finite, all of

@@ -358,8 +358,9 @@ def sees(bad: NonFinite, visible: Array) -> Array:
 
 
 def entropy(weights: Array) -> Array:
-    """−Σ_j w_ij log w_ij of the columns given, in nats: [t, s] -> [t]."""
-    return -jnp.sum(weights * jnp.log(jnp.where(weights > 0, weights, 1)), axis=-1)
+    """−Σ_j w_ij log w_ij of the columns given, in nats, NaN where one is below 0: [t, s] -> [t]."""
+    terms = weights * jnp.log(jnp.where(weights > 0, weights, 1))
+    return -jnp.sum(jnp.where(weights < 0, jnp.nan, terms), axis=-1)
 
 
 def drop(weights: Array, key_data: Array, rate: float, tile: Tile) -> Array:

@@ -30,11 +30,12 @@ def pack(
 
     - 'cells': by cell and example {kind of attention: map}. A map has 'shape' [L, H, T, S], 'query'
       and 'key', numbers in 'tokens', 'entropy' of the heads that each layer has (of all that the
-      example had), 'largest', its largest weight, and 'bytes', those of round(255 √(w / largest)),
-      by zlib and base64; 'layers', what each is, where they differ. Where keys are patches of a
-      picture it also has 'picture', a number in 'pictures', 'grid', its rows and columns of
-      patches, 'truth', 'prediction', 'pooled', [name, start, stop] of the queries that its pooled
-      one is the mean of, and 'rollout', {'largest', 'bytes'} [T, S], of patches on patches;
+      example had; None where a weight is below 0), 'largest', its largest weight, and 'bytes',
+      those of round(255 √(w / largest)), by zlib and base64; 'layers', what each is, where they
+      differ. Where keys are patches of a picture it also has 'picture', a number in 'pictures',
+      'grid', its rows and columns of patches, 'truth', 'prediction', 'pooled', [name, start, stop]
+      of the queries that its pooled one is the mean of, and 'rollout', {'largest', 'bytes'} [T, S],
+      of patches on patches;
     - 'tokens': lists of tokens; 'pictures': PNG as data URIs;
     - 'block': the most patches to a side that are shown as one, where a picture has more than
       `LONGEST`: keys by the sum of their weights, queries by the mean; else 1;
@@ -109,8 +110,7 @@ def _map(cell, kind, one, group):
         "query": _number(shown.query, group["tokens"]),
         "key": _number(shown.key, group["tokens"]),
         "entropy": [
-            np.round(_entropy(np.nan_to_num(w[:, start:], posinf=0.0)), 3).tolist()
-            for w in attention_maps.heads(one)
+            _entropy(np.nan_to_num(w[:, start:], posinf=0.0)) for w in attention_maps.heads(one)
         ],
         **_levels(shown.weights),
         **({"layers": names} if names else {}),
@@ -178,11 +178,13 @@ def _png(pixels):
 
 
 def _entropy(weights):
-    """The mean over the queries [H, T, S] that give some weight, in nats: [H]."""
+    """The mean over the queries [H, T, S] that give some weight, in nats; None: one is below 0."""
     total = weights.sum(-1)
     p = weights / np.where(total > 0, total, 1)[..., None]
     entropy = -np.sum(p * np.log(np.where(p > 0, p, 1)), -1)
-    return np.sum(entropy, -1) / np.maximum(np.sum(total > 0, -1), 1)
+    means = np.sum(entropy, -1) / np.maximum(np.sum(total > 0, -1), 1)
+    below_zero = (weights < 0).any((1, 2))
+    return np.where(below_zero, None, np.round(means.astype(float), 3)).tolist()
 
 
 def _number(value, values):

@@ -68,9 +68,10 @@ def totals(by_kind: Mapping[str, Sequence[jax.Array]], batch: Mapping[str, Any])
     """By kind what `means` divides: sums and counts of queries [H] of each layer's on `batch`.
 
     With p_ij = w_ij / Σ_j w_ij, 'entropy' is −Σ_j p_ij log p_ij in nats of all queries that give
-    some weight, and 'first_token' w_i1, what a query gives to the first key (Xiao et al. 2024,
-    fig. 2).  Padded queries do not count: those behind the last prediction that does.  Nor does in
-    self-attention of texts the first query, which may have nothing else to look at.
+    some weight, nan where a weight is below 0, and 'first_token' w_i1, what a query gives to the
+    first key (Xiao et al. 2024, fig. 2).  Padded queries do not count: those behind the last
+    prediction that does.  Nor does in self-attention of texts the first query, which may have
+    nothing else to look at.
     'object_share' of the words of a caption is what `grounding.shares` says.
     """
     measured = {}
@@ -98,16 +99,18 @@ def _totals(w, rows):
     """Of the weights [B, H, T, S] of a layer, of the queries `rows` [B, T]."""
     total = w.sum(-1)
     p = w / jnp.where(total > 0, total, 1)[..., None]
+    below_zero = (w < 0).any(-1)
     entropy = -jnp.sum(p * jnp.log(jnp.where(p > 0, p, 1)), -1)
-    rows = jnp.broadcast_to(rows[:, None], total.shape)  # [B, H, T]
+    entropy = jnp.where(below_zero, jnp.nan, entropy)
+    rows = jnp.broadcast_to(rows[:, None], total.shape) > 0  # [B, H, T]
     return {
-        "entropy": _sums(entropy, rows * (total > 0)),
+        "entropy": _sums(entropy, rows & (below_zero | (total > 0))),
         "first_token": _sums(w[..., 0], rows),
     }
 
 
 def _sums(x, rows):
-    return jnp.sum(x * rows, (0, 2)), jnp.sum(rows, (0, 2))
+    return jnp.sum(jnp.where(rows, x, 0), (0, 2)), jnp.sum(rows, (0, 2), x.dtype)
 
 
 def means(measured: Any) -> Any:

@@ -755,6 +755,17 @@ def test_aux():
     assert isinstance(attend(Mechanism(), NO_PARAMS, query, key, value), jax.Array)
 
 
+@pytest.mark.parametrize("implementation", ["dense", "tiled"])
+def test_weights_below_zero_have_no_entropy(implementation):
+    mechanism = Mechanism(scores.Dot(), normalizer=normalizers.Unnormalized())
+    query, key = np.array([[[0.5]], [[-1.0]]]), np.array([[[0.5]], [[1.0]]])
+    _, aux = attend(
+        mechanism, NO_PARAMS, query, key, key, aux=("entropy",), implementation=implementation
+    )
+    wanted = [-(0.25 * math.log(0.25) + 0.5 * math.log(0.5)), np.nan]
+    np.testing.assert_allclose(aux["entropy"][:, 0], wanted, rtol=1e-6)
+
+
 # Sizes of 0, and those known only when an exported program runs.
 
 

@@ -36,7 +36,8 @@ function draw(canvas, { T, S, levels: own, largest: ownLargest }, scale, largest
 const layerName = (map, layer) =>
   map.layers ? `${layer + 1}: ${map.layers[layer]}` : `${layer + 1}`;
 
-const nats = entropy => `${entropy.toFixed(2)} nats`;
+const digits = entropy => entropy === null ? "–" : entropy.toFixed(2);  // null: weights below 0
+const nats = entropy => `${digits(entropy)} nats`;
 
 // Query i of the tokens `from` in the tokens `to` (numbers of lists), by its name; −1 for none.
 const sameToken = (data, from, to, i) =>
@@ -147,7 +148,7 @@ class Explorer {
       const button = make(
         "button",
         { type: "button", title: name, "aria-label": name, "aria-pressed": l === layer && h === head },
-        small(one), make("span", {}, `${l + 1}.${h + 1} · ${one.entropy.toFixed(2)}`));
+        small(one), make("span", {}, `${l + 1}.${h + 1} · ${digits(one.entropy)}`));
       button.onclick = () => this.set({ layer: l, head: h });
       heads.append(button);
     }
@@ -301,7 +302,7 @@ class Explorer {
         "button",
         { type: "button", title: name, "aria-label": name,
           "aria-pressed": id === state.cell || id === state.other },
-        drawing, make("span", {}, label), make("span", {}, one.entropy.toFixed(2)));
+        drawing, make("span", {}, label), make("span", {}, digits(one.entropy)));
       button.onclick = () => this.set({ other: id });
       items.push([button, drawing, one, map]);
     }

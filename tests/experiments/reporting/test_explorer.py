@@ -65,6 +65,16 @@ def test_a_weight_that_is_no_number_is_none(tmp_path):
     json.dumps(packed, allow_nan=False)
 
 
+def test_weights_below_zero_have_no_entropy(tmp_path):
+    (cell, *_) = run_directory.load(write_run(tmp_path, CELLS[:1])).cells
+    weights = np.full((1, 2, 2, 2), 0.5, np.float32)
+    weights[0, 1, 1] = -1, 2
+    maps = [{"self": attention_maps.Map(weights, ["a", "b"], ["a", "b"])}]
+    (cell.path / "attention.npz").write_bytes(attention_maps.dump(maps))
+    (packed,) = explorer.pack([[cell]])
+    assert packed["cells"]["text"][0]["self"]["entropy"] == [[0.693, None]]
+
+
 def test_a_small_budget_keeps_first_examples_of_all(tmp_path):
     cells = run_directory.load(write_run(tmp_path, CELLS[:3])).cells
     for cell in cells:

@@ -87,6 +87,15 @@ def test_entropy_and_first_token_are_those_of_the_definition():
     np.testing.assert_allclose(by_one["first_token"], first, rtol=1e-5)
 
 
+def test_weights_below_zero_have_no_entropy():
+    """But where they are of queries that do not count."""
+    w = np.full((1, 1, 3, 4, 4), 0.5, np.float32)
+    w[0, 0, 1, 2, 0], w[0, 0, 2, 3, 0] = -1, -1  # the last query is padding
+    batch = {"inputs": np.zeros((1, 4), np.int32), "weights": np.array([[1, 1, 1, 0]])}
+    (entropy,) = measure({"self": list(w)}, batch)["self"]["entropy"]
+    np.testing.assert_allclose(entropy, [np.log(4), np.nan, np.log(4)], rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["encoder", "decoder", "cross"])
 def test_padded_queries_do_not_count(kind):
     _, few = pairs()
