@@ -33,8 +33,9 @@ def covered(boxes: jax.Array, height: int, width: int, patches: int) -> jax.Arra
 def shares(weights: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Sums and counts [H], over the words that name an object, of Σ_s p_ts · covered_s of its box.
 
-    p_ts = w_ts / Σ_s w_ts. `weights` [B, H, T, S] are of words to patches; `batch` has 'images',
-    'boxes' and 'objects', see `experiments.tasks.captions.Captions`.
+    p_ts = w_ts / Σ_s w_ts; nan where a weight of such a word is below 0. `weights` [B, H, T, S] are
+    of words to patches; `batch` has 'images', 'boxes' and 'objects', see
+    `experiments.tasks.captions.Captions`.
     """
     _, height, width, _ = batch["images"].shape
     area = covered(batch["boxes"], height, width, weights.shape[-1])
@@ -43,7 +44,8 @@ def shares(weights: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[jax.Arra
     names = jnp.broadcast_to((objects >= 0)[:, None], weights.shape[:-1])
     total = weights.sum(-1)
     share = jnp.einsum("BHTS,BTS->BHT", weights, own) / jnp.where(total > 0, total, 1)
-    return jnp.sum(share * names, (0, 2)), jnp.sum(names, (0, 2))
+    share = jnp.where((weights < 0).any(-1), jnp.nan, share)
+    return jnp.sum(jnp.where(names, share, 0), (0, 2)), jnp.sum(names, (0, 2))
 
 
 def metrics(

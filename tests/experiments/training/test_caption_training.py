@@ -185,6 +185,11 @@ def test_share_on_the_named_object_by_hand():
     total, counts = grounding.shares(weights, batch)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
     assert counts.tolist() == [count, count]
+    (b, *_), (t, *_) = np.nonzero(objects >= 0)
+    weights[b, 1, t, 0] = -1
+    weights[:, 0, :, 0] = np.where(objects < 0, -1, weights[:, 0, :, 0])  # of words that count not
+    total, _ = grounding.shares(weights, batch)
+    np.testing.assert_allclose(total, [expected[0], np.nan], rtol=1e-5)
 
 
 def test_best_head_is_chosen_on_validation():
