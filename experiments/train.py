@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from experiments import tasks
 from experiments.config.models import build
-from experiments.launch import cli, machine
+from experiments.launch import cells, cli, machine
 from experiments.launch.interrupts import Stop, Stopped
 from experiments.launch.progress import Progress
 from experiments.reporting import formatting
@@ -56,13 +56,18 @@ def main(argv):
         first = jax.process_index() == 0
         lease = leases.Lease(directory) if first else contextlib.nullcontext()
         try:
-            with lease, stop, Progress(cells=1) as progress:
+            with cells.naming_full_disk(directory), lease, stop, Progress(cells=1) as progress:
                 cell = progress.cell(str(directory))
                 with mirrors.mirror(directory, stop) as here:
                     result = loop.train(config, here, cell, stop, tensorboard=_TENSORBOARD.value)
                 loop.write(path, json.dumps(result, indent=2))
                 cell.finish(f"trained in {result['train_seconds']} s")
-        except (leases.LeaseHeldError, paths.StorageError, FloatingPointError) as error:
+        except (
+            cells.DiskFull,
+            leases.LeaseHeldError,
+            paths.StorageError,
+            FloatingPointError,
+        ) as error:
             cli.fail(error)
         except (Stopped, KeyboardInterrupt):
             cli.leave(stop)

@@ -4,13 +4,14 @@ Every executor runs `run_cell`, in a process on whatever machine; all that a cel
 is in its folder.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
 import math
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,21 @@ class Job:
 
 class DiskFull(Exception):
     """Nothing more can be written; what was trained since the last checkpoint is lost."""
+
+
+@contextlib.contextmanager
+def naming_full_disk(workdir: Any) -> Iterator[None]:
+    """Raises `DiskFull` where a training in `workdir` finds the disk full."""
+    try:
+        yield
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        disk = workdir if isinstance(workdir, Path) else tempfile.gettempdir()
+        raise DiskFull(
+            f"the disk of {disk} is full: free some space; the same command goes on from the last "
+            "checkpoint"
+        ) from error
 
 
 def folder(workdir: Any, id: str) -> Any:
@@ -77,24 +93,15 @@ def run_cell(
       DiskFull: nothing was written.
     """
     directory = folder(workdir, job.id)
-    try:
-        with leases.Lease(directory):
-            if result := outcome(directory, job.until):
-                progress.finish("done by another process")
-                return result
-            waited = compiled()
-            result = _train(directory, job, progress, stop)
-            if result["status"] == "done":
-                result["compile_seconds"] = round(waited + result["compile_seconds"], 2)
-            write_result(directory, result)
-    except Exception as error:
-        if disk_full(error):
-            disk = workdir if isinstance(workdir, Path) else tempfile.gettempdir()
-            raise DiskFull(
-                f"the disk of {disk} is full: free some space; the same command goes on from "
-                "the last checkpoint"
-            ) from error
-        raise
+    with naming_full_disk(workdir), leases.Lease(directory):
+        if result := outcome(directory, job.until):
+            progress.finish("done by another process")
+            return result
+        waited = compiled()
+        result = _train(directory, job, progress, stop)
+        if result["status"] == "done":
+            result["compile_seconds"] = round(waited + result["compile_seconds"], 2)
+        write_result(directory, result)
     progress.finish(line(result))
     return result
 

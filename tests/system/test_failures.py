@@ -153,7 +153,8 @@ def sweep_rate():
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_the_sweep_and_it_goes_on_with_space(config, tmp_path):
+@pytest.mark.parametrize("module, cell", [("ablate", "cells/base"), ("train", "")])
+def test_a_full_disk_stops_a_training_and_it_goes_on_with_space(config, tmp_path, module, cell):
     disk = tmp_path / "disk"
     disk.mkdir()
 
@@ -163,14 +164,15 @@ def test_a_full_disk_stops_the_sweep_and_it_goes_on_with_space(config, tmp_path)
     if not mount("-t", "tmpfs", "-o", "size=300k", "tmpfs"):
         pytest.skip("only root may mount a small disk")
     try:
-        flags = [f"--config={config}", "--sweep=", f"--workdir={disk / 'work'}"]
+        flags = [f"--config={config}", f"--workdir={disk / 'work'}"]
+        flags += ["--sweep="] if module == "ablate" else []
         flags += ["--config.train.steps=200", "--config.train.checkpoint_every=20"]
-        full = ablate(*flags)
+        full = ablate(*flags, module=module)
         assert full.returncode == 1, full.stdout
         assert "is full: free some space; the same command goes on" in full.stderr
-        assert not (disk / "work/cells/base/result.json").exists()
+        assert not (disk / "work" / cell / "result.json").exists()
         assert mount("-o", "remount,size=50m")
-        again = ablate(*flags)
+        again = ablate(*flags, module=module)
         assert again.returncode == 0, again.stderr
     finally:
         subprocess.run(["umount", str(disk)], check=True)
