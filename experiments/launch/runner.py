@@ -251,6 +251,8 @@ def train_sweep(
     if not todo and _claimed(workdir) != claims.describe(expected):
         with cli.user_errors():
             changed = open_workdir(workdir, swept, expected, looks=looks)
+    if changed:
+        _drop_report(workdir)
     if not todo and not changed and (workdir / "report.html").exists():
         terminal.show(comparisons.summarize(run_directory.load(workdir)))
         print(f"all {len(swept)} cells were done already: {workdir / 'report.html'}")
@@ -263,6 +265,7 @@ def train_sweep(
                 for job in todo:
                     cells.forget(cells.folder(workdir, job.id), retried)
                 open_workdir(workdir, swept, expected, executor.threads, looks)
+                _drop_report(workdir)
             print(f"{len(todo)} of {len(swept)} cells to train in {workdir}", flush=True)
             for text in tasks.summaries(tasks.create(cell.config.task) for cell in swept):
                 print(text, flush=True)
@@ -274,6 +277,11 @@ def train_sweep(
     if report:
         page.publish(workdir)
     return _failures(workdir, jobs)
+
+
+def _drop_report(workdir):
+    # Who is killed before it writes a new one would find all cells done, and the old report.
+    (workdir / "report.html").unlink(missing_ok=True)
 
 
 def _claimed(workdir):

@@ -183,7 +183,12 @@ def test_a_claim_stated_when_all_is_trained_is_in_the_report(tmp_path, monkeypat
     written = json.loads((tmp_path / "sweep.json").read_text()) | whence
     (tmp_path / "sweep.json").write_text(json.dumps(written))
     published = []
-    monkeypatch.setattr(runner.page, "publish", published.append)
+
+    def publish(workdir):
+        (workdir / "report.html").write_text("")
+        published.append(workdir)
+
+    monkeypatch.setattr(runner.page, "publish", publish)
 
     def relaunch(*stated):
         runner.train_sweep(tmp_path, swept, stated, executor=None, stop=None)

@@ -11,7 +11,7 @@ from absl.flags import Error, FlagValues
 from ml_collections import config_flags
 
 from experiments.config import claims, settings, sweep
-from experiments.launch import cli, progress, runner
+from experiments.launch import cells, cli, executors, interrupts, progress, runner
 from experiments.storage import paths
 from experiments.training import loop
 from support.helpers import one_line
@@ -46,6 +46,49 @@ def test_a_sweep_from_start_to_report(config, tmp_path):
     assert "1 of 2 cells failed" in second.stderr
     assert time.monotonic() - began < 60
     assert times == {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()}
+
+
+class Instant(executors.Executor):
+    """Every cell has failed at once."""
+
+    def __init__(self, workdir):
+        self._workdir = workdir
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def run(self, jobs, progress, stop):
+        for job in jobs:
+            result = {"status": "failed", "error": "-"}
+            cells.write_result(cells.folder(self._workdir, job.id), result)
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_who_dies_before_the_report_leaves_none_of_other_cells(tmp_path, monkeypatch, retry):
+    """Else the next launcher would find all cells done, and the report without them."""
+    axes = {} if retry else {"position": [{"model.position": "none"}]}
+    config = settings.config("recall")
+    first, then = (sweep.expand(config, {"base": {}}, changes) for changes in ({}, axes))
+    page = tmp_path / "report.html"
+
+    def train(swept, publish):
+        monkeypatch.setattr(runner.page, "publish", publish)
+        stop = interrupts.Stop()
+        runner.train_sweep(tmp_path, swept, [], Instant(tmp_path), stop, retry_failed=retry)
+
+    def die(workdir):
+        raise KeyboardInterrupt
+
+    train(first, lambda workdir: page.write_text("of the first cells"))
+    with pytest.raises(KeyboardInterrupt):
+        train(then, die)
+    assert not page.exists()
+    monkeypatch.setattr(runner.page, "publish", lambda workdir: page.write_text("of all"))
+    runner.train_sweep(tmp_path, then, [], None, None)
+    assert page.read_text() == "of all"
 
 
 MISTAKES = [
