@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Collection
 from pathlib import Path
@@ -337,10 +338,16 @@ def write(path: Any, content: str | bytes) -> None:
 
 
 def check_directory(directory: Any, config: ConfigDict) -> None:
-    """Raises ValueError where `directory` holds a run of another config.
+    """Raises ValueError where `directory` holds a run of another config, or cannot be trained in.
 
     On which devices it runs may change.
     """
+    # Orbax takes its path for a pattern, and writes checkpoints that cannot be read.
+    if isinstance(directory, Path) and re.search(r"[*?[\\]", directory.absolute().as_posix()):
+        raise ValueError(
+            f"{directory.absolute()} has one of * ? [ \\ in it, and no checkpoint there could be "
+            "read: choose another --workdir"
+        )
     if described := paths.read_json(directory / "config.json"):
         there = settings.complete(described)
         here = settings.describe(config)

@@ -612,6 +612,12 @@ def test_a_directory_of_another_experiment_is_left_alone(tmp_path):
         loop.check_directory(tmp_path, tiny(**{"model.num_heads": 4}))
 
 
+@pytest.mark.parametrize("name", ["run[1]", "run?", "all*", "a\\b"])
+def test_a_directory_whose_checkpoints_could_not_be_read_is_refused(tmp_path, name):
+    with one_line(ValueError, name, "* ? [ \\", "choose another --workdir"):
+        loop.check_directory(tmp_path / name / "cells/base", tiny())
+
+
 def test_batches_of_seeds_are_those_of_the_task():
     task = tasks.create({"name": "recall"})
     source = data.TrainSource(task, seeds=(0, 7), batch_size=3, steps=10)
