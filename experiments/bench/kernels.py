@@ -618,14 +618,11 @@ def _torch_flex(work: KernelWork) -> Foreign:
     if work.derivative == "gradient" and torch_device() == "cpu":
         raise Unavailable("FlexAttention has no backward pass on a CPU")
     score, mask = flex_functions(work, lib)
-    if mask is not None:
-        mask = flex.create_block_mask(
-            mask, None, None, work.length, work.keys, device=torch_device()
-        )
+    sizes = None, None, work.length, work.keys
     attend = functools.partial(
         lib.compile(flex.flex_attention),
         score_mod=score,
-        block_mask=mask,
+        block_mask=mask and flex.create_block_mask(mask, *sizes, device=torch_device()),
         enable_gqa=work.kv_heads not in (None, work.heads),
     )
     return _torch_run(work, attend)
