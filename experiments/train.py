@@ -42,9 +42,6 @@ def main(argv):
         if jax.process_index():
             sys.stdout = open(os.devnull, "w")
         loop.check(config, changed)
-        if paths.read(directory / "sweep.json"):
-            text = f"{directory} holds a sweep, not one training: choose another --workdir"
-            raise ValueError(text)
         loop.check_directory(directory, config)
         loop.claim(directory, config, cores)
         task, _ = build(config)

@@ -338,7 +338,7 @@ def write(path: Any, content: str | bytes) -> None:
 
 
 def check_directory(directory: Any, config: ConfigDict) -> None:
-    """Raises ValueError where `directory` holds a run of another config, or cannot be trained in.
+    """Raises ValueError where `directory` holds another run or a sweep, or cannot be trained in.
 
     On which devices it runs may change.
     """
@@ -348,6 +348,8 @@ def check_directory(directory: Any, config: ConfigDict) -> None:
             f"{directory.absolute()} has one of * ? [ \\ in it, and no checkpoint there could be "
             "read: choose another --workdir"
         )
+    if paths.read(directory / "sweep.json"):
+        raise ValueError(f"{directory} holds a sweep, not one training: choose another --workdir")
     if described := paths.read_json(directory / "config.json"):
         there = settings.complete(described)
         here = settings.describe(config)

@@ -972,9 +972,9 @@ class WideNormalizer(attention.Normalizer):
 @pytest.mark.parametrize(
     "mechanism",
     [
-        Mechanism(score=WideScore()),
+        pytest.param(Mechanism(score=WideScore()), marks=pytest.mark.slow),
         Mechanism(position=WidePosition()),
-        Mechanism(normalizer=WideNormalizer()),
+        pytest.param(Mechanism(normalizer=WideNormalizer()), marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -81,7 +81,12 @@ def test_attend(case):
 
 @pytest.mark.parametrize("name, implementation, options", [
     ("causal", "tiled", {"block_sizes": (4, 4)}),
-    ("causal", "dense", {"dropout_rate": 0.5, "dropout_key": jax.random.key(0), "aux": ("lse",)}),
+    pytest.param(
+        "causal",
+        "dense",
+        {"dropout_rate": 0.5, "dropout_key": jax.random.key(0), "aux": ("lse",)},
+        marks=pytest.mark.slow,
+    ),
     pytest.param("documents", "dense", {"aux": ("weights", "column_sums")}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_explicit_axes(name, implementation, options):

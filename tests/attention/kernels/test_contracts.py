@@ -411,10 +411,9 @@ PER_EXAMPLE = {
 @pytest.mark.parametrize(
     "mask, outside",
     [
-        (masks.Causal(), False),
         (masks.Padding(), True),
-        pytest.param(masks.Causal(), True, marks=pytest.mark.slow),
         pytest.param(masks.Padding(), False, marks=pytest.mark.slow),
+        *(pytest.param(masks.Causal(), x, marks=pytest.mark.slow) for x in (False, True)),
         *(pytest.param(masks.Segments(), x, marks=pytest.mark.slow) for x in (False, True)),
     ],
     ids=lambda x: ["batch axis", "vmap"][x] if isinstance(x, bool) else str(x),

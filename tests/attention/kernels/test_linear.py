@@ -68,14 +68,20 @@ def arrays(mechanism, T=13, S=13, dtype="float32"):
             8,
             marks=pytest.mark.slow,
         ),
-        (dataclasses.replace(ELU, score=scores.HedgehogFeatures()), {}, 8, 8),
+        pytest.param(
+            dataclasses.replace(ELU, score=scores.HedgehogFeatures()),
+            {},
+            8,
+            8,
+            marks=pytest.mark.slow,
+        ),
         (PADDED, {"key_lengths": np.array([0, 7]), "query_lengths": np.array([13, 5])}, 13, 13),
         (GLOBAL, {"key_lengths": np.array([11, 0])}, 5, 17),
         pytest.param(
             dataclasses.replace(ELU, mask=masks.Full()), {}, 17, 5, marks=pytest.mark.slow
         ),
         pytest.param(ELU, {}, 5, 17, marks=pytest.mark.slow),
-        (ELU, {}, 17, 5),
+        pytest.param(ELU, {}, 17, 5, marks=pytest.mark.slow),
         (ELU, {}, 1, 1),
         pytest.param(PACKED, {"query_segments": SEGMENTS}, 13, 13, marks=pytest.mark.slow),
         (  # in no order, other ones for keys, and padding

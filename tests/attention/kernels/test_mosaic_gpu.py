@@ -261,9 +261,9 @@ LEARNED = Mechanism(
     [
         (LEARNED, {"key_lengths": [40], "query_lengths": [64]},
          {"bias": (65, 70), "mask": (1, 2, 1, 70)}),
-        (Mechanism(position=positions.ALiBi() + positions.RoPE(),
-                   mask=masks.Segments() & masks.Causal()), PACKED,
-         {"aux": ("lse",), "dropout_rate": 0.3}),
+        pytest.param(Mechanism(position=positions.ALiBi() + positions.RoPE(),
+                               mask=masks.Segments() & masks.Causal()), PACKED,
+                     {"aux": ("lse",), "dropout_rate": 0.3}, marks=pytest.mark.slow),
         pytest.param(Mechanism(position=positions.T5(num_buckets=20, max_distance=20),
                                mask=masks.Segments()),
                      {name: x for name, x in PACKED.items() if name.endswith("segments")}, {},
@@ -376,6 +376,7 @@ def test_interpreted(mechanism, data, options):
 
 
 @needs_jax
+@pytest.mark.slow
 def test_the_bias_of_a_single_pair():
     """Neither of a row nor of a column."""
     mechanism = Mechanism(normalizer=normalizers.SoftmaxOffByOne())

@@ -374,8 +374,15 @@ def by_lse(query, key, value, bias, mask, *, scale, is_causal, key_value_seq_len
     return out, jnp.swapaxes(lse, 1, 2)
 
 
-@pytest.mark.parametrize("dtype, low", [("bfloat16", -1e9), ("bfloat16", -3e38), ("float16", -6e4)])
-@pytest.mark.parametrize("mask", [masks.Causal(), masks.SlidingWindow(2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "mask, dtype, low",
+    [
+        (masks.Causal(), "bfloat16", -1e9),
+        (masks.SlidingWindow(2, 3), "bfloat16", -3e38),
+        (masks.Causal(), "float16", -6e4),
+    ],
+    ids=str,
+)
 def test_rows_of_huge_biases(handed, monkeypatch, mask, dtype, low):
     """A row of −1e9 is one of 0 with another lse, and a hidden number counts nowhere."""
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_lse)
@@ -473,7 +480,10 @@ def spoilt_gradients(implementation, mechanism, arrays, spoilt, **options):
 @pytest.mark.parametrize("spoilt", ["query", "key", "value"])
 @pytest.mark.parametrize(
     "mechanism",
-    [Mechanism(mask=masks.Causal()), Mechanism(scores.Cosine(), positions.RoPE(), masks.Causal())],
+    [
+        pytest.param(Mechanism(mask=masks.Causal()), marks=pytest.mark.slow),
+        Mechanism(scores.Cosine(), positions.RoPE(), masks.Causal()),
+    ],
     ids=["plain", "features"],
 )
 def test_a_huge_number_beside_nan(handed, monkeypatch, mechanism, spoilt, with_mask):
@@ -538,7 +548,7 @@ LATER = np.stack([3 * np.arange(128), np.arange(128)[::-1]])
         ),
         pytest.param(Mechanism(scores.General(), positions.XPos(), masks.Causal()), {},
                      marks=pytest.mark.slow),
-        (Mechanism(OfKeys(), mask=masks.Causal()), {}),
+        pytest.param(Mechanism(OfKeys(), mask=masks.Causal()), {}, marks=pytest.mark.slow),
         pytest.param(Mechanism(scores.Cosine(), mask=masks.Causal() & masks.Padding()),
                      {"key_lengths": np.array([90, 128])}, marks=pytest.mark.slow),
     ],
@@ -692,7 +702,8 @@ def test_labels_of_64_bits():
         pytest.param(Mechanism(scores.General(), mask=masks.Causal() & masks.Padding()),
                      {"key_lengths": np.array([0, 70])}, ("lse",), marks=pytest.mark.slow),
         pytest.param(Mechanism(scores.Gaussian()), {}, ("lse",), marks=pytest.mark.slow),
-        (Mechanism(position=positions.RoPE()), {"query_positions": LATER}, ()),
+        pytest.param(Mechanism(position=positions.RoPE()), {"query_positions": LATER}, (),
+                     marks=pytest.mark.slow),
         (Mechanism(position=positions.RoPE2D()),
          {"query_coordinates": GRID, "key_coordinates": GRID[None]}, ()),
     ],

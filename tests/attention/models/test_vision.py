@@ -100,13 +100,14 @@ def test_without_positions_the_order_of_patches_is_nothing():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "position, same",
     [
         (positions.ALiBi2D(), True),
-        pytest.param(positions.ALiBi2D() + positions.RoPE2D(), False, marks=pytest.mark.slow),
-        pytest.param(positions.ALiBi2D() + positions.Learned2D(2), False, marks=pytest.mark.slow),
-        pytest.param(positions.ALiBi2D() + positions.ALiBi(), False, marks=pytest.mark.slow),
+        (positions.ALiBi2D() + positions.RoPE2D(), False),
+        (positions.ALiBi2D() + positions.Learned2D(2), False),
+        (positions.ALiBi2D() + positions.ALiBi(), False),
     ],
     ids=str,
 )

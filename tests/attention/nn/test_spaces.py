@@ -224,7 +224,9 @@ def test_what_reads_keys_themselves_has_no_latent(mechanism, words):
         MultiHeadAttention(2, mechanism, kv_rank=3).init(jax.random.key(0), np.ones((1, 2, 8)))
 
 
-@pytest.mark.parametrize("changes", [{"kv_rank": 3}, {"head_mix": "talking"}])
+@pytest.mark.parametrize(
+    "changes", [{"kv_rank": 3}, pytest.param({"head_mix": "talking"}, marks=pytest.mark.slow)]
+)
 def test_a_factor_and_a_cap_around_a_score_are_no_hindrance(changes):
     x = normal(0, 2, 5, 8)
     score = scores.Scale(scores.SoftCap(scores.Scale(scores.Dot(), 0.2), 2.0), 3.0)

@@ -35,8 +35,6 @@ def test_a_sweep_from_start_to_report(config, tmp_path):
     assert "rate=1e+30,0" in page and "FloatingPointError" in page
     assert (work / "cells/base.rate=1e+30,0/traceback.txt").exists()
     assert list((work / "plots").glob("*.png"))
-    mixed = ablate(*flags[:2], module="train")
-    assert f"error: {work} holds a sweep, not one training" in mixed.stderr
     assert "I1" not in first.stderr, "libraries' logs are silenced"
 
     times = {p: p.stat().st_mtime_ns for p in work.rglob("*") if p.is_file()}

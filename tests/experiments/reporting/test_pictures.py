@@ -55,9 +55,10 @@ def test_a_picture_is_classified_as_the_model_does(model, picture, tmp_path):
     assert drawn.shape[0] > 200 and 0.02 < orange < 0.9  # over the gray picture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture, seed, length",  # that caption ends early, this one never
-    [("transformer", 9, 7), pytest.param("rnn", 1, 9, marks=pytest.mark.slow)],
+    [("transformer", 9, 7), ("rnn", 1, 9)],
 )
 def test_a_caption_is_what_the_model_writes(architecture, seed, length, tmp_path):
     changes = {"model.patch_size": 6, "decoding.beam_size": 1}

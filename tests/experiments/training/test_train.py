@@ -612,6 +612,12 @@ def test_a_directory_of_another_experiment_is_left_alone(tmp_path):
         loop.check_directory(tmp_path, tiny(**{"model.num_heads": 4}))
 
 
+def test_a_directory_of_a_sweep_is_left_alone(tmp_path):
+    (tmp_path / "sweep.json").write_text("{}")
+    with one_line(ValueError, "holds a sweep, not one training: choose another --workdir"):
+        loop.check_directory(tmp_path, tiny())
+
+
 @pytest.mark.parametrize("name", ["run[1]", "run?", "all*", "a\\b"])
 def test_a_directory_whose_checkpoints_could_not_be_read_is_refused(tmp_path, name):
     with one_line(ValueError, name, "* ? [ \\", "choose another --workdir"):
