@@ -56,10 +56,7 @@ def _check_clip(threshold, m, parts):
             )
     width = m.head_dim or max(1, m.model_dim // m.num_heads)
     for score in _scores(m, parts["score"]):
-        inner = score
-        while isinstance(inner, attention.scores.Scale):
-            inner = inner.score
-        if isinstance(inner, attention.scores.SoftCap):
+        if any(isinstance(inner, attention.scores.SoftCap) for inner in _nested(score)):
             raise ValueError(
                 f"optimizer.qk_clip={threshold} reads the largest score after its cap, "
                 f"{attention.parsing.unparse(score)}, and would clip by a wrong factor: leave one "
@@ -80,9 +77,7 @@ def _check_location(task, config, score):
         specials = m.registers + (isinstance(task, tasks.OfImages) and m.pooling == "class")
         patches = max(height * width for height, width in sides) // m.patch_size**2
         keys = max(keys, patches + specials)
-    for inner in _scores(m, score):
-        while hasattr(inner, "score"):
-            inner = inner.score
+    for inner in (x for outer in _scores(m, score) for x in _nested(outer)):
         if isinstance(inner, attention.scores.Location) and inner.max_length < keys:
             raise ValueError(
                 f"the score {attention.parsing.unparse(inner)} has vectors for {inner.max_length} "
@@ -93,6 +88,13 @@ def _check_location(task, config, score):
 def _scores(m, score):
     """That of the model, `score`, and those of layers."""
     return score, *(layer.score for layer in attention.parse_layers(m.layers) if layer.score)
+
+
+def _nested(score):
+    """A score and those that it wraps, the innermost last."""
+    while score is not None:
+        yield score
+        score = getattr(score, "score", None)
 
 
 def transformer(task: Any, m: ConfigDict, parts: dict[str, Any]) -> Any:

@@ -16,8 +16,8 @@ class Synthetic(abc.ABC):
 
     Splits are 'validation', 'test', and 'length_<n>' for n in test_lengths, of num_eval examples
     each.  All 'length_<n>' come from the same random numbers, so that what they have in common,
-    such as the pairs of `Recall`, is the same.  Splits come from other
-    random numbers than training; where a length has few examples at all, some are in both.
+    such as the pairs of `Recall`, is the same.  Splits come from other random numbers than
+    training; where a length has few examples at all, some are in both.
 
     Raises ValueError for a field out of its range.
     """
