@@ -731,7 +731,7 @@ def test_numbers_per_pair():
     assert count(scores.Dot(), positions.T5()) < 4
 
 
-@pytest.mark.slow  # in system/test_readme.py and attention/test_attend.py are faster ones
+@pytest.mark.slow  # in system/test_readme.py and attention/test_own_parts.py are faster ones
 def test_own_score(x64):
     """Ten lines make a score that learns: gradients of both orders."""
     mechanism = Mechanism(Manhattan(), mask=masks.Causal())
